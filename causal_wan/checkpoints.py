@@ -1,0 +1,107 @@
+"""Checkpoints of a run: written beside and renamed, found again, rotated."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+TRAINABLE_WEIGHTS_NAME = "trainable.safetensors"
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. Partial ones have another name and are not among them."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None) -> None:
+    """Checks that a new run does not write among the checkpoints of an older one, and that one to resume is there.
+
+    Raises:
+        ValueError: If so.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if checkpoints and resume_from_checkpoint is None:
+        raise ValueError(
+            f"output_dir must be new, or the run in it resumed, but {output_dir} holds {checkpoints[-1].name}; add "
+            "--resume_from_checkpoint latest to go on, or use another --output_dir."
+        )
+    find_checkpoint(resume_from_checkpoint, output_dir)
+
+
+def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> Path | None:
+    """The checkpoint to resume from; None starts anew.
+
+    Raises:
+        ValueError: If a path is given that is no checkpoint.
+    """
+    if resume_from_checkpoint is None:
+        return None
+    checkpoints = list_checkpoints(output_dir)
+    if resume_from_checkpoint == "latest":
+        return checkpoints[-1] if checkpoints else None
+    path = Path(resume_from_checkpoint)
+    if not path.is_dir():
+        path = Path(output_dir) / resume_from_checkpoint
+    if not path.is_dir():
+        names = ", ".join(checkpoint.name for checkpoint in checkpoints) or "none"
+        raise ValueError(
+            f"resume_from_checkpoint must be `latest` or a checkpoint folder, got {resume_from_checkpoint!r}, which "
+            f"does not exist; {output_dir} has: {names}."
+        )
+    return path
+
+
+def save_checkpoint(accelerator: Any, output_dir: str | Path, step: int, *, total_limit: int | None) -> None:
+    """Writes `checkpoint-STEP` beside and renames it, so that a kill leaves no half of one; then drops old ones."""
+    final = Path(output_dir) / f"checkpoint-{step}"
+    partial = final.with_name(f"partial-{final.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        if total_limit is not None:
+            for old in list_checkpoints(output_dir)[:-total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def checkpoint_trainable_weights_only(accelerator: Any) -> None:
+    """Makes checkpoints hold the trainable weights alone: a LoRA run need not store its frozen base each time."""
+
+    def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
+        weights.clear()  # tells accelerate that they are dealt with
+        if accelerator.is_main_process:
+            for model in models:
+                save_file(_trainable_state(accelerator.unwrap_model(model)), Path(output_dir) / TRAINABLE_WEIGHTS_NAME)
+
+    def load(models: list[torch.nn.Module], input_dir: str) -> None:
+        while models:
+            model = accelerator.unwrap_model(models.pop())
+            saved, own = load_file(Path(input_dir) / TRAINABLE_WEIGHTS_NAME), _trainable_state(model)
+            if saved.keys() != own.keys():
+                raise ValueError(
+                    f"{input_dir} must come from a run with the same trainable weights; "
+                    f"{len(saved.keys() ^ own.keys())} names differ, first "
+                    f"{sorted(saved.keys() ^ own.keys())[:3]}. Use the same LoRA settings."
+                )
+            model.load_state_dict(saved, strict=False)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }

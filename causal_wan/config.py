@@ -1,0 +1,175 @@
+"""Frozen dataclasses from a YAML recipe and the command line; flags override the recipe.
+
+A recipe is flat: its keys are the names of the flags. Every key, whichever dataclass it belongs to, is unique.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+
+Config = TypeVar("Config")
+
+# The names that "Video Regression Training for CausVid" uses for what diffusers' scripts call otherwise.
+ALIASES = {
+    "batch_size": "train_batch_size",
+    "lr": "learning_rate",
+    "max_steps": "max_train_steps",
+    "save_interval": "checkpointing_steps",
+    "num_workers": "dataloader_num_workers",
+    "prompt_column": "caption_column",
+}
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the program with status 2 and the message alone when what it runs finds a mistake of the user's."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, *, description: str = "") -> Config:
+    """Builds a config from `--config recipe.yaml` and flags; bad input ends the program with status 2 and one message.
+
+    Args:
+        config_class: A dataclass; dataclass-valued fields become groups of flags.
+        argv: The command line without the program's name; that of the process by default.
+        description: Shown by `--help`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with user_errors():
+        argv = _canonical_flags(argv, config_class)
+        argv, recipe_path = _pop_config_flag(argv)
+        recipe = read_recipe(recipe_path, config_class) if recipe_path else {}
+        given = {_flag_name(token) for token in argv if token.startswith("--")}
+        recipe_argv = [
+            token
+            for key, value in recipe.items()
+            if key not in given and f"no_{key}" not in given
+            for token in _to_flags(key, value)
+        ]
+        return tyro.cli(
+            tyro.conf.configure(tyro.conf.OmitArgPrefixes)(config_class),
+            args=recipe_argv + argv,
+            description=description
+            + "\n\n--config RECIPE.yaml gives defaults for all flags below; flags override it.",
+            use_underscores=True,
+        )
+
+
+def read_recipe(path: str | Path, config_class: type) -> dict[str, Any]:
+    """Reads a flat YAML recipe, with aliases resolved.
+
+    Raises:
+        ValueError: If the file is not there or no flat mapping, or has a key that is no flag; suggests the right one.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--config must name a YAML file, but {path} does not exist.")
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be valid YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must be a mapping of flag names to values, got {type(loaded).__name__}.")
+    fields = dict(flat_fields(config_class))
+    recipe = {}
+    for given_key, given_value in loaded.items():
+        key, value = _canonical_setting(str(given_key), given_value)
+        if key not in fields:
+            close = difflib.get_close_matches(key, [*fields, *ALIASES], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "see --help for all names."
+            raise ValueError(f"{path}: {given_key!r} is not a setting of this script; {hint}")
+        if isinstance(value, dict):
+            raise ValueError(f"{path}: {given_key!r} must be a value or a list, got a mapping; recipes are flat.")
+        recipe[key] = value
+    return recipe
+
+
+def flat_fields(config_class: type) -> Iterator[tuple[str, Any]]:
+    """Names and types of all settings, those of nested dataclasses included."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from flat_fields(hints[field.name])
+        else:
+            yield field.name, hints[field.name]
+
+
+def flat_dict(config: Any) -> dict[str, Any]:
+    """All settings of a config as one flat dict, tuples as lists."""
+    settings: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            settings.update(flat_dict(value))
+        else:
+            settings[field.name] = list(value) if isinstance(value, tuple) else value
+    return settings
+
+
+def write_recipe(config: Any, path: str | Path) -> None:
+    """Writes the resolved config as a recipe that `--config` takes."""
+    Path(path).write_text(yaml.safe_dump(flat_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def _canonical_setting(key: str, value: Any) -> tuple[str, Any]:
+    key = ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
+    if key == "mixed_precision" and isinstance(value, bool):  # the document writes `mixed_precision: true`
+        value = "bf16" if value else "no"
+    return key, value
+
+
+def _flag_name(token: str) -> str:
+    return token.removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def _canonical_flags(argv: list[str], config_class: type) -> list[str]:
+    """Resolves aliases, and `--flag true` / `--flag false` for switches, which tyro writes `--flag` / `--no_flag`."""
+    switches = {name for name, hint in flat_fields(config_class) if hint is bool}
+    canonical: list[str] = []
+    for token in argv:
+        if token.startswith("--"):
+            name, equals, value = token.removeprefix("--").partition("=")
+            name = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
+            token = f"--{name}{equals}{value}"
+            if name in switches and equals and value.lower() in ("true", "false"):
+                token = f"--{name}" if value.lower() == "true" else f"--no_{name}"
+        elif canonical and _flag_name(canonical[-1]) in switches and token.lower() in ("true", "false"):
+            if token.lower() == "false":
+                canonical[-1] = f"--no_{_flag_name(canonical[-1])}"
+            continue
+        canonical.append(token)
+    return canonical
+
+
+def _pop_config_flag(argv: list[str]) -> tuple[list[str], str | None]:
+    rest, path, tokens = [], None, iter(argv)
+    for token in tokens:
+        if token == "--config":
+            path = next(tokens, None)
+            if path is None:
+                raise ValueError("--config must be followed by the path of a YAML recipe.")
+        elif token.startswith("--config="):
+            path = token.partition("=")[2]
+        else:
+            rest.append(token)
+    return rest, path
+
+
+def _to_flags(key: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{key}" if value else f"--no_{key}"]
+    if isinstance(value, list):
+        return [f"--{key}", *(str(item) for item in value)]
+    return [f"--{key}", str(value)]

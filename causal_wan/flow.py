@@ -1,0 +1,179 @@
+"""Flow matching: noise levels, noising, velocity <-> clean latents, step lists. Pure tensor functions.
+
+Convention, the one of WAN and diffusers: sigma = 1 is noise, sigma = 0 is data, timestep = 1000 sigma exactly.
+
+    noisy_latents = (1 - sigma) latents + sigma noise        velocity = noise - latents
+
+Nothing here draws random numbers, knows a model or looks a level up in a table: a scheduler's table ends at sigma
+0.005 to 0.008, so that a look-up leaks noise into blocks that are meant to be clean.
+
+Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def sigmas_from_timesteps(timesteps: torch.Tensor) -> torch.Tensor:
+    """sigma = timestep / 1000, in float32.
+
+    Args:
+        timesteps: Any shape, values in [0, 1000].
+
+    Returns:
+        Same shape, float32, values in [0, 1]. Timestep 0 is sigma 0: exactly clean.
+    """
+    return timesteps.to(torch.float32) / NUM_TRAIN_TIMESTEPS
+
+
+def broadcast_over_latents(per_frame: torch.Tensor) -> torch.Tensor:
+    """Reshapes a value per sample `(B,)` or per frame `(B, F)` so that it broadcasts over `(B, C, F, H, W)`.
+
+    Raises:
+        ValueError: If the tensor has neither one nor two dimensions.
+    """
+    if per_frame.ndim == 1:
+        return per_frame[:, None, None, None, None]
+    if per_frame.ndim == 2:
+        return per_frame[:, None, :, None, None]
+    raise ValueError(f"levels must have shape (B,) or (B, F), got {tuple(per_frame.shape)}.")
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """(1 - sigma) latents + sigma noise.
+
+    Args:
+        latents: Clean latents, `(B, C, F, H, W)`.
+        noise: Standard normal noise, same shape.
+        sigmas: In [0, 1], `(B,)` or `(B, F)`.
+
+    Returns:
+        noisy_latents, same shape; equal to `latents` at sigma 0 and to `noise` at sigma 1.
+
+    Source: Lipman et al., Flow Matching for Generative Modeling, arXiv 2210.02747, optimal-transport path.
+    """
+    sigmas = broadcast_over_latents(sigmas)
+    return (1 - sigmas) * latents + sigmas * noise
+
+
+def velocity(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """noise - latents: the derivative of `add_noise` with respect to sigma, and what a WAN transformer predicts."""
+    return noise - latents
+
+
+def latents_from_velocity(noisy_latents: torch.Tensor, velocity: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """latents = noisy_latents - sigma velocity, in float32. Inverse of `velocity_from_latents`.
+
+    Args:
+        noisy_latents: `(B, C, F, H, W)`.
+        velocity: Same shape.
+        sigmas: In [0, 1], `(B,)` or `(B, F)`.
+
+    Returns:
+        Clean latents, same shape, float32.
+    """
+    return noisy_latents.float() - broadcast_over_latents(sigmas) * velocity.float()
+
+
+def velocity_from_latents(noisy_latents: torch.Tensor, latents: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """velocity = (noisy_latents - latents) / sigma, in float32. Inverse of `latents_from_velocity`.
+
+    Args:
+        noisy_latents: `(B, C, F, H, W)`.
+        latents: Same shape.
+        sigmas: In (0, 1], `(B,)` or `(B, F)`; at sigma 0 the velocity cannot be told and the result is not finite.
+    """
+    return (noisy_latents.float() - latents.float()) / broadcast_over_latents(sigmas)
+
+
+def shift_timesteps(timesteps: torch.Tensor, shift: float) -> torch.Tensor:
+    """Warps timesteps towards noise: 1000 k u / (1 + (k - 1) u) with u = timestep / 1000, k = shift.
+
+    The closed form of what CausVid and Self Forcing call `warp_denoising_step`, where it is a table look-up.
+    With shift 5: 1000, 750, 500, 250 become 1000, 937.5, 833.3, 625. 0 and 1000 stay.
+
+    Args:
+        timesteps: In [0, 1000], any shape.
+        shift: > 0; 1 changes nothing.
+
+    Source: Esser et al., Scaling Rectified Flow Transformers, arXiv 2403.03206, section 5.3.2.
+    """
+    u = timesteps.to(torch.float64) / NUM_TRAIN_TIMESTEPS
+    return (NUM_TRAIN_TIMESTEPS * shift * u / (1 + (shift - 1) * u)).to(torch.float32)
+
+
+def check_denoising_step_list(denoising_step_list: Sequence[float]) -> None:
+    """Checks that a step list can be trained on and sampled from.
+
+    Raises:
+        ValueError: If the list is empty, leaves [0, 1000], does not fall strictly, or has no entry above 0.
+    """
+    steps = list(denoising_step_list)
+    if not steps or steps[0] <= 0:
+        raise ValueError(f"denoising_step_list must begin with a timestep above 0, got {steps}; use 1000 757 522 0.")
+    if any(not 0 <= step <= NUM_TRAIN_TIMESTEPS for step in steps):
+        raise ValueError(f"denoising_step_list must lie in [0, 1000], got {steps}.")
+    if any(after >= before for before, after in itertools.pairwise(steps)):
+        raise ValueError(f"denoising_step_list must fall from noise to data, got {steps}; sort it and drop doubles.")
+
+
+def training_timesteps(
+    denoising_step_list: Sequence[float], *, warp_denoising_step: bool = False, timestep_shift: float = 1.0
+) -> torch.Tensor:
+    """The levels a student is trained on, float32 `(num_levels,)`, from noise to data, a trailing 0 included."""
+    check_denoising_step_list(denoising_step_list)
+    timesteps = torch.tensor(list(denoising_step_list), dtype=torch.float32)
+    return shift_timesteps(timesteps, timestep_shift) if warp_denoising_step else timesteps
+
+
+def sampling_timesteps(
+    denoising_step_list: Sequence[float], *, warp_denoising_step: bool = False, timestep_shift: float = 1.0
+) -> torch.Tensor:
+    """The levels a student is sampled at, float32 `(num_steps,)`: the training levels without a trailing 0."""
+    timesteps = training_timesteps(
+        denoising_step_list, warp_denoising_step=warp_denoising_step, timestep_shift=timestep_shift
+    )
+    return timesteps[timesteps > 0]
+
+
+def frame_block_lengths(
+    num_latent_frames: int, num_frame_per_block: int | None, *, independent_first_frame: bool = False
+) -> list[int]:
+    """How the latent frames of a clip fall into blocks.
+
+    Args:
+        num_latent_frames: F.
+        num_frame_per_block: Latent frames a block; None, or F or more, makes the whole clip one block.
+        independent_first_frame: The first frame is a block of its own, later blocks have `num_frame_per_block`.
+
+    Returns:
+        Latent frames of each block, in order; they add up to F.
+
+    Raises:
+        ValueError: If F does not divide into blocks.
+
+    Source: CausVid, arXiv 2412.07772, section 4.1; `independent_first_frame` as in Self Forcing, arXiv 2506.08009.
+    """
+    first = [1] if independent_first_frame and num_frame_per_block is not None else []
+    rest = num_latent_frames - len(first)
+    if num_frame_per_block is None or num_frame_per_block >= rest > 0:
+        return [*first, rest]
+    if num_frame_per_block < 1 or rest % num_frame_per_block:
+        below = rest // max(num_frame_per_block, 1) * max(num_frame_per_block, 1) + len(first)
+        above = below + max(num_frame_per_block, 1)
+        raise ValueError(
+            f"the number of latent frames must be {'1 + ' if first else ''}a multiple of num_frame_per_block="
+            f"{num_frame_per_block}, got {num_latent_frames}; use {below or above} or {above} latent frames "
+            f"(num_frames {4 * (below or above) - 3} or {4 * above - 3}), or another num_frame_per_block."
+        )
+    return first + [num_frame_per_block] * (rest // num_frame_per_block)
+
+
+def per_frame(per_block: torch.Tensor, block_lengths: Sequence[int]) -> torch.Tensor:
+    """Repeats a value per block `(B, num_blocks)` over the block's frames: `(B, F)`."""
+    return per_block.repeat_interleave(torch.tensor(block_lengths, device=per_block.device), dim=1)

@@ -1,0 +1,112 @@
+"""Loss formulas and the statistics that explain them. Pure functions, computed in float32.
+
+Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, K = levels of a step list.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+
+LossType = Literal["mse", "l1", "huber"]
+
+# Columns of the per-level statistics: sums over elements.
+NUM_STATISTICS = 6
+
+
+def frame_losses(predicted: torch.Tensor, target: torch.Tensor, loss_type: LossType = "mse") -> torch.Tensor:
+    """Mean error of each latent frame.
+
+    Args:
+        predicted: `(B, C, F, H, W)`, latents or velocity.
+        target: Same shape.
+        loss_type: mse = (p - t)^2, l1 = |p - t|, huber = 0.5 (p - t)^2 where |p - t| < 1, else |p - t| - 0.5.
+
+    Returns:
+        `(B, F)`, float32.
+    """
+    elementwise = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[loss_type]
+    return elementwise(predicted.float(), target.float(), reduction="none").mean(dim=(1, 3, 4))
+
+
+def masked_sum_over_count(values: torch.Tensor, mask: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """sum(values where mask) / count.
+
+    `count` is the number of kept elements of the *whole* optimizer step, over all processes and accumulated batches:
+    then the sum over them is the plain mean over kept elements, whatever the split.
+
+    Args:
+        values: Any shape.
+        mask: Same shape, bool.
+        count: Scalar, > 0.
+    """
+    return torch.where(mask, values, 0.0).sum() / count
+
+
+def level_statistics(
+    predicted: torch.Tensor,
+    target: torch.Tensor,
+    level_indices: torch.Tensor,
+    mask: torch.Tensor,
+    num_levels: int,
+) -> torch.Tensor:
+    """Sums from which `level_metrics` tells, level by level, how far a student is.
+
+    Sums of two calls add up to the sums of the two batches together, so they may be accumulated over steps and reduced
+    over processes without ever averaging averages.
+
+    Args:
+        predicted: Predicted latents `(B, C, F, H, W)`.
+        target: Clean latents, same shape.
+        level_indices: Index of each frame's level in the step list, `(B, F)`, int64.
+        mask: Frames that count, `(B, F)`, bool.
+        num_levels: K.
+
+    Returns:
+        `(K, 6)` float64: count, sum (p - t)^2, sum p, sum p^2, sum t, sum t^2 over the elements of each level.
+    """
+    predicted, target = predicted.detach().double(), target.detach().double()
+    per_frame = torch.stack(
+        [
+            torch.ones_like(target),
+            (predicted - target).square(),
+            predicted,
+            predicted.square(),
+            target,
+            target.square(),
+        ]
+    ).sum(dim=(2, 4, 5))  # (6, B, F)
+    per_frame = torch.where(mask, per_frame, 0.0).flatten(1).T  # (B F, 6)
+    sums = per_frame.new_zeros(num_levels, NUM_STATISTICS)
+    return sums.index_add_(0, level_indices.flatten(), per_frame)
+
+
+def level_metrics(sums: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Reads the sums of `level_statistics`.
+
+    blur_gap = (Var(target) - Var(prediction) - MSE) / Var(target). At the optimum of a squared error the prediction is
+    the conditional mean, and Var(target) = Var(prediction) + MSE (law of total variance): a gap near 0 says that this
+    level has reached the floor of its objective and that more training will not sharpen it.
+
+    Args:
+        sums: `(..., 6)`, any leading shape, e.g. `(K, 6)`, or `(6,)` for all levels together.
+
+    Returns:
+        mse, predicted_mean, predicted_std, target_mean, target_std, blur_gap, count: each of the leading shape. NaN
+        where count is 0.
+    """
+    count, squared_error, p, p2, t, t2 = sums.unbind(-1)
+    mse = squared_error / count
+    predicted_mean, target_mean = p / count, t / count
+    predicted_var = p2 / count - predicted_mean.square()
+    target_var = t2 / count - target_mean.square()
+    return {
+        "mse": mse,
+        "predicted_mean": predicted_mean,
+        "predicted_std": predicted_var.clamp(min=0).sqrt(),
+        "target_mean": target_mean,
+        "target_std": target_var.clamp(min=0).sqrt(),
+        "blur_gap": (target_var - predicted_var - mse) / target_var,
+        "count": count,
+    }

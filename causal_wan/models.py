@@ -1,0 +1,303 @@
+"""The parts of a WAN checkpoint: load them, encode and decode videos and prompts, add and save LoRA adapters.
+
+Shapes: B = batch, T = video frames, height, width in pixels, C = latent channels, F = latent frames, H, W = latent
+height and width, S = prompt tokens, D = text dimension.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from causal_wan.transformer import CausalWanTransformer3DModel
+
+
+# Attention projections and feed-forward of every layer; what WAN LoRAs are commonly trained on.
+DEFAULT_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The checkpoint to start from, and which of its weights are trained."""
+
+    pretrained_model_name_or_path: str
+    """Diffusers folder or hub id of a WAN text-to-video pipeline, e.g. Wan-AI/Wan2.1-T2V-1.3B-Diffusers."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository."""
+    generator_ckpt: str | None = None
+    """Start the student from these weights: a diffusers transformer folder, the result of a run, or a .safetensors."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: far less memory, about a third more compute."""
+    lora_rank: int = 0
+    """Train LoRA adapters of this rank; 0 trains all weights."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by alpha / rank; None is the rank (scale 1)."""
+    lora_target_modules: tuple[str, ...] = DEFAULT_LORA_TARGETS
+    """Linear layers that get adapters, by the ends of their names."""
+    max_sequence_length: int = 512
+    """Tokens that prompts are cut and padded to; 512 is what WAN was trained with."""
+    vae_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the VAE; bf16 is faster on a GPU and rounds the latents."""
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0 (train all weights) or more, got {self.lora_rank}.")
+        if self.max_sequence_length < 1:
+            raise ValueError(f"max_sequence_length must be 1 or more, got {self.max_sequence_length}; use 512.")
+        if not self.lora_target_modules:
+            raise ValueError(f"lora_target_modules must name linear layers, e.g. {' '.join(DEFAULT_LORA_TARGETS)}.")
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_transformer(
+    pretrained_model_name_or_path: str,
+    *,
+    num_frame_per_block: int | None,
+    generator_ckpt: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    **causal_config: int | bool,
+) -> CausalWanTransformer3DModel:
+    """Loads a WAN transformer as a causal one.
+
+    Args:
+        pretrained_model_name_or_path: Diffusers folder or hub id of a WAN pipeline.
+        num_frame_per_block: Latent frames a block; None is bidirectional.
+        generator_ckpt: Weights to start from in the place of the base model's: a diffusers transformer folder, a
+            folder with a `transformer` folder in it (the result of a run), or a safetensors file in diffusers' names.
+        dtype: Of the weights; time embedding, tables and norms stay float32 as in diffusers.
+        revision: Of a hub repository.
+        causal_config: `local_attn_size`, `sink_size`, `independent_first_frame`.
+
+    Raises:
+        ValueError: If `generator_ckpt` does not fit; names the first keys that do not.
+    """
+    causal_config = {"num_frame_per_block": num_frame_per_block, **causal_config}
+    folder, subfolder = pretrained_model_name_or_path, "transformer"
+    if generator_ckpt is not None and Path(generator_ckpt).is_dir():
+        subfolder = "transformer" if (Path(generator_ckpt) / "transformer").is_dir() else ""
+        folder, revision = generator_ckpt, None
+    transformer = CausalWanTransformer3DModel.from_pretrained(
+        folder, subfolder=subfolder, torch_dtype=dtype, revision=revision, **causal_config
+    )
+    if generator_ckpt is not None and Path(generator_ckpt).is_file():
+        load_generator_file(transformer, generator_ckpt)
+    return transformer
+
+
+def check_generator_ckpt(generator_ckpt: str | None) -> None:
+    """Checks, before anything is loaded, that a path can hold a generator.
+
+    Raises:
+        ValueError: If it does not exist, or is neither a transformer folder nor a safetensors file.
+    """
+    if generator_ckpt is None:
+        return
+    path = Path(generator_ckpt)
+    if path.is_dir() and any((path / sub / "config.json").is_file() for sub in ("", "transformer")):
+        return
+    if not (path.is_file() and path.suffix == ".safetensors"):
+        raise ValueError(
+            "generator_ckpt must be a diffusers transformer folder (with config.json, or with transformer/config.json "
+            f"in it) or a .safetensors file, got {generator_ckpt!r}"
+            + (", which does not exist." if not path.exists() else ".")
+        )
+
+
+def load_generator_file(transformer: CausalWanTransformer3DModel, path: str) -> None:
+    """Loads a safetensors file in diffusers' names into a transformer, all keys or none.
+
+    Raises:
+        ValueError: If keys or shapes differ; names the first of them.
+    """
+    weights, expected = load_file(path), transformer.state_dict()
+    unexpected = [key for key in weights if key not in expected]
+    missing = [key for key in expected if key not in weights]
+    reshaped = [key for key in weights if key in expected and weights[key].shape != expected[key].shape]
+    for problem, keys in (("unexpected", unexpected), ("missing", missing), ("of another shape", reshaped)):
+        if keys:
+            raise ValueError(
+                f"generator_ckpt {path} must have the names and shapes of the base transformer, but {len(keys)} keys "
+                f"are {problem}, first {', '.join(keys[:5])}; give the weights of the same architecture in diffusers "
+                "format."
+            )
+    transformer.load_state_dict(weights)
+
+
+def load_vae(
+    pretrained_model_name_or_path: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> AutoencoderKLWan:
+    """Loads the VAE, frozen and in eval mode."""
+    vae = AutoencoderKLWan.from_pretrained(
+        pretrained_model_name_or_path, subfolder="vae", torch_dtype=dtype, revision=revision
+    )
+    return vae.requires_grad_(False).eval()
+
+
+def load_text_encoder(
+    pretrained_model_name_or_path: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
+    """Loads tokenizer and UMT5 text encoder, frozen and in eval mode."""
+    tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder="tokenizer", revision=revision)
+    text_encoder = UMT5EncoderModel.from_pretrained(
+        pretrained_model_name_or_path, subfolder="text_encoder", dtype=dtype, revision=revision
+    )
+    return tokenizer, text_encoder.requires_grad_(False).eval()
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: UMT5EncoderModel,
+    prompts: Sequence[str],
+    max_sequence_length: int = 512,
+    *,
+    batch_size: int = 8,
+    show_progress: bool = False,
+) -> list[torch.Tensor]:
+    """Embeds prompts as WAN does: cleaned, cut at `max_sequence_length` tokens, encoded with their mask.
+
+    Args:
+        tokenizer: Of the checkpoint.
+        text_encoder: Of the checkpoint; its device is used.
+        prompts: Any number of texts.
+        max_sequence_length: Tokens at most; 512 is what WAN was trained with.
+        batch_size: Prompts in one pass.
+        show_progress: Whether to show a bar.
+
+    Returns:
+        One tensor `(S, D)` a prompt, of its true length S. `pad_prompt_embeds` makes a batch of them.
+    """
+    embeds = []
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, desc="prompts", disable=not show_progress):
+        tokens = tokenizer(
+            [prompt_clean(prompt) for prompt in prompts[start : start + batch_size]],
+            padding="max_length",
+            max_length=max_sequence_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(text_encoder.device)
+        hidden_states = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        lengths = tokens.attention_mask.sum(dim=1).tolist()
+        # Cloned: a view would keep the padding in memory.
+        embeds += [states[:length].clone() for states, length in zip(hidden_states, lengths, strict=True)]
+    return embeds
+
+
+def pad_prompt_embeds(embeds: Sequence[torch.Tensor], max_sequence_length: int = 512) -> torch.Tensor:
+    """Pads embeddings `(S, D)` with zeros to `(B, max_sequence_length, D)`; WAN attends to the zeros, unmasked."""
+    batch = embeds[0].new_zeros(len(embeds), max_sequence_length, embeds[0].shape[-1])
+    for row, embed in zip(batch, embeds, strict=True):
+        row[: len(embed)] = embed
+    return batch
+
+
+# --- videos and latents ----------------------------------------------------------------------------------------------
+
+
+def _latents_mean_std(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, std = (
+        torch.tensor(values, device=like.device, dtype=torch.float32).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
+@torch.no_grad()
+def encode_videos(vae: AutoencoderKLWan, videos: torch.Tensor) -> torch.Tensor:
+    """Encodes videos to normalised latents: (posterior mode - latents_mean) / latents_std.
+
+    Args:
+        vae: Its dtype and device are used.
+        videos: In [-1, 1], `(B, 3, T, height, width)`, T = 4k + 1.
+
+    Returns:
+        Latents `(B, C, F, H, W)`, float32, F = (T - 1) / 4 + 1. Inverse of `decode_latents`, up to the VAE's loss.
+    """
+    latents = vae.encode(videos.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    mean, std = _latents_mean_std(vae, latents)
+    return (latents - mean) / std
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Decodes normalised latents `(B, C, F, H, W)` to videos in [-1, 1], `(B, 3, T, height, width)`."""
+    mean, std = _latents_mean_std(vae, latents)
+    return vae.decode((latents.float() * std + mean).to(vae.device, vae.dtype), return_dict=False)[0]
+
+
+def check_video_size(
+    num_frames: int, height: int, width: int, *, vae: AutoencoderKLWan, transformer: CausalWanTransformer3DModel
+) -> None:
+    """Checks that a video of this size fits the VAE, the patches and the blocks.
+
+    Raises:
+        ValueError: If it does not; names the nearest sizes that do.
+    """
+    temporal, spatial = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    if num_frames < 1 or (num_frames - 1) % temporal:
+        below = (num_frames - 1) // temporal * temporal + 1
+        raise ValueError(
+            f"num_frames must be {temporal}k + 1 for the WAN VAE, got {num_frames}; use {max(below, 1)} or "
+            f"{max(below, 1) + temporal}."
+        )
+    multiples = [spatial * patch for patch in transformer.config.patch_size[1:]]
+    for name, size, multiple in (("height", height, multiples[0]), ("width", width, multiples[1])):
+        if size < multiple or size % multiple:
+            below = max(size // multiple * multiple, multiple)
+            raise ValueError(
+                f"{name} must be a multiple of {multiple} for this checkpoint, got {size}; use {below} or "
+                f"{below + multiple}."
+            )
+    transformer.block_lengths((num_frames - 1) // temporal + 1)
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def add_lora(
+    transformer: CausalWanTransformer3DModel, *, rank: int, alpha: float, target_modules: Sequence[str]
+) -> None:
+    """Freezes a transformer and adds trainable LoRA adapters, in float32, to the named linear layers.
+
+    Args:
+        transformer: Changed in place.
+        rank: Of the update, >= 1.
+        alpha: The update is scaled by alpha / rank.
+        target_modules: Endings of module names.
+
+    Raises:
+        ValueError: If no module has such a name (from peft, which lists what it looked for).
+
+    Source: LoRA, arXiv 2106.09685, section 4.1.
+    """
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=True, target_modules=list(target_modules))
+    )
+    cast_training_params(transformer, dtype=torch.float32)
+
+
+def save_lora(transformer: CausalWanTransformer3DModel, folder: str | Path) -> None:
+    """Writes `pytorch_lora_weights.safetensors`, which stock `WanPipeline.load_lora_weights` takes."""
+    WanPipeline.save_lora_weights(
+        str(folder),
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+    )

@@ -1,0 +1,144 @@
+"""Metrics of a run: sums over processes and steps, written to metrics.jsonl and the trackers."""
+
+import contextlib
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+
+
+Sums = dict[str, torch.Tensor]
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class MetricSums:
+    """Sums over the steps since the last log entry; stored in checkpoints, so that a resumed run logs the same."""
+
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+        self.num_steps = 0
+
+    def add(self, sums: Sums) -> None:
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def reduce_to_main(self, accelerator: Any) -> None:
+        """Moves the sums of all processes to the main one."""
+        for name, value in sorted(self.sums.items()):
+            total = accelerator.reduce(value.clone())
+            self.sums[name] = total if accelerator.is_main_process else torch.zeros_like(total)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.num_steps = state["sums"], state["num_steps"]
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Drops the entries of a metrics file after `last_step`: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= last_step]
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+class StepLog:
+    """Writes the metrics of the steps since the last entry to metrics.jsonl and the trackers."""
+
+    def __init__(self, run: Any, summarize: Callable[[Sums], dict[str, float]]) -> None:
+        self.run, self.summarize = run, summarize
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self.seconds = {"data": 0.0, "compute": 0.0}
+        self.num_tokens = 0
+        self.num_steps = 0
+
+    def count_step(self, num_tokens: int) -> None:
+        """Counts a step and its latent tokens."""
+        self.num_steps += 1
+        self.num_tokens += num_tokens
+
+    @contextlib.contextmanager
+    def timed(self, part: Literal["data", "compute"]) -> Iterator[None]:
+        """Adds the wall time of its body to a part of the step."""
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+    def write(self) -> dict[str, float]:
+        """Reduces the metrics over processes, writes them on the main one and starts the next interval."""
+        run, metrics = self.run, self.run.metrics
+        metrics.reduce_to_main(run.accelerator)
+        entry: dict[str, float] = {}
+        if run.accelerator.is_main_process:
+            entry = self._entry(dict(metrics.sums))
+            self._record(entry)
+        metrics.sums, metrics.num_steps = {}, 0
+        self._start_interval()
+        return entry
+
+    def write_validation(self, metrics: dict[str, float], videos: dict[str, Path]) -> None:
+        """Writes what a validation measured and hands its videos to the trackers; its time counts for no step."""
+        if self.run.accelerator.is_main_process:
+            self._record(metrics)
+            log_videos(self.run.accelerator, videos, self.run.state.step)
+
+    def _entry(self, sums: Sums) -> dict[str, float]:
+        seconds = sum(self.seconds.values())
+        num_tokens = self.num_tokens * self.run.accelerator.num_processes
+        losses, grad_norms = sums.pop("loss", None), sums.pop("grad_norm", None)
+        nonfinite = sums.pop("num_nonfinite_steps", None)
+        entry = {}
+        if losses is not None and grad_norms is not None:
+            entry["generator_loss"] = float(losses) / self.run.metrics.num_steps
+            entry["generator_grad_norm"] = float(grad_norms) / self.run.metrics.num_steps
+            entry |= self.summarize(sums)
+        return entry | {
+            "lr": self.run.lr_scheduler.get_last_lr()[0],
+            "num_nonfinite_steps": 0.0 if nonfinite is None else float(nonfinite) / self.run.accelerator.num_processes,
+            "seconds_per_step": seconds / self.num_steps,
+            "data_seconds_per_step": self.seconds["data"] / self.num_steps,
+            "compute_seconds_per_step": self.seconds["compute"] / self.num_steps,
+            "latent_tokens_per_second": num_tokens / seconds,
+            "peak_memory_gb": peak_memory_gb(self.run.accelerator.device),
+        }
+
+    def _record(self, entry: dict[str, float]) -> None:
+        step = self.run.state.step
+        with (Path(self.run.config.output_dir) / METRICS_NAME).open("a") as file:
+            file.write(json.dumps({"step": step, **entry}) + "\n")
+        self.run.accelerator.log(entry, step=step)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Highest memory in use so far, in 10^9 bytes: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def log_videos(accelerator: Any, videos: dict[str, Path], step: int) -> None:
+    """Hands mp4 files to the trackers: as videos where the tracker plays them, as rows of frames to tensorboard."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            import wandb
+
+            tracker.log({name: wandb.Video(str(path), format="mp4") for name, path in videos.items()}, step=step)
+        elif tracker.name == "trackio":
+            import trackio
+
+            tracker.log({name: trackio.Video(str(path), format="mp4") for name, path in videos.items()}, step=step)
+        elif tracker.name == "tensorboard":
+            for name, path in videos.items():
+                frames = iio.imread(path, plugin="pyav")
+                row = np.concatenate(list(frames[np.linspace(0, len(frames) - 1, 8).astype(int)]), axis=1)
+                tracker.writer.add_image(name, row, global_step=step, dataformats="HWC")

@@ -1,0 +1,422 @@
+"""The training loop: Accelerator, optimizer, EMA, logging, checkpoints, resume.
+
+Knows no video and no diffusion: a batch is opaque but for two keys, and the loss is an argument. Everything random in
+a step comes from the batch, whose samples are numbered through the whole run; so a resumed run needs no state of
+random generators, and neither the number of processes nor gradient accumulation changes what is learned.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    set_seed,
+)
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from causal_wan.checkpoints import (
+    checkpoint_trainable_weights_only,
+    find_checkpoint,
+    list_checkpoints,
+    save_checkpoint,
+)
+from causal_wan.run_log import METRICS_NAME, MetricSums, StepLog, Sums, truncate_metrics
+
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The run: how long, how fast, what is kept."""
+
+    output_dir: str
+    """Folder of the result, the checkpoints, the logs and the validation videos."""
+    seed: int = 0
+    """Seeds the order of the data, the noise and the draws of noise levels."""
+    max_train_steps: int = 10_000
+    """Optimizer steps of the whole run."""
+    train_batch_size: int = 1
+    """Clips in one pass of one process."""
+    gradient_accumulation_steps: int = 1
+    """Passes of each process that make one optimizer step."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps the optimizer's states in 8 bits (bitsandbytes)."""
+    learning_rate: float = 2e-6
+    """2e-6 suits full fine-tuning (CausVid, Self Forcing); LoRA wants about 1e-4."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """One of diffusers' schedules."""
+    lr_warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0; not with the plain constant schedule."""
+    adam_beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay of the mean of squared gradients."""
+    adam_weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    adam_epsilon: float = 1e-8
+    """Keeps AdamW from dividing by zero."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the passes; what `accelerate launch` or its config file says by default."""
+    allow_tf32: bool = False
+    """TensorFloat-32 matrix products on Ampere GPUs and newer."""
+    use_ema: bool = False
+    """Keep an exponential moving average of the weights; it is what is validated and saved as the result."""
+    ema_decay: float = 0.99
+    """Decay of the average; reached after a warm-up."""
+    dataloader_num_workers: int = 2
+    """Processes that read and decode ahead, for each training process."""
+    checkpointing_steps: int = 500
+    """Steps between checkpoints, from which a run can be resumed."""
+    checkpoints_total_limit: int | None = None
+    """How many checkpoints are kept, the newest; None keeps all."""
+    resume_from_checkpoint: str | None = None
+    """`latest` (starts anew when there is none) or the path of a checkpoint."""
+    logging_steps: int = 10
+    """Steps between log entries, each over all steps since the last."""
+    report_to: Literal["wandb", "tensorboard", "trackio", "all", "none"] = "tensorboard"
+    """Tracker; metrics.jsonl is written in any case."""
+    tracker_project_name: str = "causal-wan"
+    """Project that the tracker files the run under."""
+    validation_steps: int = 500
+    """Steps between validations."""
+    max_nonfinite_steps: int = 10
+    """Steps in a row that may be skipped because the loss is not finite, before the run stops."""
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps logging_steps "
+            "validation_steps max_nonfinite_steps"
+        )
+        for name in at_least_one.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}; try 2e-6, or 1e-4 for LoRA.")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError(
+                f"checkpoints_total_limit must be 1 or more, or None, got {self.checkpoints_total_limit}."
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError(
+                "lr_warmup_steps needs a schedule that warms up; use --lr_scheduler constant_with_warmup."
+            )
+
+
+@dataclass
+class RunState:
+    """How far a run is; stored in checkpoints."""
+
+    step: int = 0
+    num_samples: int = 0  # seen by all processes together
+    num_nonfinite_in_a_row: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        vars(self).update(state)
+
+
+# --- set up ----------------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(config: TrainingConfig, tracker_config: dict[str, Any]) -> Accelerator:
+    """The Accelerator of a run, with its trackers started and the output folder made.
+
+    Args:
+        config: The run's settings.
+        tracker_config: The resolved config, shown by the trackers.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "logs")
+        ),
+        # The loop hands over exactly the passes of one step, so the loader's end must not force a step.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
+        step_scheduler_with_optimizer=False,
+    )
+    logging.basicConfig(
+        format="%(levelname)s %(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR
+    )
+    for noisy in ("httpx", "accelerate", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    set_seed(config.seed)
+    if accelerator.is_main_process:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    hyperparameters = {
+        key: value if isinstance(value, int | float | str | bool) else str(value)
+        for key, value in tracker_config.items()
+    }
+    accelerator.init_trackers(config.tracker_project_name, config=hyperparameters)
+    return accelerator
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, in 8 bits on demand.
+
+    Raises:
+        ValueError: If bitsandbytes is needed and not installed.
+    """
+    settings = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if config.optimizer == "adamw8bit":
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise ValueError(
+                "--optimizer adamw8bit needs bitsandbytes; run `pip install bitsandbytes`, or use --optimizer adamw."
+            ) from None
+        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, **settings, fused=True)
+
+
+def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that an optimizer changes, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ema_weights(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
+    """Lets the model have its averaged weights for a while."""
+    if ema is None:
+        yield
+        return
+    parameters = trainable_parameters(model)
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+@dataclass
+class Run:
+    """The prepared parts of a run."""
+
+    accelerator: Accelerator
+    config: TrainingConfig
+    model: torch.nn.Module  # as wrapped by accelerate: the forward must go through it
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+    state: RunState
+    metrics: MetricSums
+
+    @property
+    def unwrapped_model(self) -> torch.nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def samples_per_step(self) -> int:
+        config = self.config
+        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+
+
+def prepare_run(accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module) -> Run:
+    """Optimizer, schedule and EMA of a model, prepared by accelerate and, when the config says so, resumed."""
+    optimizer = make_optimizer(trainable_parameters(model), config)
+    lr_scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
+    has_frozen_weights = any(not parameter.requires_grad for parameter in model.parameters())
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    ema = None
+    if config.use_ema:
+        ema = EMAModel(trainable_parameters(accelerator.unwrap_model(model)), decay=config.ema_decay)
+    run = Run(accelerator, config, model, optimizer, lr_scheduler, ema, RunState(), MetricSums())
+    accelerator.register_for_checkpointing(run.state, run.metrics, *([ema] if ema else []))
+    unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if has_frozen_weights and accelerator.distributed_type in unsharded:
+        checkpoint_trainable_weights_only(accelerator)
+    resume(run)
+    return run
+
+
+def resume(run: Run) -> None:
+    """Loads the checkpoint that the config names, if any, and cuts the metrics file back to it."""
+    checkpoint = find_checkpoint(run.config.resume_from_checkpoint, run.config.output_dir)
+    if checkpoint is None:
+        if run.config.resume_from_checkpoint is not None:
+            logger.info("no checkpoint in %s yet: starting at step 0", run.config.output_dir)
+    else:
+        run.accelerator.load_state(str(checkpoint))
+        if run.ema is not None:
+            run.ema.to(run.accelerator.device)
+        if not run.accelerator.is_main_process:  # the checkpoint holds the sums of all processes
+            run.metrics.sums = {name: torch.zeros_like(value) for name, value in run.metrics.sums.items()}
+        logger.info("resumed from %s at step %d", checkpoint, run.state.step)
+    run.metrics.sums = {name: value.to(run.accelerator.device) for name, value in run.metrics.sums.items()}
+    if run.accelerator.is_main_process:
+        truncate_metrics(Path(run.config.output_dir) / METRICS_NAME, last_step=run.state.step)
+
+
+def train(
+    run: Run,
+    *,
+    make_dataloader: Callable[[int, int], DataLoader],
+    prepare_batch: Callable[[Batch], Batch],
+    compute_loss: Callable[[torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]],
+    summarize: Callable[[Sums], dict[str, float]],
+    validate: Callable[[torch.nn.Module, int], tuple[dict[str, float], dict[str, Path]]] | None = None,
+) -> None:
+    """Trains until `max_train_steps`. The result is in the model, or in the average: see `ema_weights`.
+
+    Args:
+        run: From `prepare_run`.
+        make_dataloader: (first sample, end sample) -> the batches of the run's samples in that range, in order.
+        prepare_batch: A batch of the loader -> what `compute_loss` takes, with at least `num_items`, a scalar tensor:
+            how many elements its loss is a mean over, and `num_tokens`, an int, for the throughput. No gradients.
+        compute_loss: (wrapped model, prepared batch, num_items of the whole step over all processes) -> (this batch's
+            share of the loss: a sum over its elements divided by that number, sums to log).
+        summarize: Sums over processes and steps -> metrics.
+        validate: (unwrapped model with the weights of the result, step) -> (metrics, mp4 files by name). Called
+            on every process.
+
+    Raises:
+        RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped.
+    """
+    config, state = run.config, run.state
+    end_sample = state.num_samples + (config.max_train_steps - state.step) * run.samples_per_step
+    batches = iter(run.accelerator.prepare(make_dataloader(state.num_samples, end_sample)))
+    log = StepLog(run, summarize)
+    progress = tqdm(
+        total=config.max_train_steps,
+        initial=state.step,
+        desc="steps",
+        disable=not run.accelerator.is_local_main_process,
+        dynamic_ncols=True,
+    )
+    run.model.train()
+    while state.step < config.max_train_steps:
+        with log.timed("data"):
+            loaded = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+        with log.timed("compute"):
+            prepared = [prepare_batch(batch) for batch in loaded]
+            train_step(run, prepared, compute_loss)
+        log.count_step(num_tokens=sum(batch["num_tokens"] for batch in prepared))
+        state.num_samples += run.samples_per_step
+        state.step += 1
+
+        progress.update()
+        if is_due(state.step, config.logging_steps, config):
+            entry = log.write()
+            progress.set_postfix(loss=f"{entry.get('generator_loss', float('nan')):.4f}")
+        if validate is not None and is_due(state.step, config.validation_steps, config):
+            with ema_weights(run.ema, run.unwrapped_model):
+                log.write_validation(*validate(run.unwrapped_model, state.step))
+            run.model.train()
+        if is_due(state.step, config.checkpointing_steps, config):
+            run.metrics.reduce_to_main(run.accelerator)
+            save_checkpoint(run.accelerator, config.output_dir, state.step, total_limit=config.checkpoints_total_limit)
+    progress.close()
+
+
+def train_step(
+    run: Run,
+    batches: list[Batch],
+    compute_loss: Callable[[torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]],
+) -> Sums:
+    """One optimizer step over the passes that make it up; a step that is not finite is skipped.
+
+    Returns:
+        The sums to log, which have been added to the run's metrics.
+
+    Raises:
+        RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped.
+    """
+    accelerator, config = run.accelerator, run.config
+    num_items = accelerator.reduce(torch.stack([batch["num_items"] for batch in batches]).sum())
+    # Gradients are averaged over processes and divided by the accumulation; num_items already counts all of them.
+    scale = accelerator.num_processes * config.gradient_accumulation_steps
+    step_sums = MetricSums()
+    for batch in batches:
+        with accelerator.accumulate(run.model):
+            loss, sums = compute_loss(run.model, batch, num_items)
+            accelerator.backward(loss * scale)
+        step_sums.add({"loss": loss.detach().double(), **sums})
+    parameters = trainable_parameters(run.model)
+    grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
+    took_step = accelerator.scaler is not None or bool(torch.isfinite(grad_norm))
+    if took_step:
+        run.optimizer.step()
+        took_step = not accelerator.optimizer_step_was_skipped  # float16's scaler skips on its own
+    run.lr_scheduler.step()
+    run.optimizer.zero_grad()
+
+    if took_step:
+        run.state.num_nonfinite_in_a_row = 0
+        if run.ema is not None:
+            run.ema.step(trainable_parameters(run.unwrapped_model))
+        # The norm is the same on all processes and the sums are added up over them.
+        step_sums.add({"grad_norm": grad_norm.detach().double() / accelerator.num_processes})
+        run.metrics.add(step_sums.sums)
+        run.metrics.num_steps += 1
+    else:
+        count_nonfinite_step(run)
+    return step_sums.sums
+
+
+def count_nonfinite_step(run: Run) -> None:
+    """Notes a skipped step and stops the run when there were too many in a row.
+
+    Raises:
+        RuntimeError: After `max_nonfinite_steps` in a row.
+    """
+    state, limit = run.state, run.config.max_nonfinite_steps
+    state.num_nonfinite_in_a_row += 1
+    logger.warning("step %d skipped: its loss or gradient is not finite", state.step + 1)
+    run.metrics.add({"num_nonfinite_steps": torch.ones((), device=run.accelerator.device, dtype=torch.float64)})
+    if state.num_nonfinite_in_a_row >= limit:
+        checkpoints = list_checkpoints(run.config.output_dir)
+        kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
+        raise RuntimeError(
+            f"the loss must be finite, but {limit} steps in a row up to step {state.step + 1} were not; nothing was "
+            f"saved over earlier checkpoints ({kept}). Lower --learning_rate, use --mixed_precision bf16 instead of "
+            "fp16, or check the data, then go on with --resume_from_checkpoint latest."
+        )
+
+
+def is_due(step: int, every: int, config: TrainingConfig) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens after this one."""
+    return step % every == 0 or step == config.max_train_steps

@@ -1,0 +1,444 @@
+"""CausalWanTransformer3DModel: diffusers' WAN transformer with block-causal attention, per-frame timesteps, KV cache.
+
+Weight names and shapes are the stock model's: any diffusers WAN checkpoint loads, and what is saved loads back.
+
+Two ideas carry the file:
+
+* Block-causal attention needs no mask. The queries of frame block i attend to the key/value prefix up to the end of
+  block i: one dense call a block, through diffusers' `dispatch_attention_fn`, so that every backend works.
+* Per-frame modulation needs no per-token tensor. The stock layer broadcasts `(N, 1, D)` modulation over `(N, L, D)`
+  tokens; fold the frames into N and each frame has its own. Only attention has to unfold them.
+
+Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, T = tokens a frame,
+L = F T tokens, G = groups of tokens that share a timestep (1, F or L a sample), N = heads, E = head dim, D = N E.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.utils import apply_lora_scale
+
+from causal_wan.flow import frame_block_lengths
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """One dense attention call: queries [query_start, query_end) see keys [key_start, query_end)."""
+
+    query_start: int
+    query_end: int
+    key_start: int
+
+
+def block_causal_spans(block_lengths: list[int], frame_tokens: int, local_attn_size: int = -1) -> list[TokenSpan]:
+    """The dense attention calls that make up block-causal attention.
+
+    Args:
+        block_lengths: Latent frames of each block.
+        frame_tokens: T, tokens of one latent frame.
+        local_attn_size: Latent frames that a query sees, counted back from the end of its block; -1 is all.
+
+    Returns:
+        One span a block, in token units.
+
+    Source: CausVid, arXiv 2412.07772, eq. 5; the window as in Self Forcing, arXiv 2506.08009.
+    """
+    spans, start = [], 0
+    for length in block_lengths:
+        end = start + length
+        key_start = 0 if local_attn_size == -1 else max(0, end - local_attn_size)
+        spans.append(TokenSpan(start * frame_tokens, end * frame_tokens, key_start * frame_tokens))
+        start = end
+    return spans
+
+
+class KVCache:
+    """Keys (after rope) and values of the frames generated so far, in buffers of fixed size.
+
+    Frames enter block by block with `reserve`; a block may be written any number of times until the next one starts.
+    When the buffers are full, the oldest frames after the first `sink_size` make room: the cache then holds
+    `capacity` frames, the sink, and the most recent ones, the current block included.
+
+    Attributes:
+        keys, values: `(num_layers, B, capacity * T, N, E)`.
+        num_frames: Latent frames of the clip seen so far, those that left the cache included.
+
+    Source: Self Forcing, arXiv 2506.08009, section 3.4 (rolling cache).
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, *, frame_tokens: int, sink_size: int) -> None:
+        self.keys, self.values = keys, values
+        self.frame_tokens, self.sink_size = frame_tokens, sink_size
+        self.capacity = keys.shape[2] // frame_tokens
+        self.num_frames = 0
+        self._num_held = 0  # latent frames in the buffers, always at their front
+        self._block = (0, 0)  # first frame and length of the current block
+
+    def reserve(self, start_frame: int, num_frames: int) -> int:
+        """Makes room for a block and returns how many tokens of the buffers are in use, the block included.
+
+        Args:
+            start_frame: The block's first latent frame in the whole clip: either just after the frames seen so far,
+                or that of the current block, which is then overwritten.
+            num_frames: Latent frames in the block.
+
+        Raises:
+            ValueError: If the block neither continues nor repeats, or is longer than the cache.
+        """
+        if (start_frame, num_frames) == self._block and num_frames > 0:
+            return self._num_held * self.frame_tokens
+        if start_frame != self.num_frames:
+            raise ValueError(
+                f"a block must begin at latent frame {self.num_frames} (the next) or repeat the current one "
+                f"{self._block}, got start_frame={start_frame}; run the blocks in order, or make a new cache."
+            )
+        if self.sink_size + num_frames > self.capacity:
+            raise ValueError(
+                f"the cache must hold the sink and one block, {self.sink_size} + {num_frames} latent frames, but has "
+                f"room for {self.capacity}; raise local_attn_size or num_frames of make_cache."
+            )
+        overflow = self._num_held + num_frames - self.capacity
+        if overflow > 0:
+            self._evict(overflow)
+        self._num_held += num_frames
+        self._block = (start_frame, num_frames)
+        self.num_frames = start_frame + num_frames
+        return self._num_held * self.frame_tokens
+
+    def _evict(self, num_frames: int) -> None:
+        sink = self.sink_size * self.frame_tokens
+        end, gone = self._num_held * self.frame_tokens, num_frames * self.frame_tokens
+        for buffer in (self.keys, self.values):
+            buffer[:, :, sink : end - gone] = buffer[:, :, sink + gone : end].clone()
+        self._num_held -= num_frames
+
+    def update(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the block's keys and values `(B, l, N, E)` before token `end`; returns all that the block may see."""
+        self.keys[layer, :, end - key.shape[1] : end] = key.to(self.keys.dtype)
+        self.values[layer, :, end - key.shape[1] : end] = value.to(self.values.dtype)
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+@dataclass
+class AttentionContext:
+    """What self-attention needs beside its tokens. Travels to the layers in the place of the rotary embedding.
+
+    Attributes:
+        rotary_emb: cos and sin, each `(1, L, 1, E)`.
+        spans: Dense calls of block-causal attention; None with a cache, whose prefix is seen whole.
+        cache: Keys and values of earlier blocks, or None.
+        cache_end: Tokens of the cache in use, the current block included.
+        layer: Which layer is running.
+    """
+
+    rotary_emb: tuple[torch.Tensor, torch.Tensor]
+    spans: list[TokenSpan] | None = None
+    cache: KVCache | None = None
+    cache_end: int = 0
+    layer: int = 0
+
+
+def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates neighbouring channel pairs of `(B, L, N, E)` by the angles in cos, sin `(1, L, 1, E)`, in float32.
+
+    Source: RoFormer, arXiv 2104.09864, eq. 34; the layout is the one of diffusers' `WanRotaryPosEmbed`.
+    """
+    x1, x2 = hidden_states.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).flatten(-2).type_as(hidden_states)
+
+
+class CausalWanSelfAttnProcessor:
+    """Block-causal self-attention over tokens whose frames are folded into the batch."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,  # (B G, L / G, D)
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        rotary_emb: AttentionContext | None = None,
+    ) -> torch.Tensor:
+        context, folded_shape = rotary_emb, hidden_states.shape
+        cos, sin = context.rotary_emb
+        hidden_states = hidden_states.reshape(-1, cos.shape[1], folded_shape[-1])  # (B, L, D)
+
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query = attn.norm_q(query).unflatten(2, (attn.heads, -1))  # (B, L, N, E)
+        key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
+        value = value.unflatten(2, (attn.heads, -1))
+        query, key = apply_rotary_emb(query, cos, sin), apply_rotary_emb(key, cos, sin)
+
+        if context.cache is not None:
+            key, value = context.cache.update(context.layer, key, value, context.cache_end)
+            out = self._attend(query, key.type_as(query), value.type_as(query))
+        else:
+            out = torch.cat(
+                [
+                    self._attend(
+                        query[:, span.query_start : span.query_end],
+                        key[:, span.key_start : span.query_end],
+                        value[:, span.key_start : span.query_end],
+                    )
+                    for span in context.spans
+                ],
+                dim=1,
+            )
+        out = out.flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](out)).reshape(folded_shape)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+
+
+class FoldedCrossAttnProcessor(WanAttnProcessor):
+    """The stock processor (text, image, fused projections) over tokens whose frames are folded into the batch."""
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,  # (B G, L / G, D)
+        encoder_hidden_states: torch.Tensor,  # (B, S, D)
+        attention_mask: None = None,
+        rotary_emb: None = None,
+    ) -> torch.Tensor:
+        unfolded = hidden_states.reshape(encoder_hidden_states.shape[0], -1, hidden_states.shape[-1])
+        return super().__call__(attn, unfolded, encoder_hidden_states).reshape(hidden_states.shape)
+
+
+class CausalWanTransformer3DModel(WanTransformer3DModel):
+    """WAN's transformer for block-causal training and block-by-block generation.
+
+    `from_pretrained(folder, num_frame_per_block=3)` makes any diffusers WAN transformer causal. With
+    `num_frame_per_block=None` (the default), or a block as long as the clip, it is exactly the stock model.
+
+    Args beside those of `WanTransformer3DModel`:
+        num_frame_per_block: Latent frames a block; None is bidirectional.
+        local_attn_size: Latent frames that a query sees, counted back from the end of its block, the block included;
+            -1 is all. In a rollout it is also the size of the cache.
+        sink_size: The clip's first latent frames, kept in the cache when the window has left them. Rollouts only.
+        independent_first_frame: The first latent frame is a block of its own (1 + k num_frame_per_block frames).
+
+    Source: CausVid, arXiv 2412.07772, section 4.1; window, sink and first frame as in Self Forcing, arXiv 2506.08009.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        num_frame_per_block: int | None = None,
+        local_attn_size: int = -1,
+        sink_size: int = 0,
+        independent_first_frame: bool = False,
+    ) -> None:
+        super().__init__(
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=num_layers,
+            cross_attn_norm=cross_attn_norm,
+            qk_norm=qk_norm,
+            eps=eps,
+            image_dim=image_dim,
+            added_kv_proj_dim=added_kv_proj_dim,
+            rope_max_seq_len=rope_max_seq_len,
+            pos_embed_seq_len=pos_embed_seq_len,
+        )
+        _check_causal_config(num_frame_per_block, local_attn_size, sink_size)
+        if patch_size[0] != 1:
+            raise ValueError(f"patch_size must be 1 in time so that frames have own timesteps, got {patch_size}.")
+        for layer in self.blocks:
+            layer.attn1.set_processor(CausalWanSelfAttnProcessor())
+            layer.attn2.set_processor(FoldedCrossAttnProcessor())
+
+    def get_parameter_or_buffer(self, name: str) -> torch.Tensor:
+        """The parameter or buffer of that name. accelerate's FSDP2 asks the root module for it."""
+        module_name, _, leaf = name.rpartition(".")
+        return getattr(self.get_submodule(module_name), leaf)
+
+    def block_lengths(self, num_latent_frames: int) -> list[int]:
+        """Latent frames of each block of a clip; see `causal_wan.flow.frame_block_lengths`."""
+        return frame_block_lengths(
+            num_latent_frames,
+            self.config.num_frame_per_block,
+            independent_first_frame=self.config.independent_first_frame,
+        )
+
+    def make_cache(
+        self,
+        batch_size: int,
+        num_latent_frames: int,
+        height: int,
+        width: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KVCache:
+        """An empty cache for a rollout.
+
+        Args:
+            batch_size: B.
+            num_latent_frames: Latent frames of the whole clip; the cache is no larger than `local_attn_size`.
+            height: Latent height H.
+            width: Latent width W.
+            device: Where the buffers live; the model's by default.
+            dtype: Of the buffers; the model's by default.
+        """
+        capacity = num_latent_frames
+        if self.config.local_attn_size != -1:
+            capacity = min(capacity, self.config.local_attn_size)
+        frame_tokens = (height // self.config.patch_size[1]) * (width // self.config.patch_size[2])
+        shape = (
+            self.config.num_layers,
+            batch_size,
+            capacity * frame_tokens,
+            self.config.num_attention_heads,
+            self.config.attention_head_dim,
+        )
+        keys = torch.zeros(shape, device=device or self.device, dtype=dtype or self.dtype)
+        return KVCache(keys, torch.zeros_like(keys), frame_tokens=frame_tokens, sink_size=self.config.sink_size)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        cache: KVCache | None = None,
+        start_frame: int = 0,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predicts the velocity of noisy latents.
+
+        Args:
+            hidden_states: Noisy latents `(B, C, F, H, W)`; with a cache, those of one block.
+            timestep: 1000 sigma, in [0, 1000]: `(B,)`, one a frame `(B, F)`, or one a token `(B, L)`.
+            encoder_hidden_states: Prompt embeddings `(B, S, text_dim)`.
+            encoder_hidden_states_image: Image embeddings of image-to-video models.
+            return_dict: False returns a tuple.
+            attention_kwargs: May hold `scale`, the LoRA scale, as in diffusers.
+            cache: Keys and values of the earlier blocks (from `make_cache`). Without one the whole clip is given and
+                attention is block-causal.
+            start_frame: The block's first latent frame in the whole clip; only with a cache.
+
+        Returns:
+            `.sample`: velocity `(B, C, F, H, W)`.
+
+        Raises:
+            ValueError: If F does not divide into blocks, the timestep's shape fits none of the above, or positions
+                leave the rotary table.
+        """
+        batch_size, _, num_frames, height, width = hidden_states.shape
+        _, p_h, p_w = self.config.patch_size
+        frame_tokens = (height // p_h) * (width // p_w)
+
+        context = AttentionContext(rotary_emb=self._rotary_emb(hidden_states, start_frame))
+        if cache is None:
+            spans = block_causal_spans(self.block_lengths(num_frames), frame_tokens, self.config.local_attn_size)
+            context = replace(context, spans=spans)
+        else:
+            context = replace(context, cache=cache, cache_end=cache.reserve(start_frame, num_frames))
+
+        tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)  # (B, L, D)
+        num_groups = _num_timestep_groups(timestep, num_frames, tokens.shape[1])
+        temb, timestep_proj, encoder_hidden_states, encoder_hidden_states_image = self.condition_embedder(
+            timestep.flatten(),
+            encoder_hidden_states,
+            encoder_hidden_states_image,
+            timestep_seq_len=None if timestep.ndim == 1 else num_groups,
+        )
+        if encoder_hidden_states_image is not None:
+            encoder_hidden_states = torch.cat([encoder_hidden_states_image, encoder_hidden_states], dim=1)
+
+        temb = temb.reshape(batch_size * num_groups, 1, -1)  # (B G, 1, D)
+        timestep_proj = timestep_proj.reshape(batch_size * num_groups, 6, -1)  # (B G, 6, D)
+        tokens = tokens.reshape(batch_size * num_groups, -1, tokens.shape[-1])  # (B G, L / G, D)
+        for index, layer in enumerate(self.blocks):
+            inputs = (tokens, encoder_hidden_states, timestep_proj, replace(context, layer=index))
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(layer, *inputs)
+            else:
+                tokens = layer(*inputs)
+
+        shift, scale = (self.scale_shift_table + temb).chunk(2, dim=1)
+        tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
+        tokens = self.proj_out(tokens).reshape(batch_size, num_frames, height // p_h, width // p_w, p_h, p_w, -1)
+        output = tokens.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # (B, C, F, H, W)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _rotary_emb(self, hidden_states: torch.Tensor, start_frame: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin `(1, L, 1, E)` of the frames from `start_frame` on; positions are those of the whole clip."""
+        _, _, num_frames, height, width = hidden_states.shape
+        end_frame = start_frame + num_frames
+        if end_frame > self.config.rope_max_seq_len:
+            raise ValueError(
+                f"a clip may have at most rope_max_seq_len={self.config.rope_max_seq_len} latent frames, got "
+                f"{end_frame}; generate fewer frames."
+            )
+        whole_clip = torch.empty((1, 1, end_frame, height, width), device="meta")  # only its shape is read
+        cos, sin = self.rope(whole_clip)
+        num_tokens = cos.shape[1] // end_frame * num_frames
+        return cos[:, -num_tokens:], sin[:, -num_tokens:]
+
+
+def _num_timestep_groups(timestep: torch.Tensor, num_frames: int, num_tokens: int) -> int:
+    """How many runs of tokens of a sample have a timestep of their own: 1, F or L."""
+    if timestep.ndim == 1:
+        return 1
+    if timestep.ndim == 2 and timestep.shape[1] in (num_frames, num_tokens):
+        return timestep.shape[1]
+    raise ValueError(
+        f"timestep must have shape (B,), (B, F) with F={num_frames} latent frames, or (B, L) with L={num_tokens} "
+        f"tokens, got {tuple(timestep.shape)}."
+    )
+
+
+def _check_causal_config(num_frame_per_block: int | None, local_attn_size: int, sink_size: int) -> None:
+    if num_frame_per_block is not None and num_frame_per_block < 1:
+        raise ValueError(f"num_frame_per_block must be 1 or more, or None, got {num_frame_per_block}.")
+    if sink_size < 0:
+        raise ValueError(f"sink_size must be 0 or more latent frames, got {sink_size}.")
+    smallest_window = (num_frame_per_block or 1) + sink_size
+    if local_attn_size != -1 and local_attn_size < smallest_window:
+        raise ValueError(
+            f"local_attn_size must hold one block and the sink, {smallest_window} latent frames or more, or be -1 "
+            f"for no window, got {local_attn_size}."
+        )

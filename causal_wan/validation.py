@@ -1,0 +1,130 @@
+"""Validation of a student: few-step samples of fixed noise, and the loss on held-out clips with fixed draws.
+
+The same prompts, noise and draws at every validation and in every run of the same seed, so that curves and videos can
+be laid side by side.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+
+from causal_wan.models import decode_latents
+from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.regression import sample_generator
+from causal_wan.run_log import MetricSums
+from causal_wan.transformer import CausalWanTransformer3DModel
+
+
+FRAME_RATE = 16  # of WAN's videos
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """What a run is judged by while it trains."""
+
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts to sample at each validation."""
+    validation_metadata_path: str | None = None
+    """CSV of held-out clips, like metadata_path: their loss is measured and their prompts are sampled."""
+    num_validation_samples: int = 4
+    """How many of the held-out clips are used, from the first row on."""
+
+    def __post_init__(self) -> None:
+        if self.num_validation_samples < 1:
+            raise ValueError(f"num_validation_samples must be 1 or more, got {self.num_validation_samples}.")
+
+
+def write_video(path: str | Path, video: torch.Tensor, frame_rate: float = FRAME_RATE) -> None:
+    """Writes a video in [-1, 1], `(3, T, height, width)`, as H.264 mp4."""
+    frames = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    write_frames(path, frames.permute(1, 2, 3, 0).cpu().numpy(), frame_rate)
+
+
+def write_frames(path: str | Path, frames: np.ndarray, frame_rate: float = FRAME_RATE) -> None:
+    """Writes uint8 frames `(T, height, width, 3)` as H.264 mp4."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(path, frames, plugin="pyav", codec="libx264", fps=frame_rate, out_pixel_format="yuv420p")
+
+
+def share(count: int, process_index: int, num_processes: int) -> list[tuple[int, bool]]:
+    """The items of `count` that a process takes, and whether each counts.
+
+    All processes get equally many, since a sharded model's forward is a common effort: the last item is repeated, and
+    repeats do not count.
+    """
+    numbers = range(process_index, -(-count // num_processes) * num_processes, num_processes)
+    return [(min(number, count - 1), number < count) for number in numbers]
+
+
+class Validation:
+    """Samples prompts and measures the loss on held-out batches; each process takes its share.
+
+    Args:
+        accelerator: Of the run.
+        method: Has `levels`, `seed`, `vae`, `embed(prompts)`, `compute_loss` and `summarize`, as training scripts do.
+        output_dir: Videos go to `validation/step-N` in it.
+        prompts: All prompts, of all processes.
+        batches: This process's prepared batches, and whether each counts.
+        latent_shape: (C, F, H, W) of the videos to sample.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        method: Any,
+        *,
+        output_dir: str,
+        prompts: list[str],
+        batches: list[tuple[dict, bool]],
+        latent_shape: tuple[int, int, int, int],
+    ) -> None:
+        self.accelerator, self.method = accelerator, method
+        self.output_dir, self.prompts, self.batches = Path(output_dir), prompts, batches
+        self.latent_shape = latent_shape
+
+    @torch.no_grad()
+    def __call__(
+        self, transformer: CausalWanTransformer3DModel, step: int
+    ) -> tuple[dict[str, float], dict[str, Path]]:
+        """Metrics, and a video for each prompt, named `validation/NN`."""
+        transformer.eval()
+        folder = self.output_dir / "validation" / f"step-{step:06d}"
+        paths = {f"validation/{number:02d}": folder / f"{number:02d}.mp4" for number in range(len(self.prompts))}
+        for number, counts in share(len(self.prompts), self.accelerator.process_index, self.accelerator.num_processes):
+            video = self.sample(transformer, number)
+            if counts:
+                write_video(paths[f"validation/{number:02d}"], video)
+        self.accelerator.wait_for_everyone()
+        return self.measure_loss(transformer) if self.batches else {}, paths
+
+    def sample(self, transformer: CausalWanTransformer3DModel, number: int) -> torch.Tensor:
+        """The video of a prompt, from noise of the prompt's own number, in [-1, 1], `(3, T, height, width)`."""
+        timesteps = self.method.levels[self.method.levels > 0].tolist()
+        generator = sample_generator(self.method.seed, number)
+        noise = torch.randn((len(timesteps), 1, *self.latent_shape), generator=generator)
+        pipeline = CausalWanPipeline(
+            tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer
+        )
+        latents = pipeline.sample_latents(
+            self.method.embed([self.prompts[number]]), noise.to(self.accelerator.device), timesteps
+        )
+        return decode_latents(self.method.vae, latents)[0]
+
+    def measure_loss(self, transformer: CausalWanTransformer3DModel) -> dict[str, float]:
+        """The training loss on the held-out batches, in all and by level."""
+        sums = MetricSums()
+        num_items = sum(batch["num_items"] for batch, counts in self.batches if counts)
+        num_items = self.accelerator.reduce(torch.as_tensor(num_items, device=self.accelerator.device))
+        for batch, counts in self.batches:
+            loss, batch_sums = self.method.compute_loss(transformer, batch, num_items)
+            weight = float(counts)
+            sums.add({"loss": weight * loss, **{name: weight * value for name, value in batch_sums.items()}})
+        sums.reduce_to_main(self.accelerator)
+        if not self.accelerator.is_main_process:
+            return {}
+        metrics = {"loss": float(sums.sums.pop("loss")), **self.method.summarize(sums.sums)}
+        return {f"validation_{name}": value for name, value in metrics.items()}

@@ -1,0 +1,407 @@
+"""Trains a complete small WAN on sketches from nothing: VAE, tokenizer, text encoder, transformer; no download, no GPU.
+
+    python examples/sketch/build_tiny_wan.py                      # everything, about 70 minutes on 4 CPU cores
+    python examples/sketch/build_tiny_wan.py --stage base         # text encoder and transformer only, keeps the VAE
+
+The result, `tiny-wan/`, is in diffusers' own folder format and loads in the stock `WanPipeline`. The VAE learns the
+strokes of all kinds of sketch; the text encoder and the transformer see BASE_KINDS only, so that NEW_KINDS are left to
+teach. Flow matching: x_sigma = (1 - sigma) latents + sigma noise, target velocity = noise - latents, squared error, one
+sigma a clip.
+
+Shapes: B clips, T frames, F latent frames, L text tokens.
+"""
+
+import io
+import math
+import random
+import re
+import shutil
+import string
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+import torch
+import tyro
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from ink import colour_error, ink_f1, mean_ink_f1, psnr
+from make_dataset import BASE_KINDS, HEIGHT, KINDS, NUM_FRAMES, WIDTH, Sketch, draw, prompt, sketches, write_mp4
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from tqdm.auto import tqdm, trange
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+
+TEXT_DIM = 96
+TEXT_LENGTH = 512  # what WanPipeline pads prompts to
+TRAIN_TEXT_LENGTH = 64  # the prompts fit; CountedPadding makes training at this length exact
+HELDOUT_PER_KIND = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How long to train, and where to put the result."""
+
+    output_dir: str = str(Path(__file__).parent / "tiny-wan")
+    """Folder of the checkpoint; replaced whole at every export."""
+    work_dir: str = "outputs/tiny-wan-work"
+    """Folder for the latents that the base is trained on, and the report."""
+    stage: Literal["all", "new", "vae", "base", "report"] = "all"
+    """`new` writes untrained parts; `vae`, `base` and `report` take the other parts from output_dir."""
+    seed: int = 0
+    """Seeds the sketches, the initial weights and the noise."""
+    num_threads: int = 3
+    """Threads of torch."""
+    vae_clips: int = 500
+    """Clips that the VAE is trained on."""
+    vae_frame_steps: int = 800
+    """VAE steps on 32 single frames; comes first, because on clips alone the VAE collapses to plain white."""
+    vae_clip_steps: int = 1600
+    """VAE steps on 4 short clips."""
+    vae_lr: float = 2e-3
+    """Peak learning rate of the VAE."""
+    base_clips: int = 2400
+    """Clips that the base is trained on."""
+    base_steps: int = 2600
+    """Optimizer steps of the base."""
+    base_batch_size: int = 8
+    """Clips a step."""
+    base_lr: float = 1.5e-3
+    """Peak learning rate of the base."""
+    shift: float = 3.0
+    """Training sigmas are shift u / (1 + (shift - 1) u) with u uniform; also the sampler's flow_shift."""
+    export_every: int = 500
+    """Steps of the base between two exports."""
+
+
+# ---- the sketches
+
+
+def heldout_sketches(seed: int) -> list[Sketch]:
+    """HELDOUT_PER_KIND sketches of every kind, in the order of KINDS, that nothing is trained on."""
+    rng = random.Random(seed)
+    return [sketch for kind in KINDS for sketch in rng.sample(sketches((kind,)), HELDOUT_PER_KIND)]
+
+
+def training_sketches(kinds: tuple[str, ...], number: int, seed: int) -> list[Sketch]:
+    """So many different sketches, none of them held out."""
+    heldout = set(heldout_sketches(seed))
+    candidates = [sketch for sketch in sketches(kinds) if sketch not in heldout]
+    return random.Random(seed + 1).sample(candidates, min(number, len(candidates)))
+
+
+def filmed(sketch: Sketch) -> np.ndarray:  # (T, H, W, 3) uint8
+    """The clip as it comes out of its mp4 file, with the codec's blurred colours."""
+    file = io.BytesIO()
+    write_mp4(draw(sketch), file)
+    file.seek(0)
+    with av.open(file) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def film(wanted: list[Sketch]) -> Iterator[np.ndarray]:
+    """`filmed` for many sketches, in order."""
+    with ProcessPoolExecutor(2) as workers:
+        yield from tqdm(workers.map(filmed, wanted, chunksize=4), total=len(wanted), desc="drawing", unit="clip")
+
+
+def to_videos(frames: torch.Tensor) -> torch.Tensor:  # (B, T, H, W, 3) uint8 -> (B, 3, T, H, W) in [-1, 1]
+    return frames.movedim(-1, 1).float() / 127.5 - 1
+
+
+def to_frames(videos: torch.Tensor) -> torch.Tensor:  # (B, 3, T, H, W) in [-1, 1] -> (B, T, H, W, 3) uint8
+    return ((videos.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
+
+
+# ---- the parts, untrained
+
+
+def new_vae() -> AutoencoderKLWan:
+    """A WAN VAE that first treats frames singly: its temporal taps other than the present are zero.
+
+    As in WAN 2.2 pixels are folded 2 x 2 into channels, then come two stages that halve space and time.
+    """
+    vae = AutoencoderKLWan(
+        base_dim=12,
+        z_dim=16,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+    )
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, WanCausalConv3d):
+                module.weight[:, :, :-1] = 0
+        for module in vae.modules():
+            if isinstance(module, WanResample) and hasattr(module, "time_conv"):
+                out_channels, in_channels = module.time_conv.weight.shape[:2]
+                module.time_conv.weight[:, :, -1, 0, 0] = torch.eye(in_channels).repeat(out_channels // in_channels, 1)
+                module.time_conv.bias.zero_()
+    return vae
+
+
+def new_tokenizer() -> PreTrainedTokenizerFast:
+    """A Unigram tokenizer in the manner of T5: pad 0, end of sequence 1, a piece for every word of the prompts.
+
+    Other words fall apart into letters, and what is not ASCII into bytes.
+    """
+    words = Counter(word for sketch in sketches(tuple(KINDS)) for word in re.findall(r"\w+", prompt(sketch)))
+    vocabulary = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
+    vocabulary += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+    vocabulary += [(character, -10.0) for character in "▁" + string.ascii_letters + string.digits + string.punctuation]
+    vocabulary += [(f"▁{word}", math.log(number / words.total())) for word, number in words.most_common() if len(word) > 1]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=True))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=TEXT_LENGTH,
+        padding_side="right",
+    )
+
+
+def new_pipeline(config: Config) -> WanPipeline:
+    """All parts of a small WAN 2.1, with untrained weights."""
+    tokenizer = new_tokenizer()
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=24, d_ff=192, num_layers=2, num_heads=4, dropout_rate=0.0
+        )
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=6, attention_head_dim=32, text_dim=TEXT_DIM, freq_dim=64, ffn_dim=768, num_layers=6
+    )
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.shift, solver_order=2
+    )
+    return WanPipeline(
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=new_vae(), scheduler=scheduler, transformer=transformer
+    )
+
+
+def export(pipeline: WanPipeline, output_dir: str) -> None:
+    """Writes the checkpoint beside output_dir, then puts it in place; VAE and transformer in half precision.
+
+    The text encoder stays float32, because transformers loads it in the precision it finds.
+    """
+    target, partial = Path(output_dir), Path(output_dir + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    for part in (pipeline.vae, pipeline.transformer):
+        name = "vae" if part is pipeline.vae else "transformer"
+        half = type(part).from_config(part.config)
+        half.load_state_dict(part.state_dict())
+        half.half().save_pretrained(partial / name)
+    if (target / "README.md").exists():
+        shutil.copy(target / "README.md", partial)
+    old = Path(output_dir + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---- the VAE
+
+
+def cosine(step: int, num_steps: int, warmup: int = 50) -> float:
+    """Share of the peak learning rate: linear warm-up, then a half cosine to 2 %."""
+    return min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / num_steps)))
+
+
+def reconstruction_loss(vae: AutoencoderKLWan, videos: torch.Tensor, noise_std: float = 0.1) -> torch.Tensor:
+    """Squared error with the ink weighted up elevenfold, from slightly noisy latents that are kept near unit size."""
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = vae.encode(videos).latent_dist.mode()
+        reconstruction = vae.decode(latents + noise_std * torch.randn_like(latents)).sample
+    ink = (videos.amin(dim=1, keepdim=True) < 0.9).float()
+    error = (reconstruction.float() - videos).square()
+    return ((1 + 10 * ink) * error).mean() + 1e-3 * latents.float().square().mean()
+
+
+def crop(clips: torch.Tensor, batch_size: int, length: int) -> torch.Tensor:  # (N, T, H, W, 3) -> (B, 3, length, H, W)
+    """Random stretches of random clips; every other one from the very beginning, and mirrored at random."""
+    stretches = []
+    for clip in torch.randint(len(clips), (batch_size,)).tolist():
+        latest = clips.shape[1] - length
+        start = 0 if length > 1 and random.random() < 0.3 else random.randint(0, latest)
+        stretch = clips[clip, start : start + length]
+        mirrored = [axis for axis in (1, 2) if random.random() < 0.5]
+        stretches.append(stretch.flip(mirrored) if mirrored else stretch)
+    return to_videos(torch.stack(stretches))
+
+
+def train_vae(vae: AutoencoderKLWan, config: Config) -> None:
+    """Single frames first, then short clips through the chunked encoder and decoder; then fits the normalisation."""
+    clips = torch.from_numpy(np.stack(list(film(training_sketches(tuple(KINDS), config.vae_clips, config.seed)))))
+    for phase, num_steps in (("frames", config.vae_frame_steps), ("clips", config.vae_clip_steps)):
+        peak = config.vae_lr if phase == "frames" else config.vae_lr * 0.75
+        optimizer = torch.optim.Adam(vae.parameters(), lr=peak, betas=(0.9, 0.98))
+        bar = trange(num_steps, desc=f"VAE, {phase}")
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * cosine(step, num_steps)
+            batch_size, length = (32, 1) if phase == "frames" else random.choice([(6, 5), (4, 9), (2, 17)])
+            loss = reconstruction_loss(vae, crop(clips, batch_size, length))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}")
+    vae.to(torch.float16).to(torch.float32)  # what is stored
+    fit_normalisation(vae, clips[torch.randperm(len(clips))[:64]])
+
+
+@torch.no_grad()
+def fit_normalisation(vae: AutoencoderKLWan, clips: torch.Tensor) -> None:
+    """Sets latents_mean and latents_std so that (latents - mean) / std has zero mean and unit variance a channel."""
+    latents = torch.cat([vae.encode(to_videos(some)).latent_dist.mode() for some in clips.split(4)])
+    mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+
+
+def latent_statistics(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:  # (16, 1, 1, 1) each
+    mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKLWan, wanted: list[Sketch]) -> torch.Tensor:  # (N, 16, F, h, w) float16, normalised
+    mean, std = latent_statistics(vae)
+    latents, batch = [], []
+    for index, clip in enumerate(film(wanted)):
+        batch.append(torch.from_numpy(clip))
+        if len(batch) == 8 or index == len(wanted) - 1:
+            latents.append(((vae.encode(to_videos(torch.stack(batch))).latent_dist.mode() - mean) / std).half())
+            batch = []
+    return torch.cat(latents)
+
+
+# ---- text encoder and transformer
+
+
+class CountedPadding(WanAttnProcessor):
+    """Cross-attention in which the last text token stands for all the zero tokens up to TEXT_LENGTH.
+
+    Padding is not masked in WAN but zero, so n equal tokens are one token with log(n) added to its logit: the same
+    result as with TEXT_LENGTH tokens, at the price of TRAIN_TEXT_LENGTH.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        length = encoder_hidden_states.shape[1]
+        bias = hidden_states.new_zeros(1, 1, 1, length)
+        bias[..., -1] = math.log(TEXT_LENGTH - length + 1)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, bias, rotary_emb)
+
+
+def embed_prompts(pipeline: WanPipeline, prompts: list[str], length: int) -> torch.Tensor:  # (B, L, TEXT_DIM)
+    """Text encoder output with zeros after each prompt's end, as in WanPipeline, with gradient."""
+    tokens = pipeline.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    embeds = pipeline.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    return embeds * tokens.attention_mask[..., None]
+
+
+def flow_matching_loss(pipeline: WanPipeline, latents: torch.Tensor, prompts: list[str], shift: float) -> torch.Tensor:
+    """Mean squared error of the predicted velocity noise - latents, at one shifted-uniform sigma a clip."""
+    uniform = (torch.arange(len(latents)) + torch.rand(len(latents))) / len(latents)  # one from each part of [0, 1]
+    sigmas = shift * uniform / (1 + (shift - 1) * uniform)
+    noise = torch.randn_like(latents)
+    mix = sigmas.view(-1, 1, 1, 1, 1)
+    prompt_embeds = embed_prompts(pipeline, prompts, TRAIN_TEXT_LENGTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = pipeline.transformer((1 - mix) * latents + mix * noise, 1000 * sigmas, prompt_embeds).sample
+    return (velocity.float() - (noise - latents)).square().mean()
+
+
+@torch.no_grad()
+def train_base(pipeline: WanPipeline, config: Config) -> None:
+    """Trains text encoder and transformer together; exports their moving average from time to time."""
+    wanted = training_sketches(BASE_KINDS, config.base_clips, config.seed)
+    latents = cached_latents(pipeline.vae, wanted, config)
+    prompts = [prompt(sketch) for sketch in wanted]
+    trained = nn.ModuleList([pipeline.text_encoder, pipeline.transformer])
+    stock_processors = pipeline.transformer.attn_processors
+    for layer in pipeline.transformer.blocks:
+        layer.attn2.set_processor(CountedPadding())
+    parameters = list(trained.parameters())
+    average = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=config.base_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    bar, started, smooth = trange(config.base_steps, desc="base"), time.time(), 1.0
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = config.base_lr * cosine(step, config.base_steps, warmup=100)
+        chosen = torch.randint(len(wanted), (config.base_batch_size,)).tolist()
+        texts = ["" if random.random() < 0.1 else prompts[index] for index in chosen]
+        with torch.enable_grad():
+            loss = flow_matching_loss(pipeline, latents[chosen].float(), texts, config.shift)
+            optimizer.zero_grad()
+            loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.998, (step + 1) / (step + 10)))
+        smooth += 0.02 * (loss.item() - smooth)
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{smooth:.4f}")
+        if (step + 1) % config.export_every == 0 or step + 1 == config.base_steps:
+            now = [parameter.detach().clone() for parameter in parameters]
+            torch._foreach_copy_(parameters, average)
+            export(pipeline, config.output_dir)
+            print(f"\nexported after {step + 1} steps, {(time.time() - started) / 60:.1f} min, loss {smooth:.4f}", flush=True)
+            if step + 1 < config.base_steps:
+                torch._foreach_copy_(parameters, now)
+    pipeline.transformer.set_attn_processor(stock_processors)
+
+
+def cached_latents(vae: AutoencoderKLWan, wanted: list[Sketch], config: Config) -> torch.Tensor:
+    """`encode_clips`, kept in work_dir for the next run with the same VAE and clips."""
+    file = Path(config.work_dir) / "latents.pt"
+    fingerprint = (vae.config.latents_mean, len(wanted), config.seed)
+    if file.exists():
+        kept = torch.load(file, weights_only=True)
+        if kept["fingerprint"] == fingerprint:
+            return kept["latents"]
+    latents = encode_clips(vae, wanted)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"fingerprint": fingerprint, "latents": latents}, file)
+    return latents
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)
+    random.seed(config.seed)
+    pipeline = new_pipeline(config)
+    if config.stage in ("base", "report"):
+        stored = WanPipeline.from_pretrained(config.output_dir)
+        pipeline.vae = stored.vae
+        pipeline = stored if config.stage == "report" else pipeline
+    if config.stage in ("all", "vae"):
+        train_vae(pipeline.vae, config)
+    if config.stage in ("new", "vae", "all"):
+        export(pipeline, config.output_dir)
+    if config.stage in ("all", "base"):
+        train_base(pipeline, config)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff), description=__doc__))

@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from causal_wan import flow
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 6, 3, 5, generator=generator)
+    noise = torch.randn(2, 4, 6, 3, 5, generator=generator)
+    sigmas = torch.rand(2, 6, generator=generator) * 0.9 + 0.1
+    return latents, noise, sigmas
+
+
+def test_sigma_0_is_data_and_sigma_1_is_noise_to_the_last_bit(tensors):
+    latents, noise, _ = tensors
+    assert torch.equal(flow.add_noise(latents, noise, torch.zeros(2)), latents)
+    assert torch.equal(flow.add_noise(latents, noise, torch.ones(2, 6)), noise)
+
+
+def test_velocity_and_latents_are_inverse_to_each_other(tensors):
+    latents, noise, sigmas = tensors
+    noisy = flow.add_noise(latents, noise, sigmas)
+    velocity = flow.velocity(latents, noise)
+    torch.testing.assert_close(flow.latents_from_velocity(noisy, velocity, sigmas), latents)
+    torch.testing.assert_close(flow.velocity_from_latents(noisy, latents, sigmas), velocity, rtol=1e-4, atol=1e-4)
+
+
+def test_velocity_is_the_derivative_of_noising_by_sigma(tensors):
+    latents, noise, _ = tensors
+    def noised(sigma):
+        return flow.add_noise(latents, noise, sigma.expand(2))
+    _, derivative = torch.func.jvp(noised, (torch.tensor(0.3),), (torch.tensor(1.0),))
+    torch.testing.assert_close(derivative, flow.velocity(latents, noise))
+
+
+def test_each_frame_gets_its_own_level(tensors):
+    latents, noise, _ = tensors
+    sigmas = torch.zeros(2, 6)
+    sigmas[:, 3] = 1.0
+    noisy = flow.add_noise(latents, noise, sigmas)
+    assert torch.equal(noisy[:, :, 3], noise[:, :, 3])
+    assert torch.equal(noisy[:, :, :3], latents[:, :, :3])
+
+
+def test_timestep_757_is_sigma_0_757_exactly():
+    assert flow.sigmas_from_timesteps(torch.tensor([1000, 757, 0])).tolist() == [1.0, pytest.approx(0.757), 0.0]
+    assert flow.sigmas_from_timesteps(torch.tensor(757.0)).item() == torch.tensor(0.757).item()
+
+
+@pytest.mark.parametrize(
+    ("shift", "expected"),
+    [
+        (3, [1000, 900, 750, 500, 0]),
+        (5, [1000, 937.5, 833.3333, 625, 0]),
+        (8, [1000, 960, 888.8889, 727.2727, 0]),
+        (1, [1000, 750, 500, 250, 0]),
+    ],
+)
+def test_warping_equals_the_published_lists(shift, expected):
+    warped = flow.shift_timesteps(torch.tensor([1000, 750, 500, 250, 0]), shift)
+    torch.testing.assert_close(warped, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_warping_equals_the_table_of_the_diffusers_scheduler():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    table = FlowMatchEulerDiscreteScheduler(shift=5.0).timesteps
+    torch.testing.assert_close(flow.shift_timesteps(torch.arange(1000, 0, -1), 5.0), table, rtol=1e-5, atol=1e-3)
+
+
+def test_sampling_drops_the_trailing_0_that_training_keeps():
+    assert flow.training_timesteps([1000, 757, 522, 0]).tolist() == [1000, 757, 522, 0]
+    assert flow.sampling_timesteps([1000, 757, 522, 0]).tolist() == [1000, 757, 522]
+    assert flow.sampling_timesteps([1000, 500], warp_denoising_step=True, timestep_shift=3.0).tolist() == [1000, 750]
+
+
+@pytest.mark.parametrize("steps", [[], [0], [500, 757], [1000, 1000], [1001, 0], [1000, -1]])
+def test_step_lists_that_cannot_be_sampled_are_refused(steps):
+    with pytest.raises(ValueError, match="denoising_step_list"):
+        flow.check_denoising_step_list(steps)
+
+
+def test_frames_fall_into_blocks():
+    assert flow.frame_block_lengths(21, 3) == [3] * 7
+    assert flow.frame_block_lengths(21, None) == [21]
+    assert flow.frame_block_lengths(21, 21) == [21]
+    assert flow.frame_block_lengths(21, 4, independent_first_frame=True) == [1, 4, 4, 4, 4, 4]
+    assert flow.frame_block_lengths(1, 3) == [1]
+
+
+def test_frames_that_do_not_divide_name_the_nearest_that_do():
+    with pytest.raises(ValueError, match=r"got 20; use 18 or 21 latent frames \(num_frames 69 or 81\)"):
+        flow.frame_block_lengths(20, 3)
+
+
+def test_levels_of_blocks_repeat_over_their_frames():
+    assert flow.per_frame(torch.tensor([[1, 2]]), [1, 3]).tolist() == [[1, 2, 2, 2]]
+
+
+def test_levels_of_a_wrong_shape_are_refused():
+    with pytest.raises(ValueError, match=r"\(B,\) or \(B, F\)"):
+        flow.broadcast_over_latents(torch.zeros(1, 2, 3))

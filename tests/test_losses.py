@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from causal_wan import losses
+
+
+def test_masked_mean_is_the_plain_mean_over_kept_frames_however_the_batch_is_split():
+    generator = torch.Generator().manual_seed(0)
+    predicted, target = torch.randn(2, 4, 3, 5, 2, 2, generator=generator)
+    mask = torch.rand(4, 5, generator=generator) > 0.5
+    errors = losses.frame_losses(predicted, target)
+    expected = ((predicted - target) ** 2).movedim(2, 1)[mask].mean()
+    whole = losses.masked_sum_over_count(errors, mask, mask.sum())
+    parts = sum(losses.masked_sum_over_count(errors[i : i + 2], mask[i : i + 2], mask.sum()) for i in (0, 2))
+    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(parts, expected)
+
+
+def test_masked_frames_give_no_gradient_even_when_they_are_not_finite():
+    values = torch.tensor([1.0, float("nan")], requires_grad=True)
+    losses.masked_sum_over_count(values, torch.tensor([True, False]), torch.tensor(1)).backward()
+    assert values.grad.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("loss_type", "expected"), [("mse", 9.0), ("l1", 3.0), ("huber", 2.5)])
+def test_loss_types_follow_their_formulas(loss_type, expected):
+    predicted = torch.full((1, 2, 3, 2, 2), 3.0)
+    assert losses.frame_losses(predicted, torch.zeros_like(predicted), loss_type).tolist() == [[expected] * 3]
+
+
+def test_losses_are_float32_whatever_comes_in():
+    half = torch.ones(1, 1, 1, 1, 1, dtype=torch.bfloat16)
+    assert losses.frame_losses(half, half).dtype == torch.float32
+
+
+def statistics(predicted, target, indices, mask=None, levels=3):
+    mask = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask
+    return losses.level_statistics(predicted, target, indices, mask, levels)
+
+
+def test_statistics_of_parts_add_up_and_never_mix_levels():
+    generator = torch.Generator().manual_seed(1)
+    predicted, target = torch.randn(2, 4, 3, 5, 2, 2, generator=generator)
+    indices = torch.randint(3, (4, 5), generator=generator)
+    whole = statistics(predicted, target, indices)
+    torch.testing.assert_close(
+        whole,
+        statistics(predicted[:1], target[:1], indices[:1]) + statistics(predicted[1:], target[1:], indices[1:]),
+    )
+    metrics = losses.level_metrics(whole)
+    for level in range(3):
+        kept_p, kept_t = (x.movedim(2, 1)[indices == level].double() for x in (predicted, target))
+        torch.testing.assert_close(metrics["mse"][level], (kept_p - kept_t).square().mean())
+        torch.testing.assert_close(metrics["predicted_std"][level], kept_p.std(correction=0))
+        torch.testing.assert_close(metrics["target_mean"][level], kept_t.mean())
+
+
+def test_masked_frames_do_not_count():
+    predicted = torch.ones(1, 1, 2, 1, 1)
+    sums = statistics(predicted, 0 * predicted, torch.tensor([[0, 0]]), torch.tensor([[True, False]]))
+    assert sums[0, 0] == 1
+
+
+def test_blur_gap_is_0_for_the_conditional_mean_and_not_for_an_untrained_prediction():
+    generator = torch.Generator().manual_seed(2)
+    known = torch.randn(1, 1, 1, 300, 300, generator=generator)
+    hidden = torch.randn(1, 1, 1, 300, 300, generator=generator)
+    target, indices = known + hidden, torch.zeros(1, 1, dtype=torch.int64)
+    optimal = losses.level_metrics(statistics(known, target, indices))
+    assert abs(optimal["blur_gap"][0]) < 0.01
+    shrunk = losses.level_metrics(statistics(0.5 * known, target, indices))
+    assert shrunk["blur_gap"][0] > 0.2
+    overshooting = losses.level_metrics(statistics(1.5 * known, target, indices))
+    assert overshooting["blur_gap"][0] < -0.2

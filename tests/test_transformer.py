@@ -1,0 +1,247 @@
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig
+
+from causal_wan.transformer import CausalWanTransformer3DModel, KVCache, block_causal_spans
+
+
+CONFIG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 64,
+    "num_layers": 2,
+}
+B, F, H, W, S = 2, 6, 4, 6, 7
+TOKENS = (H // 2) * (W // 2)
+
+
+def make(stock=None, **causal):
+    model = CausalWanTransformer3DModel(**CONFIG, **causal).eval()
+    if stock is not None:
+        model.load_state_dict(stock.state_dict())
+    return model
+
+
+@pytest.fixture
+def stock():
+    torch.manual_seed(0)
+    return WanTransformer3DModel(**CONFIG).eval()
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(B, 4, F, H, W, generator=generator),
+        "timestep": 1000 * torch.rand(B, F, generator=generator),
+        "encoder_hidden_states": torch.randn(B, S, 16, generator=generator),
+    }
+
+
+@torch.no_grad()
+def run(model, inputs, **changes):
+    return model(**{**inputs, **changes}).sample
+
+
+@pytest.mark.parametrize("num_frame_per_block", [None, F, 100])
+def test_one_block_is_the_stock_model_to_the_last_bit(stock, inputs, num_frame_per_block):
+    timestep = torch.tensor([757.0, 3.0])
+    model = make(stock, num_frame_per_block=num_frame_per_block)
+    assert torch.equal(run(model, inputs, timestep=timestep), run(stock, inputs, timestep=timestep))
+
+
+def test_timesteps_by_frame_equal_the_stock_timesteps_by_token(stock, inputs):
+    by_token = inputs["timestep"].repeat_interleave(TOKENS, dim=1)
+    expected = run(stock, inputs, timestep=by_token)
+    torch.testing.assert_close(run(make(stock), inputs), expected)
+    torch.testing.assert_close(run(make(stock), inputs, timestep=by_token), expected)
+
+
+@pytest.mark.parametrize("num_frame_per_block", [1, 2, 3])
+def test_changing_a_frame_leaves_every_earlier_block_bitwise_alone_and_reaches_every_later_one(
+    stock, inputs, num_frame_per_block
+):
+    model = make(stock, num_frame_per_block=num_frame_per_block)
+    before = run(model, inputs)
+    for frame in range(F):
+        changed = inputs["hidden_states"].clone()
+        changed[:, :, frame] += 1
+        after = run(model, inputs, hidden_states=changed)
+        block_start = frame // num_frame_per_block * num_frame_per_block
+        assert torch.equal(after[:, :, :block_start], before[:, :, :block_start])
+        differs = (after != before).flatten(3).any(dim=-1).any(dim=1)  # (B, F)
+        assert differs[:, block_start:].all()
+
+
+def dense_mask(num_frame_per_block, local_attn_size, independent_first_frame=False):
+    """The definition of Self Forcing's mask, frame by frame: kv < end(q), and kv >= end(q) - window."""
+    offset = 1 if independent_first_frame else 0
+    mask = torch.zeros(F, F, dtype=torch.bool)
+    for query in range(F):
+        if query < offset:
+            end = offset
+        else:
+            end = ((query - offset) // num_frame_per_block + 1) * num_frame_per_block + offset
+        for key in range(F):
+            mask[query, key] = key < end and (local_attn_size == -1 or key >= end - local_attn_size)
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("per_block", "window", "first"), [(1, -1, False), (2, -1, False), (2, 4, False), (1, 2, False), (5, -1, True)]
+)
+def test_dense_calls_per_block_equal_attention_with_a_dense_mask(per_block, window, first):
+    model = make(num_frame_per_block=per_block, local_attn_size=window, independent_first_frame=first)
+    spans = block_causal_spans(model.block_lengths(F), TOKENS, window)
+    mask = dense_mask(per_block, window, first).repeat_interleave(TOKENS, 0).repeat_interleave(TOKENS, 1)
+    covered = torch.zeros_like(mask)
+    for span in spans:
+        covered[span.query_start : span.query_end, span.key_start : span.query_end] = True
+    assert torch.equal(covered, mask)
+
+
+def rollout(model, inputs, block, num_frames=F):
+    """Runs the blocks one by one; each is first written with other content, as the denoising steps do."""
+    cache = model.make_cache(B, num_frames, H, W)
+    outputs = []
+    for start in range(0, num_frames, block):
+        piece = {
+            "hidden_states": inputs["hidden_states"][:, :, start : start + block],
+            "timestep": inputs["timestep"][:, start : start + block],
+            "encoder_hidden_states": inputs["encoder_hidden_states"],
+            "cache": cache,
+            "start_frame": start,
+        }
+        run(model, piece, hidden_states=torch.randn_like(piece["hidden_states"]))
+        outputs.append(run(model, piece))
+    return torch.cat(outputs, dim=2)
+
+
+@pytest.mark.parametrize(("block", "window"), [(1, -1), (2, -1), (3, -1), (2, 4), (1, 3)])
+def test_rollout_with_the_cache_equals_the_full_forward(stock, inputs, block, window):
+    model = make(stock, num_frame_per_block=block, local_attn_size=window)
+    torch.testing.assert_close(rollout(model, inputs, block), run(model, inputs))
+
+
+def test_cache_keeps_the_sink_and_the_most_recent_frames():
+    # One number a frame, so that what is left in the buffers can be read off.
+    cache = KVCache(torch.zeros(1, 1, 4, 1, 1), torch.zeros(1, 1, 4, 1, 1), frame_tokens=1, sink_size=1)
+    for frame in range(7):
+        for _ in range(2):  # a repeated pass overwrites
+            end = cache.reserve(frame, 1)
+            keys, values = cache.update(0, torch.full((1, 1, 1, 1), float(frame)), torch.zeros(1, 1, 1, 1), end)
+    assert keys.flatten().tolist() == [0, 4, 5, 6]
+    assert values.shape == keys.shape
+    assert cache.num_frames == 7
+
+
+def test_blocks_out_of_order_are_refused(stock, inputs):
+    cache = make(stock, num_frame_per_block=2).make_cache(B, F, H, W)
+    cache.reserve(0, 2)
+    with pytest.raises(ValueError, match="must begin at latent frame 2"):
+        cache.reserve(4, 2)
+
+
+def test_gradient_checkpointing_changes_no_gradient(stock, inputs):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make(stock, num_frame_per_block=2).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(**inputs).sample.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_weights_go_from_stock_to_causal_and_back(stock, inputs, tmp_path):
+    stock.save_pretrained(tmp_path / "stock")
+    causal = CausalWanTransformer3DModel.from_pretrained(tmp_path / "stock", num_frame_per_block=3)
+    assert causal.config.num_frame_per_block == 3
+    causal.save_pretrained(tmp_path / "causal")
+    assert CausalWanTransformer3DModel.from_pretrained(tmp_path / "causal").config.num_frame_per_block == 3
+    back = WanTransformer3DModel.from_pretrained(tmp_path / "causal")
+    timestep = torch.tensor([500.0, 20.0])
+    assert torch.equal(run(back.eval(), inputs, timestep=timestep), run(stock, inputs, timestep=timestep))
+
+
+def test_lora_adapters_attach_and_scale(stock, inputs):
+    model = make(stock, num_frame_per_block=2)
+    before = run(model, inputs)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "ffn.net.2"], init_lora_weights=False))
+    assert not torch.equal(run(model, inputs), before)
+    torch.testing.assert_close(run(model, inputs, attention_kwargs={"scale": 0.0}), before)
+
+
+def test_fused_projections_change_nothing_but_rounding(stock, inputs):
+    model = make(stock, num_frame_per_block=2)
+    before = run(model, inputs)
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(run(model, inputs), before)
+
+
+def test_image_embeddings_of_image_to_video_models_pass_through():
+    torch.manual_seed(0)
+    config = {**CONFIG, "image_dim": 20, "added_kv_proj_dim": 48}
+    stock = WanTransformer3DModel(**config).eval()
+    causal = CausalWanTransformer3DModel(**config).eval()
+    causal.load_state_dict(stock.state_dict())
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 2, H, W),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 512, 16),
+        "encoder_hidden_states_image": torch.randn(1, 5, 20),
+    }
+    assert torch.equal(run(causal, inputs), run(stock, inputs))
+
+
+REAL_CONFIGS = {
+    "WAN 2.1 1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "WAN 2.1 14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+    "WAN 2.2 5B": {
+        "num_attention_heads": 24,
+        "ffn_dim": 14336,
+        "num_layers": 30,
+        "in_channels": 48,
+        "out_channels": 48,
+    },
+}
+
+
+@pytest.mark.parametrize("name", REAL_CONFIGS)
+def test_real_models_have_the_stock_names_and_shapes(name):
+    with torch.device("meta"):
+        stock = WanTransformer3DModel(**REAL_CONFIGS[name])
+        causal = CausalWanTransformer3DModel(**REAL_CONFIGS[name], num_frame_per_block=3)
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (stock, causal)]
+    assert shapes[0] == shapes[1]
+    for parameter, _ in list(causal.named_parameters())[:3]:
+        assert causal.get_parameter_or_buffer(parameter) is dict(causal.named_parameters())[parameter]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_frame_per_block": 0}, "num_frame_per_block must be 1 or more"),
+        ({"sink_size": -1}, "sink_size must be 0 or more"),
+        ({"num_frame_per_block": 3, "local_attn_size": 2}, "local_attn_size must hold one block and the sink, 3"),
+        ({"patch_size": (2, 2, 2)}, "patch_size must be 1 in time"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_wrong_inputs_are_refused(stock, inputs):
+    with pytest.raises(ValueError, match="timestep must have shape"):
+        run(make(stock), inputs, timestep=torch.zeros(B, F + 1))
+    with pytest.raises(ValueError, match="use 4 or 8 latent frames"):
+        run(make(stock, num_frame_per_block=4), inputs)
+    with pytest.raises(ValueError, match="rope_max_seq_len=5"):
+        run(CausalWanTransformer3DModel(**CONFIG, rope_max_seq_len=5), inputs)

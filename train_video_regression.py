@@ -1,0 +1,400 @@
+"""Video regression: WAN learns to predict clean latents from noised latents of your own videos, in few causal steps.
+
+    accelerate launch train_video_regression.py --config examples/sketch/recipe.yaml
+
+    accelerate launch train_video_regression.py \\
+        --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
+        --dataset_base_path data/videos --metadata_path data/metadata.csv \\
+        --output_dir outputs/my-wan --mixed_precision bf16 --gradient_checkpointing
+
+For every block of `num_frame_per_block` latent frames, a level is drawn from `denoising_step_list` and the block is
+noised to it. The transformer sees each block and those before it, at their levels, and predicts the velocity; the loss
+is the squared error of the clean latents that follow from it, over the frames that are not clean already.
+
+Regression learns a conditional mean: where the prompt and the past do not determine the video, few steps blur. See
+`blur_gap_at_time_*` in the README for telling that from too little training.
+
+Source: CausVid, arXiv 2412.07772, section 4.3, with (clip, fresh noise) in the place of ODE pairs.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import AutoencoderKLWan
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from causal_wan.checkpoints import check_output_dir
+from causal_wan.config import flat_dict, parse_config, user_errors, write_recipe
+from causal_wan.flow import latents_from_velocity, velocity
+from causal_wan.losses import frame_losses, level_statistics, masked_sum_over_count
+from causal_wan.models import (
+    ModelConfig,
+    add_lora,
+    check_generator_ckpt,
+    check_video_size,
+    encode_prompts,
+    encode_videos,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    pad_prompt_embeds,
+    save_lora,
+)
+from causal_wan.regression import (
+    RegressionConfig,
+    draw_noisy_batch,
+    num_valid_latent_frames,
+    summarize_levels,
+)
+from causal_wan.training import (
+    Batch,
+    Sums,
+    TrainingConfig,
+    ema_weights,
+    make_accelerator,
+    prepare_run,
+    train,
+)
+from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.validation import Validation, ValidationConfig, share
+from dataset_utils import (
+    DataConfig,
+    Row,
+    SampleStream,
+    VideoDataset,
+    collate,
+    describe_rows,
+    describe_speed_up,
+    load_rows,
+    normalize_videos,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of a run, by group."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: RegressionConfig
+    training: TrainingConfig
+    validation: ValidationConfig
+    cache_latents: bool = False
+    """Encode every clip once, before the first step, and keep the latents in RAM; not with random frame sampling."""
+    dry_run: bool = False
+    """Resolve the config, check the data, print the plan and stop; loads no weights."""
+
+    def __post_init__(self) -> None:
+        self.method.block_lengths(self.num_latent_frames)
+        if self.cache_latents and self.data.frame_sampling == "random":
+            raise ValueError("cache_latents needs frames that never change; use --frame_sampling uniform or head.")
+
+    @property
+    def num_latent_frames(self) -> int:
+        """F, latent frames of a clip."""
+        return num_valid_latent_frames(self.data.num_frames, self.data.time_division_factor)
+
+
+# --- the method ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class VideoRegression:
+    """The loss, and what it needs beside the transformer."""
+
+    config: Config
+    prompt_embeds: dict[str, torch.Tensor]
+    vae: AutoencoderKLWan | None  # None when the batches bring latents
+    device: torch.device
+    seed: int
+    num_bad_samples: int = 0
+
+    def __post_init__(self) -> None:
+        self.levels = self.config.method.levels()
+        self.block_lengths = self.config.method.block_lengths(self.config.num_latent_frames)
+
+    @torch.no_grad()
+    def prepare_batch(self, batch: Batch) -> Batch:
+        """Clips of the data loader -> latents noised block by block."""
+        self.count_bad_samples(batch["errors"])
+        latents = (
+            batch["latents"] if "latents" in batch else encode_videos(self.vae, normalize_videos(batch["videos"]))
+        )
+        noisy = draw_noisy_batch(
+            latents.to(self.device),
+            self.levels,
+            self.block_lengths,
+            seed=self.seed,
+            sample_numbers=batch["sample_numbers"].tolist(),
+            num_valid_frames=[
+                num_valid_latent_frames(frames, self.config.data.time_division_factor)
+                for frames in batch["num_valid_frames"].tolist()
+            ],
+        )
+        return {
+            "noisy": noisy,
+            "prompt_embeds": self.embed(batch["prompts"]),
+            "num_items": noisy.mask.sum(),
+            "num_tokens": latents[:, 0].numel() // 4,  # patches of 1 x 2 x 2
+        }
+
+    def embed(self, prompts: list[str]) -> torch.Tensor:
+        """Padded embeddings `(B, S, D)` of prompts that were embedded before training."""
+        embeds = [self.prompt_embeds[prompt] for prompt in prompts]
+        return pad_prompt_embeds(embeds, self.config.model.max_sequence_length).to(self.device)
+
+    def compute_loss(
+        self, transformer: torch.nn.Module, batch: Batch, num_items: torch.Tensor
+    ) -> tuple[torch.Tensor, Sums]:
+        """Mean over the step's noisy frames of the error of the predicted clean latents."""
+        noisy = batch["noisy"]
+        predicted_velocity = transformer(
+            noisy.noisy_latents, noisy.timesteps, batch["prompt_embeds"], return_dict=False
+        )[0]
+        predicted_latents = latents_from_velocity(noisy.noisy_latents, predicted_velocity, noisy.sigmas)
+        if self.config.method.loss_space == "latents":
+            errors = frame_losses(predicted_latents, noisy.latents, self.config.method.loss_type)
+        else:
+            target_velocity = velocity(noisy.latents, noisy.noise)
+            errors = frame_losses(predicted_velocity, target_velocity, self.config.method.loss_type)
+        loss = masked_sum_over_count(errors, noisy.mask, num_items)
+        statistics = level_statistics(
+            predicted_latents, noisy.latents, noisy.level_indices, noisy.mask, len(self.levels)
+        )
+        return loss, {"levels": statistics}
+
+    def summarize(self, sums: Sums) -> dict[str, float]:
+        """Sums of `compute_loss` over steps and processes -> metrics by level."""
+        return summarize_levels(sums["levels"].cpu(), self.levels) | {"num_bad_samples": float(self.num_bad_samples)}
+
+    def count_bad_samples(self, errors: list[str]) -> None:
+        """Reports clips that broke while decoding and were replaced.
+
+        Raises:
+            ValueError: Above `max_bad_samples`.
+        """
+        for error in errors:
+            self.num_bad_samples += 1
+            tqdm.write(f"replaced a clip that does not decode: {error}")
+        if self.num_bad_samples > self.config.data.max_bad_samples:
+            raise ValueError(
+                f"at most max_bad_samples={self.config.data.max_bad_samples} clips may fail to decode, but "
+                f"{self.num_bad_samples} did, last: {errors[-1]}. Repair or remove them, or raise --max_bad_samples."
+            )
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def main(config: Config) -> None:
+    """Checks everything that needs no weights, then trains."""
+    with user_errors():
+        check_generator_ckpt(config.model.generator_ckpt)
+        check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
+        rows = load_rows(config.data)
+        validation_rows = load_validation_rows(config)
+    if config.dry_run:
+        print(describe_plan(config, rows, num_processes=1))
+        return
+
+    accelerator = make_accelerator(config.training, flat_dict(config))
+    if accelerator.is_main_process:
+        write_recipe(config, Path(config.training.output_dir) / "config.yaml")
+        print(describe_plan(config, rows, accelerator.num_processes))
+    weight_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    prompts = [row.prompt for row in rows + validation_rows] + list(config.validation.validation_prompts)
+    prompt_embeds = embed_prompts(accelerator, config.model, prompts, weight_dtype)
+    with user_errors():
+        transformer = make_student(config, weight_dtype)
+    vae = load_vae(
+        config.model.pretrained_model_name_or_path,
+        dtype=torch.bfloat16 if config.model.vae_dtype == "bf16" else torch.float32,
+        revision=config.model.revision,
+    ).to(accelerator.device)
+    with user_errors():
+        size = (config.data.num_frames, config.data.height, config.data.width)
+        check_video_size(*size, vae=vae, transformer=transformer)
+
+    dataset = VideoDataset(rows, config.data)
+    if config.cache_latents:
+        dataset = encode_dataset(accelerator, dataset, vae)
+    method = VideoRegression(config, prompt_embeds, vae, accelerator.device, config.training.seed)
+
+    def make_dataloader(start: int, end: int) -> DataLoader:
+        stream = SampleStream(dataset, num_samples=end, seed=config.training.seed, start=start)
+        return DataLoader(
+            stream,
+            batch_size=config.training.train_batch_size,
+            collate_fn=collate,
+            num_workers=0 if config.cache_latents else config.training.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+
+    with user_errors():
+        run = prepare_run(accelerator, config.training, transformer)
+    validate = Validation(
+        accelerator,
+        method,
+        output_dir=config.training.output_dir,
+        prompts=[row.prompt for row in validation_rows] + list(config.validation.validation_prompts),
+        batches=validation_batches(accelerator, method, validation_rows, config.data),
+        latent_shape=latent_shape(config, vae),
+    )
+    train(
+        run,
+        make_dataloader=make_dataloader,
+        prepare_batch=method.prepare_batch,
+        compute_loss=method.compute_loss,
+        summarize=method.summarize,
+        validate=validate if validate.prompts else None,
+    )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with ema_weights(run.ema, run.unwrapped_model):
+            save_student(run.unwrapped_model, config)
+        print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
+    accelerator.end_training()
+
+
+def load_validation_rows(config: Config) -> list[Row]:
+    """The held-out rows that are used, checked like the training rows."""
+    if config.validation.validation_metadata_path is None:
+        return []
+    data = replace(config.data, metadata_path=config.validation.validation_metadata_path)
+    return load_rows(data)[: config.validation.num_validation_samples]
+
+
+def make_student(config: Config, weight_dtype: torch.dtype) -> CausalWanTransformer3DModel:
+    """The transformer to train: float32 weights, or frozen ones in `weight_dtype` with LoRA adapters in float32."""
+    lora = config.model.lora_rank > 0
+    transformer = load_transformer(
+        config.model.pretrained_model_name_or_path,
+        num_frame_per_block=config.method.attention_block,
+        generator_ckpt=config.model.generator_ckpt,
+        dtype=weight_dtype if lora else torch.float32,
+        revision=config.model.revision,
+        local_attn_size=config.method.local_attn_size,
+        sink_size=config.method.sink_size,
+        independent_first_frame=config.method.independent_first_frame,
+    )
+    if lora:
+        add_lora(
+            transformer,
+            rank=config.model.lora_rank,
+            alpha=config.model.lora_rank if config.model.lora_alpha is None else config.model.lora_alpha,
+            target_modules=config.model.lora_target_modules,
+        )
+    if config.model.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer
+
+
+def save_student(transformer: CausalWanTransformer3DModel, config: Config) -> None:
+    """Writes `transformer/` in diffusers format, or the LoRA file, into the output folder."""
+    if config.model.lora_rank > 0:
+        save_lora(transformer, config.training.output_dir)
+    else:
+        transformer.save_pretrained(Path(config.training.output_dir) / "transformer")
+
+
+def embed_prompts(
+    accelerator: Accelerator, config: ModelConfig, prompts: list[str], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Embeds each distinct prompt once, split over the processes; the text encoder is freed on return.
+
+    Returns:
+        Prompt -> `(S, D)` of its true length S, on the CPU.
+    """
+    distinct = sorted(set(prompts))
+    own = distinct[accelerator.process_index :: accelerator.num_processes]
+    tokenizer, text_encoder = load_text_encoder(
+        config.pretrained_model_name_or_path, dtype=dtype, revision=config.revision
+    )
+    text_encoder.to(accelerator.device)
+    embeds = encode_prompts(
+        tokenizer,
+        text_encoder,
+        own,
+        config.max_sequence_length,
+        show_progress=accelerator.is_main_process,
+    )
+    pairs = list(zip(own, [embed.cpu() for embed in embeds], strict=True))
+    return dict(gather_object(pairs))
+
+
+def latent_shape(config: Config, vae: AutoencoderKLWan) -> tuple[int, int, int, int]:
+    """(C, F, H, W) of a clip."""
+    spatial = vae.config.scale_factor_spatial
+    return (
+        vae.config.z_dim,
+        config.num_latent_frames,
+        config.data.height // spatial,
+        config.data.width // spatial,
+    )
+
+
+def describe_plan(config: Config, rows: list[Row], num_processes: int) -> str:
+    """What is going to happen, in numbers."""
+    training, method, data = config.training, config.method, config.data
+    lengths = method.block_lengths(config.num_latent_frames)
+    samples_per_step = training.train_batch_size * training.gradient_accumulation_steps * num_processes
+    weights = f"LoRA of rank {config.model.lora_rank}" if config.model.lora_rank else "all weights"
+    levels = " ".join(f"{level:g}" for level in method.levels().tolist())
+    lines = [
+        f"checkpoint  {config.model.pretrained_model_name_or_path}"
+        + (f", weights of {config.model.generator_ckpt}" if config.model.generator_ckpt else ""),
+        f"data        {describe_rows(rows)}",
+        f"clips       {data.num_frames} frames of {data.height} x {data.width}, {data.frame_sampling} sampling: "
+        f"{sum(lengths)} latent frames in {len(lengths)} block(s) of {' '.join(map(str, sorted(set(lengths))))}",
+        f"method      {method.generator_task}, levels {levels}, {method.loss_type} of {method.loss_space}",
+        f"training    {weights}, {training.max_train_steps} steps of {samples_per_step} clips "
+        f"({training.train_batch_size} x {training.gradient_accumulation_steps} accumulated x {num_processes} "
+        f"process(es)) = {training.max_train_steps * samples_per_step / len(rows):.1f} passes over the data",
+        f"result      {training.output_dir}",
+    ]
+    speed_up = describe_speed_up(rows, data)
+    return "\n".join(lines + ([f"note        {speed_up}"] if speed_up else []))
+
+
+class CachedLatents:
+    """A data set of latents in RAM, to be streamed like the videos that they were encoded from."""
+
+    def __init__(self, samples: list[dict]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, index: int, generator: torch.Generator) -> dict:
+        """The sample of a row; nothing about it is random."""
+        return dict(self.samples[index])
+
+
+def encode_dataset(accelerator: Accelerator, dataset: VideoDataset, vae: AutoencoderKLWan) -> CachedLatents:
+    """Encodes each clip once, split over the processes, every process keeping all latents."""
+    own = []
+    indices = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    for index in tqdm(indices, desc="latents", disable=not accelerator.is_local_main_process):
+        sample = dataset.load(index, torch.Generator())
+        videos = normalize_videos(sample.pop("video")[None])
+        own.append(sample | {"latents": encode_videos(vae, videos)[0].cpu()})
+    return CachedLatents(sorted(gather_object(own), key=lambda sample: sample["row_index"]))
+
+
+def validation_batches(
+    accelerator: Accelerator, method: VideoRegression, rows: list[Row], data: DataConfig
+) -> list[tuple[Batch, bool]]:
+    """This process's share of the held-out clips, encoded and noised once: the same draws at every validation."""
+    dataset = VideoDataset(rows, data)
+    return [
+        (method.prepare_batch(collate([dataset.load(number, torch.Generator()) | {"sample_number": number}])), counts)
+        for number, counts in share(len(rows), accelerator.process_index, accelerator.num_processes)
+    ]
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__))
