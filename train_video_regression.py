@@ -390,10 +390,13 @@ def validation_batches(
 ) -> list[tuple[Batch, bool]]:
     """This process's share of the held-out clips, encoded and noised once: the same draws at every validation."""
     dataset = VideoDataset(rows, data)
-    return [
-        (method.prepare_batch(collate([dataset.load(number, torch.Generator()) | {"sample_number": number}])), counts)
-        for number, counts in share(len(rows), accelerator.process_index, accelerator.num_processes)
-    ]
+
+    def prepare(number: int) -> Batch:
+        sample = dataset.load(number, torch.Generator())
+        return method.prepare_batch(collate([sample | {"sample_number": number, "errors": []}]))
+
+    numbers = share(len(rows), accelerator.process_index, accelerator.num_processes)
+    return [(prepare(number), counts) for number, counts in numbers]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How well a sketched clip matches another: ink F1, colour error, PSNR.
 
-All functions take clips as (T, H, W, 3) uint8 arrays or tensors, prediction first. A white clip scores about 20 dB PSNR
-on sketches, so PSNR alone says little; a white clip's ink F1 is 0.
+All functions take clips as (T, H, W, 3) uint8 arrays or tensors, prediction first. A white clip scores 17 to 20 dB
+PSNR on sketches, so PSNR alone says little; a white clip's ink F1 is 0.
 """
 
 import numpy as np
@@ -34,9 +34,7 @@ def ink_f1(
     return torch.where(both_empty, torch.ones_like(f1), f1)
 
 
-def mean_ink_f1(
-    prediction: np.ndarray | torch.Tensor, target: np.ndarray | torch.Tensor, tolerance: int = 1
-) -> float:
+def mean_ink_f1(prediction: np.ndarray | torch.Tensor, target: np.ndarray | torch.Tensor, tolerance: int = 1) -> float:
     """Mean of `ink_f1` over the frames whose target has ink; NaN where no frame has."""
     has_ink = ink_mask(target).flatten(1).any(1)
     return ink_f1(prediction, target, tolerance)[has_ink].mean().item()

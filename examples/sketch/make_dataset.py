@@ -1,12 +1,12 @@
 """Draws a small data set of sketches, stroke by stroke: mp4 clips and a CSV of prompts, no download.
 
     python examples/sketch/make_dataset.py --output_dir outputs/sketch
-    python examples/sketch/make_dataset.py --output_dir outputs/sketch --kinds bird,car --num_clips 200 --num_heldout 20
+    python examples/sketch/make_dataset.py --output_dir outputs/sketch --kinds bird,car --num_clips 200
 
-Writes `videos/*.mp4`, `train.csv` and `heldout.csv` (columns `video,prompt`, paths relative to `videos/`). A clip is 81
-frames of 64 x 112 pixels on white; the pen moves at an even speed, lifts between strokes without pausing, and rests from
-frame 74 on. Every choice that shapes a clip is a word of its prompt, so the prompt alone determines the clip, and no
-choice of words in `heldout.csv` occurs in `train.csv`.
+Writes `videos/*.mp4`, `train.csv` and `heldout.csv` (columns `video,prompt`, paths relative to `videos/`). A clip is
+81 frames of 64 x 112 pixels on white; the pen moves at an even speed, lifts between strokes without pausing, and
+rests from frame 74 on. Every choice that shapes a clip is a word of its prompt, so the prompt alone determines the
+clip, and no choice of words in `heldout.csv` occurs in `train.csv`.
 """
 
 import csv
@@ -86,7 +86,10 @@ KINDS: dict[str, dict[str, list[np.ndarray]]] = {
         "window": [_path((0.2, 0.2), (0.6, 0.2), (0.6, 0.6), (0.2, 0.6), (0.2, 0.2))],
     },
     "car": {
-        "body": [_path((-0.95, 0.6), (-1.4, 0.6), (-1.4, 0), (1.4, 0), (1.4, 0.6), (0.95, 0.6)), _path((-0.35, 0.6), (0.35, 0.6))],
+        "body": [
+            _path((-0.95, 0.6), (-1.4, 0.6), (-1.4, 0), (1.4, 0), (1.4, 0.6), (0.95, 0.6)),
+            _path((-0.35, 0.6), (0.35, 0.6)),
+        ],
         "roof": [_path((-0.9, 0), (-0.55, -0.8), (0.5, -0.8), (0.95, 0))],
         "window": [_path((0, -0.8), (0, 0))],
         "wheels": [_arc(-0.65, 0.65, 0.32), _arc(0.65, 0.65, 0.32)],
@@ -157,7 +160,7 @@ KINDS: dict[str, dict[str, list[np.ndarray]]] = {
     },
     "umbrella": {
         "canopy": [_arc(0, 0, (1.15, 1.0), 180, 360)],
-        "edge": [_arc(-0.77, 0, (0.38, 0.2), 180, 360), _arc(0, 0, (0.38, 0.2), 180, 360), _arc(0.77, 0, (0.38, 0.2), 180, 360)],
+        "edge": [_arc(x, 0, (0.38, 0.2), 180, 360) for x in (-0.77, 0, 0.77)],
         "shaft": [_path((0, -0.2), (0, 0.8))],
         "handle": [_arc(-0.22, 0.8, (0.22, 0.2), 0, 180)],
     },
@@ -192,7 +195,7 @@ def prompt(sketch: Sketch) -> str:
 def draw(
     sketch: Sketch, num_frames: int = NUM_FRAMES, height: int = HEIGHT, width: int = WIDTH
 ) -> np.ndarray:  # (T, H, W, 3) uint8
-    """The clip of a sketch on white: frame t shows the first min(1, (t + 1) / (DRAWING_TIME * num_frames)) of the ink."""
+    """The clip of a sketch on white: frame t shows the first (t + 1) / (DRAWING_TIME num_frames) of the line."""
     radius = LINES[sketch.line] * height / 64 / 2 * SUPERSAMPLING
     dots = _dots(sketch, height, width)
     canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING), 0)
@@ -211,12 +214,13 @@ def draw(
 
 def _dots(sketch: Sketch, height: int, width: int) -> np.ndarray:
     """Where the pen touches, in canvas pixels, evenly spaced, in drawing order."""
-    stretch = np.array([PROPORTIONS[sketch.proportion], 1.0])
-    strokes = [stroke * stretch * height * SIZES[sketch.size] / 2 for part in KINDS[sketch.kind].values() for stroke in part]
+    scale = height * SIZES[sketch.size] / 2 * np.array([PROPORTIONS[sketch.proportion], 1.0])
+    strokes = [stroke * scale for part in KINDS[sketch.kind].values() for stroke in part]
     points = np.concatenate(strokes)
     low, high = points.min(axis=0), points.max(axis=0)
-    margin = MARGIN * height - low[0], width - MARGIN * height - high[0]
-    centre = np.array([np.clip(PLACES[sketch.place] * width - (low[0] + high[0]) / 2, *margin), (height - low[1] - high[1]) / 2])
+    picture, margin = np.array([width, height]), MARGIN * height
+    wanted = picture * (PLACES[sketch.place], 0.5) - (low + high) / 2
+    centre = np.clip(wanted, margin - low, picture - margin - high)
     return SUPERSAMPLING * (np.concatenate([_evenly(stroke, 1 / SUPERSAMPLING) for stroke in strokes]) + centre)
 
 
@@ -321,4 +325,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff), description=__doc__))
+    main(tyro.cli(Config, description=__doc__, use_underscores=True))

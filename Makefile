@@ -1,0 +1,32 @@
+# make quickstart   from nothing to a causal few-step generator that draws new kinds of sketches, on a CPU
+# make test         the tests
+# make lint         ruff
+PYTHON := .venv/bin/python
+SKETCH := outputs/sketch
+ACCELERATE_CONFIG ?= accelerate_configs/cpu.yaml
+
+.PHONY: quickstart test lint
+
+quickstart: .venv/installed
+	rm -rf $(SKETCH)
+	$(PYTHON) examples/sketch/make_dataset.py --output_dir $(SKETCH)/data
+	$(PYTHON) generate.py --checkpoint examples/sketch/tiny-wan --num_frame_per_block 3 \
+		--height 64 --width 112 --prompts_file $(SKETCH)/data/heldout.csv --output $(SKETCH)/before
+	.venv/bin/accelerate launch --config_file $(ACCELERATE_CONFIG) \
+		train_video_regression.py --config examples/sketch/recipe.yaml
+	$(PYTHON) generate.py --checkpoint $(SKETCH)/run \
+		--prompts_file $(SKETCH)/data/heldout.csv --output $(SKETCH)/after
+	$(PYTHON) examples/sketch/report.py --data_dir $(SKETCH)/data --before $(SKETCH)/before \
+		--after $(SKETCH)/after --run $(SKETCH)/run --output_dir $(SKETCH)
+
+test: .venv/installed
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+
+lint: .venv/installed
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+.venv/installed: requirements.txt
+	test -x $(PYTHON) || python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --requirement requirements.txt
+	touch $@

@@ -1,0 +1,134 @@
+"""Shows what the quickstart has learned: a contact sheet, the loss curve, and a table before and after training.
+
+    python examples/sketch/report.py --data_dir outputs/sketch/data --before outputs/sketch/before \\
+        --after outputs/sketch/after --run outputs/sketch/run --output_dir outputs/sketch
+
+Every figure is over all held-out clips; the contact sheet shows the first of them, as they come.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v3 as iio
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from ink import colour_error, ink_f1, mean_ink_f1, psnr
+from PIL import Image
+
+
+TOLERANCE = 2  # pixels
+NUM_FRAMES_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Where the pieces are."""
+
+    data_dir: str
+    """Folder with heldout.csv and videos/."""
+    before: str
+    """Folder of the samples before training: 00.mp4, 01.mp4, ... in the order of heldout.csv."""
+    after: str
+    """Folder of the samples after training."""
+    run: str
+    """Output folder of the run, with metrics.jsonl."""
+    output_dir: str
+    """Folder for contact_sheet.png and loss.png."""
+    num_rows: int = 8
+    """Held-out clips on the contact sheet, from the first on."""
+
+
+def read_video(path: Path) -> np.ndarray:
+    """All frames, uint8 `(T, height, width, 3)`."""
+    return iio.imread(path, plugin="pyav")
+
+
+def score(predicted: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """The figures of one video against the clip of the same prompt."""
+    return {
+        "ink F1, last frame": ink_f1(predicted[-1:], target[-1:], TOLERANCE).item(),
+        "ink F1, mean over frames": mean_ink_f1(predicted, target, TOLERANCE),
+        "colour error on ink": colour_error(predicted, target),
+        "PSNR [dB]": psnr(predicted, target),
+    }
+
+
+def mean_scores(videos: list[np.ndarray], targets: list[np.ndarray]) -> dict[str, float]:
+    """Each figure, averaged over the clips."""
+    scores = [score(video, target) for video, target in zip(videos, targets, strict=True)]
+    return {name: float(np.mean([entry[name] for entry in scores])) for name in scores[0]}
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    """A Markdown table with a row a figure."""
+    names = next(iter(columns.values()))
+    lines = [f"| {'':26} | " + " | ".join(f"{column:>12}" for column in columns) + " |"]
+    lines.append("|" + "-" * 28 + "|" + "|".join("-" * 13 + ":" for _ in columns) + "|")
+    for name in names:
+        lines.append(f"| {name:26} | " + " | ".join(f"{column[name]:12.3f}" for column in columns.values()) + " |")
+    return "\n".join(lines)
+
+
+def contact_sheet(groups: list[list[np.ndarray]], path: Path) -> None:
+    """One group a prompt: target above, then before and after training; time from left to right.
+
+    Frames are enlarged twice.
+    """
+    rows = []
+    for group in groups:
+        for video in group:
+            times = np.linspace(len(video) // NUM_FRAMES_SHOWN, len(video) - 1, NUM_FRAMES_SHOWN).round().astype(int)
+            rows.append(
+                np.concatenate([np.pad(f, ((1, 0), (1, 0), (0, 0)), constant_values=225) for f in video[times]], 1)
+            )
+        rows.append(np.full((5, rows[-1].shape[1], 3), 120, np.uint8))
+    sheet = Image.fromarray(np.concatenate(rows[:-1]))
+    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.LANCZOS).save(path)
+
+
+def plot_losses(metrics_path: Path, path: Path) -> None:
+    """The loss, and the loss at each level, over the steps."""
+    entries = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    figure, axis = plt.subplots(figsize=(7, 4))
+    names = sorted({name for entry in entries for name in entry if name.startswith("loss_at_time_")})
+    for name in ["generator_loss", *names]:
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        axis.plot(*zip(*points, strict=True), label=name, linewidth=2.5 if name == "generator_loss" else 1.2)
+    axis.set(xlabel="step", ylabel="squared error of predicted latents", yscale="log")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(config: Config) -> None:
+    data_dir, output_dir = Path(config.data_dir), Path(config.output_dir)
+    with (data_dir / "heldout.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    targets = [read_video(data_dir / "videos" / row["video"]) for row in rows]
+    before, after = (
+        [read_video(Path(folder) / f"{number:02d}.mp4") for number in range(len(rows))]
+        for folder in (config.before, config.after)
+    )
+    white = [np.full_like(target, 255) for target in targets]
+    contact_sheet(list(zip(targets, before, after, strict=True))[: config.num_rows], output_dir / "contact_sheet.png")
+    plot_losses(Path(config.run) / "metrics.jsonl", output_dir / "loss.png")
+    columns = {
+        "white paper": mean_scores(white, targets),
+        "before": mean_scores(before, targets),
+        "after": mean_scores(after, targets),
+    }
+    (output_dir / "scores.json").write_text(json.dumps(columns, indent=2))
+    print(f"\n{len(rows)} held-out prompts, few-step samples against the clip of the same prompt:\n")
+    print(table(columns))
+    print(f"\nvideos         {config.after}/*.mp4 (before training: {config.before}/*.mp4)")
+    print(f"contact sheet  {output_dir / 'contact_sheet.png'} (target, before, after; time left to right)")
+    print(f"loss plot      {output_dir / 'loss.png'}")
+    print(f'your own       python generate.py --checkpoint {config.run} --prompt "{rows[0]["prompt"]}"')
+
+
+if __name__ == "__main__":
+    main(tyro.cli(tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Config), description=__doc__, use_underscores=True))

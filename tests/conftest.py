@@ -1,0 +1,135 @@
+"""A tiny WAN with random weights and a few short clips, made once: what the script tests run on."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_clip(path, seed, num_frames=17, height=32, width=48):
+    """A ball that crosses a grey field."""
+    rng = np.random.default_rng(seed)
+    colour, (y, x) = rng.integers(0, 255, 3), rng.integers(8, 24, 2)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16, width=width, height=height, options={"threads": "1"})
+        stream.pix_fmt = "yuv420p"
+        for time in range(num_frames):
+            frame = np.full((height, width, 3), 200, np.uint8)
+            frame[y - 4 : y + 4, x + time - 4 : x + time + 4] = colour
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A folder with videos/, train.csv (6 rows) and heldout.csv (2 rows)."""
+    folder = tmp_path_factory.mktemp("clips")
+    (folder / "videos").mkdir()
+    for name, seeds in (("train", range(6)), ("heldout", range(6, 8))):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["video", "prompt"])
+            for seed in seeds:
+                write_clip(folder / "videos" / f"{seed}.mp4", seed)
+                writer.writerow([f"{seed}.mp4", f"a ball, number {seed}, crosses the field"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A complete WAN folder in which everything is as small as it can be; random weights."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "sketch" / "tiny-wan" / "tokenizer")
+    pipeline = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=16,
+            dim_mult=[1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[True, True],
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+        ),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=24, text_dim=16, freq_dim=32, ffn_dim=64, num_layers=2
+        ),
+    )
+    folder = tmp_path_factory.mktemp("checkpoint")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(clips, checkpoint, tmp_path_factory):
+    """Settings of a short run, as a dict of flags."""
+    return {
+        "pretrained_model_name_or_path": str(checkpoint),
+        "dataset_base_path": str(clips / "videos"),
+        "metadata_path": str(clips / "train.csv"),
+        "validation_metadata_path": str(clips / "heldout.csv"),
+        "num_frames": 17,
+        "height": 32,
+        "width": 48,
+        "num_frame_per_block": 1,
+        "max_train_steps": 4,
+        "train_batch_size": 2,
+        "learning_rate": 0.01,
+        "lr_scheduler": "cosine",
+        "checkpointing_steps": 2,
+        "validation_steps": 4,
+        "num_validation_samples": 2,
+        "logging_steps": 1,
+        "dataloader_num_workers": 0,
+        "report_to": "none",
+    }
+
+
+def run_script(command, *, check=True, env=None, timeout=300):
+    """Runs a command of ours in the repository; its output is part of a failure."""
+    full_env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "10", **(env or {})}
+    result = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=full_env, capture_output=True, text=True, timeout=timeout
+    )
+    if check:
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result
+
+
+def launch(script, recipe_path, *flags, num_processes=1, check=True):
+    """`accelerate launch` on the CPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+    if num_processes > 1:
+        command += ["--multi_cpu", "--num_processes", num_processes, "--mixed_precision", "no"]
+    return run_script([*command, script, "--config", recipe_path, *flags], check=check)
+
+
+@pytest.fixture
+def write_recipe(recipe, tmp_path):
+    """Writes the recipe with changes and returns its path and the output folder."""
+
+    def write(name="run", **changes):
+        output_dir = tmp_path / name
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**recipe, "output_dir": str(output_dir), **changes}))
+        return path, output_dir
+
+    return write

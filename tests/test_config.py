@@ -1,0 +1,103 @@
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import yaml
+
+from causal_wan.config import flat_dict, parse_config, write_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    learning_rate: float = 1e-3
+    """Rate."""
+    use_ema: bool = False
+    """Average."""
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """Precision."""
+    steps: tuple[float, ...] = (1000, 0)
+    """Levels."""
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    inner: Inner
+    """Group."""
+    output_dir: str
+    """Where."""
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+def test_recipe_gives_defaults_and_flags_override(tmp_path):
+    argv = recipe(tmp_path, "output_dir: a\nlearning_rate: 1e-4\nsteps: [1000, 500]\nuse_ema: true\n")
+    config = parse_config(Config, [*argv, "--learning_rate", "2e-4", "--no_use_ema"])
+    assert flat_dict(config) == {
+        "learning_rate": 2e-4,
+        "use_ema": False,
+        "mixed_precision": None,
+        "steps": [1000, 500],
+        "output_dir": "a",
+    }
+
+
+def test_keys_of_the_document_are_accepted_in_recipes_and_flags(tmp_path):
+    config = parse_config(Config, recipe(tmp_path, "output_dir: a\nlr: 0.5\nmixed_precision: true\n"))
+    assert (config.inner.learning_rate, config.inner.mixed_precision) == (0.5, "bf16")
+    assert parse_config(Config, ["--output-dir", "a", "--lr", "0.25"]).inner.learning_rate == 0.25
+    config = parse_config(Config, recipe(tmp_path, "output_dir: a\nmixed_precision: no\n"))
+    assert config.inner.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [(["--use_ema"], True), (["--use_ema", "true"], True), (["--use_ema=false"], False), (["--no_use_ema"], False)],
+)
+def test_switches_may_be_written_with_and_without_a_value(argv, expected):
+    assert parse_config(Config, ["--output_dir", "a", *argv]).inner.use_ema is expected
+
+
+def test_a_written_recipe_gives_the_same_config(tmp_path):
+    config = parse_config(Config, ["--output_dir", "a b", "--steps", "900", "100", "--use_ema"])
+    write_recipe(config, tmp_path / "config.yaml")
+    assert parse_config(Config, ["--config", str(tmp_path / "config.yaml")]) == config
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["output_dir"] == "a b"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output_dir: a\nlearning_rat: 1\n", "'learning_rat' is not a setting of this script; did you mean 'learning_rate'?"),
+        ("- a\n- b\n", "must be a mapping"),
+        ("output_dir: {a: 1}\n", "recipes are flat"),
+        ("output_dir: [\n", "must be valid YAML"),
+        ("output_dir: a\nlearning_rate: -1\n", "learning_rate must be above 0, got -1.0."),
+    ],
+)
+def test_bad_recipes_end_with_one_message(tmp_path, capsys, text, message):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_config(Config, recipe(tmp_path, text))
+    assert exit_info.value.code == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in shown
+
+
+def test_a_misspelt_flag_suggests_the_right_one(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Config, ["--output_dir", "a", "--learning_rte", "1"])
+    shown = capsys.readouterr()
+    assert "--learning_rate" in shown.err + shown.out
+
+
+def test_a_missing_recipe_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Config, ["--config", "nowhere.yaml"])
+    assert "nowhere.yaml does not exist" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""The rules of the house: who imports whom, and that what the documents show works."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = sorted(path.stem for path in (ROOT / "causal_wan").glob("*.py") if path.stem != "__init__")
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "dataset_utils")
+
+# module -> the modules of ours that it may import
+ALLOWED = {
+    "flow": set(),
+    "losses": {"flow"},
+    "transformer": {"flow"},
+    "models": {"transformer"},
+    "pipeline": {"flow", "models", "transformer"},
+    "regression": {"flow", "losses"},
+    "config": set(),
+    "run_log": set(),
+    "checkpoints": set(),
+    "training": {"checkpoints", "run_log"},
+    "validation": {"models", "pipeline", "regression", "run_log", "transformer"},
+}
+
+
+def imports(path):
+    """Names of all imported modules, ours as `flow`, `dataset_utils`, ..."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        found |= {name.removeprefix("causal_wan.") for name in names}
+    return found
+
+
+@pytest.mark.parametrize("module", PACKAGE)
+def test_package_modules_import_only_what_they_may_know(module):
+    ours = imports(ROOT / "causal_wan" / f"{module}.py") & {*PACKAGE, *SCRIPTS, "dataset_utils"}
+    assert ours <= ALLOWED[module]
+
+
+def test_dataset_utils_imports_none_of_ours():
+    assert not imports(ROOT / "dataset_utils.py") & {*PACKAGE, *SCRIPTS}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_never_import_each_other(script):
+    assert not imports(ROOT / f"{script}.py") & set(SCRIPTS)
+
+
+def test_only_training_and_the_scripts_know_accelerate():
+    knowing = {m for m in PACKAGE if any(n.split(".")[0] == "accelerate" for n in imports(ROOT / f"causal_wan/{m}.py"))}
+    assert knowing == {"training"}
+
+
+def test_flow_and_losses_draw_no_random_numbers_of_their_own():
+    for module in ("flow", "losses"):
+        source = (ROOT / "causal_wan" / f"{module}.py").read_text()
+        assert not re.search(r"torch\.(randn?|randint|randperm|bernoulli|multinomial|normal)\b|_like\(.*rand", source)
+
+
+def test_config_is_never_read_with_a_default_of_its_own():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "causal_wan").glob("*.py")]:
+        assert not re.search(r"getattr\((self\.)?config, \"", path.read_text()), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_accelerate_configs_load_and_say_when_to_use_them(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    load_config_from_file(str(path))
+    assert path.read_text().startswith("# ")
+
+
+def documented_commands():
+    """Every command line of ours in the README and the recipes: (where, script, arguments)."""
+    files = [ROOT / "README.md", *(ROOT / "examples").rglob("*.yaml"), *(ROOT / "examples").rglob("*.sh")]
+    files += [ROOT / f"{script}.py" for script in SCRIPTS] + [ROOT / "Makefile"]
+    for file in files:
+        text = re.sub(r"\\\n[#\s]*", " ", file.read_text())
+        for line in text.splitlines():
+            match = re.search(r"(?<![\w./-])(" + "|".join(SCRIPTS) + r")\.py +(--.*)", line)
+            if match and not re.search(r"[$<]|\.\.\.`", match[2]):
+                arguments = re.split(r" \\|`|\s#", match[2])[0]
+                yield pytest.param(match[1], shlex.split(arguments), id=f"{file.name}: {match[1]} {arguments}"[:80])
+
+
+@pytest.mark.parametrize(("script", "arguments"), documented_commands())
+def test_documented_commands_parse(script, arguments, monkeypatch):
+    import importlib
+
+    from causal_wan.config import parse_config
+
+    monkeypatch.chdir(ROOT)
+    module = importlib.import_module(script)
+    parse_config(module.Config, arguments)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("wan_*.yaml")), ids=lambda path: path.name)
+def test_recipes_parse_and_name_a_hub_checkpoint(path):
+    recipe = yaml.safe_load(path.read_text())
+    assert recipe["pretrained_model_name_or_path"].startswith("Wan-AI/")

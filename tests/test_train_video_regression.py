@@ -1,0 +1,267 @@
+"""The script as users run it: under `accelerate launch`, on mp4 files and a WAN folder."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, launch, run_script
+from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
+
+
+SCRIPT = "train_video_regression.py"
+TIMINGS = ("seconds", "memory", "per_second")
+
+
+def weights(output_dir):
+    return load_file(output_dir / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def metrics(output_dir):
+    """Logged entries without what depends on the machine's speed."""
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not any(part in key for part in TIMINGS)}
+        for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    """One whole run, looked at by several tests."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "output_dir": str(folder / "run"), "use_ema": True}))
+    launch(SCRIPT, path)
+    return path, folder / "run"
+
+
+def test_run_leaves_a_transformer_that_the_stock_pipeline_takes(finished, checkpoint):
+    _, output_dir = finished
+    transformer = WanTransformer3DModel.from_pretrained(output_dir / "transformer")
+    pipeline = WanPipeline.from_pretrained(checkpoint, transformer=transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    video = pipeline("a ball", num_frames=17, height=32, width=48, num_inference_steps=2, output_type="pt").frames
+    assert video.shape == (1, 17, 3, 32, 48)
+    assert torch.isfinite(video).all()
+
+
+def test_run_logs_every_metric_that_is_promised(finished):
+    logged = metrics(finished[1])
+    training = [entry for entry in logged if "generator_loss" in entry]
+    assert [entry["step"] for entry in training] == [1, 2, 3, 4]
+    everything = set().union(*logged)
+    for name in ("generator_loss", "generator_grad_norm", "lr", "num_bad_samples", "num_nonfinite_steps"):
+        assert name in everything
+    for name in ("target_latent_mean", "target_latent_std", "pred_latent_mean", "pred_latent_std"):
+        assert name in everything
+    for level in (1000, 757, 522):
+        for name in ("loss_at_time", "pred_latent_std_at_time", "blur_gap_at_time", "validation_loss_at_time"):
+            assert f"{name}_{level}" in everything
+    raw = json.loads((finished[1] / "metrics.jsonl").read_text().splitlines()[0])
+    for name in ("seconds_per_step", "data_seconds_per_step", "compute_seconds_per_step"):
+        assert raw[name] >= 0
+    assert raw["peak_memory_gb"] > 0
+    assert raw["latent_tokens_per_second"] > 0
+
+
+def test_run_leaves_checkpoints_validation_videos_and_a_config_that_runs_again(finished):
+    _, output_dir = finished
+    assert {path.name for path in output_dir.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert len(list((output_dir / "validation" / "step-000004").glob("*.mp4"))) == 2
+    result = launch(SCRIPT, output_dir / "config.yaml", "--dry_run", "--output_dir", output_dir / "again")
+    assert "5 latent frames in 5 block(s) of 1" in result.stdout
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers_to_the_last_bit(finished, write_recipe):
+    path, output_dir = write_recipe(use_ema=True, resume_from_checkpoint="latest")
+    command = [sys.executable, SCRIPT, "--config", path]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (output_dir / "checkpoint-2").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output_dir / "transformer").exists()
+    result = launch(SCRIPT, path)
+    assert "resumed from" in result.stderr
+    expected, resumed = weights(finished[1]), weights(output_dir)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert metrics(output_dir) == metrics(finished[1])
+
+
+def test_a_finished_run_is_not_overwritten(finished):
+    path, output_dir = finished
+    result = launch(SCRIPT, path, check=False)
+    assert result.returncode != 0
+    assert f"{output_dir} holds checkpoint-4; add --resume_from_checkpoint latest" in result.stderr
+
+
+def test_two_processes_and_accumulation_learn_the_same(write_recipe):
+    losses = {}
+    for name, processes, batch, accumulate in (("one", 1, 4, 1), ("two", 2, 2, 1), ("accumulate", 1, 2, 2)):
+        path, output_dir = write_recipe(
+            name, train_batch_size=batch, gradient_accumulation_steps=accumulate, max_train_steps=3, use_ema=True
+        )
+        launch(SCRIPT, path, num_processes=processes)
+        losses[name] = [
+            {key: entry[key] for key in ("generator_loss", "generator_grad_norm", "target_latent_std")}
+            for entry in metrics(output_dir)
+            if "generator_loss" in entry
+        ]
+        losses[name].append({"validation": metrics(output_dir)[-1]["validation_loss"]})
+    for name in ("two", "accumulate"):
+        for entry, expected in zip(losses[name], losses["one"], strict=True):
+            assert entry == pytest.approx(expected, rel=2e-4)
+
+
+def test_lora_trains_resumes_and_loads_in_the_stock_pipeline(write_recipe, checkpoint):
+    lora = {"lora_rank": 2, "max_train_steps": 4, "cache_latents": True}
+    path, output_dir = write_recipe("whole", **lora)
+    launch(SCRIPT, path)
+    assert (output_dir / "checkpoint-4" / "trainable.safetensors").exists()
+    file = output_dir / "pytorch_lora_weights.safetensors"
+
+    path, resumed_dir = write_recipe("resumed", **{**lora, "resume_from_checkpoint": "latest"})
+    (resumed_dir).mkdir()
+    (output_dir / "checkpoint-2").rename(resumed_dir / "checkpoint-2")
+    launch(SCRIPT, path)
+    expected, resumed = load_file(file), load_file(resumed_dir / file.name)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+    pipeline = WanPipeline.from_pretrained(checkpoint)
+    before = pipeline.transformer(torch.ones(1, 16, 1, 4, 6), torch.tensor([500.0]), torch.ones(1, 3, 16)).sample
+    pipeline.load_lora_weights(output_dir)
+    after = pipeline.transformer(torch.ones(1, 16, 1, 4, 6), torch.tensor([500.0]), torch.ones(1, 3, 16)).sample
+    assert not torch.allclose(before, after)
+    generated = run_script(
+        [sys.executable, "generate.py", "--checkpoint", output_dir, "--prompt", "a ball", "--output", output_dir / "x.mp4"]
+    )
+    assert "1 video(s)" in generated.stdout
+
+
+def test_cached_latents_give_the_same_numbers(write_recipe):
+    path, plain = write_recipe("plain", max_train_steps=2, train_batch_size=1)
+    launch(SCRIPT, path, "--dataloader_num_workers", 2)
+    path, cached = write_recipe("cached", max_train_steps=2, train_batch_size=1, cache_latents=True)
+    launch(SCRIPT, path)
+    assert all(torch.equal(weights(plain)[name], value) for name, value in weights(cached).items())
+
+
+def test_other_tasks_losses_and_optimizers_run(write_recipe, finished):
+    path, output_dir = write_recipe(
+        generator_task="bidirectional_video",
+        denoising_step_list=[1000, 750, 500, 0],
+        warp_denoising_step=True,
+        timestep_shift=5.0,
+        loss_type="huber",
+        loss_space="velocity",
+        max_train_steps=2,
+        gradient_checkpointing=True,
+        mixed_precision="bf16",
+        generator_ckpt=str(finished[1]),
+        report_to="tensorboard",
+        short_clips="pad",
+        frame_sampling="head",
+        num_frames=21,
+        train_batch_size=1,
+        validation_steps=2,
+    )
+    launch(SCRIPT, path)
+    assert "loss_at_time_937.5" in set().union(*metrics(output_dir))
+    config = json.loads((output_dir / "transformer" / "config.json").read_text())
+    assert config["num_frame_per_block"] is None
+    assert list((output_dir / "logs").rglob("events.out.*"))
+
+
+def test_keys_of_the_document_run_as_they_stand(clips, checkpoint, tmp_path):
+    path = tmp_path / "wan_video_regression.yaml"
+    path.write_text(
+        f"""
+# Data paths
+dataset_base_path: "{clips / "videos"}"
+metadata_path: "{clips / "train.csv"}"
+# Video settings
+num_frames: 17
+height: 32
+width: 48
+time_division_factor: 4
+# Training settings
+batch_size: 1
+lr: 1e-4
+max_steps: 2
+save_interval: 1
+generator_task: "causal_video"
+generator_ckpt: null
+denoising_step_list: [1000, 757, 522, 0]
+num_frame_per_block: 1
+gradient_checkpointing: true
+mixed_precision: true
+num_workers: 1
+# Added: a model and an output folder
+pretrained_model_name_or_path: {checkpoint}
+output_dir: {tmp_path / "run"}
+"""
+    )
+    launch(SCRIPT, path)
+    assert (tmp_path / "run" / "checkpoint-1").exists()
+    assert (tmp_path / "run" / "transformer" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_frames", "16"], "num_frames must be 4k + 1 for the WAN VAE, got 16; use 13 or 17"),
+        (["--num_frame_per_block", "2"], "use 4 or 6 latent frames (num_frames 13 or 21)"),
+        (["--height", "40"], "use 32 or 48"),
+        (["--metadata_path", "nowhere.csv"], "nowhere.csv"),
+        (["--video_column", "file"], "video, prompt"),
+        (["--generator_ckpt", "nowhere"], "which does not exist"),
+        (["--resume_from_checkpoint", "checkpoint-9"], "does not exist"),
+        (["--cache_latents", "--frame_sampling", "random"], "use --frame_sampling uniform or head"),
+        (["--denoising_step_list", "0", "500"], "must begin with a timestep above 0"),
+        (["--learning_rte", "1"], "--learning_rate"),
+    ],
+)
+def test_bad_input_ends_with_one_message_before_anything_is_loaded(write_recipe, flags, message):
+    path, output_dir = write_recipe(pretrained_model_name_or_path="no/such-model")
+    result = run_script([sys.executable, SCRIPT, "--config", path, "--dry_run", *flags], check=False)
+    assert result.returncode == 2
+    shown = " ".join((result.stdout + result.stderr).replace("│", " ").split())
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not output_dir.exists()
+
+
+def test_help_is_grouped_by_owner():
+    shown = run_script([sys.executable, SCRIPT, "--help"]).stdout
+    for group in ("model options", "data options", "method options", "training options", "validation options"):
+        assert group in shown
+    assert "--denoising_step_list" in shown
+
+
+@pytest.mark.parametrize("name", ["wan_1.3b_full", "wan_1.3b_lora", "wan_14b_lora"])
+def test_recipes_for_the_real_models_dry_run(name, clips, tmp_path):
+    flags = ["--dataset_base_path", clips / "videos", "--metadata_path", clips / "train.csv"]
+    flags += ["--output_dir", tmp_path / "run", "--short_clips", "pad", "--dry_run"]
+    result = run_script([sys.executable, SCRIPT, "--config", f"examples/{name}.yaml", *flags])
+    assert "21 latent frames in 7 block(s) of 3" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_shell_script_of_the_document_dry_runs(clips, tmp_path):
+    import os
+
+    flags = ["--dataset_base_path", clips / "videos", "--metadata_path", clips / "train.csv", "--dry_run"]
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    result = run_script(
+        ["examples/run_video_training.sh", *flags, "--short_clips", "pad", "--output_dir", tmp_path / "run"],
+        env={"NPROC_PER_NODE": "1", "PATH": path, "ACCELERATE_CONFIG": "accelerate_configs/cpu.yaml"},
+    )
+    assert "wan" in result.stdout.lower()

@@ -1,0 +1,212 @@
+"""The loop on a model of two weights: it knows no video, so neither do these tests."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch.utils.data import DataLoader, Dataset
+
+from causal_wan.checkpoints import check_output_dir, list_checkpoints
+from causal_wan.training import TrainingConfig, ema_weights, make_accelerator, prepare_run, train
+
+
+class Numbers(Dataset):
+    """Sample p of the run is the number p."""
+
+    def __init__(self, start, end):
+        self.start, self.end = start, end
+
+    def __len__(self):
+        return self.end - self.start
+
+    def __getitem__(self, index):
+        return torch.tensor(float(self.start + index))
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(self.linear.weight, 0.5)
+        torch.nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def config(tmp_path, **changes):
+    defaults = {
+        "output_dir": str(tmp_path / "run"),
+        "max_train_steps": 8,
+        "train_batch_size": 4,
+        "learning_rate": 0.05,
+        "lr_scheduler": "cosine",
+        "logging_steps": 3,
+        "checkpointing_steps": 4,
+        "validation_steps": 1,
+        "report_to": "none",
+        "mixed_precision": "no",
+        "dataloader_num_workers": 0,
+    }
+    return TrainingConfig(**{**defaults, **changes})
+
+
+def run_training(training, break_samples=(), validate=None):
+    """Fits y = 3 x of numbers modulo 7, with every third number masked out of the loss."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = make_accelerator(training, {})
+
+    def prepare_batch(batch):
+        x = (batch % 7)[:, None] / 7
+        x = torch.where(torch.isin(batch, torch.tensor(break_samples))[:, None], float("nan"), x)
+        mask = batch % 3 != 0
+        return {"x": x, "mask": mask, "num_items": mask.sum(), "num_tokens": len(batch)}
+
+    def compute_loss(model, batch, num_items):
+        errors = (model(batch["x"]) - 3 * batch["x"]).square()[:, 0]
+        loss = torch.where(batch["mask"], errors, 0.0).sum() / num_items
+        return loss, {"count": batch["mask"].sum().double()}
+
+    run = prepare_run(accelerator, training, Line())
+    train(
+        run,
+        make_dataloader=lambda start, end: DataLoader(Numbers(start, end), batch_size=training.train_batch_size),
+        prepare_batch=prepare_batch,
+        compute_loss=compute_loss,
+        summarize=lambda sums: {"count": float(sums["count"])},
+        validate=validate,
+    )
+    with ema_weights(run.ema, run.unwrapped_model):
+        result = [parameter.detach().clone() for parameter in run.unwrapped_model.parameters()]
+    return run, result
+
+
+def entries(training):
+    lines = (Path(training.output_dir) / "metrics.jsonl").read_text().splitlines()
+    deterministic = ("step", "generator_loss", "generator_grad_norm", "lr", "count", "num_nonfinite_steps")
+    logged = [json.loads(line) for line in lines]
+    return [{key: entry[key] for key in deterministic if key in entry} for entry in logged if "lr" in entry]
+
+
+def test_loss_falls(tmp_path):
+    training = config(tmp_path, max_train_steps=60)
+    run_training(training)
+    logged = entries(training)
+    assert logged[-1]["generator_loss"] < 0.2 * logged[0]["generator_loss"]
+    assert [entry["step"] for entry in logged][:3] == [3, 6, 9]
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_resumed_run_equals_the_unbroken_one_to_the_last_bit(tmp_path, use_ema):
+    unbroken = config(tmp_path / "unbroken", use_ema=use_ema)
+    _, expected = run_training(unbroken)
+
+    broken = config(tmp_path / "broken", use_ema=use_ema)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(broken, validate=kill_at_step(5))
+    assert [path.name for path in list_checkpoints(broken.output_dir)] == ["checkpoint-4"]
+    resumed = replace(broken, resume_from_checkpoint="latest")
+    run, result = run_training(resumed)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert run.state.num_samples == 32
+    assert entries(resumed) == entries(unbroken)
+
+
+def kill_at_step(step):
+    def validate(model, now):
+        if now == step:
+            raise KeyboardInterrupt
+        return {}, {}
+
+    return validate
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path):
+    # Masks make the two halves of a step unequal: a mean of means would differ.
+    whole = config(tmp_path / "whole")
+    halves = config(tmp_path / "halves", train_batch_size=2, gradient_accumulation_steps=2)
+    _, expected = run_training(whole)
+    _, result = run_training(halves)
+    torch.testing.assert_close(result, expected)
+    for a, b in zip(entries(halves), entries(whole), strict=True):
+        assert a == pytest.approx(b)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    training = config(tmp_path)
+    _, result = run_training(training, break_samples=(5.0,))
+    assert all(torch.isfinite(parameter).all() for parameter in result)
+    assert [entry["num_nonfinite_steps"] for entry in entries(training)] == [1, 0, 0]
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run_and_leave_the_last_checkpoint(tmp_path):
+    training = config(tmp_path, max_nonfinite_steps=3, max_train_steps=20)
+    with pytest.raises(RuntimeError, match=r"3 steps in a row up to step 8 were not.*checkpoint-4"):
+        run_training(training, break_samples=tuple(map(float, range(20, 100))))
+    assert [path.name for path in list_checkpoints(training.output_dir)] == ["checkpoint-4"]
+
+
+def test_old_checkpoints_go_when_the_new_one_is_complete(tmp_path):
+    training = config(tmp_path, checkpointing_steps=2, checkpoints_total_limit=2)
+    run_training(training)
+    assert [path.name for path in list_checkpoints(training.output_dir)] == ["checkpoint-6", "checkpoint-8"]
+    assert not list(Path(training.output_dir).glob("partial-*"))
+
+
+def test_partial_checkpoints_are_not_taken_for_whole_ones(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-10", "partial-checkpoint-12", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+
+
+def test_a_new_run_does_not_write_among_old_checkpoints(tmp_path):
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(ValueError, match="holds checkpoint-7; add --resume_from_checkpoint latest"):
+        check_output_dir(tmp_path, None)
+    check_output_dir(tmp_path, "latest")
+    check_output_dir(tmp_path / "new", "latest")
+    with pytest.raises(ValueError, match="does not exist; .* has: checkpoint-7"):
+        check_output_dir(tmp_path, "checkpoint-8")
+
+
+def test_only_trainable_weights_are_stored_when_others_are_frozen(tmp_path, monkeypatch):
+    original = Line.__init__
+
+    def freeze(self):
+        original(self)
+        self.frozen = torch.nn.Linear(100, 100).requires_grad_(False)
+
+    monkeypatch.setattr(Line, "__init__", freeze)
+    training = config(tmp_path, max_train_steps=4)
+    _, expected = run_training(training)
+    checkpoint = Path(training.output_dir) / "checkpoint-4"
+    assert (checkpoint / "trainable.safetensors").stat().st_size < 1000
+    assert not (checkpoint / "model.safetensors").exists()
+    _, result = run_training(replace(training, resume_from_checkpoint="latest"))
+    assert all(torch.equal(a, b) for a, b in zip(result[:2], expected[:2], strict=True))
+
+
+def test_ema_is_lent_to_the_model_and_taken_back(tmp_path):
+    run, averaged = run_training(config(tmp_path, use_ema=True, ema_decay=0.9))
+    own = [parameter.detach() for parameter in run.unwrapped_model.parameters()]
+    assert not torch.equal(own[0], averaged[0])
+    torch.testing.assert_close(averaged, [p.detach() for p in run.ema.shadow_params])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_train_steps": 0}, "max_train_steps must be 1 or more, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "use --lr_scheduler constant_with_warmup"),
+        ({"checkpoints_total_limit": 0}, "checkpoints_total_limit must be 1 or more, or None"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **changes)
