@@ -6,6 +6,7 @@ processes and workers nor an interruption changes it.
 Shapes: B = batch, T = video frames, height, width in pixels.
 """
 
+import csv
 import logging
 import tempfile
 from collections import Counter
@@ -19,7 +20,7 @@ from typing import Any, Literal, Protocol
 import av
 import numpy as np
 import torch
-from datasets import Features, Value, load_dataset
+from datasets import Features, Value, disable_progress_bars, load_dataset
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
@@ -54,8 +55,7 @@ class DataConfig:
     time_division_factor: int = 4
     """Video frames to a latent frame; num_frames must be a multiple of it, plus 1."""
     frame_sampling: Literal["uniform", "head", "random"] = "uniform"
-    """uniform spreads num_frames over the whole clip (right for a process); head starts at its beginning, random
-    anywhere, both at frame_rate."""
+    """uniform spreads num_frames over the whole clip, right for a process; head and random keep to frame_rate."""
     frame_rate: float = 16.0
     """Frames a second that head and random sample at; WAN's is 16."""
     short_clips: Literal["error", "skip", "pad"] = "error"
@@ -169,18 +169,20 @@ def read_table(config: DataConfig) -> list[dict[str, str | None]]:
     if not path.read_bytes().strip():
         raise ValueError(f"{path} must have a header and at least one row, but is empty.")
     with path.open(newline="", encoding="utf-8-sig") as file:
-        import csv
-
-        header = next(csv.reader(file))
+        reader = csv.reader(file)
+        header, first_row = next(reader), next(reader, None)
     missing = [name for name in (config.video_column, config.caption_column) if name not in header]
     if missing:
         raise ValueError(
             f"{path} must have the columns {config.video_column} and {config.caption_column}, but has "
             f"{', '.join(header)}; name yours with --video_column and --caption_column."
         )
+    if first_row is None:
+        raise ValueError(f"{path} must have at least one row below its header, but has none.")
     # As text, and no word taken for a missing value: a prompt may be 123 or None. A cache of its own, so that a
     # changed file is read anew and nothing has to be writable.
     features = Features({name: Value("string") for name in header})
+    disable_progress_bars()
     with tempfile.TemporaryDirectory() as cache_dir:
         table = load_dataset(
             "csv",
@@ -191,10 +193,7 @@ def read_table(config: DataConfig) -> list[dict[str, str | None]]:
             keep_in_memory=True,
             cache_dir=cache_dir,
         )
-        rows = list(table.select_columns([config.video_column, config.caption_column]))
-    if not rows:
-        raise ValueError(f"{path} must have at least one row below its header, but has none.")
-    return rows
+        return list(table.select_columns([config.video_column, config.caption_column]))
 
 
 def check_row(number: int, video: str | None, prompt: str | None, base: Path, config: DataConfig) -> Row:
@@ -234,6 +233,8 @@ def resolve_path(video: str | None, base: Path) -> Path:
         raise ValueError("the path is a folder")
     if not path.exists():
         raise ValueError("the file does not exist")
+    if path.stat().st_size == 0:
+        raise ValueError("the file is empty")
     return path
 
 
@@ -326,16 +327,23 @@ def decode_frames(
     raise ValueError(f"{path} ends before frame {int(indices[-1])}, which its header promises; encode it anew.")
 
 
+class ResizeToCover(v2.Transform):
+    """Resizes so that height x width is just covered, aspect ratio kept."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.height, self.width = height, width
+
+    def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
+        """Called by torchvision for each picture `(..., H, W)`."""
+        scale = max(self.height / inpt.shape[-2], self.width / inpt.shape[-1])
+        size = [max(self.height, round(inpt.shape[-2] * scale)), max(self.width, round(inpt.shape[-1] * scale))]
+        return v2.functional.resize(inpt, size, antialias=True)
+
+
 def build_video_transform(height: int, width: int) -> v2.Transform:
-    """Resizes so that height x width is just covered, aspect ratio kept, and crops the centre. On uint8."""
-
-    class ResizeToCover(v2.Transform):
-        def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
-            scale = max(height / inpt.shape[-2], width / inpt.shape[-1])
-            size = [max(height, round(inpt.shape[-2] * scale)), max(width, round(inpt.shape[-1] * scale))]
-            return v2.functional.resize(inpt, size, antialias=True)
-
-    return v2.Compose([ResizeToCover(), v2.CenterCrop((height, width))])
+    """Aspect-preserving resize and centre crop of uint8 pictures `(..., H, W)`."""
+    return v2.Compose([ResizeToCover(height, width), v2.CenterCrop((height, width))])
 
 
 def normalize_videos(videos: torch.Tensor) -> torch.Tensor:

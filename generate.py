@@ -96,9 +96,7 @@ def main(config: Config) -> None:
     progress = tqdm(total=len(prompts) * num_blocks, desc="blocks", dynamic_ncols=True)
     start = time.perf_counter()
     for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
-        embeds = encode_prompts(
-            pipeline.tokenizer, pipeline.text_encoder, [prompt], settings.max_sequence_length
-        )
+        embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [prompt], settings.max_sequence_length)
         noise = pipeline.draw_noise(1, *size, settings.timesteps, generator=sample_generator(config.seed, number))
         latents = pipeline.sample_latents(
             pad_prompt_embeds(embeds, settings.max_sequence_length).to(dtype),

@@ -37,7 +37,7 @@ class ModelConfig:
     generator_ckpt: str | None = None
     """Start the student from these weights: a diffusers transformer folder, the result of a run, or a .safetensors."""
     gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass: far less memory, about a third more compute."""
+    """Recompute each layer in the backward pass: less memory for more compute."""
     lora_rank: int = 0
     """Train LoRA adapters of this rank; 0 trains all weights."""
     lora_alpha: float | None = None
@@ -47,7 +47,7 @@ class ModelConfig:
     max_sequence_length: int = 512
     """Tokens that prompts are cut and padded to; 512 is what WAN was trained with."""
     vae_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the VAE; bf16 is faster on a GPU and rounds the latents."""
+    """Precision of the VAE; bf16 rounds the latents."""
 
     def __post_init__(self) -> None:
         if self.lora_rank < 0:

@@ -75,7 +75,10 @@ def test_a_written_recipe_gives_the_same_config(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("output_dir: a\nlearning_rat: 1\n", "'learning_rat' is not a setting of this script; did you mean 'learning_rate'?"),
+        (
+            "output_dir: a\nlearning_rat: 1\n",
+            "'learning_rat' is not a setting of this script; did you mean 'learning_rate'?",
+        ),
         ("- a\n- b\n", "must be a mapping"),
         ("output_dir: {a: 1}\n", "recipes are flat"),
         ("output_dir: [\n", "must be valid YAML"),

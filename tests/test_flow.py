@@ -29,8 +29,10 @@ def test_velocity_and_latents_are_inverse_to_each_other(tensors):
 
 def test_velocity_is_the_derivative_of_noising_by_sigma(tensors):
     latents, noise, _ = tensors
+
     def noised(sigma):
         return flow.add_noise(latents, noise, sigma.expand(2))
+
     _, derivative = torch.func.jvp(noised, (torch.tensor(0.3),), (torch.tensor(1.0),))
     torch.testing.assert_close(derivative, flow.velocity(latents, noise))
 

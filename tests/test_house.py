@@ -58,7 +58,9 @@ def test_scripts_never_import_each_other(script):
 
 
 def test_only_training_and_the_scripts_know_accelerate():
-    knowing = {m for m in PACKAGE if any(n.split(".")[0] == "accelerate" for n in imports(ROOT / f"causal_wan/{m}.py"))}
+    knowing = {
+        m for m in PACKAGE if any(n.split(".")[0] == "accelerate" for n in imports(ROOT / f"causal_wan/{m}.py"))
+    }
     assert knowing == {"training"}
 
 

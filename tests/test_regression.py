@@ -51,9 +51,7 @@ def test_draws_are_a_function_of_seed_and_sample_number():
 
 def test_clean_blocks_are_exactly_clean_and_do_not_count():
     latents = torch.randn(8, 4, 6, 2, 2)
-    batch = draw_noisy_batch(
-        latents, LEVELS, [3, 3], seed=0, sample_numbers=range(8), num_valid_frames=[6] * 7 + [4]
-    )
+    batch = draw_noisy_batch(latents, LEVELS, [3, 3], seed=0, sample_numbers=range(8), num_valid_frames=[6] * 7 + [4])
     clean = batch.timesteps == 0
     assert clean.any()
     assert torch.equal(batch.noisy_latents.movedim(2, 1)[clean], latents.movedim(2, 1)[clean])

@@ -38,6 +38,7 @@ from make_dataset import BASE_KINDS, HEIGHT, KINDS, NUM_FRAMES, WIDTH, Sketch, d
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
+from torch.nn.functional import max_pool3d
 from tqdm.auto import tqdm, trange
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -56,8 +57,8 @@ class Config:
     """Folder of the checkpoint; replaced whole at every export."""
     work_dir: str = "outputs/tiny-wan-work"
     """Folder for the latents that the base is trained on, and the report."""
-    stage: Literal["all", "new", "vae", "base", "report"] = "all"
-    """`new` writes untrained parts; `vae`, `base` and `report` take the other parts from output_dir."""
+    stage: Literal["all", "new", "vae", "details", "base", "report"] = "all"
+    """`new`: untrained parts. `details`, the last phase of the VAE, `base` and `report` start from output_dir."""
     seed: int = 0
     """Seeds the sketches, the initial weights and the noise."""
     num_threads: int = 3
@@ -68,11 +69,11 @@ class Config:
     """VAE steps on 32 single frames; comes first, because on clips alone the VAE collapses to plain white."""
     vae_clip_steps: int = 1600
     """VAE steps on 4 short clips."""
-    vae_lr: float = 2e-3
-    """Peak learning rate of the VAE."""
-    base_clips: int = 1800
+    vae_detail_steps: int = 950
+    """VAE steps on short clips in which the white near the ink counts as much as the ink."""
+    base_clips: int = 1500
     """Clips that the base is trained on."""
-    base_steps: int = 3000
+    base_steps: int = 2800
     """Optimizer steps of the base."""
     base_batch_size: int = 8
     """Clips a step."""
@@ -82,7 +83,7 @@ class Config:
     """Training sigmas are shift u / (1 + (shift - 1) u) with u uniform; also the sampler's flow_shift."""
     guidance_scale: float = 3.0
     """Guidance of the samples in the report."""
-    export_every: int = 500
+    export_every: int = 700
     """Steps of the base between two exports."""
 
 
@@ -231,7 +232,7 @@ def export(pipeline: WanPipeline, output_dir: str) -> None:
     pipeline.save_pretrained(partial)
     for part in (pipeline.vae, pipeline.transformer):
         name = "vae" if part is pipeline.vae else "transformer"
-        half = type(part).from_config(part.config)
+        half = type(part).from_config({key: value for key, value in part.config.items() if key != "_name_or_path"})
         half.load_state_dict(part.state_dict())
         half.half().save_pretrained(partial / name)
     if (target / "README.md").exists():
@@ -252,14 +253,15 @@ def cosine(step: int, num_steps: int, warmup: int = 50) -> float:
     return min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / num_steps)))
 
 
-def reconstruction_loss(vae: AutoencoderKLWan, videos: torch.Tensor, noise_std: float = 0.1) -> torch.Tensor:
-    """Squared error with the ink weighted up elevenfold, from slightly noisy latents that are kept near unit size."""
+def reconstruction_loss(vae: AutoencoderKLWan, videos: torch.Tensor, reach: int, noise_std: float) -> torch.Tensor:
+    """Squared error from slightly noisy latents kept near unit size; pixels within `reach` of ink weigh elevenfold."""
     with torch.autocast("cpu", torch.bfloat16):
         latents = vae.encode(videos).latent_dist.mode()
         reconstruction = vae.decode(latents + noise_std * torch.randn_like(latents)).sample
     ink = (videos.amin(dim=1, keepdim=True) < 0.9).float()
+    near_ink = max_pool3d(ink, (1, 2 * reach + 1, 2 * reach + 1), stride=1, padding=(0, reach, reach))
     error = (reconstruction.float() - videos).square()
-    return ((1 + 10 * ink) * error).mean() + 1e-3 * latents.float().square().mean()
+    return ((1 + 10 * near_ink) * error).mean() + 1e-3 * latents.float().square().mean()
 
 
 def crop(clips: torch.Tensor, batch_size: int, length: int) -> torch.Tensor:  # (N, T, H, W, 3) -> (B, 3, length, H, W)
@@ -274,24 +276,58 @@ def crop(clips: torch.Tensor, batch_size: int, length: int) -> torch.Tensor:  # 
     return to_videos(torch.stack(stretches))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of VAE training with its own cosine of the learning rate."""
+
+    name: str
+    num_steps: int
+    peak_lr: float
+    batches: tuple[tuple[int, int], ...]  # clips and frames, one pair is drawn each step
+    reach: int
+    noise_std: float
+
+
+def vae_phases(config: Config) -> list[Phase]:
+    """Single frames, then short clips, then attention to the white between strokes."""
+    short_clips = ((6, 5), (4, 9), (2, 17))
+    phases = [
+        Phase(
+            name="frames", num_steps=config.vae_frame_steps, peak_lr=2e-3, batches=((32, 1),), reach=0, noise_std=0.1
+        ),
+        Phase(
+            name="clips", num_steps=config.vae_clip_steps, peak_lr=1.5e-3, batches=short_clips, reach=0, noise_std=0.1
+        ),
+        Phase(
+            name="details",
+            num_steps=config.vae_detail_steps,
+            peak_lr=2e-3,
+            batches=short_clips,
+            reach=2,
+            noise_std=0.05,
+        ),
+    ]
+    return phases[2:] if config.stage == "details" else phases
+
+
 def train_vae(vae: AutoencoderKLWan, config: Config) -> None:
-    """Single frames first, then short clips through the chunked encoder and decoder; then fits the normalisation."""
+    """Goes through the phases, clips by way of the chunked encoder and decoder; then fits the normalisation."""
     clips = torch.from_numpy(np.stack(list(film(training_sketches(tuple(KINDS), config.vae_clips, config.seed)))))
-    for phase, num_steps in (("frames", config.vae_frame_steps), ("clips", config.vae_clip_steps)):
-        peak = config.vae_lr if phase == "frames" else config.vae_lr * 0.75
-        optimizer = torch.optim.Adam(vae.parameters(), lr=peak, betas=(0.9, 0.98))
-        bar = trange(num_steps, desc=f"VAE, {phase}")
+    for phase in vae_phases(config):
+        optimizer = torch.optim.Adam(vae.parameters(), lr=phase.peak_lr, betas=(0.9, 0.98))
+        bar, smooth = trange(phase.num_steps, desc=f"VAE, {phase.name}"), 0.0
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = peak * cosine(step, num_steps)
-            batch_size, length = (32, 1) if phase == "frames" else random.choice([(6, 5), (4, 9), (2, 17)])
-            loss = reconstruction_loss(vae, crop(clips, batch_size, length))
+                group["lr"] = phase.peak_lr * cosine(step, phase.num_steps)
+            videos = crop(clips, *random.choice(phase.batches))
+            loss = reconstruction_loss(vae, videos, phase.reach, phase.noise_std)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
+            smooth += max(0.02, 1 / (step + 1)) * (loss.item() - smooth)
             if step % 20 == 0:
-                bar.set_postfix(loss=f"{loss.item():.4f}")
+                bar.set_postfix(loss=f"{smooth:.4f}")
     vae.to(torch.float16).to(torch.float32)  # what is stored
     fit_normalisation(vae, clips[torch.randperm(len(clips))[:64]])
 
@@ -427,7 +463,7 @@ def report(pipeline: WanPipeline, config: Config) -> None:
     }
     print_table("VAE, all kinds", targets, answers)
     contact_sheet(targets, answers["VAE reconstruction"], Path(config.work_dir) / "vae.png")
-    if config.stage == "vae":
+    if config.stage in ("vae", "details"):
         return
 
     answers["50 steps"] = sample(pipeline, [prompt(sketch) for sketch in wanted], config)
@@ -487,11 +523,11 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     random.seed(config.seed)
     pipeline = new_pipeline(config)
-    if config.stage in ("base", "report"):
+    if config.stage in ("details", "base", "report"):
         stored = WanPipeline.from_pretrained(config.output_dir)
         pipeline.vae = stored.vae
         pipeline = stored if config.stage == "report" else pipeline
-    if config.stage in ("all", "vae"):
+    if config.stage in ("all", "vae", "details"):
         train_vae(pipeline.vae, config)
     if config.stage != "report":
         export(pipeline, config.output_dir)

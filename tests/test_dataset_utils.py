@@ -1,0 +1,382 @@
+import os
+import pickle
+from dataclasses import replace
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import dataset_utils
+from dataset_utils import (
+    DataConfig,
+    Row,
+    SampleStream,
+    VideoDataset,
+    build_video_transform,
+    collate,
+    decode_frames,
+    describe_rows,
+    describe_speed_up,
+    load_rows,
+    normalize_videos,
+    sample_frame_indices,
+)
+
+
+GREY_STEP = 8  # frame i of a test clip is 8 i grey all over
+
+
+def write_video(path, num_frames=24, height=48, width=80, rate=16, frames=None):
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate, width=width, height=height, options={"crf": "1"})
+        stream.pix_fmt = "yuv444p"
+        for index in range(num_frames):
+            picture = np.full((height, width, 3), GREY_STEP * index, np.uint8) if frames is None else frames[index]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def shown_indices(frames):
+    """The index that each frame of a test clip carries in its grey level."""
+    return (frames.float().mean(dim=(-3, -2, -1)) / GREY_STEP).round().int().tolist()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number in range(4):
+        write_video(videos / f"{number}.mp4")
+    return tmp_path
+
+
+def config(folder, text=None, **changes):
+    if text is not None:
+        (folder / "rows.csv").write_text(text, encoding="utf-8")
+    defaults = {"num_frames": 9, "height": 32, "width": 48}
+    return DataConfig(
+        dataset_base_path=str(folder / "videos"), metadata_path=str(folder / "rows.csv"), **{**defaults, **changes}
+    )
+
+
+GOOD = "video,prompt\n0.mp4,a\n1.mp4,b\n2.mp4,c\n3.mp4,d\n"
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_keep_their_order_and_text(folder):
+    text = 'prompt,video,note\n"one, two\nthree",0.mp4,x\n123,1.mp4,\nNone,2.mp4,\nNA,3.mp4,\n'
+    rows = load_rows(config(folder, text))
+    assert [row.prompt for row in rows] == ["one, two\nthree", "123", "None", "NA"]
+    assert [row.path.name for row in rows] == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
+    assert (rows[0].num_frames, rows[0].frame_rate, rows[0].height, rows[0].width) == (24, 16.0, 48, 80)
+
+
+def test_a_changed_csv_is_read_anew(folder):
+    assert len(load_rows(config(folder, GOOD))) == 4
+    assert len(load_rows(config(folder, "video,prompt\n0.mp4,a\n"))) == 1
+
+
+def test_other_columns_can_be_named(folder):
+    settings = config(folder, "file,caption\n0.mp4,a\n", video_column="file", caption_column="caption")
+    assert load_rows(settings)[0].prompt == "a"
+
+
+BAD_ROWS = {
+    "missing.mp4": "the file does not exist",
+    "text.mp4": "not a video that can be read",
+    "empty.mp4": "the file is empty",
+    "sound.mp4": "the file has no video stream",
+    "short.mp4": "5 frames, fewer than num_frames=9",
+    "../outside.mp4": "the path leaves dataset_base_path",
+    "link.mp4": "the path leaves dataset_base_path",
+    "http://host/a.mp4": "not a URL or protocol",
+    "concat:0.mp4|1.mp4": "not a URL or protocol",
+    "file:0.mp4": "not a URL or protocol",
+    "playlist.mp4": "not a video that can be read",
+    "list.mp4": "not a video that can be read",
+    "sub": "the path is a folder",
+    "": "the path is empty",
+}
+
+
+def write_bad_files(folder):
+    videos = folder / "videos"
+    (videos / "sub").mkdir()
+    (videos / "text.mp4").write_text("this is no video\n" * 100)
+    (videos / "empty.mp4").touch()
+    write_video(videos / "short.mp4", num_frames=5)
+    write_video(folder / "outside.mp4")
+    os.symlink(folder / "outside.mp4", videos / "link.mp4")
+    # Both would make FFmpeg open 0.mp4, or anything else on the machine, if it were let.
+    (videos / "playlist.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n0.mp4\n#EXT-X-ENDLIST\n")
+    (videos / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{videos / '0.mp4'}'\n")
+    with av.open(str(videos / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_all_bad_rows_are_listed_at_once_with_number_path_and_reason(folder):
+    write_bad_files(folder)
+    lines = ["video,prompt", "0.mp4,good", *(f"{path},prompt" for path in BAD_ROWS), "1.mp4,", '2.mp4,"  "']
+    with pytest.raises(ValueError) as error:
+        load_rows(config(folder, "\n".join(lines) + "\n"))
+    message = str(error.value)
+    assert f"{len(BAD_ROWS) + 2} of {len(BAD_ROWS) + 3} rows" in message
+    listed = message.splitlines()
+    for number, (path, reason) in enumerate(BAD_ROWS.items(), 2):
+        (line,) = [line for line in listed if line.startswith(f"  row {number}, ")]
+        assert path in line
+        assert reason in line
+    assert sum("the prompt is empty" in line for line in listed) == 2
+    assert "--on_bad_sample skip" in listed[-1]
+
+
+def test_bad_rows_can_be_left_out(folder, caplog):
+    rows = load_rows(config(folder, "video,prompt\nno.mp4,a\n1.mp4,b\n", on_bad_sample="skip"))
+    assert [(row.number, row.prompt) for row in rows] == [(2, "b")]
+    assert "row 1, no.mp4: the file does not exist" in caplog.text
+
+
+def test_long_lists_are_cut_after_20_with_a_count(folder):
+    text = "video,prompt\n" + "no.mp4,a\n" * 25
+    with pytest.raises(ValueError) as error:
+        load_rows(config(folder, text))
+    assert str(error.value).count("does not exist") == 20
+    assert "and 5 more" in str(error.value)
+
+
+def test_short_clips_can_be_left_out_or_padded(folder, caplog):
+    write_video(folder / "videos" / "short.mp4", num_frames=5)
+    text = "video,prompt\n0.mp4,a\nshort.mp4,b\n"
+    assert [row.prompt for row in load_rows(config(folder, text, short_clips="skip"))] == ["a"]
+    assert "left out 1 clip(s) with too few frames" in caplog.text
+    rows = load_rows(config(folder, text, short_clips="pad"))
+    sample = VideoDataset(rows, config(folder, short_clips="pad")).load(1, torch.Generator())
+    assert sample["num_valid_frames"] == 5
+    assert shown_indices(sample["video"].movedim(1, 0)) == [0, 1, 2, 3, 4, 4, 4, 4, 4]
+
+
+def test_clips_are_short_at_a_rate_when_their_time_is(folder):
+    # 24 frames at 16 a second are 1.4 s: 12 frames at 8 a second, 24 at 16.
+    ok = config(folder, "video,prompt\n0.mp4,a\n", frame_sampling="head", frame_rate=8.0)
+    assert load_rows(ok)
+    with pytest.raises(ValueError, match="6 frames at 4 frames a second, fewer than num_frames=9"):
+        load_rows(replace(ok, frame_rate=4.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("video,prompt\n", "has none"),
+        ("video,caption\n0.mp4,a\n", "has video, caption; name yours with --video_column and --caption_column"),
+        ("video,prompt\nno.mp4,a\n", "1 of 1 rows"),
+    ],
+)
+def test_unusable_csv_files_are_refused(folder, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_rows(config(folder, text))
+
+
+def test_missing_files_and_folders_are_named(folder):
+    with pytest.raises(ValueError, match=r"rows.csv does not exist"):
+        load_rows(config(folder))
+    settings = replace(config(folder, GOOD), dataset_base_path=str(folder / "nowhere"))
+    with pytest.raises(ValueError, match="nowhere is not one"):
+        load_rows(settings)
+
+
+def test_no_row_left_is_an_error_even_when_skipping(folder):
+    with pytest.raises(ValueError, match="none of 1 is left"):
+        load_rows(config(folder, "video,prompt\nno.mp4,a\n", on_bad_sample="skip"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_frames": 80}, "num_frames must be 4k \\+ 1 for the WAN VAE, got 80; use 77 or 81"),
+        ({"num_frames": 0}, "use 1 or 5"),
+        ({"num_frames": 80, "time_division_factor": 8}, "8k \\+ 1 .* use 73 or 81"),
+        ({"height": 470}, "height must be a multiple of 16, got 470; use 464 or 480"),
+        ({"width": 8}, "width must be a multiple of 16, got 8; use 16 or 32"),
+        ({"frame_rate": 0.0}, "frame_rate must be above 0"),
+        ({"max_bad_samples": -1}, "max_bad_samples must be 0 or more"),
+    ],
+)
+def test_settings_that_cannot_work_name_the_nearest_that_do(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(folder, **changes)
+
+
+# --- sampling and decoding -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [0, 3, 6, 9, 12, 14, 17, 20, 23]),
+        ({"frame_sampling": "head"}, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        ({"frame_sampling": "head", "frame_rate": 8.0}, [0, 2, 4, 6, 8, 10, 12, 14, 16]),
+        ({"frame_sampling": "head", "frame_rate": 32.0}, [0, 0, 1, 2, 2, 2, 3, 4, 4]),
+    ],
+)
+def test_sampled_frames_are_the_right_ones(folder, changes, expected):
+    settings = config(folder, GOOD, **changes)
+    indices, num_valid = sample_frame_indices(24, 16.0, settings, torch.Generator())
+    assert num_valid == 9
+    assert indices.tolist() == expected
+    assert shown_indices(decode_frames(folder / "videos" / "0.mp4", indices)) == expected
+
+
+def test_random_sampling_starts_anywhere_and_keeps_the_rate(folder):
+    settings = config(folder, GOOD, frame_sampling="random")
+    starts = set()
+    for seed in range(200):
+        indices, _ = sample_frame_indices(24, 16.0, settings, torch.Generator().manual_seed(seed))
+        assert (indices.diff() == 1).all()
+        starts.add(int(indices[0]))
+    assert starts == set(range(16))
+
+
+def test_frames_are_resized_to_cover_and_cropped_in_the_centre():
+    frame = torch.zeros(3, 90, 200, dtype=torch.uint8)
+    frame[:, 35:55, 90:110] = 255  # a square in the centre
+    out = build_video_transform(48, 48)(frame)
+    assert out.shape == (3, 48, 48)
+    rows, columns = (out[0] > 127).nonzero(as_tuple=True)
+    height, width = rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
+    assert abs(height - width) <= 1  # nothing is squashed
+    assert abs(rows.float().mean() - 23.5) < 1
+    assert abs(columns.float().mean() - 23.5) < 1
+
+
+@pytest.mark.parametrize("size", [(48, 80), (80, 48), (17, 33), (33, 500)])
+def test_every_aspect_ratio_covers_the_target(size):
+    assert build_video_transform(32, 48)(torch.full((3, *size), 7, dtype=torch.uint8)).eq(7).all()
+
+
+def test_pixels_become_minus_1_to_1():
+    videos = normalize_videos(torch.tensor([0, 255], dtype=torch.uint8))
+    assert videos.tolist() == [-1.0, 1.0]
+    assert videos.dtype == torch.float32
+
+
+def test_a_file_that_ends_early_is_named(folder):
+    with pytest.raises(ValueError, match=r"0.mp4 ends before frame 30"):
+        decode_frames(folder / "videos" / "0.mp4", torch.tensor([0, 30]))
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Rows that are their own index and draw one number."""
+
+    def __init__(self, count, broken=()):
+        self.count, self.broken = count, broken
+
+    def __len__(self):
+        return self.count
+
+    def load(self, index, generator):
+        if index in self.broken:
+            raise ValueError(f"row {index} is broken")
+        draw = float(torch.rand((), generator=generator))
+        return {"latents": torch.tensor([draw]), "prompt": str(index), "row_index": index, "num_valid_frames": 1}
+
+
+def order(stream):
+    return [sample["row_index"] for sample in stream]
+
+
+def test_every_epoch_is_another_permutation():
+    rows = order(SampleStream(Rows(10), num_samples=30, seed=0))
+    epochs = [rows[:10], rows[10:20], rows[20:]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert order(SampleStream(Rows(10), num_samples=30, seed=1)) != rows
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_stream_goes_on_where_the_unbroken_one_would(num_workers):
+    def batches(start):
+        stream = SampleStream(Rows(7), num_samples=24, seed=3, start=start)
+        return list(DataLoader(stream, batch_size=2, collate_fn=collate, num_workers=num_workers))
+
+    whole, resumed = batches(0), batches(10)
+    assert len(resumed) == 7
+    for expected, batch in zip(whole[5:], resumed, strict=True):
+        assert batch["prompts"] == expected["prompts"]
+        assert torch.equal(batch["sample_numbers"], expected["sample_numbers"])
+        assert torch.equal(batch["latents"], expected["latents"])
+
+
+def test_samples_do_not_share_their_randomness():
+    draws = [float(sample["latents"]) for sample in SampleStream(Rows(2), num_samples=50, seed=0)]
+    assert len(set(draws)) == 50
+
+
+def test_a_broken_clip_is_replaced_by_the_next_of_its_epoch_and_reported():
+    whole = SampleStream(Rows(6), num_samples=6, seed=0)
+    broken = whole[2]["row_index"]
+    stream = SampleStream(Rows(6, broken={broken}), num_samples=6, seed=0)
+    assert order(stream)[2] == order(whole)[3]
+    assert stream[2]["errors"] == [f"row {broken} is broken"]
+    assert stream[1]["errors"] == []
+    assert collate([stream[1], stream[2]])["errors"] == [f"row {broken} is broken"]
+
+
+def test_a_data_set_that_is_broken_all_over_is_an_error():
+    with pytest.raises(ValueError, match="10 clips in a row did not decode"):
+        SampleStream(Rows(30, broken=range(30)), num_samples=1, seed=0)[0]
+
+
+def test_a_clip_that_breaks_after_it_was_checked_names_row_and_file(folder):
+    settings = config(folder, GOOD)
+    dataset = VideoDataset(load_rows(settings), settings)
+    path = folder / "videos" / "1.mp4"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"row 2, .*1.mp4"):
+        dataset.load(1, torch.Generator())
+    stream = SampleStream(pickle.loads(pickle.dumps(dataset)), num_samples=8, seed=0)
+    samples = list(stream)
+    assert sum(len(sample["errors"]) for sample in samples) == 2
+    assert 1 not in order(stream)
+
+
+def test_batches_stack_clips(folder):
+    settings = config(folder, GOOD)
+    stream = SampleStream(VideoDataset(load_rows(settings), settings), num_samples=2, seed=0)
+    batch = collate([stream[0], stream[1]])
+    assert batch["videos"].shape == (2, 3, 9, 32, 48)
+    assert batch["videos"].dtype == torch.uint8
+    assert batch["num_valid_frames"].tolist() == [9, 9]
+
+
+# --- descriptions ----------------------------------------------------------------------------------------------------
+
+
+def rows_of(seconds, rate=16.0):
+    return [Row(1, dataset_utils.Path("a"), str(s), round(s * rate), rate, 48, 80) for s in seconds]
+
+
+def test_speeding_up_is_said_with_numbers_and_only_when_it_happens(folder):
+    settings = config(folder, num_frames=81)
+    assert describe_speed_up(rows_of([5.0, 6.0]), settings) is None
+    note = describe_speed_up(rows_of([10.125, 10.125, 20.25]), settings)
+    assert "2.0 times as fast (up to 4.0)" in note
+    assert "--frame_sampling head" in note
+    assert describe_speed_up(rows_of([60.0]), replace(settings, frame_sampling="head")) is None
+
+
+def test_rows_are_described_in_numbers():
+    text = describe_rows(rows_of([2.0, 4.0, 4.0]))
+    assert "3 clips, 2 prompts; 32 to 64 frames (median 64) at 16 a second, 48 x 80" in text
