@@ -1,6 +1,6 @@
 """Generates videos from prompts with a student that `train_video_regression.py` has trained.
 
-    python generate.py --checkpoint outputs/my-wan --prompt "Draw a sketch of a bird step by step: ..." --output bird.mp4
+    python generate.py --checkpoint outputs/my-wan --prompt "Draw a sketch of bird step by step..." --output bird.mp4
     python generate.py --checkpoint outputs/my-wan --prompts_file prompts.txt --output videos/
 
 `--checkpoint` is the output folder of a run (full fine-tune or LoRA), or any diffusers WAN folder or hub id: then the

@@ -138,6 +138,7 @@ class VideoRegression:
         return {
             "noisy": noisy,
             "prompt_embeds": self.embed(batch["prompts"]),
+            "num_bad_samples": len(batch["errors"]),
             "num_items": noisy.mask.sum(),
             "num_tokens": latents[:, 0].numel() // 4,  # patches of 1 x 2 x 2
         }
@@ -165,11 +166,12 @@ class VideoRegression:
         statistics = level_statistics(
             predicted_latents, noisy.latents, noisy.level_indices, noisy.mask, len(self.levels)
         )
-        return loss, {"levels": statistics}
+        return loss, {"levels": statistics, "num_bad_samples": loss.new_tensor(batch["num_bad_samples"])}
 
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Sums of `compute_loss` over steps and processes -> metrics by level."""
-        return summarize_levels(sums["levels"].cpu(), self.levels) | {"num_bad_samples": float(self.num_bad_samples)}
+        metrics = summarize_levels(sums["levels"].cpu(), self.levels)
+        return metrics | {"num_bad_samples": float(sums["num_bad_samples"])}
 
     def count_bad_samples(self, errors: list[str]) -> None:
         """Reports clips that broke while decoding and were replaced.
@@ -203,11 +205,12 @@ def main(config: Config) -> None:
 
     accelerator = make_accelerator(config.training, flat_dict(config))
     if accelerator.is_main_process:
-        write_recipe(config, Path(config.training.output_dir) / "config.yaml")
+        write_recipe(with_absolute_paths(config), Path(config.training.output_dir) / "config.yaml")
         print(describe_plan(config, rows, accelerator.num_processes))
     weight_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    text_dtype = torch.float32 if weight_dtype == torch.float16 else weight_dtype  # UMT5 overflows in float16
     prompts = [row.prompt for row in rows + validation_rows] + list(config.validation.validation_prompts)
-    prompt_embeds = embed_prompts(accelerator, config.model, prompts, weight_dtype)
+    prompt_embeds = embed_prompts(accelerator, config.model, prompts, text_dtype)
     with user_errors():
         transformer = make_student(config, weight_dtype)
     vae = load_vae(
@@ -266,6 +269,20 @@ def load_validation_rows(config: Config) -> list[Row]:
         return []
     data = replace(config.data, metadata_path=config.validation.validation_metadata_path)
     return load_rows(data)[: config.validation.num_validation_samples]
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The config with local checkpoints named so that `generate.py` finds them from any folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+    model = replace(
+        config.model,
+        pretrained_model_name_or_path=absolute(config.model.pretrained_model_name_or_path),
+        generator_ckpt=absolute(config.model.generator_ckpt),
+    )
+    return replace(config, model=model)
 
 
 def make_student(config: Config, weight_dtype: torch.dtype) -> CausalWanTransformer3DModel:

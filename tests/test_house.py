@@ -84,16 +84,22 @@ def test_accelerate_configs_load_and_say_when_to_use_them(path):
 
 
 def documented_commands():
-    """Every command line of ours in the README and the recipes: (where, script, arguments)."""
+    """Every whole command line of ours in the README, the recipes and the docstrings: (script, arguments)."""
     files = [ROOT / "README.md", *(ROOT / "examples").rglob("*.yaml"), *(ROOT / "examples").rglob("*.sh")]
-    files += [ROOT / f"{script}.py" for script in SCRIPTS] + [ROOT / "Makefile"]
+    files += [ROOT / f"{script}.py" for script in SCRIPTS]
     for file in files:
-        text = re.sub(r"\\\n[#\s]*", " ", file.read_text())
+        text = re.sub(r" \\+\n[#\s]*", " ", file.read_text())
         for line in text.splitlines():
-            match = re.search(r"(?<![\w./-])(" + "|".join(SCRIPTS) + r")\.py +(--.*)", line)
-            if match and not re.search(r"[$<]|\.\.\.`", match[2]):
-                arguments = re.split(r" \\|`|\s#", match[2])[0]
-                yield pytest.param(match[1], shlex.split(arguments), id=f"{file.name}: {match[1]} {arguments}"[:80])
+            launcher = r"^[#\s]*(?:\w+=\S+ )*(?:python|accelerate launch\b.*?) "
+            match = re.match(launcher + "(" + "|".join(SCRIPTS) + r")\.py +(--[^#$]*)$", line)
+            if match:
+                name = f"{file.name}: {match[1]} {match[2]}"[:80]
+                yield pytest.param(match[1], shlex.split(match[2]), id=name)
+
+
+def test_there_are_documented_commands():
+    scripts = {parameters.values[0] for parameters in documented_commands()}
+    assert scripts == set(SCRIPTS)
 
 
 @pytest.mark.parametrize(("script", "arguments"), documented_commands())

@@ -169,7 +169,7 @@ def test_a_new_run_does_not_write_among_old_checkpoints(tmp_path):
         check_output_dir(tmp_path, None)
     check_output_dir(tmp_path, "latest")
     check_output_dir(tmp_path / "new", "latest")
-    with pytest.raises(ValueError, match="does not exist; .* has: checkpoint-7"):
+    with pytest.raises(ValueError, match=r"does not exist; .* has: checkpoint-7"):
         check_output_dir(tmp_path, "checkpoint-8")
 
 

@@ -57,7 +57,7 @@ class Config:
     """Folder of the checkpoint; replaced whole at every export."""
     work_dir: str = "outputs/tiny-wan-work"
     """Folder for the latents that the base is trained on, and the report."""
-    stage: Literal["all", "new", "vae", "details", "base", "report"] = "all"
+    stage: Literal["all", "new", "vae", "details", "colours", "base", "report"] = "all"
     """`new`: untrained parts. `details`, the last phase of the VAE, `base` and `report` start from output_dir."""
     seed: int = 0
     """Seeds the sketches, the initial weights and the noise."""
@@ -71,6 +71,8 @@ class Config:
     """VAE steps on 4 short clips."""
     vae_detail_steps: int = 950
     """VAE steps on short clips in which the white near the ink counts as much as the ink."""
+    vae_colour_steps: int = 1300
+    """VAE steps in which colour weighs most."""
     base_clips: int = 1500
     """Clips that the base is trained on."""
     base_steps: int = 2800
@@ -253,15 +255,36 @@ def cosine(step: int, num_steps: int, warmup: int = 50) -> float:
     return min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / num_steps)))
 
 
-def reconstruction_loss(vae: AutoencoderKLWan, videos: torch.Tensor, reach: int, noise_std: float) -> torch.Tensor:
-    """Squared error from slightly noisy latents kept near unit size; pixels within `reach` of ink weigh elevenfold."""
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of VAE training with its own cosine of the learning rate."""
+
+    name: str
+    num_steps: int
+    peak_lr: float
+    batches: tuple[tuple[int, int], ...]  # clips and frames, one pair is drawn each step
+    reach: int
+    noise_std: float
+    chroma_weight: float = 1.0
+
+
+def reconstruction_loss(vae: AutoencoderKLWan, videos: torch.Tensor, phase: Phase) -> torch.Tensor:
+    """Squared error from slightly noisy latents kept near unit size; pixels within `reach` of ink weigh elevenfold.
+
+    The error is split into its mean over RGB and the rest, the chroma, which may weigh more: thin lines are mostly a
+    matter of light and dark, and their colour is learned last.
+    """
     with torch.autocast("cpu", torch.bfloat16):
         latents = vae.encode(videos).latent_dist.mode()
-        reconstruction = vae.decode(latents + noise_std * torch.randn_like(latents)).sample
+        reconstruction = vae.decode(latents + phase.noise_std * torch.randn_like(latents)).sample
     ink = (videos.amin(dim=1, keepdim=True) < 0.9).float()
-    near_ink = max_pool3d(ink, (1, 2 * reach + 1, 2 * reach + 1), stride=1, padding=(0, reach, reach))
-    error = (reconstruction.float() - videos).square()
-    return ((1 + 10 * near_ink) * error).mean() + 1e-3 * latents.float().square().mean()
+    near_ink = max_pool3d(
+        ink, (1, 2 * phase.reach + 1, 2 * phase.reach + 1), stride=1, padding=(0, phase.reach, phase.reach)
+    )
+    error = reconstruction.float() - videos
+    luma = error.mean(dim=1, keepdim=True)
+    squared = luma.square() + phase.chroma_weight * (error - luma).square()
+    return ((1 + 10 * near_ink) * squared).mean() + 1e-3 * latents.float().square().mean()
 
 
 def crop(clips: torch.Tensor, batch_size: int, length: int) -> torch.Tensor:  # (N, T, H, W, 3) -> (B, 3, length, H, W)
@@ -274,18 +297,6 @@ def crop(clips: torch.Tensor, batch_size: int, length: int) -> torch.Tensor:  # 
         mirrored = [axis for axis in (1, 2) if random.random() < 0.5]
         stretches.append(stretch.flip(mirrored) if mirrored else stretch)
     return to_videos(torch.stack(stretches))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """A stretch of VAE training with its own cosine of the learning rate."""
-
-    name: str
-    num_steps: int
-    peak_lr: float
-    batches: tuple[tuple[int, int], ...]  # clips and frames, one pair is drawn each step
-    reach: int
-    noise_std: float
 
 
 def vae_phases(config: Config) -> list[Phase]:
@@ -306,8 +317,18 @@ def vae_phases(config: Config) -> list[Phase]:
             reach=2,
             noise_std=0.05,
         ),
+        Phase(
+            name="colours",
+            num_steps=config.vae_colour_steps,
+            peak_lr=2e-3,
+            batches=short_clips,
+            reach=1,
+            noise_std=0.05,
+            chroma_weight=8.0,
+        ),
     ]
-    return phases[2:] if config.stage == "details" else phases
+    names = [phase.name for phase in phases]
+    return phases[names.index(config.stage) :] if config.stage in names else phases
 
 
 def train_vae(vae: AutoencoderKLWan, config: Config) -> None:
@@ -320,7 +341,7 @@ def train_vae(vae: AutoencoderKLWan, config: Config) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = phase.peak_lr * cosine(step, phase.num_steps)
             videos = crop(clips, *random.choice(phase.batches))
-            loss = reconstruction_loss(vae, videos, phase.reach, phase.noise_std)
+            loss = reconstruction_loss(vae, videos, phase)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -463,7 +484,7 @@ def report(pipeline: WanPipeline, config: Config) -> None:
     }
     print_table("VAE, all kinds", targets, answers)
     contact_sheet(targets, answers["VAE reconstruction"], Path(config.work_dir) / "vae.png")
-    if config.stage in ("vae", "details"):
+    if config.stage in ("vae", "details", "colours"):
         return
 
     answers["50 steps"] = sample(pipeline, [prompt(sketch) for sketch in wanted], config)
@@ -523,11 +544,11 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     random.seed(config.seed)
     pipeline = new_pipeline(config)
-    if config.stage in ("details", "base", "report"):
+    if config.stage in ("details", "colours", "base", "report"):
         stored = WanPipeline.from_pretrained(config.output_dir)
         pipeline.vae = stored.vae
         pipeline = stored if config.stage == "report" else pipeline
-    if config.stage in ("all", "vae", "details"):
+    if config.stage in ("all", "vae", "details", "colours"):
         train_vae(pipeline.vae, config)
     if config.stage != "report":
         export(pipeline, config.output_dir)
