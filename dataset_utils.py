@@ -7,7 +7,11 @@ Shapes: B = batch, T = video frames, height, width in pixels.
 """
 
 import csv
+import glob
+import io
 import logging
+import math
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +25,7 @@ import av
 import numpy as np
 import torch
 from datasets import Features, Value, disable_progress_bars, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
@@ -79,8 +84,8 @@ class DataConfig:
             if size < 16 or size % 16:
                 below = max(size // 16 * 16, 16)
                 raise ValueError(f"{name} must be a multiple of 16, got {size}; use {below} or {below + 16}.")
-        if self.frame_rate <= 0:
-            raise ValueError(f"frame_rate must be above 0 frames a second, got {self.frame_rate}; WAN's is 16.")
+        if not 0 < self.frame_rate < math.inf:
+            raise ValueError(f"frame_rate must be above 0 and finite, got {self.frame_rate}; WAN's is 16.")
         if self.max_bad_samples < 0:
             raise ValueError(f"max_bad_samples must be 0 or more, got {self.max_bad_samples}.")
 
@@ -130,11 +135,12 @@ def load_rows(config: DataConfig) -> list[Row]:
             tqdm(pool.map(check, enumerate(table, 1)), total=len(table), desc="checking clips", delay=2, leave=False)
         )
     rows = [result for result in results if isinstance(result, Row)]
-    short = [result for result in results if isinstance(result, tuple) and isinstance(result[2], ShortClipError)]
-    skipped = short if config.short_clips == "skip" else []
-    bad = [result for result in results if isinstance(result, tuple) and result not in skipped]
-    if skipped:
-        logger.warning("left out %d clip(s) with too few frames", len(skipped))
+    bad = [result for result in results if not isinstance(result, Row)]
+    if config.short_clips == "skip":
+        long_enough = [result for result in bad if not isinstance(result[2], ShortClipError)]
+        if num_skipped := len(bad) - len(long_enough):
+            logger.warning("left out %d clip(s) with too few frames", num_skipped)
+        bad = long_enough
     if bad:
         listed = [f"  row {number}, {path or 'no path'}: {_reason(error)}" for number, path, error in bad]
         hidden = len(listed) - MAX_ERRORS_SHOWN
@@ -166,11 +172,17 @@ def read_table(config: DataConfig) -> list[dict[str, str | None]]:
         raise ValueError(f"metadata_path must be a CSV file, but {path} does not exist.")
     if not Path(config.dataset_base_path).is_dir():
         raise ValueError(f"dataset_base_path must be a folder, but {config.dataset_base_path} is not one.")
-    if not path.read_bytes().strip():
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8 ({error}); save it as CSV UTF-8.") from None
+    if not text.strip():
         raise ValueError(f"{path} must have a header and at least one row, but is empty.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
+    reader = csv.reader(io.StringIO(text))
+    try:
         header, first_row = next(reader), next(reader, None)
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV ({error}); a quote may be open.") from None
     missing = [name for name in (config.video_column, config.caption_column) if name not in header]
     if missing:
         raise ValueError(
@@ -179,20 +191,32 @@ def read_table(config: DataConfig) -> list[dict[str, str | None]]:
         )
     if first_row is None:
         raise ValueError(f"{path} must have at least one row below its header, but has none.")
+    if len(first_row) > len(header):  # pandas would take the first column for row names, and shift the others
+        raise ValueError(
+            f"{path} must have {len(header)} fields a row, but its first row has {len(first_row)}; put quotes around "
+            "prompts with commas."
+        )
     # As text, and no word taken for a missing value: a prompt may be 123 or None. A cache of its own, so that a
     # changed file is read anew and nothing has to be writable.
     features = Features({name: Value("string") for name in header})
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as cache_dir:
-        table = load_dataset(
-            "csv",
-            data_files=str(path),
-            split="train",
-            features=features,
-            keep_default_na=False,
-            keep_in_memory=True,
-            cache_dir=cache_dir,
-        )
+        try:
+            table = load_dataset(
+                "csv",
+                data_files=glob.escape(str(path)),  # else rows[1].csv is not found, and rows*.csv several files
+                split="train",
+                features=features,
+                keep_default_na=False,
+                keep_in_memory=True,
+                cache_dir=cache_dir,
+            )
+        except DatasetGenerationError as error:
+            cause = str(error.__cause__).strip()
+            raise ValueError(
+                f"{path} must have {len(header)} fields a row ({cause}); put quotes around prompts with commas, and "
+                "close them."
+            ) from error
         return list(table.select_columns([config.video_column, config.caption_column]))
 
 
@@ -226,7 +250,7 @@ def resolve_path(video: str | None, base: Path) -> Path:
         raise ValueError("the path is empty")
     if ":" in video.split("/")[0]:
         raise ValueError("the path must name a file below dataset_base_path, not a URL or protocol")
-    path = (base / video).resolve()
+    path = Path(os.path.realpath(base / video))  # Path.resolve raises RuntimeError where links go in a circle
     if not path.is_relative_to(base):
         raise ValueError("the path leaves dataset_base_path")
     if path.is_dir():
@@ -244,19 +268,32 @@ def open_video(file: Any) -> av.container.InputContainer:
 
 
 def probe_video(path: Path) -> tuple[int, float, int, int]:
-    """Frames, frames a second, height and width of a file, from its header or, failing that, by counting packets.
+    """Frames that decode, frames a second, height and width of a file as stored.
 
     Raises:
-        ValueError: If it has no video stream or no frames.
+        ValueError: If it has no video stream, no frames, or a codec that is not known.
     """
     with path.open("rb") as file, open_video(file) as container:
         if not container.streams.video:
             raise ValueError("the file has no video stream")
         stream = container.streams.video[0]
-        num_frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+        if stream.codec_context is None:
+            raise ValueError("the video's codec is not known to FFmpeg")
+        num_frames = count_frames(container, stream)
         if not num_frames:
             raise ValueError("the video has no frames")
         return num_frames, float(stream.average_rate or 0) or 16.0, stream.height, stream.width
+
+
+def count_frames(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> int:
+    """Frames that a stream shows: the header's count if its duration agrees, else by reading all packets.
+
+    Clips that were cut without encoding anew hold frames that an edit list hides; the header counts these too.
+    """
+    shown = (stream.duration or 0) * stream.time_base * (stream.average_rate or 0)
+    if stream.frames and abs(stream.frames - shown) < 0.5:
+        return stream.frames
+    return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
 
 
 # --- sampling and decoding -------------------------------------------------------------------------------------------
@@ -321,6 +358,7 @@ def decode_frames(
         for index, frame in enumerate(container.decode(stream)):
             if index in wanted:
                 picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(-1, 0)
+                picture = torch.rot90(picture, round(frame.rotation / 90), dims=(-2, -1))  # as a phone was held
                 frames += [transform(picture)] * wanted[index]
             if len(frames) == len(indices):
                 return torch.stack(frames)

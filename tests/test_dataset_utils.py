@@ -1,5 +1,6 @@
 import os
 import pickle
+import struct
 from dataclasses import replace
 
 import av
@@ -21,6 +22,7 @@ from dataset_utils import (
     describe_speed_up,
     load_rows,
     normalize_videos,
+    open_video,
     sample_frame_indices,
 )
 
@@ -97,11 +99,20 @@ BAD_ROWS = {
     "http://host/a.mp4": "not a URL or protocol",
     "concat:0.mp4|1.mp4": "not a URL or protocol",
     "file:0.mp4": "not a URL or protocol",
-    "playlist.mp4": "not a video that can be read",
+    "playlist.m3u8": "not a video that can be read",
     "list.mp4": "not a video that can be read",
+    "picture.mp4": "not a video that can be read",
+    "codec.mp4": "codec is not known",
+    "loop.mp4": "the file does not exist",
     "sub": "the path is a folder",
     "": "the path is empty",
 }
+
+
+def write_playlists(videos):
+    """Files that make FFmpeg open 0.mp4 beside them, if it is let."""
+    (videos / "playlist.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n0.mp4\n#EXT-X-ENDLIST\n")
+    (videos / "list.mp4").write_text("ffconcat version 1.0\nfile 0.mp4\n")
 
 
 def write_bad_files(folder):
@@ -112,9 +123,15 @@ def write_bad_files(folder):
     write_video(videos / "short.mp4", num_frames=5)
     write_video(folder / "outside.mp4")
     os.symlink(folder / "outside.mp4", videos / "link.mp4")
-    # Both would make FFmpeg open 0.mp4, or anything else on the machine, if it were let.
-    (videos / "playlist.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n0.mp4\n#EXT-X-ENDLIST\n")
-    (videos / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{videos / '0.mp4'}'\n")
+    os.symlink(videos / "loop.mp4", videos / "loop.mp4")
+    mp4 = (videos / "0.mp4").read_bytes()
+    (videos / "codec.mp4").write_bytes(mp4.replace(b"avc1", b"zzz1").replace(b"avcC", b"zzzC"))
+    with av.open(str(videos / "picture.mp4"), "w", format="image2", options={"update": "1"}) as container:
+        stream = container.add_stream("png", width=80, height=48)
+        stream.pix_fmt = "rgb24"
+        picture = av.VideoFrame.from_ndarray(np.zeros((48, 80, 3), np.uint8), format="rgb24")
+        container.mux(stream.encode(picture))
+    write_playlists(videos)
     with av.open(str(videos / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
@@ -137,6 +154,15 @@ def test_all_bad_rows_are_listed_at_once_with_number_path_and_reason(folder):
         assert reason in line
     assert sum("the prompt is empty" in line for line in listed) == 2
     assert "--on_bad_sample skip" in listed[-1]
+
+
+@pytest.mark.parametrize("name", ["playlist.m3u8", "list.mp4"])
+def test_a_playlist_cannot_reach_other_files_though_ffmpeg_would_let_it(folder, name):
+    write_playlists(folder / "videos")
+    with (folder / "videos" / name).open("rb") as file, av.open(file) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 24  # without our options: the frames of 0.mp4
+    with (folder / "videos" / name).open("rb") as file, pytest.raises(av.FFmpegError):
+        open_video(file)
 
 
 def test_bad_rows_can_be_left_out(folder, caplog):
@@ -179,11 +205,28 @@ def test_clips_are_short_at_a_rate_when_their_time_is(folder):
         ("video,prompt\n", "has none"),
         ("video,caption\n0.mp4,a\n", "has video, caption; name yours with --video_column and --caption_column"),
         ("video,prompt\nno.mp4,a\n", "1 of 1 rows"),
+        ("video,prompt\n0.mp4,a dog, running\n", "2 fields a row, but its first row has 3; put quotes around"),
+        ("video,prompt\n0.mp4,a\n1.mp4,a dog, running\n", "Expected 2 fields in line 3, saw 3.*put quotes around"),
+        ('video,prompt\n0.mp4,a\n1.mp4,"b\n2.mp4,c\n', "rows.csv must have 2 fields a row .*close them"),
     ],
 )
 def test_unusable_csv_files_are_refused(folder, text, message):
     with pytest.raises(ValueError, match=message):
         load_rows(config(folder, text))
+
+
+def test_text_that_is_not_utf_8_is_refused_by_name(folder):
+    settings = config(folder, GOOD)
+    (folder / "rows.csv").write_bytes("video,prompt\n0.mp4,café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"rows.csv must be text in UTF-8"):
+        load_rows(settings)
+
+
+@pytest.mark.parametrize("name", ["rows[1].csv", "rows*.csv"])
+def test_the_name_of_a_csv_is_no_pattern(folder, name):
+    settings = replace(config(folder, GOOD), metadata_path=str(folder / name))
+    (folder / name).write_text("video,prompt\n1.mp4,only\n")
+    assert [row.prompt for row in load_rows(settings)] == ["only"]
 
 
 def test_missing_files_and_folders_are_named(folder):
@@ -208,6 +251,8 @@ def test_no_row_left_is_an_error_even_when_skipping(folder):
         ({"height": 470}, "height must be a multiple of 16, got 470; use 464 or 480"),
         ({"width": 8}, "width must be a multiple of 16, got 8; use 16 or 32"),
         ({"frame_rate": 0.0}, "frame_rate must be above 0"),
+        ({"frame_rate": float("nan")}, "frame_rate must be above 0"),
+        ({"frame_rate": float("inf")}, "frame_rate must be above 0"),
         ({"max_bad_samples": -1}, "max_bad_samples must be 0 or more"),
     ],
 )
@@ -240,10 +285,57 @@ def test_random_sampling_starts_anywhere_and_keeps_the_rate(folder):
     settings = config(folder, GOOD, frame_sampling="random")
     starts = set()
     for seed in range(200):
+        torch.manual_seed(0)  # the start comes from the generator that is given, not from this
         indices, _ = sample_frame_indices(24, 16.0, settings, torch.Generator().manual_seed(seed))
         assert (indices.diff() == 1).all()
         starts.add(int(indices[0]))
     assert starts == set(range(16))
+
+
+def test_frames_that_an_edit_list_hides_are_not_counted(folder):
+    """What cutting half a second off without encoding anew leaves: 24 frames in the file, 16 shown."""
+    videos = folder / "videos"
+    with av.open(str(videos / "0.mp4")) as source, av.open(str(videos / "cut.mp4"), "w") as cut:
+        stream = source.streams.video[0]
+        copy, start = cut.add_stream_from_template(stream), int(0.5 / stream.time_base)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - start, packet.dts - start, copy
+                cut.mux(packet)
+    settings = config(folder, "video,prompt\ncut.mp4,a\n")
+    rows = load_rows(settings)
+    assert rows[0].num_frames == 16
+    video = VideoDataset(rows, settings).load(0, torch.Generator())["video"]
+    assert shown_indices(video.movedim(1, 0)) == [8, 10, 12, 14, 16, 17, 19, 21, 23]
+
+
+def test_a_phone_held_upright_gives_upright_frames(folder):
+    picture = np.zeros((48, 80, 3), np.uint8)
+    picture[:, :40] = 255  # the left half, which turns up when the header says to turn clockwise
+    path = write_video(folder / "videos" / "phone.mp4", frames=[picture] * 2, num_frames=2)
+    header = bytearray(path.read_bytes())
+    matrix = header.find(b"tkhd") + 44
+    header[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(header)
+    (frame,) = decode_frames(path, torch.tensor([0]))
+    assert frame.shape == (3, 80, 48)
+    assert frame[:, :38].float().mean() > 250
+    assert frame[:, 42:].float().mean() < 5
+
+
+@pytest.mark.parametrize("ending", ["mkv", "avi", "ts", "mov"])
+def test_containers_that_state_no_count_are_counted(folder, ending):
+    path = folder / "videos" / f"clip.{ending}"
+    with av.open(str(folder / "videos" / "0.mp4")) as source, av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=16, width=80, height=48, options={"qscale": "1"})
+        stream.bit_rate = 10**7
+        for frame in source.decode(video=0):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"), format="rgb24")))
+        container.mux(stream.encode())
+    settings = config(folder, f"video,prompt\n{path.name},a\n")
+    rows = load_rows(settings)
+    assert rows[0].num_frames == 24
+    assert shown_indices(decode_frames(path, torch.arange(24))) == list(range(24))
 
 
 def test_frames_are_resized_to_cover_and_cropped_in_the_centre():
