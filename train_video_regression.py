@@ -111,11 +111,11 @@ class VideoRegression:
     vae: AutoencoderKLWan | None  # None when the batches bring latents
     device: torch.device
     seed: int
-    num_bad_samples: int = 0
 
     def __post_init__(self) -> None:
         self.levels = self.config.method.levels()
         self.block_lengths = self.config.method.block_lengths(self.config.num_latent_frames)
+        self.bad_clips: set[str] = set()
 
     @torch.no_grad()
     def prepare_batch(self, batch: Batch) -> Batch:
@@ -180,12 +180,13 @@ class VideoRegression:
             ValueError: Above `max_bad_samples`.
         """
         for error in errors:
-            self.num_bad_samples += 1
-            tqdm.write(f"replaced a clip that does not decode: {error}")
-        if self.num_bad_samples > self.config.data.max_bad_samples:
+            if error not in self.bad_clips:  # said once, though it comes back every epoch
+                tqdm.write(f"replaced a clip that does not decode: {error}")
+        self.bad_clips.update(errors)
+        if len(self.bad_clips) > self.config.data.max_bad_samples:
             raise ValueError(
                 f"at most max_bad_samples={self.config.data.max_bad_samples} clips may fail to decode, but "
-                f"{self.num_bad_samples} did, last: {errors[-1]}. Repair or remove them, or raise --max_bad_samples."
+                f"{len(self.bad_clips)} did, last: {errors[-1]}. Repair or remove them, or raise --max_bad_samples."
             )
 
 

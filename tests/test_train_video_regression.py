@@ -260,6 +260,29 @@ def test_bad_input_ends_with_one_message_before_anything_is_loaded(write_recipe,
     assert not output_dir.exists()
 
 
+def test_clips_that_break_while_training_are_replaced_counted_and_stop_the_run_above_the_limit(write_recipe, clips):
+    """The last two rows pass the check, since their headers are whole, but have lost their pictures."""
+    import shutil
+
+    folder = clips.parent / "broken"
+    shutil.copytree(clips, folder, dirs_exist_ok=True)
+    for name in ("4.mp4", "5.mp4"):
+        content = bytearray((folder / "videos" / name).read_bytes())
+        start = content.index(b"mdat") + 4
+        end = content.index(b"moov") - 4 if content.index(b"moov") > start else len(content)
+        content[start:end] = bytes(end - start)
+        (folder / "videos" / name).write_bytes(content)
+    changes = {"dataset_base_path": str(folder / "videos"), "metadata_path": str(folder / "train.csv")}
+    path, output_dir = write_recipe("some", **changes)
+    result = launch(SCRIPT, path)
+    assert (result.stdout + result.stderr).count("replaced a clip that does not decode") == 2
+    assert sum(entry.get("num_bad_samples", 0) for entry in metrics(output_dir)) >= 2
+    path, output_dir = write_recipe("many", **changes, max_bad_samples=1)
+    result = launch(SCRIPT, path, check=False)
+    assert result.returncode != 0
+    assert "at most max_bad_samples=1 clips may fail to decode, but 2 did" in result.stderr
+
+
 def test_help_is_grouped_by_owner():
     shown = run_script([sys.executable, SCRIPT, "--help"]).stdout
     for group in ("model options", "data options", "method options", "training options", "validation options"):

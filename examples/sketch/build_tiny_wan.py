@@ -57,8 +57,9 @@ class Config:
     """Folder of the checkpoint; replaced whole at every export."""
     work_dir: str = "outputs/tiny-wan-work"
     """Folder for the latents that the base is trained on, and the report."""
-    stage: Literal["all", "new", "vae", "details", "colours", "base", "report"] = "all"
-    """`new`: untrained parts. `details`, the last phase of the VAE, `base` and `report` start from output_dir."""
+    stage: Literal["all", "new", "vae", "details", "colours", "decoder", "base", "report"] = "all"
+    """`new`: untrained parts. `details`, `colours` and `decoder` are phases of the VAE and go on with those after
+    them; they, `base` and `report` start from output_dir."""
     seed: int = 0
     """Seeds the sketches, the initial weights and the noise."""
     num_threads: int = 3
@@ -73,6 +74,8 @@ class Config:
     """VAE steps on short clips in which the white near the ink counts as much as the ink."""
     vae_colour_steps: int = 1300
     """VAE steps in which colour weighs most."""
+    vae_decoder_steps: int = 400
+    """VAE steps of the decoder alone, on whole clips: from short ones it learns colours that drift in long ones."""
     base_clips: int = 1500
     """Clips that the base is trained on."""
     base_steps: int = 2800
@@ -266,6 +269,7 @@ class Phase:
     reach: int
     noise_std: float
     chroma_weight: float = 1.0
+    decoder_only: bool = False
 
 
 def reconstruction_loss(vae: AutoencoderKLWan, videos: torch.Tensor, phase: Phase) -> torch.Tensor:
@@ -326,6 +330,16 @@ def vae_phases(config: Config) -> list[Phase]:
             noise_std=0.05,
             chroma_weight=8.0,
         ),
+        Phase(
+            name="decoder",
+            num_steps=config.vae_decoder_steps,
+            peak_lr=1.5e-3,
+            batches=((2, NUM_FRAMES),),
+            reach=1,
+            noise_std=0.05,
+            chroma_weight=8.0,
+            decoder_only=True,
+        ),
     ]
     names = [phase.name for phase in phases]
     return phases[names.index(config.stage) :] if config.stage in names else phases
@@ -335,7 +349,11 @@ def train_vae(vae: AutoencoderKLWan, config: Config) -> None:
     """Goes through the phases, clips by way of the chunked encoder and decoder; then fits the normalisation."""
     clips = torch.from_numpy(np.stack(list(film(training_sketches(tuple(KINDS), config.vae_clips, config.seed)))))
     for phase in vae_phases(config):
-        optimizer = torch.optim.Adam(vae.parameters(), lr=phase.peak_lr, betas=(0.9, 0.98))
+        vae.requires_grad_(True)
+        for frozen in (vae.encoder, vae.quant_conv):
+            frozen.requires_grad_(not phase.decoder_only)
+        trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=phase.peak_lr, betas=(0.9, 0.98))
         bar, smooth = trange(phase.num_steps, desc=f"VAE, {phase.name}"), 0.0
         for step in bar:
             for group in optimizer.param_groups:
@@ -349,8 +367,9 @@ def train_vae(vae: AutoencoderKLWan, config: Config) -> None:
             smooth += max(0.02, 1 / (step + 1)) * (loss.item() - smooth)
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{smooth:.4f}")
-    vae.to(torch.float16).to(torch.float32)  # what is stored
-    fit_normalisation(vae, clips[torch.randperm(len(clips))[:64]])
+    vae.requires_grad_(True).to(torch.float16).to(torch.float32)  # what is stored
+    if config.stage != "decoder":
+        fit_normalisation(vae, clips[torch.randperm(len(clips))[:64]])
 
 
 @torch.no_grad()
@@ -484,7 +503,7 @@ def report(pipeline: WanPipeline, config: Config) -> None:
     }
     print_table("VAE, all kinds", targets, answers)
     contact_sheet(targets, answers["VAE reconstruction"], Path(config.work_dir) / "vae.png")
-    if config.stage in ("vae", "details", "colours"):
+    if config.stage in ("vae", "details", "colours", "decoder"):
         return
 
     answers["50 steps"] = sample(pipeline, [prompt(sketch) for sketch in wanted], config)
@@ -544,11 +563,11 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     random.seed(config.seed)
     pipeline = new_pipeline(config)
-    if config.stage in ("details", "colours", "base", "report"):
+    if config.stage in ("details", "colours", "decoder", "base", "report"):
         stored = WanPipeline.from_pretrained(config.output_dir)
         pipeline.vae = stored.vae
-        pipeline = stored if config.stage == "report" else pipeline
-    if config.stage in ("all", "vae", "details", "colours"):
+        pipeline = stored if config.stage in ("decoder", "report") else pipeline
+    if config.stage in ("all", "vae", "details", "colours", "decoder"):
         train_vae(pipeline.vae, config)
     if config.stage != "report":
         export(pipeline, config.output_dir)
