@@ -15,6 +15,17 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 
+TINY_TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 64,
+    "num_layers": 2,
+}
+
 
 def write_clip(path, seed, num_frames=17, height=32, width=48):
     """A ball that crosses a grey field."""
@@ -114,13 +125,13 @@ def run_script(command, *, check=True, env=None, timeout=300):
     return result
 
 
-def launch(script, recipe_path, *flags, num_processes=1, check=True):
+def launch(script, recipe_path, *flags, num_processes=1, check=True, env=None):
     """`accelerate launch` on the CPU; several processes through torchrun, as accelerate's own launcher wants MPI."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
     if num_processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num_processes]
     command += [script, "--config", recipe_path, *flags]
-    return run_script(command, check=check, env={"ACCELERATE_USE_CPU": "true"})
+    return run_script(command, check=check, env={"ACCELERATE_USE_CPU": "true", **(env or {})})
 
 
 @pytest.fixture

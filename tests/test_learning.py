@@ -1,6 +1,7 @@
 """A tiny causal student overfits one clip, and then samples it block by block from noise."""
 
 import torch
+from conftest import TINY_TRANSFORMER
 
 from causal_wan.flow import latents_from_velocity
 from causal_wan.losses import frame_losses, masked_sum_over_count
@@ -14,19 +15,9 @@ LEVELS = torch.tensor([1000.0, 757.0, 522.0, 0.0])
 
 def test_a_tiny_student_learns_a_clip_and_samples_it_in_three_steps():
     torch.manual_seed(0)
-    transformer = CausalWanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=32,
-        ffn_dim=96,
-        num_layers=2,
-        num_frame_per_block=2,
-    )
-    clip = torch.randn(1, 4, 1, 1, 1).expand(1, 4, 6, 4, 6)
-    prompt_embeds = torch.randn(1, 3, 8)
+    transformer = CausalWanTransformer3DModel(**TINY_TRANSFORMER, num_frame_per_block=2)
+    clip = torch.tensor([1.0, -1.0, 0.5, -0.5]).view(1, 4, 1, 1, 1).expand(1, 4, 6, 4, 6)
+    prompt_embeds = torch.randn(1, 3, 16)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=4e-3)
     losses = []
     for step in range(120):

@@ -1,28 +1,19 @@
 import pytest
 import torch
+from conftest import TINY_TRANSFORMER
 
 from causal_wan.flow import add_noise, latents_from_velocity
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.transformer import CausalWanTransformer3DModel
 
 
-CONFIG = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 16,
-    "freq_dim": 32,
-    "ffn_dim": 64,
-    "num_layers": 2,
-}
 B, F, H, W = 2, 6, 4, 6
 STEPS = (1000, 757, 522)
 
 
 def make_pipeline(**causal):
     torch.manual_seed(0)
-    transformer = CausalWanTransformer3DModel(**CONFIG, **causal).eval()
+    transformer = CausalWanTransformer3DModel(**TINY_TRANSFORMER, **causal).eval()
     return CausalWanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer)
 
 

@@ -178,18 +178,21 @@ def test_other_tasks_losses_and_optimizers_run(write_recipe, finished):
         gradient_checkpointing=True,
         mixed_precision="bf16",
         generator_ckpt=str(finished[1]),
-        report_to="tensorboard",
+        report_to="all",
         short_clips="pad",
         frame_sampling="head",
         num_frames=21,
         train_batch_size=1,
         validation_steps=2,
     )
-    launch(SCRIPT, path)
+    trackers = {"WANDB_MODE": "offline", "WANDB_DIR": str(output_dir), "TRACKIO_DIR": str(output_dir / "trackio")}
+    launch(SCRIPT, path, env=trackers)
     assert "loss_at_time_937.5" in set().union(*metrics(output_dir))
     config = json.loads((output_dir / "transformer" / "config.json").read_text())
     assert config["num_frame_per_block"] is None
     assert list((output_dir / "logs").rglob("events.out.*"))
+    assert list((output_dir / "wandb").glob("offline-run-*"))
+    assert list((output_dir / "trackio").rglob("*.db")) + list((output_dir / "trackio").rglob("*.parquet"))
 
 
 def test_adamw8bit_trains(write_recipe):

@@ -1,27 +1,18 @@
 import pytest
 import torch
+from conftest import TINY_TRANSFORMER
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 
 from causal_wan.transformer import CausalWanTransformer3DModel, KVCache, block_causal_spans
 
 
-CONFIG = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 16,
-    "freq_dim": 32,
-    "ffn_dim": 64,
-    "num_layers": 2,
-}
 B, F, H, W, S = 2, 6, 4, 6, 7
 TOKENS = (H // 2) * (W // 2)
 
 
 def make(stock=None, **causal):
-    model = CausalWanTransformer3DModel(**CONFIG, **causal).eval()
+    model = CausalWanTransformer3DModel(**TINY_TRANSFORMER, **causal).eval()
     if stock is not None:
         model.load_state_dict(stock.state_dict())
     return model
@@ -30,7 +21,7 @@ def make(stock=None, **causal):
 @pytest.fixture
 def stock():
     torch.manual_seed(0)
-    return WanTransformer3DModel(**CONFIG).eval()
+    return WanTransformer3DModel(**TINY_TRANSFORMER).eval()
 
 
 @pytest.fixture
@@ -187,7 +178,7 @@ def test_fused_projections_change_nothing_but_rounding(stock, inputs):
 
 def test_image_embeddings_of_image_to_video_models_pass_through():
     torch.manual_seed(0)
-    config = {**CONFIG, "image_dim": 20, "added_kv_proj_dim": 48}
+    config = {**TINY_TRANSFORMER, "image_dim": 20, "added_kv_proj_dim": 48}
     stock = WanTransformer3DModel(**config).eval()
     causal = CausalWanTransformer3DModel(**config).eval()
     causal.load_state_dict(stock.state_dict())
@@ -244,4 +235,4 @@ def test_wrong_inputs_are_refused(stock, inputs):
     with pytest.raises(ValueError, match="use 4 or 8 latent frames"):
         run(make(stock, num_frame_per_block=4), inputs)
     with pytest.raises(ValueError, match="rope_max_seq_len=5"):
-        run(CausalWanTransformer3DModel(**CONFIG, rope_max_seq_len=5), inputs)
+        run(CausalWanTransformer3DModel(**TINY_TRANSFORMER, rope_max_seq_len=5), inputs)
