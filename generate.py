@@ -7,9 +7,11 @@
 transformer is run as it is, causally with `--num_frame_per_block`. All other settings default to those of the run.
 """
 
+import csv
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -17,7 +19,15 @@ from tqdm.auto import tqdm
 
 from causal_wan.config import parse_config, user_errors
 from causal_wan.flow import training_timesteps
-from causal_wan.models import LORA_WEIGHTS_NAME, check_video_size, decode_latents, encode_prompts, pad_prompt_embeds
+from causal_wan.models import (
+    LORA_WEIGHTS_NAME,
+    check_video_size,
+    decode_latents,
+    encode_prompts,
+    load_transformer,
+    load_vae,
+    pad_prompt_embeds,
+)
 from causal_wan.pipeline import DEFAULT_STEP_LIST, CausalWanPipeline
 from causal_wan.regression import sample_generator
 from causal_wan.transformer import CausalWanTransformer3DModel
@@ -52,16 +62,14 @@ class Config:
     """Latent frames of a block; None is the checkpoint's own setting."""
     frame_rate: float = FRAME_RATE
     """Frames a second of the mp4."""
-    dtype: str | None = None
-    """fp32, bf16 or fp16; None is bf16 on a GPU and fp32 on a CPU."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Precision of the transformer and the text encoder; None is bf16 on a GPU and fp32 on a CPU."""
     device: str | None = None
     """None is the GPU if there is one."""
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.prompts_file is None):
             raise ValueError("give either --prompt or --prompts_file, and not both.")
-        if self.dtype not in (None, "fp32", "bf16", "fp16"):
-            raise ValueError(f"dtype must be fp32, bf16 or fp16, got {self.dtype!r}.")
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,6 @@ def main(config: Config) -> None:
         size = (settings.num_frames, settings.height, settings.width)
         check_video_size(*size, vae=pipeline.vae, transformer=pipeline.transformer)
     pipeline.to(device)
-    pipeline.vae.to(torch.float32)
 
     paths = output_paths(config, len(prompts))
     num_latent_frames = (settings.num_frames - 1) // pipeline.vae_scale_factor_temporal + 1
@@ -133,8 +140,6 @@ def read_prompts(config: Config) -> list[str]:
 
 def read_csv_prompts(path: str) -> list[str]:
     """The `prompt` column of a CSV."""
-    import csv
-
     with Path(path).open(newline="") as file:
         rows = list(csv.DictReader(file))
     if rows and "prompt" not in rows[0]:
@@ -183,34 +188,25 @@ def load_pipeline(config: Config, run: dict, dtype: torch.dtype) -> CausalWanPip
     """The base checkpoint's pipeline with the run's transformer or LoRA in it."""
     base = run.get("pretrained_model_name_or_path", config.checkpoint)
     causal = {} if config.num_frame_per_block is None else {"num_frame_per_block": config.num_frame_per_block}
+    parts = {"vae": load_vae(base, revision=run.get("revision")), "torch_dtype": dtype}  # the VAE stays in float32
     if not run:
-        return CausalWanPipeline.from_pretrained(base, torch_dtype=dtype, **causal)
+        return CausalWanPipeline.from_pretrained(base, **parts, **causal)
     folder = Path(config.checkpoint)
     if (folder / "transformer").is_dir():
         transformer = CausalWanTransformer3DModel.from_pretrained(
             folder, subfolder="transformer", torch_dtype=dtype, **causal
         )
-        return CausalWanPipeline.from_pretrained(base, transformer=transformer, torch_dtype=dtype)
-    is_causal = run["generator_task"] == "causal_video"
-    settings = ("num_frame_per_block", "local_attn_size", "sink_size", "independent_first_frame")
-    causal = {name: run[name] for name in settings if is_causal or name != "num_frame_per_block"} | causal
-    transformer = load_base_transformer(run, dtype, causal)
-    pipeline = CausalWanPipeline.from_pretrained(base, transformer=transformer, torch_dtype=dtype)
+        return CausalWanPipeline.from_pretrained(base, transformer=transformer, **parts)
+    settings = ["local_attn_size", "sink_size", "independent_first_frame"]
+    if run["generator_task"] == "causal_video":
+        settings.append("num_frame_per_block")
+    causal = {"num_frame_per_block": None, **{name: run[name] for name in settings}, **causal}
+    transformer = load_transformer(
+        base, generator_ckpt=run["generator_ckpt"], revision=run["revision"], dtype=dtype, **causal
+    )
+    pipeline = CausalWanPipeline.from_pretrained(base, transformer=transformer, **parts)
     pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME)
     return pipeline
-
-
-def load_base_transformer(run: dict, dtype: torch.dtype, causal: dict) -> CausalWanTransformer3DModel:
-    """The transformer that a LoRA run froze."""
-    from causal_wan.models import load_transformer
-
-    return load_transformer(
-        run["pretrained_model_name_or_path"],
-        generator_ckpt=run["generator_ckpt"],
-        revision=run["revision"],
-        dtype=dtype,
-        **{"num_frame_per_block": None, **causal},
-    )
 
 
 def output_paths(config: Config, count: int) -> list[Path]:
