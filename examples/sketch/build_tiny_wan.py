@@ -1,6 +1,6 @@
 """Trains a complete small WAN on sketches from nothing: VAE, tokenizer, text encoder, transformer. No GPU needed.
 
-    python examples/sketch/build_tiny_wan.py                      # everything, about 70 minutes on 4 CPU cores
+    python examples/sketch/build_tiny_wan.py                      # everything, about 90 minutes on 4 CPU cores
     python examples/sketch/build_tiny_wan.py --stage base         # text encoder and transformer only, keeps the VAE
 
 The result, `tiny-wan/`, is in diffusers' own folder format and loads in the stock `WanPipeline`. The VAE learns the
@@ -57,9 +57,9 @@ class Config:
     """Folder of the checkpoint; replaced whole at every export."""
     work_dir: str = "outputs/tiny-wan-work"
     """Folder for the latents that the base is trained on, and the report."""
-    stage: Literal["all", "new", "vae", "details", "colours", "decoder", "base", "report"] = "all"
+    stage: Literal["all", "new", "vae", "details", "colours", "decoder", "base", "continue", "report"] = "all"
     """`new`: untrained parts. `details`, `colours` and `decoder` are phases of the VAE and go on with those after
-    them; they, `base` and `report` start from output_dir."""
+    them. `continue` trains the base for base_steps more. They, `base` and `report` start from output_dir."""
     seed: int = 0
     """Seeds the sketches, the initial weights and the noise."""
     num_threads: int = 3
@@ -563,15 +563,15 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     random.seed(config.seed)
     pipeline = new_pipeline(config)
-    if config.stage in ("details", "colours", "decoder", "base", "report"):
+    if config.stage in ("details", "colours", "decoder", "base", "continue", "report"):
         stored = WanPipeline.from_pretrained(config.output_dir)
         pipeline.vae = stored.vae
-        pipeline = stored if config.stage in ("decoder", "report") else pipeline
+        pipeline = stored if config.stage in ("decoder", "continue", "report") else pipeline
     if config.stage in ("all", "vae", "details", "colours", "decoder"):
         train_vae(pipeline.vae, config)
     if config.stage != "report":
         export(pipeline, config.output_dir)
-    if config.stage in ("all", "base"):
+    if config.stage in ("all", "base", "continue"):
         train_base(pipeline, config)
     if config.stage != "new":
         report(WanPipeline.from_pretrained(config.output_dir), config)

@@ -178,16 +178,17 @@ BASE_KINDS = tuple(kind for kind in KINDS if kind not in NEW_KINDS)
 """Kinds that the base model of `tiny-wan` knows."""
 
 
-def sketches(kinds: tuple[str, ...]) -> list[Sketch]:
-    """Every sketch of these kinds, in a fixed order."""
-    return [Sketch(*choice) for choice in itertools.product(kinds, COLOURS, SIZES, PLACES, LINES, PROPORTIONS)]
+def sketches(kinds: tuple[str, ...], colours: tuple[str, ...] = tuple(COLOURS)) -> list[Sketch]:
+    """Every sketch of these kinds and colours, in a fixed order."""
+    return [Sketch(*choice) for choice in itertools.product(kinds, colours, SIZES, PLACES, LINES, PROPORTIONS)]
 
 
 def prompt(sketch: Sketch) -> str:
     """The words that determine the clip: the parts in drawing order, then every other choice."""
     steps = ", then ".join(f"the {part}" for part in KINDS[sketch.kind])
+    article = "an" if sketch.kind[0] in "aeiou" else "a"
     return (
-        f"Draw a sketch of a {sketch.kind} step by step: first {steps}; "
+        f"Draw a sketch of {article} {sketch.kind} step by step: first {steps}; "
         f"a {sketch.size} {sketch.proportion} {sketch.colour} {sketch.kind} {sketch.place}, {sketch.line} lines."
     )
 
@@ -241,20 +242,22 @@ def write_mp4(frames: np.ndarray, file: Path | str | BinaryIO, crf: int = 12) ->
         container.mux(stream.encode())
 
 
-def split(kinds: tuple[str, ...], num_clips: int, num_heldout: int, seed: int) -> tuple[list[Sketch], list[Sketch]]:
+def split(
+    kinds: tuple[str, ...], colours: tuple[str, ...], *, num_clips: int, num_heldout: int, seed: int
+) -> tuple[list[Sketch], list[Sketch]]:
     """Disjoint sketches for training and for testing, the kinds in turn.
 
     Raises:
         ValueError: there are not so many different sketches of these kinds.
     """
-    available = len(sketches(kinds))
+    available = len(sketches(kinds, colours))
     if num_clips + num_heldout > available:
         raise ValueError(
             f"num_clips + num_heldout must be at most {available}, the number of different sketches of {len(kinds)} "
-            f"kinds, got {num_clips} + {num_heldout}; ask for fewer or name more kinds."
+            f"kinds in {len(colours)} colours, got {num_clips} + {num_heldout}; ask for fewer or name more."
         )
     rng = random.Random(seed)
-    by_kind = [rng.sample(all_of_kind := sketches((kind,)), len(all_of_kind)) for kind in kinds]
+    by_kind = [rng.sample(all_of_kind := sketches((kind,), colours), len(all_of_kind)) for kind in kinds]
     shuffled = [sketch for in_turn in zip(*by_kind, strict=True) for sketch in in_turn]
     return shuffled[num_heldout : num_heldout + num_clips], shuffled[:num_heldout]
 
@@ -267,9 +270,11 @@ class Config:
     """Folder that gets videos/, train.csv and heldout.csv."""
     kinds: str = ",".join(NEW_KINDS)
     """Comma-separated, or `all` or `base`; the default are those that the tiny WAN does not know yet."""
-    num_clips: int = 160
+    colours: str = ",".join(colour for colour in COLOURS if colour != "black")
+    """Comma-separated, or `all`; black is no default, as the VAE of the tiny WAN takes it for dark blue."""
+    num_clips: int = 120
     """Clips in train.csv."""
-    num_heldout: int = 16
+    num_heldout: int = 8
     """Clips in heldout.csv."""
     seed: int = 0
     """Chooses which sketches are drawn; the same seed gives the same files."""
@@ -283,16 +288,16 @@ class Config:
     """Processes that draw."""
 
 
-def chosen_kinds(kinds: str) -> tuple[str, ...]:
-    """The kinds that a comma-separated list names.
+def chosen(names: str, known: tuple[str, ...], **shorthands: tuple[str, ...]) -> tuple[str, ...]:
+    """The words that a comma-separated list names.
 
     Raises:
-        ValueError: a name is not a key of KINDS.
+        ValueError: a name is not known.
     """
-    named = {"all": tuple(KINDS), "base": BASE_KINDS}.get(kinds) or tuple(kind.strip() for kind in kinds.split(","))
-    unknown = [kind for kind in named if kind not in KINDS]
+    named = shorthands.get(names) or tuple(name.strip() for name in names.split(","))
+    unknown = [name for name in named if name not in known]
     if unknown:
-        raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {', '.join(unknown)}; correct the name.")
+        raise ValueError(f"names must be among {', '.join(known)}, got {', '.join(unknown)}; correct the name.")
     return named
 
 
@@ -308,7 +313,13 @@ def _write_clip(sketch: Sketch, config: Config) -> None:
 def main(config: Config) -> None:
     folder = Path(config.output_dir)
     try:
-        train, heldout = split(chosen_kinds(config.kinds), config.num_clips, config.num_heldout, config.seed)
+        train, heldout = split(
+            chosen(config.kinds, tuple(KINDS), all=tuple(KINDS), base=BASE_KINDS),
+            chosen(config.colours, tuple(COLOURS), all=tuple(COLOURS)),
+            num_clips=config.num_clips,
+            num_heldout=config.num_heldout,
+            seed=config.seed,
+        )
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     (folder / "videos").mkdir(parents=True, exist_ok=True)
