@@ -188,13 +188,13 @@ def load_pipeline(config: Config, run: dict, dtype: torch.dtype) -> CausalWanPip
     """The base checkpoint's pipeline with the run's transformer or LoRA in it."""
     base = run.get("pretrained_model_name_or_path", config.checkpoint)
     causal = {} if config.num_frame_per_block is None else {"num_frame_per_block": config.num_frame_per_block}
-    parts = {"vae": load_vae(base, revision=run.get("revision")), "torch_dtype": dtype}  # the VAE stays in float32
+    parts = {"vae": load_vae(base, revision=run.get("revision")), "dtype": dtype}  # the VAE stays in float32
     if not run:
         return CausalWanPipeline.from_pretrained(base, **parts, **causal)
     folder = Path(config.checkpoint)
     if (folder / "transformer").is_dir():
         transformer = CausalWanTransformer3DModel.from_pretrained(
-            folder, subfolder="transformer", torch_dtype=dtype, **causal
+            folder, subfolder="transformer", dtype=dtype, **causal
         )
         return CausalWanPipeline.from_pretrained(base, transformer=transformer, **parts)
     settings = ["local_attn_size", "sink_size", "independent_first_frame"]

@@ -90,7 +90,7 @@ def load_transformer(
         subfolder = "transformer" if (Path(generator_ckpt) / "transformer").is_dir() else ""
         folder, revision = generator_ckpt, None
     transformer = CausalWanTransformer3DModel.from_pretrained(
-        folder, subfolder=subfolder, torch_dtype=dtype, revision=revision, **causal_config
+        folder, subfolder=subfolder, dtype=dtype, revision=revision, **causal_config
     )
     if generator_ckpt is not None and Path(generator_ckpt).is_file():
         load_generator_file(transformer, generator_ckpt)
@@ -141,7 +141,7 @@ def load_vae(
 ) -> AutoencoderKLWan:
     """Loads the VAE, frozen and in eval mode."""
     vae = AutoencoderKLWan.from_pretrained(
-        pretrained_model_name_or_path, subfolder="vae", torch_dtype=dtype, revision=revision
+        pretrained_model_name_or_path, subfolder="vae", dtype=dtype, revision=revision
     )
     return vae.requires_grad_(False).eval()
 
