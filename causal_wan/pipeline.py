@@ -44,7 +44,8 @@ class CausalWanPipeline(WanPipeline):
         """
         if "transformer" not in kwargs:
             causal = {} if num_frame_per_block is None else {"num_frame_per_block": num_frame_per_block}
-            hub = {key: kwargs[key] for key in ("dtype", "torch_dtype", "revision", "cache_dir", "token") if key in kwargs}
+            shared = ("dtype", "torch_dtype", "revision", "cache_dir", "token")
+            hub = {key: kwargs[key] for key in shared if key in kwargs}
             kwargs["transformer"] = CausalWanTransformer3DModel.from_pretrained(
                 pretrained_model_name_or_path, subfolder="transformer", **causal, **hub
             )
