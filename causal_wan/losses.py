@@ -86,8 +86,9 @@ def level_metrics(sums: torch.Tensor) -> dict[str, torch.Tensor]:
     """Reads the sums of `level_statistics`.
 
     blur_gap = (Var(target) - Var(prediction) - MSE) / Var(target). At the optimum of a squared error the prediction is
-    the conditional mean, and Var(target) = Var(prediction) + MSE (law of total variance): a gap near 0 says that this
-    level has reached the floor of its objective and that more training will not sharpen it.
+    the conditional mean, and Var(target) = Var(prediction) + MSE (law of total variance). A gap away from 0 says that
+    this level is still learning; near 0, with a loss that no longer falls, that more training will not sharpen it.
+    Near 0 alone is not enough: a mean over more than the input leaves open has no gap either.
 
     Args:
         sums: `(..., 6)`, any leading shape, e.g. `(K, 6)`, or `(6,)` for all levels together.
