@@ -18,6 +18,7 @@ Source: CausVid, arXiv 2412.07772, section 4.3, with (clip, fresh noise) in the 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,6 +64,7 @@ from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.validation import Validation, ValidationConfig, share
 from dataset_utils import (
     DataConfig,
+    Loadable,
     Row,
     SampleStream,
     VideoDataset,
@@ -210,7 +212,8 @@ def main(config: Config) -> None:
         print(describe_plan(config, rows, accelerator.num_processes))
     weight_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     text_dtype = torch.float32 if weight_dtype == torch.float16 else weight_dtype  # UMT5 overflows in float16
-    prompts = [row.prompt for row in rows + validation_rows] + list(config.validation.validation_prompts)
+    validation_prompts = [row.prompt for row in validation_rows] + list(config.validation.validation_prompts)
+    prompts = [row.prompt for row in rows] + validation_prompts
     prompt_embeds = embed_prompts(accelerator, config.model, prompts, text_dtype)
     with user_errors():
         transformer = make_student(config, weight_dtype)
@@ -227,30 +230,19 @@ def main(config: Config) -> None:
     if config.cache_latents:
         dataset = encode_dataset(accelerator, dataset, vae)
     method = VideoRegression(config, prompt_embeds, vae, accelerator.device, config.training.seed)
-
-    def make_dataloader(start: int, end: int) -> DataLoader:
-        stream = SampleStream(dataset, num_samples=end, seed=config.training.seed, start=start)
-        return DataLoader(
-            stream,
-            batch_size=config.training.train_batch_size,
-            collate_fn=collate,
-            num_workers=0 if config.cache_latents else config.training.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
-
     with user_errors():
         run = prepare_run(accelerator, config.training, transformer)
     validate = Validation(
         accelerator,
         method,
         output_dir=config.training.output_dir,
-        prompts=[row.prompt for row in validation_rows] + list(config.validation.validation_prompts),
+        prompts=validation_prompts,
         batches=validation_batches(accelerator, method, validation_rows, config.data),
         latent_shape=latent_shape(config, vae),
     )
     train(
         run,
-        make_dataloader=make_dataloader,
+        make_dataloader=partial(make_dataloader, config, dataset, accelerator.device),
         prepare_batch=method.prepare_batch,
         compute_loss=method.compute_loss,
         summarize=method.summarize,
@@ -270,6 +262,17 @@ def load_validation_rows(config: Config) -> list[Row]:
         return []
     data = replace(config.data, metadata_path=config.validation.validation_metadata_path)
     return load_rows(data)[: config.validation.num_validation_samples]
+
+
+def make_dataloader(config: Config, dataset: Loadable, device: torch.device, start: int, end: int) -> DataLoader:
+    """The batches of the run's samples from `start` to `end`, in order."""
+    return DataLoader(
+        SampleStream(dataset, num_samples=end, seed=config.training.seed, start=start),
+        batch_size=config.training.train_batch_size,
+        collate_fn=collate,
+        num_workers=0 if config.cache_latents else config.training.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+    )
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -359,7 +362,7 @@ def describe_plan(config: Config, rows: list[Row], num_processes: int) -> str:
     """What is going to happen, in numbers."""
     training, method, data = config.training, config.method, config.data
     lengths = method.block_lengths(config.num_latent_frames)
-    samples_per_step = training.train_batch_size * training.gradient_accumulation_steps * num_processes
+    samples_per_step = training.samples_per_step(num_processes)
     weights = f"LoRA of rank {config.model.lora_rank}" if config.model.lora_rank else "all weights"
     levels = " ".join(f"{level:g}" for level in method.levels().tolist())
     lines = [

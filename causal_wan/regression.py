@@ -17,6 +17,7 @@ from causal_wan.flow import (
     add_noise,
     check_denoising_step_list,
     frame_block_lengths,
+    per_frame,
     sigmas_from_timesteps,
     training_timesteps,
 )
@@ -100,10 +101,9 @@ def draw_level_indices(
 
     Source: CausVid, arXiv 2412.07772, section 4.2 (independent level per chunk).
     """
-    lengths = torch.tensor(block_lengths)
     while True:
-        per_block = torch.randint(len(levels), (len(block_lengths),), generator=generator)
-        indices = per_block.repeat_interleave(lengths)
+        per_block = torch.randint(len(levels), (1, len(block_lengths)), generator=generator)
+        (indices,) = per_frame(per_block, block_lengths)
         if (levels[indices[:num_valid_frames]] > 0).any():
             return indices
 

@@ -122,6 +122,10 @@ class TrainingConfig:
                 "lr_warmup_steps needs a schedule that warms up; use --lr_scheduler constant_with_warmup."
             )
 
+    def samples_per_step(self, num_processes: int) -> int:
+        """Clips of an optimizer step, over all passes and processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
+
 
 @dataclass
 class RunState:
@@ -244,11 +248,6 @@ class Run:
     def unwrapped_model(self) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.model)
 
-    @property
-    def samples_per_step(self) -> int:
-        config = self.config
-        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
-
 
 def prepare_run(accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module) -> Run:
     """Optimizer, schedule and EMA of a model, prepared by accelerate and, when the config says so, resumed."""
@@ -317,7 +316,8 @@ def train(
         RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped.
     """
     config, state = run.config, run.state
-    end_sample = state.num_samples + (config.max_train_steps - state.step) * run.samples_per_step
+    samples_per_step = config.samples_per_step(run.accelerator.num_processes)
+    end_sample = state.num_samples + (config.max_train_steps - state.step) * samples_per_step
     batches = iter(run.accelerator.prepare(make_dataloader(state.num_samples, end_sample)))
     log = StepLog(run, summarize)
     progress = tqdm(
@@ -335,7 +335,7 @@ def train(
             prepared = [prepare_batch(batch) for batch in loaded]
             train_step(run, prepared, compute_loss)
         log.count_step(num_tokens=sum(batch["num_tokens"] for batch in prepared))
-        state.num_samples += run.samples_per_step
+        state.num_samples += samples_per_step
         state.step += 1
 
         progress.update()
@@ -356,11 +356,8 @@ def train_step(
     run: Run,
     batches: list[Batch],
     compute_loss: Callable[[torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]],
-) -> Sums:
-    """One optimizer step over the passes that make it up; a step that is not finite is skipped.
-
-    Returns:
-        The sums to log, which have been added to the run's metrics.
+) -> None:
+    """One optimizer step over the passes that make it up, added to the run's metrics; skipped if it is not finite.
 
     Raises:
         RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped.
@@ -394,7 +391,6 @@ def train_step(
         run.metrics.num_steps += 1
     else:
         count_nonfinite_step(run)
-    return step_sums.sums
 
 
 def count_nonfinite_step(run: Run) -> None:

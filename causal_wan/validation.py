@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import imageio.v3 as iio
-import numpy as np
 import torch
 
 from causal_wan.models import decode_latents
@@ -40,12 +39,7 @@ class ValidationConfig:
 
 def write_video(path: str | Path, video: torch.Tensor, frame_rate: float = FRAME_RATE) -> None:
     """Writes a video in [-1, 1], `(3, T, height, width)`, as H.264 mp4."""
-    frames = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    write_frames(path, frames.permute(1, 2, 3, 0).cpu().numpy(), frame_rate)
-
-
-def write_frames(path: str | Path, frames: np.ndarray, frame_rate: float = FRAME_RATE) -> None:
-    """Writes uint8 frames `(T, height, width, 3)` as H.264 mp4."""
+    frames = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     iio.imwrite(path, frames, plugin="pyav", codec="libx264", fps=frame_rate, out_pixel_format="yuv420p")
 
