@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,ogg,gif,asf,m4v,h264,hevc"
 MAX_ERRORS_SHOWN = 20
 MAX_REPLACEMENTS = 10
+ORDER_STREAM, CLIP_STREAM = 0, 1  # of a run's random numbers; 2 is the noise in causal_wan.regression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -460,7 +461,7 @@ class SampleStream(Dataset):
         if not 0 <= item < len(self):
             raise IndexError(item)
         number, errors = self.start + item, []
-        generator = seeded_generator(self.seed, number)
+        generator = seeded_generator(self.seed, CLIP_STREAM, number)
         for index in self._candidates(number):
             try:
                 sample = self.dataset.load(index, generator)
@@ -474,16 +475,15 @@ class SampleStream(Dataset):
         """The row of a sample, then those that may replace it."""
         epoch, offset = divmod(number, len(self.dataset))
         if epoch != self._epoch:
-            generator = seeded_generator(self.seed, -1 - epoch)
+            generator = seeded_generator(self.seed, ORDER_STREAM, epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.dataset), generator=generator)
         for step in range(min(MAX_REPLACEMENTS, len(self.dataset))):
             yield int(self._order[(offset + step) % len(self.dataset)])
 
 
-def seeded_generator(seed: int, number: int) -> torch.Generator:
-    """A generator for one sample (number >= 0) or one epoch's order (number < 0) of a run."""
-    key = [seed, abs(number), int(number < 0)]
-    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+def seeded_generator(seed: int, stream: int, number: int) -> torch.Generator:
+    """A generator for one sample (of CLIP_STREAM) or for the order of one epoch (of ORDER_STREAM) of a run."""
+    (state,) = np.random.SeedSequence(seed, spawn_key=(stream, number)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state >> 1))
 
 

@@ -24,6 +24,9 @@ from causal_wan.flow import (
 from causal_wan.losses import LossType, level_metrics
 
 
+NOISE_STREAM = 2  # of a run's random numbers; 0 and 1 belong to dataset_utils
+
+
 @dataclass(frozen=True, kw_only=True)
 class RegressionConfig:
     """The method: which noise levels the student learns, and the loss."""
@@ -77,8 +80,11 @@ class RegressionConfig:
 
 
 def sample_generator(seed: int, sample_number: int) -> torch.Generator:
-    """A CPU generator for one sample of a run; drawing on the CPU makes a run the same on every device."""
-    (state,) = np.random.SeedSequence([seed, sample_number]).generate_state(1, np.uint64)
+    """A CPU generator for the noise of one sample of a run; drawing on the CPU makes a run the same on every device.
+
+    Independent of what `dataset_utils.seeded_generator` gives for the same seed and number.
+    """
+    (state,) = np.random.SeedSequence(seed, spawn_key=(NOISE_STREAM, sample_number)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state >> 1))
 
 

@@ -9,6 +9,7 @@ from causal_wan.regression import (
     sample_generator,
     summarize_levels,
 )
+from dataset_utils import CLIP_STREAM, ORDER_STREAM, seeded_generator
 
 
 LEVELS = torch.tensor([1000.0, 757.0, 522.0, 0.0])
@@ -19,6 +20,12 @@ def draws(block_lengths, count, num_valid=None, levels=LEVELS):
     return torch.stack(
         [draw_level_indices(sample_generator(0, n), levels, block_lengths, num_valid) for n in range(count)]
     )
+
+
+def test_order_clips_and_noise_draw_from_streams_of_their_own():
+    generators = [seeded_generator(0, stream, n) for stream in (ORDER_STREAM, CLIP_STREAM) for n in range(3)]
+    generators += [sample_generator(0, n) for n in range(3)] + [sample_generator(1, 0)]
+    assert len({generator.initial_seed() for generator in generators}) == len(generators)
 
 
 def test_frames_of_a_block_share_a_level_and_blocks_do_not():

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, launch, run_script
+from conftest import ROOT, SCRIPT_ENV, launch, run_script
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
@@ -85,7 +85,7 @@ def test_run_leaves_checkpoints_validation_videos_and_a_config_that_runs_again(f
 def test_a_killed_run_goes_on_to_the_same_numbers_to_the_last_bit(finished, write_recipe):
     path, output_dir = write_recipe(use_ema=True, resume_from_checkpoint="latest")
     command = [sys.executable, SCRIPT, "--config", path]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env=SCRIPT_ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while not (output_dir / "checkpoint-2").exists() and time.monotonic() < deadline:
         time.sleep(0.02)

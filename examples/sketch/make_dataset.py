@@ -40,10 +40,10 @@ COLOURS = {
     "purple": (140, 40, 170),
     "orange": (235, 120, 0),
 }
-SIZES = {"small": 0.5, "medium": 0.66, "large": 0.84}  # height of the object, as a share of the picture's
+SIZES = {"small": 0.6, "large": 0.84}  # height of the object, as a share of the picture's
 PLACES = {"on the left": 0.27, "in the middle": 0.5, "on the right": 0.73}  # centre, as a share of the picture's width
 LINES = {"thin": 1.7, "thick": 2.6}  # pixels of a picture 64 pixels high
-PROPORTIONS = {"tall": 0.75, "plain": 1.0, "wide": 1.3}  # factor on the width
+PROPORTIONS = {"tall": 0.75, "wide": 1.3}  # factor on the width
 
 
 @dataclass(frozen=True)
