@@ -3,7 +3,13 @@
 # make lint         ruff
 PYTHON := .venv/bin/python
 SKETCH := outputs/sketch
-ACCELERATE_CONFIG ?= accelerate_configs/cpu.yaml
+# One process a core, 4 at most; together they see 8 clips a step.
+PROCESSES ?= $(shell python3 -c "import os; n = os.cpu_count() or 1; print(4 if n >= 4 else 2 if n >= 2 else 1)")
+ifeq ($(PROCESSES),1)
+LAUNCH := .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml
+else
+LAUNCH := .venv/bin/accelerate launch --config_file accelerate_configs/cpu_ddp.yaml --num_processes $(PROCESSES)
+endif
 
 .PHONY: quickstart test lint
 
@@ -12,8 +18,8 @@ quickstart: .venv/installed
 	$(PYTHON) examples/sketch/make_dataset.py --output_dir $(SKETCH)/data
 	$(PYTHON) generate.py --checkpoint examples/sketch/tiny-wan --num_frame_per_block 3 \
 		--height 64 --width 112 --prompts_file $(SKETCH)/data/heldout.csv --output $(SKETCH)/before
-	.venv/bin/accelerate launch --config_file $(ACCELERATE_CONFIG) \
-		train_video_regression.py --config examples/sketch/recipe.yaml
+	ACCELERATE_USE_CPU=true $(LAUNCH) train_video_regression.py --config examples/sketch/recipe.yaml \
+		--train_batch_size $$((8 / $(PROCESSES)))
 	$(PYTHON) generate.py --checkpoint $(SKETCH)/run \
 		--prompts_file $(SKETCH)/data/heldout.csv --output $(SKETCH)/after
 	$(PYTHON) examples/sketch/report.py --data_dir $(SKETCH)/data --before $(SKETCH)/before \

@@ -153,6 +153,8 @@ def make_accelerator(config: TrainingConfig, tracker_config: dict[str, Any]) -> 
         tracker_config: The resolved config, shown by the trackers.
     """
     accelerator = Accelerator(
+        # Told nothing, accelerate takes several processes on a machine without a GPU for so many separate runs.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(

@@ -130,11 +130,10 @@ def run_script(command, *, check=True, env=None, timeout=300):
 
 
 def launch(script, recipe_path, *flags, num_processes=1, check=True, env=None):
-    """`accelerate launch` on the CPU; several processes through torchrun, as accelerate's own launcher wants MPI."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
-    if num_processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num_processes]
-    command += [script, "--config", recipe_path, *flags]
+    """`accelerate launch` on the CPU."""
+    config = "cpu.yaml" if num_processes == 1 else "cpu_ddp.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}"]
+    command += ["--num_processes", num_processes, script, "--config", recipe_path, *flags]
     return run_script(command, check=check, env={"ACCELERATE_USE_CPU": "true", **(env or {})})
 
 

@@ -1,27 +1,35 @@
 """Trains a complete small WAN on sketches from nothing: VAE, tokenizer, text encoder, transformer. No GPU needed.
 
-    python examples/sketch/build_tiny_wan.py                      # everything, about 90 minutes on 4 CPU cores
-    python examples/sketch/build_tiny_wan.py --stage base         # text encoder and transformer only, keeps the VAE
+    python examples/sketch/build_tiny_wan.py --stage vae
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 4 examples/sketch/build_tiny_wan.py --stage base
 
 The result, `tiny-wan/`, is in diffusers' own folder format and loads in the stock `WanPipeline`. The VAE learns the
-strokes of all kinds of sketch; the text encoder and the transformer see BASE_KINDS only, so that NEW_KINDS are left to
-teach. Flow matching: noisy latents are (1 - sigma) latents + sigma noise, the target is the velocity noise - latents,
-the loss its squared error, with one sigma a clip.
+strokes of all kinds of sketch; the text encoder and the transformer see BASE_KINDS in KNOWN_COLOURS only, so that
+NEW_KINDS are left to teach. Flow matching: noisy latents are (1 - sigma) latents + sigma noise, the target is the
+velocity noise - latents, the loss its squared error, with one sigma a clip.
+
+The base trains on some of the 21 latent frames of a clip at a time, at their own places in time: frames resemble each
+other, so many clips with few frames each teach more a second than few whole clips. A third of the clips is pure noise,
+from which a few-step student has to find the whole drawing.
 
 Shapes: B clips, T frames, F latent frames, L text tokens.
 """
 
+import copy
+import hashlib
 import io
 import math
+import os
 import random
 import re
 import shutil
 import string
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
@@ -29,24 +37,45 @@ import av
 import numpy as np
 import torch
 import tyro
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from av.video.reformatter import VideoReformatter
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed
 from ink import colour_error, ink_f1, mean_ink_f1, psnr
-from make_dataset import BASE_KINDS, HEIGHT, KINDS, NUM_FRAMES, WIDTH, Sketch, draw, prompt, sketches, write_mp4
+from make_dataset import (
+    BASE_KINDS,
+    COLOURS,
+    HEIGHT,
+    KINDS,
+    KNOWN_COLOURS,
+    NUM_FRAMES,
+    WIDTH,
+    Sketch,
+    draw,
+    prompt,
+    sketches,
+    write_mp4,
+)
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.nn.functional import max_pool3d
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm, trange
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import BatchEncoding, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 
 TEXT_DIM = 96
 TEXT_LENGTH = 512  # what WanPipeline pads prompts to
-TRAIN_TEXT_LENGTH = 64  # the prompts fit; CountedPadding makes training at this length exact
+TRAIN_TEXT_LENGTH = 52  # the prompts fit; CountedPadding makes training at this length exact
 HELDOUT_PER_KIND = 2
+NUM_LATENT_FRAMES = (NUM_FRAMES - 1) // 4 + 1
+# Latent frames of a clip that a step of the base sees -> how often.
+FRAMES_AT_FIRST = {2: 0.2, 3: 0.4, 6: 0.25, NUM_LATENT_FRAMES: 0.15}
+FRAMES_AT_LAST = {6: 0.4, NUM_LATENT_FRAMES: 0.6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +86,13 @@ class Config:
     """Folder of the checkpoint; replaced whole at every export."""
     work_dir: str = "outputs/tiny-wan-work"
     """Folder for the latents that the base is trained on, and the report."""
-    stage: Literal["all", "new", "vae", "details", "colours", "decoder", "base", "continue", "report"] = "all"
+    stage: Literal["new", "vae", "details", "colours", "decoder", "base", "continue", "report"] = "vae"
     """`new`: untrained parts. `details`, `colours` and `decoder` are phases of the VAE and go on with those after
-    them. `continue` trains the base for base_steps more. They, `base` and `report` start from output_dir."""
+    them. `base` starts anew with the VAE in output_dir, `continue` goes on with the base there."""
     seed: int = 0
     """Seeds the sketches, the initial weights and the noise."""
     num_threads: int = 3
-    """Threads of torch."""
+    """Threads of torch in the stages of the VAE; the base has one process a core instead."""
     vae_clips: int = 500
     """Clips that the VAE is trained on."""
     vae_frame_steps: int = 800
@@ -76,19 +105,19 @@ class Config:
     """VAE steps in which colour weighs most."""
     vae_decoder_steps: int = 400
     """VAE steps of the decoder alone, on whole clips: from short ones it learns colours that drift in long ones."""
-    base_clips: int = 1500
-    """Clips that the base is trained on."""
-    base_steps: int = 2800
+    base_steps: int = 16_000
     """Optimizer steps of the base."""
-    base_batch_size: int = 8
-    """Clips a step."""
-    base_lr: float = 1.2e-3
+    base_frames: int = 96
+    """Latent frames a step, over all processes."""
+    base_lr: float = 1.5e-3
     """Peak learning rate of the base."""
+    pure_noise: float = 0.33
+    """Share of clips at sigma 1."""
     shift: float = 3.0
-    """Training sigmas are shift u / (1 + (shift - 1) u) with u uniform; also the sampler's flow_shift."""
+    """Other training sigmas are shift u / (1 + (shift - 1) u) with u uniform; also the sampler's flow_shift."""
     guidance_scale: float = 3.0
     """Guidance of the samples in the report."""
-    export_every: int = 700
+    export_every: int = 1000
     """Steps of the base between two exports."""
 
 
@@ -98,14 +127,14 @@ class Config:
 def heldout_sketches(seed: int) -> list[Sketch]:
     """HELDOUT_PER_KIND sketches of every kind, in the order of KINDS, that nothing is trained on."""
     rng = random.Random(seed)
-    return [sketch for kind in KINDS for sketch in rng.sample(sketches((kind,)), HELDOUT_PER_KIND)]
+    return [sketch for kind in KINDS for sketch in rng.sample(sketches((kind,), KNOWN_COLOURS), HELDOUT_PER_KIND)]
 
 
-def training_sketches(kinds: tuple[str, ...], number: int, seed: int) -> list[Sketch]:
-    """So many different sketches, none of them held out."""
+def training_sketches(kinds: tuple[str, ...], colours: tuple[str, ...], seed: int) -> list[Sketch]:
+    """All sketches of these kinds and colours that are not held out, shuffled."""
     heldout = set(heldout_sketches(seed))
-    candidates = [sketch for sketch in sketches(kinds) if sketch not in heldout]
-    return random.Random(seed + 1).sample(candidates, min(number, len(candidates)))
+    candidates = [sketch for sketch in sketches(kinds, colours) if sketch not in heldout]
+    return random.Random(seed + 1).sample(candidates, len(candidates))
 
 
 def filmed(sketch: Sketch) -> np.ndarray:  # (T, H, W, 3) uint8
@@ -347,7 +376,9 @@ def vae_phases(config: Config) -> list[Phase]:
 
 def train_vae(vae: AutoencoderKLWan, config: Config) -> None:
     """Goes through the phases, clips by way of the chunked encoder and decoder; then fits the normalisation."""
-    clips = torch.from_numpy(np.stack(list(film(training_sketches(tuple(KINDS), config.vae_clips, config.seed)))))
+    clips = torch.from_numpy(
+        np.stack(list(film(training_sketches(tuple(KINDS), tuple(COLOURS), config.seed)[: config.vae_clips])))
+    )
     for phase in vae_phases(config):
         vae.requires_grad_(True)
         for frozen in (vae.encoder, vae.quant_conv):
@@ -386,15 +417,31 @@ def latent_statistics(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor
 
 
 @torch.no_grad()
-def encode_clips(vae: AutoencoderKLWan, wanted: list[Sketch]) -> torch.Tensor:  # (N, 16, F, h, w) float16, normalised
+def encode_clips(wanted: list[Sketch], checkpoint: str) -> torch.Tensor:  # (N, 16, F, h, w) float16, normalised
+    """Latents of the clips, on one thread: the convolutions are so small that threads get in each other's way."""
+    torch.set_num_threads(1)
+    vae = AutoencoderKLWan.from_pretrained(checkpoint, subfolder="vae")
     mean, std = latent_statistics(vae)
-    latents, batch = [], []
-    for index, clip in enumerate(film(wanted)):
-        batch.append(torch.from_numpy(clip))
-        if len(batch) == 8 or index == len(wanted) - 1:
-            latents.append(((vae.encode(to_videos(torch.stack(batch))).latent_dist.mode() - mean) / std).half())
-            batch = []
-    return torch.cat(latents)
+    videos = to_videos(torch.from_numpy(np.stack([filmed(sketch) for sketch in wanted])))
+    return ((vae.encode(videos).latent_dist.mode() - mean) / std).half()
+
+
+def cached_latents(wanted: list[Sketch], config: Config) -> torch.Tensor:
+    """`encode_clips` in a process a core, kept in work_dir for the next run with the same VAE and clips."""
+    file = Path(config.work_dir) / "latents.pt"
+    weights = (Path(config.output_dir) / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    fingerprint = (hashlib.sha256(weights).hexdigest(), [prompt(sketch) for sketch in wanted])
+    if file.exists():
+        kept = torch.load(file, weights_only=True)
+        if kept["fingerprint"] == fingerprint:
+            return kept["latents"]
+    portions = [wanted[start : start + 4] for start in range(0, len(wanted), 4)]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as workers:
+        encoded = workers.map(partial(encode_clips, checkpoint=config.output_dir), portions)
+        latents = torch.cat(list(tqdm(encoded, total=len(portions), desc="encoding", unit="4 clips")))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"fingerprint": fingerprint, "latents": latents}, file)
+    return latents
 
 
 # ---- text encoder and transformer
@@ -414,77 +461,102 @@ class CountedPadding(WanAttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states, bias, rotary_emb)
 
 
-def embed_prompts(pipeline: WanPipeline, prompts: list[str], length: int) -> torch.Tensor:  # (B, L, TEXT_DIM)
-    """Text encoder output with zeros after each prompt's end, as in WanPipeline, with gradient."""
-    tokens = pipeline.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    embeds = pipeline.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-    return embeds * tokens.attention_mask[..., None]
+class ChosenFrames(nn.Module):
+    """Rotary embedding of some latent frames of a clip, at their places in the whole clip.
+
+    `frames` holds the indices of those that the transformer is given; None, all of them, is the stock embedding.
+    """
+
+    def __init__(self, rope: WanRotaryPosEmbed) -> None:
+        super().__init__()
+        self.rope, self.frames = rope, None
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.frames is None:
+            return self.rope(hidden_states)
+        whole = self.rope(hidden_states[:, :, :1].expand(-1, -1, NUM_LATENT_FRAMES, -1, -1))
+        return tuple(part.unflatten(1, (NUM_LATENT_FRAMES, -1))[:, self.frames].flatten(1, 2) for part in whole)
 
 
-def flow_matching_loss(pipeline: WanPipeline, latents: torch.Tensor, prompts: list[str], shift: float) -> torch.Tensor:
-    """Mean squared error of the predicted velocity noise - latents, at one shifted-uniform sigma a clip."""
-    uniform = (torch.arange(len(latents)) + torch.rand(len(latents))) / len(latents)  # one from each part of [0, 1]
-    sigmas = shift * uniform / (1 + (shift - 1) * uniform)
-    noise = torch.randn_like(latents)
-    mix = sigmas.view(-1, 1, 1, 1, 1)
-    prompt_embeds = embed_prompts(pipeline, prompts, TRAIN_TEXT_LENGTH)
-    with torch.autocast("cpu", torch.bfloat16):
-        velocity = pipeline.transformer((1 - mix) * latents + mix * noise, 1000 * sigmas, prompt_embeds).sample
-    return (velocity.float() - (noise - latents)).square().mean()
+class FlowMatching(nn.Module):
+    """Text encoder and transformer as one module whose forward is the loss."""
+
+    def __init__(self, pipeline: WanPipeline) -> None:
+        super().__init__()
+        self.text_encoder, self.transformer = pipeline.text_encoder, pipeline.transformer
+        self.rope = self.transformer.rope = ChosenFrames(self.transformer.rope)
+        for layer in self.transformer.blocks:
+            layer.attn2.set_processor(CountedPadding())
+
+    def forward(
+        self,
+        latents: torch.Tensor,  # (B, 16, F, h, w)
+        frames: torch.Tensor,  # (F,)
+        tokens: BatchEncoding,
+        sigmas: torch.Tensor,  # (B,)
+    ) -> torch.Tensor:
+        """Mean squared error of the predicted velocity noise - latents."""
+        self.rope.frames = frames
+        noise, mix = torch.randn_like(latents), sigmas.view(-1, 1, 1, 1, 1)
+        embeds = self.text_encoder(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state
+        prompt_embeds = embeds * tokens["attention_mask"][..., None]  # zeros after the end, as in WanPipeline
+        velocity = self.transformer((1 - mix) * latents + mix * noise, 1000 * sigmas, prompt_embeds).sample
+        return (velocity.float() - (noise - latents)).square().mean()
+
+    def stock(self) -> None:
+        """Takes the changes to the transformer back."""
+        self.transformer.rope = self.rope.rope
+        self.transformer.set_attn_processor(WanAttnProcessor())
 
 
-@torch.no_grad()
+def draw_sigmas(batch_size: int, config: Config) -> torch.Tensor:  # (B,) in [0, 1]
+    """Shifted-uniform sigmas, one from each part of [0, 1]; some are 1 instead."""
+    uniform = (torch.arange(batch_size) + torch.rand(batch_size)) / batch_size
+    sigmas = config.shift * uniform / (1 + (config.shift - 1) * uniform)
+    return torch.where(torch.rand(batch_size) < config.pure_noise, torch.ones(batch_size), sigmas)
+
+
 def train_base(pipeline: WanPipeline, config: Config) -> None:
     """Trains text encoder and transformer together; exports their moving average from time to time."""
-    wanted = training_sketches(BASE_KINDS, config.base_clips, config.seed)
-    latents = cached_latents(pipeline.vae, wanted, config)
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    wanted = training_sketches(BASE_KINDS, KNOWN_COLOURS, config.seed)
+    with accelerator.main_process_first():
+        latents = cached_latents(wanted, config)
     prompts = [prompt(sketch) for sketch in wanted]
-    trained = nn.ModuleList([pipeline.text_encoder, pipeline.transformer])
-    stock_processors = pipeline.transformer.attn_processors
-    for layer in pipeline.transformer.blocks:
-        layer.attn2.set_processor(CountedPadding())
-    parameters = list(trained.parameters())
-    average = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=config.base_lr, betas=(0.9, 0.99), weight_decay=0.01)
-    bar, started, smooth = trange(config.base_steps, desc="base"), time.time(), 1.0
+    set_seed(config.seed, device_specific=True)
+    same_everywhere = random.Random(config.seed)
+    model = FlowMatching(pipeline)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.base_lr, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = LambdaLR(optimizer, partial(cosine, num_steps=config.base_steps, warmup=100))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    bar, smooth = trange(config.base_steps, desc="base", disable=not accelerator.is_main_process), None
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = config.base_lr * cosine(step, config.base_steps, warmup=100)
-        chosen = torch.randint(len(wanted), (config.base_batch_size,)).tolist()
+        share = FRAMES_AT_FIRST if step < 0.8 * config.base_steps else FRAMES_AT_LAST
+        (num_frames,) = same_everywhere.choices(list(share), list(share.values()))
+        batch_size = max(2, config.base_frames // accelerator.num_processes // num_frames)
+        frames = torch.randperm(NUM_LATENT_FRAMES)[:num_frames].sort().values
+        chosen = torch.randint(len(wanted), (batch_size,)).tolist()
         texts = ["" if random.random() < 0.1 else prompts[index] for index in chosen]
-        with torch.enable_grad():
-            loss = flow_matching_loss(pipeline, latents[chosen].float(), texts, config.shift)
-            optimizer.zero_grad()
-            loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        tokens = pipeline.tokenizer(texts, padding="max_length", max_length=TRAIN_TEXT_LENGTH, return_tensors="pt")
+        loss = model(latents[chosen][:, :, frames].float(), frames, tokens, draw_sigmas(batch_size, config))
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        decay = min(0.998, (step + 1) / (step + 10))
-        torch._foreach_lerp_(average, parameters, 1 - decay)
-        smooth += 0.02 * (loss.item() - smooth)
+        schedule.step()
+        average.update_parameters(accelerator.unwrap_model(model))
+        smooth = loss.item() if smooth is None else smooth + 0.01 * (loss.item() - smooth)
         if step % 10 == 0:
             bar.set_postfix(loss=f"{smooth:.4f}")
-        if (step + 1) % config.export_every == 0 or step + 1 == config.base_steps:
-            now = [parameter.detach().clone() for parameter in parameters]
-            torch._foreach_copy_(parameters, average)
+        if accelerator.is_main_process and ((step + 1) % config.export_every == 0 or step + 1 == config.base_steps):
+            averaged = copy.deepcopy(average.module)
+            averaged.stock()
+            pipeline.text_encoder, pipeline.transformer = averaged.text_encoder, averaged.transformer
             export(pipeline, config.output_dir)
-            tqdm.write(f"exported after {step + 1} steps, {(time.time() - started) / 60:.1f} min, loss {smooth:.4f}")
-            if step + 1 < config.base_steps:
-                torch._foreach_copy_(parameters, now)
-    pipeline.transformer.set_attn_processor(stock_processors)
-
-
-def cached_latents(vae: AutoencoderKLWan, wanted: list[Sketch], config: Config) -> torch.Tensor:
-    """`encode_clips`, kept in work_dir for the next run with the same VAE and clips."""
-    file = Path(config.work_dir) / "latents.pt"
-    fingerprint = (vae.config.latents_mean, len(wanted), config.seed)
-    if file.exists():
-        kept = torch.load(file, weights_only=True)
-        if kept["fingerprint"] == fingerprint:
-            return kept["latents"]
-    latents = encode_clips(vae, wanted)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"fingerprint": fingerprint, "latents": latents}, file)
-    return latents
+            tqdm.write(f"exported after {step + 1} steps, loss {smooth:.4f}")
+    accelerator.end_training()
 
 
 # ---- figures
@@ -503,9 +575,6 @@ def report(pipeline: WanPipeline, config: Config) -> None:
     }
     print_table("VAE, all kinds", targets, answers)
     contact_sheet(targets, answers["VAE reconstruction"], Path(config.work_dir) / "vae.png")
-    if config.stage in ("vae", "details", "colours", "decoder"):
-        return
-
     answers["50 steps"] = sample(pipeline, [prompt(sketch) for sketch in wanted], config)
     known = np.array([sketch.kind in BASE_KINDS for sketch in wanted])
     for name, chosen in (("known", known), ("unknown", ~known)):
@@ -515,7 +584,7 @@ def report(pipeline: WanPipeline, config: Config) -> None:
 
 def mean_clip(config: Config, num_clips: int = 200) -> np.ndarray:  # (T, H, W, 3)
     """The average of training clips of all kinds."""
-    clips = [draw(sketch) for sketch in training_sketches(tuple(KINDS), num_clips, config.seed)]
+    clips = [draw(sketch) for sketch in training_sketches(tuple(KINDS), KNOWN_COLOURS, config.seed)[:num_clips]]
     return np.mean(clips, axis=0).round().astype(np.uint8)
 
 
@@ -563,18 +632,18 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     random.seed(config.seed)
     pipeline = new_pipeline(config)
-    if config.stage in ("details", "colours", "decoder", "base", "continue", "report"):
+    if config.stage not in ("new", "vae"):
         stored = WanPipeline.from_pretrained(config.output_dir)
         pipeline.vae = stored.vae
-        pipeline = stored if config.stage in ("decoder", "continue", "report") else pipeline
-    if config.stage in ("all", "vae", "details", "colours", "decoder"):
-        train_vae(pipeline.vae, config)
-    if config.stage != "report":
-        export(pipeline, config.output_dir)
-    if config.stage in ("all", "base", "continue"):
+        pipeline = stored if config.stage in ("decoder", "continue") else pipeline
+    if config.stage in ("base", "continue"):
         train_base(pipeline, config)
-    if config.stage != "new":
-        report(WanPipeline.from_pretrained(config.output_dir), config)
+    elif config.stage == "report":
+        report(stored, config)
+    else:
+        if config.stage != "new":
+            train_vae(pipeline.vae, config)
+        export(pipeline, config.output_dir)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ COLOURS = {
     "purple": (140, 40, 170),
     "orange": (235, 120, 0),
 }
+KNOWN_COLOURS = ("blue", "green", "purple")
+"""Colours that the base model of `tiny-wan` knows; its VAE takes black for dark blue, and red and orange for faint."""
 SIZES = {"small": 0.6, "large": 0.84}  # height of the object, as a share of the picture's
 PLACES = {"on the left": 0.27, "in the middle": 0.5, "on the right": 0.73}  # centre, as a share of the picture's width
 LINES = {"thin": 1.7, "thick": 2.6}  # pixels of a picture 64 pixels high
@@ -270,8 +272,8 @@ class Config:
     """Folder that gets videos/, train.csv and heldout.csv."""
     kinds: str = ",".join(NEW_KINDS)
     """Comma-separated, or `all` or `base`; the default are those that the tiny WAN does not know yet."""
-    colours: str = ",".join(colour for colour in COLOURS if colour != "black")
-    """Comma-separated, or `all`; black is no default, as the VAE of the tiny WAN takes it for dark blue."""
+    colours: str = ",".join(KNOWN_COLOURS)
+    """Comma-separated, or `all`; the default are those that the tiny WAN knows."""
     num_clips: int = 120
     """Clips in train.csv."""
     num_heldout: int = 8

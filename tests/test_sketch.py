@@ -1,0 +1,127 @@
+"""The embedded example: the data set, its checkpoint, and the figures that judge drawings."""
+
+import csv
+import json
+import sys
+
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+from diffusers import WanPipeline
+
+from examples.sketch import ink, make_dataset
+
+
+TINY_WAN = ROOT / "examples" / "sketch" / "tiny-wan"
+MAKE = ROOT / "examples" / "sketch" / "make_dataset.py"
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A small data set on disk."""
+    folder = tmp_path_factory.mktemp("sketch")
+    run_script([sys.executable, MAKE, "--output_dir", folder, "--num_clips", 6, "--num_heldout", 2])
+    return folder
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_clips_are_h264_of_the_size_that_the_recipe_asks_for(drawn):
+    for row in rows(drawn / "train.csv") + rows(drawn / "heldout.csv"):
+        with av.open(drawn / "videos" / row["video"]) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.width, stream.height) == ("h264", 112, 64)
+            assert sum(1 for _ in container.decode(stream)) == 81
+
+
+def test_heldout_prompts_are_not_in_the_training_set_and_the_seed_decides_both(drawn, tmp_path):
+    train, heldout = ({row["prompt"] for row in rows(drawn / f"{name}.csv")} for name in ("train", "heldout"))
+    assert len(train) == 6
+    assert len(heldout) == 2
+    assert not train & heldout
+    for seed, same in ((0, True), (1, False)):
+        folder = tmp_path / str(seed)
+        run_script([sys.executable, MAKE, "--output_dir", folder, "--num_clips", 6, "--num_heldout", 2, "--seed", seed])
+        assert ((folder / "train.csv").read_bytes() == (drawn / "train.csv").read_bytes()) is same
+
+
+def test_every_clip_has_a_prompt_of_its_own():
+    everything = make_dataset.sketches(tuple(make_dataset.KINDS))
+    assert len({make_dataset.prompt(sketch) for sketch in everything}) == len(everything)
+
+
+def test_a_drawing_grows_from_nothing_stays_inside_and_rests_at_the_end():
+    for kind in make_dataset.KINDS:
+        for size, place in (("small", "on the left"), ("large", "on the right")):
+            clip = make_dataset.draw(make_dataset.Sketch(kind, "green", size, place, "thick", "wide"))
+            amount = ink.ink_mask(clip).sum(dim=(1, 2))
+            assert (amount.diff() >= 0).all()
+            assert amount[0] < 0.1 * amount[-1]
+            assert amount[75] == amount[-1]
+            border = np.concatenate([clip[-1][[0, -1]].ravel(), clip[-1][:, [0, -1]].ravel()])
+            assert (border == 255).all()
+
+
+def test_unknown_kinds_and_too_many_clips_are_refused(tmp_path):
+    for flags, message in (
+        (("--kinds", "bird,cow"), "got cow"),
+        (("--num_clips", 10_000), "num_clips + num_heldout must be at most 288"),
+    ):
+        result = run_script([sys.executable, MAKE, "--output_dir", tmp_path, *flags], check=False)
+        assert result.returncode != 0
+        assert message in result.stderr
+
+
+def test_ink_f1_forgives_as_many_pixels_as_it_is_told():
+    clip = make_dataset.draw(make_dataset.Sketch("bird", "blue", "large", "in the middle", "thin", "tall"))
+    white = np.full_like(clip, 255)
+    assert ink.mean_ink_f1(clip, clip, tolerance=0) == 1
+    assert ink.mean_ink_f1(np.roll(clip, 2, axis=2), clip, tolerance=2) == 1
+    assert ink.mean_ink_f1(np.roll(clip, 2, axis=2), clip, tolerance=0) < 0.6
+    assert ink.mean_ink_f1(white, clip, tolerance=2) == 0
+    assert (ink.ink_f1(white, white) == 1).all()
+    assert ink.colour_error(clip, clip) == 0
+
+
+def test_tiny_wan_is_a_stock_pipeline_of_at_most_12_mb():
+    pipeline = WanPipeline.from_pretrained(TINY_WAN)
+    assert sum(path.stat().st_size for path in TINY_WAN.rglob("*")) < 12e6
+    pipeline.set_progress_bar_config(disable=True)
+    clip = pipeline("a bird", height=64, width=112, num_frames=9, num_inference_steps=2).frames[0]
+    assert clip.shape == (9, 64, 112, 3)
+    assert np.isfinite(clip).all()
+
+
+@torch.no_grad()
+def test_the_vae_of_tiny_wan_keeps_the_strokes():
+    clip = make_dataset.draw(make_dataset.Sketch("rocket", "purple", "small", "on the left", "thin", "wide"))
+    video = torch.from_numpy(clip).movedim(-1, 0)[None].float() / 127.5 - 1
+    decoded = WanPipeline.from_pretrained(TINY_WAN).vae(video).sample
+    frames = ((decoded[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(0, -1)
+    assert ink.mean_ink_f1(frames, clip, tolerance=1) > 0.95
+
+
+def test_report_compares_with_the_trivial_answer(drawn, tmp_path):
+    heldout = rows(drawn / "heldout.csv")
+    for name, shown in (("before", heldout[::-1]), ("after", heldout)):
+        (tmp_path / name).mkdir()
+        for number, row in enumerate(shown):
+            clip = (drawn / "videos" / row["video"]).read_bytes()
+            (tmp_path / name / f"{number:02d}.mp4").write_bytes(clip)
+    entries = [{"step": step, "generator_loss": 1 / step, "loss_at_time_1000": 1.0} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries))
+    folders = ["--data_dir", drawn, "--before", tmp_path / "before", "--after", tmp_path / "after", "--run", tmp_path]
+    run_script([sys.executable, MAKE.parent / "report.py", *folders, "--output_dir", tmp_path])
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["white paper"]["ink F1, last frame"] == 0
+    assert scores["before"]["ink F1, last frame"] < 1
+    assert scores["after"]["ink F1, last frame"] == 1
+    assert (tmp_path / "contact_sheet.png").stat().st_size > 1000
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
