@@ -44,6 +44,7 @@ from causal_wan.models import (
     load_vae,
     pad_prompt_embeds,
     save_lora,
+    save_transformer,
 )
 from causal_wan.regression import (
     RegressionConfig,
@@ -56,6 +57,7 @@ from causal_wan.training import (
     Sums,
     TrainingConfig,
     ema_weights,
+    gather_weights,
     make_accelerator,
     prepare_run,
     train,
@@ -248,10 +250,10 @@ def main(config: Config) -> None:
         summarize=method.summarize,
         validate=validate if validate.prompts else None,
     )
-    accelerator.wait_for_everyone()
+    with ema_weights(run.ema, run.unwrapped_model):
+        weights = gather_weights(run)
     if accelerator.is_main_process:
-        with ema_weights(run.ema, run.unwrapped_model):
-            save_student(run.unwrapped_model, config)
+        save_student(run.unwrapped_model, weights, config)
         print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
     accelerator.end_training()
 
@@ -314,12 +316,12 @@ def make_student(config: Config, weight_dtype: torch.dtype) -> CausalWanTransfor
     return transformer
 
 
-def save_student(transformer: CausalWanTransformer3DModel, config: Config) -> None:
+def save_student(transformer: CausalWanTransformer3DModel, weights: dict[str, torch.Tensor], config: Config) -> None:
     """Writes `transformer/` in diffusers format, or the LoRA file, into the output folder."""
     if config.model.lora_rank > 0:
-        save_lora(transformer, config.training.output_dir)
+        save_lora(transformer, weights, config.training.output_dir)
     else:
-        transformer.save_pretrained(Path(config.training.output_dir) / "transformer")
+        save_transformer(transformer, weights, Path(config.training.output_dir) / "transformer")
 
 
 def embed_prompts(

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 
 TRAINABLE_WEIGHTS_NAME = "trainable.safetensors"
+EMA_NAME = "ema"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -55,7 +58,9 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) 
     return path
 
 
-def save_checkpoint(accelerator: Any, output_dir: str | Path, step: int, *, total_limit: int | None) -> None:
+def save_checkpoint(
+    accelerator: Any, output_dir: str | Path, step: int, *, ema: EMAModel | None, total_limit: int | None
+) -> None:
     """Writes `checkpoint-STEP` beside and renames it, so that a kill leaves no half of one; then drops old ones."""
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(f"partial-{final.name}")
@@ -63,6 +68,8 @@ def save_checkpoint(accelerator: Any, output_dir: str | Path, step: int, *, tota
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
+    if ema is not None:
+        dcp.save(_ema_state(ema), checkpoint_id=partial / EMA_NAME)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if final.exists():
@@ -72,6 +79,28 @@ def save_checkpoint(accelerator: Any, output_dir: str | Path, step: int, *, tota
             for old in list_checkpoints(output_dir)[:-total_limit]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def load_ema(ema: EMAModel, checkpoint: Path) -> None:
+    """Loads the moving average of a checkpoint, whatever the number of processes that wrote it.
+
+    Raises:
+        ValueError: If the checkpoint has none.
+    """
+    if not (checkpoint / EMA_NAME).is_dir():
+        raise ValueError(
+            f"{checkpoint} must come from a run with use_ema, but holds no moving average; resume without --use_ema, "
+            "or start anew with it."
+        )
+    state = _ema_state(ema)
+    dcp.load(state, checkpoint_id=checkpoint / EMA_NAME)
+    ema.optimization_step = int(state["optimization_step"])
+
+
+def _ema_state(ema: EMAModel) -> dict[str, torch.Tensor]:
+    """The average as tensors, whole or sharded as the weights are; loading writes into those of the weights."""
+    state = {f"shadow_params.{index}": shadow for index, shadow in enumerate(ema.shadow_params)}
+    return state | {"optimization_step": torch.tensor(ema.optimization_step)}
 
 
 def checkpoint_trainable_weights_only(accelerator: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
@@ -294,10 +294,31 @@ def add_lora(
     cast_training_params(transformer, dtype=torch.float32)
 
 
-def save_lora(transformer: CausalWanTransformer3DModel, folder: str | Path) -> None:
-    """Writes `pytorch_lora_weights.safetensors`, which stock `WanPipeline.load_lora_weights` takes."""
+def save_transformer(
+    transformer: CausalWanTransformer3DModel, weights: dict[str, torch.Tensor], folder: str | Path
+) -> None:
+    """Writes a folder in diffusers format: the configuration of `transformer`, and these weights.
+
+    Raises:
+        RuntimeError: If the weights are not those of the configuration.
+    """
+    with torch.device("meta"):  # takes the weights as they are, without room for others
+        plain = type(transformer).from_config(transformer.config)
+    plain.load_state_dict(weights, assign=True)
+    plain.save_pretrained(folder)
+
+
+def save_lora(transformer: CausalWanTransformer3DModel, weights: dict[str, torch.Tensor], folder: str | Path) -> None:
+    """Writes `pytorch_lora_weights.safetensors`, which stock `WanPipeline.load_lora_weights` takes.
+
+    Args:
+        transformer: With adapters.
+        weights: The adapters' weights, by their names in `transformer`.
+        folder: The file goes into it.
+    """
     WanPipeline.save_lora_weights(
         str(folder),
-        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        # What peft does, but for names within the wrappers of a sharded model, which peft does not know.
+        transformer_lora_layers={name.replace(".default.", "."): weight for name, weight in weights.items()},
         transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
     )

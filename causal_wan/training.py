@@ -23,6 +23,7 @@ from accelerate.utils import (
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -30,6 +31,7 @@ from causal_wan.checkpoints import (
     checkpoint_trainable_weights_only,
     find_checkpoint,
     list_checkpoints,
+    load_ema,
     save_checkpoint,
 )
 from causal_wan.run_log import METRICS_NAME, MetricSums, StepLog, Sums, truncate_metrics
@@ -251,6 +253,21 @@ class Run:
         return self.accelerator.unwrap_model(self.model)
 
 
+def gather_weights(run: Run) -> dict[str, torch.Tensor]:
+    """The trainable weights, whole, on the CPU of the main process; one weight at a time, so that nobody holds two.
+
+    Every process has to call this; all but the main one get an empty dict.
+    """
+    gathered = {}
+    for name, parameter in run.unwrapped_model.state_dict(keep_vars=True).items():
+        if not parameter.requires_grad:
+            continue
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if run.accelerator.is_main_process:
+            gathered[name] = whole.detach().cpu()
+    return gathered
+
+
 def prepare_run(accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module) -> Run:
     """Optimizer, schedule and EMA of a model, prepared by accelerate and, when the config says so, resumed."""
     optimizer = make_optimizer(trainable_parameters(model), config)
@@ -266,7 +283,7 @@ def prepare_run(accelerator: Accelerator, config: TrainingConfig, model: torch.n
     if config.use_ema:
         ema = EMAModel(trainable_parameters(accelerator.unwrap_model(model)), decay=config.ema_decay)
     run = Run(accelerator, config, model, optimizer, lr_scheduler, ema, RunState(), MetricSums())
-    accelerator.register_for_checkpointing(run.state, run.metrics, *([ema] if ema else []))
+    accelerator.register_for_checkpointing(run.state, run.metrics)
     unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if has_frozen_weights and accelerator.distributed_type in unsharded:
         checkpoint_trainable_weights_only(accelerator)
@@ -283,7 +300,7 @@ def resume(run: Run) -> None:
     else:
         run.accelerator.load_state(str(checkpoint))
         if run.ema is not None:
-            run.ema.to(run.accelerator.device)
+            load_ema(run.ema, checkpoint)
         if not run.accelerator.is_main_process:  # the checkpoint holds the sums of all processes
             run.metrics.sums = {name: torch.zeros_like(value) for name, value in run.metrics.sums.items()}
         logger.info("resumed from %s at step %d", checkpoint, run.state.step)
@@ -350,7 +367,9 @@ def train(
             run.model.train()
         if is_due(state.step, config.checkpointing_steps, config):
             run.metrics.reduce_to_main(run.accelerator)
-            save_checkpoint(run.accelerator, config.output_dir, state.step, total_limit=config.checkpoints_total_limit)
+            save_checkpoint(
+                run.accelerator, config.output_dir, state.step, ema=run.ema, total_limit=config.checkpoints_total_limit
+            )
     progress.close()
 
 
@@ -376,6 +395,8 @@ def train_step(
         step_sums.add({"loss": loss.detach().double(), **sums})
     parameters = trainable_parameters(run.model)
     grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
+    if isinstance(grad_norm, DTensor):  # FSDP2
+        grad_norm = grad_norm.full_tensor()
     took_step = accelerator.scaler is not None or bool(torch.isfinite(grad_norm))
     if took_step:
         run.optimizer.step()

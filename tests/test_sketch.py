@@ -46,7 +46,9 @@ def test_heldout_prompts_are_not_in_the_training_set_and_the_seed_decides_both(d
     assert not train & heldout
     for seed, same in ((0, True), (1, False)):
         folder = tmp_path / str(seed)
-        run_script([sys.executable, MAKE, "--output_dir", folder, "--num_clips", 6, "--num_heldout", 2, "--seed", seed])
+        run_script(
+            [sys.executable, MAKE, "--output_dir", folder, "--num_clips", 6, "--num_heldout", 2, "--seed", seed]
+        )
         assert ((folder / "train.csv").read_bytes() == (drawn / "train.csv").read_bytes()) is same
 
 
@@ -123,5 +125,3 @@ def test_report_compares_with_the_trivial_answer(drawn, tmp_path):
     assert scores["after"]["ink F1, last frame"] == 1
     assert (tmp_path / "contact_sheet.png").stat().st_size > 1000
     assert (tmp_path / "loss.png").stat().st_size > 1000
-
-
