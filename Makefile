@@ -15,7 +15,7 @@ endif
 
 quickstart: .venv/installed
 	rm -rf $(SKETCH)
-	$(PYTHON) examples/sketch/make_dataset.py --output_dir $(SKETCH)/data --kinds bird,rocket
+	$(PYTHON) examples/sketch/make_dataset.py --output_dir $(SKETCH)/data --kinds bird,umbrella
 	$(PYTHON) generate.py --checkpoint examples/sketch/tiny-wan --num_frame_per_block 3 \
 		--height 64 --width 112 --prompts_file $(SKETCH)/data/heldout.csv --output $(SKETCH)/before
 	ACCELERATE_USE_CPU=true $(LAUNCH) train_video_regression.py --config examples/sketch/recipe.yaml \

@@ -8,6 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch.distributed import is_initialized
 
 
 TRAINABLE_WEIGHTS_NAME = "trainable.safetensors"
@@ -69,7 +70,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     if ema is not None:
-        dcp.save(_ema_state(ema), checkpoint_id=partial / EMA_NAME)
+        dcp.save(_ema_state(ema), checkpoint_id=partial / EMA_NAME, no_dist=not is_initialized())
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if final.exists():
@@ -93,7 +94,7 @@ def load_ema(ema: EMAModel, checkpoint: Path) -> None:
             "or start anew with it."
         )
     state = _ema_state(ema)
-    dcp.load(state, checkpoint_id=checkpoint / EMA_NAME)
+    dcp.load(state, checkpoint_id=checkpoint / EMA_NAME, no_dist=not is_initialized())
     ema.optimization_step = int(state["optimization_step"])
 
 

@@ -23,9 +23,11 @@ from accelerate.utils import (
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers.integrations import unset_hf_deepspeed_config
 
 from causal_wan.checkpoints import (
     checkpoint_trainable_weights_only,
@@ -169,6 +171,18 @@ def make_accelerator(config: TrainingConfig, tracker_config: dict[str, Any]) -> 
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.is_fsdp2:
+        # Left alone it would round all that goes into a layer, timesteps included (757 to 756), sum gradients in 16
+        # bits, and follow the config file where --mixed_precision says otherwise.
+        plugin, half = accelerator.state.fsdp_plugin, {"bf16": torch.bfloat16, "fp16": torch.float16}
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=half.get(accelerator.mixed_precision), reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # DeepSpeed counts samples itself; and only the model that is trained is to be sharded, not the text encoder.
+        plugin = accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
+        unset_hf_deepspeed_config()
     logging.basicConfig(
         format="%(levelname)s %(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR
     )
@@ -262,14 +276,32 @@ def gather_weights(run: Run) -> dict[str, torch.Tensor]:
     for name, parameter in run.unwrapped_model.state_dict(keep_vars=True).items():
         if not parameter.requires_grad:
             continue
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        whole = _whole(run.accelerator, parameter)
         if run.accelerator.is_main_process:
             gathered[name] = whole.detach().cpu()
     return gathered
 
 
+def _whole(accelerator: Accelerator, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A weight without its sharding, as precise as the optimizer has it."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 def prepare_run(accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module) -> Run:
-    """Optimizer, schedule and EMA of a model, prepared by accelerate and, when the config says so, resumed."""
+    """Optimizer, schedule and EMA of a model, prepared by accelerate and, when the config says so, resumed.
+
+    Raises:
+        ValueError: If the strategy cannot do what the config asks for, or the checkpoint to resume does not fit.
+    """
+    if config.use_ema and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "use_ema needs weights that can be read in float32 after each step, but DeepSpeed keeps them to itself; "
+            "launch with accelerate_configs/fsdp2.yaml, or leave --use_ema out."
+        )
     optimizer = make_optimizer(trainable_parameters(model), config)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
@@ -397,6 +429,7 @@ def train_step(
     grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
     if isinstance(grad_norm, DTensor):  # FSDP2
         grad_norm = grad_norm.full_tensor()
+    grad_norm = torch.as_tensor(grad_norm, device=accelerator.device)  # DeepSpeed has a float
     took_step = accelerator.scaler is not None or bool(torch.isfinite(grad_norm))
     if took_step:
         run.optimizer.step()

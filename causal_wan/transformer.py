@@ -377,11 +377,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         else:
             context = replace(context, cache=cache, cache_end=cache.reserve(start_frame, num_frames))
 
-        tokens = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)  # (B, L, D)
+        dtype = self.patch_embedding.weight.dtype  # of the weights; under autocast, layers choose for themselves
+        tokens = self.patch_embedding(hidden_states.to(dtype)).flatten(2).transpose(1, 2)  # (B, L, D)
         num_groups = _num_timestep_groups(timestep, num_frames, tokens.shape[1])
         temb, timestep_proj, encoder_hidden_states, encoder_hidden_states_image = self.condition_embedder(
             timestep.flatten(),
-            encoder_hidden_states,
+            encoder_hidden_states.to(dtype),
             encoder_hidden_states_image,
             timestep_seq_len=None if timestep.ndim == 1 else num_groups,
         )

@@ -129,12 +129,16 @@ def run_script(command, *, check=True, env=None, timeout=300):
     return result
 
 
-def launch(script, recipe_path, *flags, num_processes=1, check=True, env=None):
-    """`accelerate launch` on the CPU."""
-    config = "cpu.yaml" if num_processes == 1 else "cpu_ddp.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}"]
-    command += ["--num_processes", num_processes, script, "--config", recipe_path, *flags]
-    return run_script(command, check=check, env={"ACCELERATE_USE_CPU": "true", **(env or {})})
+def launch(script, recipe_path, *flags, num_processes=1, strategy=None, check=True, env=None):
+    """`accelerate launch` on the CPU; a strategy for GPUs through `without_gpu.py`."""
+    config = strategy or ("cpu" if num_processes == 1 else "cpu_ddp")
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", num_processes]
+    command += [ROOT / "tests" / "without_gpu.py"] if strategy else []
+    command += [script, "--config", recipe_path, *flags]
+    return run_script(
+        command, check=check, env={**({} if strategy else {"ACCELERATE_USE_CPU": "true"}), **(env or {})}
+    )
 
 
 @pytest.fixture

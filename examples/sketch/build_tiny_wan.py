@@ -263,6 +263,8 @@ def export(pipeline: WanPipeline, output_dir: str) -> None:
     """
     target, partial = Path(output_dir), Path(output_dir + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    pipeline.register_to_config(_name_or_path=target.name)
+    pipeline.tokenizer.backend_tokenizer.no_padding()  # else that of the last training batch is stored
     pipeline.save_pretrained(partial)
     for part in (pipeline.vae, pipeline.transformer):
         name = "vae" if part is pipeline.vae else "transformer"
