@@ -466,16 +466,14 @@ class CountedPadding(WanAttnProcessor):
 class ChosenFrames(nn.Module):
     """Rotary embedding of some latent frames of a clip, at their places in the whole clip.
 
-    `frames` holds the indices of those that the transformer is given; None, all of them, is the stock embedding.
+    `frames` holds the indices of those that the transformer is given.
     """
 
     def __init__(self, rope: WanRotaryPosEmbed) -> None:
         super().__init__()
-        self.rope, self.frames = rope, None
+        self.rope, self.frames = rope, torch.arange(NUM_LATENT_FRAMES)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.frames is None:
-            return self.rope(hidden_states)
         whole = self.rope(hidden_states[:, :, :1].expand(-1, -1, NUM_LATENT_FRAMES, -1, -1))
         return tuple(part.unflatten(1, (NUM_LATENT_FRAMES, -1))[:, self.frames].flatten(1, 2) for part in whole)
 
