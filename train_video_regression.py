@@ -17,6 +17,7 @@ Regression learns a conditional mean: where the prompt and the past do not deter
 Source: CausVid, arXiv 2412.07772, section 4.3, with (clip, fresh noise) in the place of ODE pairs.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ from causal_wan.regression import (
     summarize_levels,
 )
 from causal_wan.training import (
+    EXIT_STOPPED,
     Batch,
     Sums,
     TrainingConfig,
@@ -242,7 +244,7 @@ def main(config: Config) -> None:
         batches=validation_batches(accelerator, method, validation_rows, config.data),
         latent_shape=latent_shape(config, vae),
     )
-    train(
+    complete = train(
         run,
         make_dataloader=partial(make_dataloader, config, dataset, accelerator.device),
         prepare_batch=method.prepare_batch,
@@ -250,11 +252,15 @@ def main(config: Config) -> None:
         summarize=method.summarize,
         validate=validate if validate.prompts else None,
     )
+    if not complete:
+        accelerator.end_training()
+        sys.exit(EXIT_STOPPED)
     with ema_weights(run.ema, run.unwrapped_model):
         weights = gather_weights(run)
     if accelerator.is_main_process:
         save_student(run.unwrapped_model, weights, config)
         print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -59,6 +59,21 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) 
     return path
 
 
+def check_process_count(checkpoint: Path, num_processes: int) -> None:
+    """Checks that as many processes wrote a checkpoint as are to read it.
+
+    Raises:
+        ValueError: If not.
+    """
+    written_by = len(list(checkpoint.glob("random_states_*.pkl")))
+    if written_by != num_processes:
+        raise ValueError(
+            f"a DeepSpeed checkpoint must be resumed by as many processes as wrote it, {written_by}, got "
+            f"{num_processes}; launch with --num_processes {written_by}, or train with accelerate_configs/fsdp2.yaml, "
+            "whose checkpoints any number can resume."
+        )
+
+
 def save_checkpoint(
     accelerator: Any, output_dir: str | Path, step: int, *, ema: EMAModel | None, total_limit: int | None
 ) -> None:

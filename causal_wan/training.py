@@ -7,10 +7,11 @@ random generators, and neither the number of processes nor gradient accumulation
 
 import contextlib
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator
@@ -23,13 +24,14 @@ from accelerate.utils import (
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
 from causal_wan.checkpoints import (
+    check_process_count,
     checkpoint_trainable_weights_only,
     find_checkpoint,
     list_checkpoints,
@@ -42,6 +44,9 @@ from causal_wan.run_log import METRICS_NAME, MetricSums, StepLog, Sums, truncate
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+
+EXIT_STOPPED = 75
+"""Exit status after SIGTERM or SIGUSR1: a checkpoint was written, the same command goes on (EX_TEMPFAIL)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +143,7 @@ class RunState:
     step: int = 0
     num_samples: int = 0  # seen by all processes together
     num_nonfinite_in_a_row: int = 0
+    num_processes: int = 1
 
     def state_dict(self) -> dict[str, int]:
         return dict(vars(self))
@@ -246,7 +252,40 @@ def ema_weights(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        reshard(model)
         ema.restore(parameters)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Takes FSDP2's shards out again after a forward without a backward, which leaves the root's weights whole.
+
+    Until then a change to the weights would be one to copies.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGUSR1, by which clusters announce that they want the machine back, while it is entered.
+
+    `received` is about this process, `agreed` is what all processes act on.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __enter__(self) -> Self:
+        self.received = self.agreed = False
+        self._handlers = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        logger.warning("received %s: stopping after this step, with a checkpoint", signal.Signals(number).name)
+        self.received = True
 
 
 @dataclass
@@ -278,7 +317,7 @@ def gather_weights(run: Run) -> dict[str, torch.Tensor]:
             continue
         whole = _whole(run.accelerator, parameter)
         if run.accelerator.is_main_process:
-            gathered[name] = whole.detach().cpu()
+            gathered[name] = whole.detach().to("cpu", copy=True)  # the weights may change before they are written
     return gathered
 
 
@@ -324,18 +363,34 @@ def prepare_run(accelerator: Accelerator, config: TrainingConfig, model: torch.n
 
 
 def resume(run: Run) -> None:
-    """Loads the checkpoint that the config names, if any, and cuts the metrics file back to it."""
+    """Loads the checkpoint that the config names, if any, and cuts the metrics file back to it.
+
+    Raises:
+        ValueError: If the checkpoint does not fit the run.
+    """
     checkpoint = find_checkpoint(run.config.resume_from_checkpoint, run.config.output_dir)
+    num_processes = run.accelerator.num_processes
     if checkpoint is None:
         if run.config.resume_from_checkpoint is not None:
             logger.info("no checkpoint in %s yet: starting at step 0", run.config.output_dir)
     else:
+        if run.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            check_process_count(checkpoint, num_processes)
         run.accelerator.load_state(str(checkpoint))
         if run.ema is not None:
             load_ema(run.ema, checkpoint)
         if not run.accelerator.is_main_process:  # the checkpoint holds the sums of all processes
             run.metrics.sums = {name: torch.zeros_like(value) for name, value in run.metrics.sums.items()}
         logger.info("resumed from %s at step %d", checkpoint, run.state.step)
+        if run.state.num_processes != num_processes:
+            logger.info(
+                "the checkpoint is from %d process(es), now there are %d: the samples go on in the same order, a step "
+                "has %d of them, and results agree to rounding, not to the last bit",
+                run.state.num_processes,
+                num_processes,
+                run.config.samples_per_step(num_processes),
+            )
+    run.state.num_processes = num_processes
     run.metrics.sums = {name: value.to(run.accelerator.device) for name, value in run.metrics.sums.items()}
     if run.accelerator.is_main_process:
         truncate_metrics(Path(run.config.output_dir) / METRICS_NAME, last_step=run.state.step)
@@ -349,7 +404,7 @@ def train(
     compute_loss: Callable[[torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]],
     summarize: Callable[[Sums], dict[str, float]],
     validate: Callable[[torch.nn.Module, int], tuple[dict[str, float], dict[str, Path]]] | None = None,
-) -> None:
+) -> bool:
     """Trains until `max_train_steps`. The result is in the model, or in the average: see `ema_weights`.
 
     Args:
@@ -362,6 +417,9 @@ def train(
         summarize: Sums over processes and steps -> metrics.
         validate: (unwrapped model with the weights of the result, step) -> (metrics, mp4 files by name). Called
             on every process.
+
+    Returns:
+        Whether the run is complete; after SIGTERM or SIGUSR1 to any process it stops early, with a checkpoint.
 
     Raises:
         RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped.
@@ -379,44 +437,49 @@ def train(
         dynamic_ncols=True,
     )
     run.model.train()
-    while state.step < config.max_train_steps:
-        with log.timed("data"):
-            loaded = [next(batches) for _ in range(config.gradient_accumulation_steps)]
-        with log.timed("compute"):
-            prepared = [prepare_batch(batch) for batch in loaded]
-            train_step(run, prepared, compute_loss)
-        log.count_step(num_tokens=sum(batch["num_tokens"] for batch in prepared))
-        state.num_samples += samples_per_step
-        state.step += 1
+    with StopRequest() as stop, progress:
+        while state.step < config.max_train_steps and not stop.agreed:
+            with log.timed("data"):
+                loaded = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+            with log.timed("compute"):
+                prepared = [prepare_batch(batch) for batch in loaded]
+                train_step(run, prepared, compute_loss, stop)
+            log.count_step(num_tokens=sum(batch["num_tokens"] for batch in prepared))
+            state.num_samples += samples_per_step
+            state.step += 1
 
-        progress.update()
-        if is_due(state.step, config.logging_steps, config):
-            entry = log.write()
-            progress.set_postfix(loss=f"{entry.get('generator_loss', float('nan')):.4f}")
-        if validate is not None and is_due(state.step, config.validation_steps, config):
-            with ema_weights(run.ema, run.unwrapped_model):
-                log.write_validation(*validate(run.unwrapped_model, state.step))
-            run.model.train()
-        if is_due(state.step, config.checkpointing_steps, config):
-            run.metrics.reduce_to_main(run.accelerator)
-            save_checkpoint(
-                run.accelerator, config.output_dir, state.step, ema=run.ema, total_limit=config.checkpoints_total_limit
-            )
-    progress.close()
+            progress.update()
+            if is_due(state.step, config.logging_steps, config):
+                entry = log.write()
+                progress.set_postfix(loss=f"{entry.get('generator_loss', float('nan')):.4f}")
+            if validate is not None and is_due(state.step, config.validation_steps, config):
+                with ema_weights(run.ema, run.unwrapped_model):
+                    log.write_validation(*validate(run.unwrapped_model, state.step))
+                reshard(run.unwrapped_model)
+                run.model.train()
+            if stop.agreed or is_due(state.step, config.checkpointing_steps, config):
+                run.metrics.reduce_to_main(run.accelerator)
+                limit = config.checkpoints_total_limit
+                save_checkpoint(run.accelerator, config.output_dir, state.step, ema=run.ema, total_limit=limit)
+    return state.step == config.max_train_steps
 
 
 def train_step(
     run: Run,
     batches: list[Batch],
     compute_loss: Callable[[torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]],
+    stop: StopRequest,
 ) -> None:
     """One optimizer step over the passes that make it up, added to the run's metrics; skipped if it is not finite.
+
+    All processes learn of a request to stop that one has received.
 
     Raises:
         RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped.
     """
     accelerator, config = run.accelerator, run.config
-    num_items = accelerator.reduce(torch.stack([batch["num_items"] for batch in batches]).sum())
+    num_items = torch.stack([batch["num_items"] for batch in batches]).sum()
+    num_items, num_stops = accelerator.reduce(torch.stack([num_items, torch.full_like(num_items, stop.received)]))
     # Gradients are averaged over processes and divided by the accumulation; num_items already counts all of them.
     scale = accelerator.num_processes * config.gradient_accumulation_steps
     step_sums = MetricSums()
@@ -436,6 +499,7 @@ def train_step(
         took_step = not accelerator.optimizer_step_was_skipped  # float16's scaler skips on its own
     run.lr_scheduler.step()
     run.optimizer.zero_grad()
+    stop.agreed = bool(num_stops)  # read here, where the host has waited for the gradients anyway
 
     if took_step:
         run.state.num_nonfinite_in_a_row = 0

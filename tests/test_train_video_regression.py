@@ -1,6 +1,7 @@
 """The script as users run it: under `accelerate launch`, on mp4 files and a WAN folder."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import train_video_regression
 from causal_wan.config import parse_config
+from causal_wan.training import EXIT_STOPPED
 
 
 SCRIPT = "train_video_regression.py"
@@ -97,6 +99,30 @@ def test_a_killed_run_goes_on_to_the_same_numbers_to_the_last_bit(finished, writ
     expected, resumed = weights(finished[1]), weights(output_dir)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert metrics(output_dir) == metrics(finished[1])
+
+
+def test_sigterm_to_one_of_two_processes_leaves_a_checkpoint_from_which_the_run_goes_on(write_recipe):
+    common = {"train_batch_size": 1, "max_train_steps": 12, "checkpointing_steps": 100, "validation_steps": 100}
+    path, unbroken = write_recipe("unbroken", **common)
+    launch(SCRIPT, path, num_processes=2)
+    path, output_dir = write_recipe("stopped", resume_from_checkpoint="latest", **common)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+    with subprocess.Popen([*command, "--config", path], cwd=ROOT, env=SCRIPT_ENV, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 200
+        log = output_dir / "metrics.jsonl"
+        while not (log.exists() and len(metrics(output_dir)) >= 2) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        workers = subprocess.check_output(["pgrep", "--parent", str(process.pid)], text=True).split()
+        os.kill(int(workers[-1]), signal.SIGTERM)
+        errors = process.communicate()[1].decode()
+    assert f"exitcode  : {EXIT_STOPPED}" in errors
+    (checkpoint,) = output_dir.glob("checkpoint-*")
+    assert int(checkpoint.name.removeprefix("checkpoint-")) < 12
+    assert not (output_dir / "transformer").exists()
+    launch(SCRIPT, path, num_processes=2)
+    expected, resumed = weights(unbroken), weights(output_dir)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert metrics(output_dir) == metrics(unbroken)
 
 
 def test_a_finished_run_is_not_overwritten(finished):

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader, Dataset
 
 from causal_wan.checkpoints import check_output_dir, list_checkpoints
-from causal_wan.training import TrainingConfig, ema_weights, make_accelerator, prepare_run, train
+from causal_wan.training import TrainingConfig, ema_weights, gather_weights, make_accelerator, prepare_run, train
 
 
 class Numbers(Dataset):
@@ -81,8 +81,8 @@ def run_training(training, break_samples=(), validate=None):
         validate=validate,
     )
     with ema_weights(run.ema, run.unwrapped_model):
-        result = [parameter.detach().clone() for parameter in run.unwrapped_model.parameters()]
-    return run, result
+        result = gather_weights(run).values()
+    return run, list(result)
 
 
 def entries(training):
