@@ -25,14 +25,18 @@ quickstart: .venv/installed
 	$(PYTHON) examples/sketch/report.py --data_dir $(SKETCH)/data --before $(SKETCH)/before \
 		--after $(SKETCH)/after --run $(SKETCH)/run --output_dir $(SKETCH)
 
-test: .venv/installed
+test: .venv/installed-tests
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
 
-lint: .venv/installed
+lint: .venv/installed-tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
 .venv/installed: requirements.txt
 	test -x $(PYTHON) || python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/installed-tests: .venv/installed requirements-test.txt
+	DS_BUILD_OPS=0 $(PYTHON) -m pip install --quiet --requirement requirements-test.txt
 	touch $@

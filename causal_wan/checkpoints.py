@@ -1,5 +1,6 @@
 """Checkpoints of a run: written beside and renamed, found again, rotated."""
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed import is_initialized
+from torch.distributed.checkpoint import CheckpointException
 
+
+logger = logging.getLogger(__name__)
 
 TRAINABLE_WEIGHTS_NAME = "trainable.safetensors"
 EMA_NAME = "ema"
@@ -77,24 +82,43 @@ def check_process_count(checkpoint: Path, num_processes: int) -> None:
 def save_checkpoint(
     accelerator: Any, output_dir: str | Path, step: int, *, ema: EMAModel | None, total_limit: int | None
 ) -> None:
-    """Writes `checkpoint-STEP` beside and renames it, so that a kill leaves no half of one; then drops old ones."""
+    """Writes `checkpoint-STEP` beside and renames it, so that a kill leaves no half of one; then drops old ones.
+
+    What cannot be written (a full disk, a folder that became read-only) is reported and leaves the older ones alone.
+    """
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(f"partial-{final.name}")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    if ema is not None:
-        dcp.save(_ema_state(ema), checkpoint_id=partial / EMA_NAME, no_dist=not is_initialized())
-    accelerator.wait_for_everyone()
+    is_written = torch.tensor(_try_to_write(accelerator, partial, ema), device=accelerator.device, dtype=torch.int64)
+    is_complete = int(accelerator.reduce(is_written)) == accelerator.num_processes
     if accelerator.is_main_process:
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        if total_limit is not None:
-            for old in list_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
+        if is_complete:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for old in list_checkpoints(output_dir)[:-total_limit] if total_limit is not None else []:
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def _try_to_write(accelerator: Any, folder: Path, ema: EMAModel | None) -> bool:
+    """Writes a checkpoint into a folder and returns whether that went well."""
+    try:
+        accelerator.save_state(str(folder))
+        if ema is not None:
+            dcp.save(_ema_state(ema), checkpoint_id=folder / EMA_NAME, no_dist=not is_initialized())
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # as each library reports it
+        logger.error(
+            "%s could not be written (%s: %s). The run goes on and keeps older checkpoints; make room for the next.",
+            folder,
+            type(error).__name__,
+            error,
+        )
+        return False
+    return True
 
 
 def load_ema(ema: EMAModel, checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
+
+logger = logging.getLogger(__name__)
 
 Sums = dict[str, torch.Tensor]
 
@@ -114,8 +117,11 @@ class StepLog:
 
     def _record(self, entry: dict[str, float]) -> None:
         step = self.run.state.step
-        with (Path(self.run.config.output_dir) / METRICS_NAME).open("a") as file:
-            file.write(json.dumps({"step": step, **entry}) + "\n")
+        try:
+            with (Path(self.run.config.output_dir) / METRICS_NAME).open("a") as file:
+                file.write(json.dumps({"step": step, **entry}) + "\n")
+        except OSError as error:
+            logger.error("the metrics of step %d could not be written (%s); the run goes on.", step, error)
         self.run.accelerator.log(entry, step=step)
 
 

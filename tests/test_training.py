@@ -1,11 +1,18 @@
 """The loop on a model of two weights: it knows no video, so neither do these tests."""
 
+import errno
 import json
+import multiprocessing
+import os
+import random
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader, Dataset
 
@@ -114,6 +121,47 @@ def test_resumed_run_equals_the_unbroken_one_to_the_last_bit(tmp_path, use_ema):
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     assert run.state.num_samples == 32
     assert entries(resumed) == entries(unbroken)
+
+
+@pytest.mark.parametrize("num_kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_at_any_moment_change_nothing(tmp_path, num_kills):
+    settings = {"max_train_steps": 8 * num_kills, "checkpointing_steps": 1, "use_ema": True}
+    _, expected = run_training(config(tmp_path / "unbroken", checkpoints_total_limit=2, **settings))
+    broken = config(tmp_path / "broken", checkpoints_total_limit=2, resume_from_checkpoint="latest", **settings)
+    context, moments = multiprocessing.get_context("forkserver"), random.Random(0)  # imports once, has no threads
+    context.set_forkserver_preload(["causal_wan.training"])
+    for _ in range(num_kills):
+        before = list_checkpoints(broken.output_dir)[-1:]
+        process = context.Process(target=run_training, args=(broken,))
+        process.start()
+        while process.is_alive() and list_checkpoints(broken.output_dir)[-1:] == before:
+            time.sleep(0.001)  # until it has written a checkpoint
+        time.sleep(moments.uniform(0, 0.05))  # some two checkpoints long
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert list_checkpoints(broken.output_dir)
+    _, result = run_training(broken)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert not list(Path(broken.output_dir).glob("partial-*"))
+
+
+def test_a_full_disk_is_reported_and_costs_nothing_but_the_checkpoint(tmp_path, monkeypatch, caplog):
+    stock = Accelerator.save_state
+
+    def save_state(self, output_dir):
+        if output_dir.endswith("-4"):
+            Path(output_dir).mkdir()
+            (Path(output_dir) / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return stock(self, output_dir)
+
+    monkeypatch.setattr(Accelerator, "save_state", save_state)
+    training = config(tmp_path, checkpointing_steps=2, checkpoints_total_limit=1, max_train_steps=4)
+    run, _ = run_training(training)
+    assert run.state.step == 4
+    assert [path.name for path in Path(training.output_dir).glob("*checkpoint*")] == ["checkpoint-2"]
+    assert "could not be written (OSError: [Errno 28] No space left on device)" in caplog.text
 
 
 def kill_at_step(step):
