@@ -33,6 +33,15 @@ from causal_wan.checkpoints import check_output_dir
 from causal_wan.config import flat_dict, parse_config, user_errors, write_recipe
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.losses import frame_losses, level_statistics, masked_sum_over_count
+from causal_wan.memory import (
+    MemoryConfig,
+    cut_up_vae,
+    enable_gradient_checkpointing,
+    on_device,
+    quantization_config,
+    store_in_fp8,
+)
+from causal_wan.memory_plan import describe_shortage, plan_run
 from causal_wan.models import (
     ModelConfig,
     add_lora,
@@ -59,9 +68,15 @@ from causal_wan.training import (
     Sums,
     TrainingConfig,
     ema_weights,
+    free_memory,
     gather_weights,
+    is_sharded,
+    keeps_weights_in_16_bits,
+    loads_weights,
     make_accelerator,
     prepare_run,
+    sharding,
+    takes_over_checkpointing,
     train,
 )
 from causal_wan.transformer import CausalWanTransformer3DModel
@@ -85,6 +100,7 @@ class Config:
     """Settings of a run, by group."""
 
     model: ModelConfig
+    memory: MemoryConfig
     data: DataConfig
     method: RegressionConfig
     training: TrainingConfig
@@ -98,6 +114,16 @@ class Config:
         self.method.block_lengths(self.num_latent_frames)
         if self.cache_latents and self.data.frame_sampling == "random":
             raise ValueError("cache_latents needs frames that never change; use --frame_sampling uniform or head.")
+        if self.memory.quantize_base and not self.model.lora_rank:
+            raise ValueError(
+                f"quantize_base {self.memory.quantize_base} freezes the base, so something else must be trained; add "
+                "--lora_rank 64, or leave it out."
+            )
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """Of the VAE's weights and passes."""
+        return torch.bfloat16 if self.model.vae_dtype == "bf16" else torch.float32
 
     @property
     def num_latent_frames(self) -> int:
@@ -114,7 +140,7 @@ class VideoRegression:
 
     config: Config
     prompt_embeds: dict[str, torch.Tensor]
-    vae: AutoencoderKLWan | None  # None when the batches bring latents
+    vae: AutoencoderKLWan
     device: torch.device
     seed: int
 
@@ -127,9 +153,7 @@ class VideoRegression:
     def prepare_batch(self, batch: Batch) -> Batch:
         """Clips of the data loader -> latents noised block by block."""
         self.count_bad_samples(batch["errors"])
-        latents = (
-            batch["latents"] if "latents" in batch else encode_videos(self.vae, normalize_videos(batch["videos"]))
-        )
+        latents = batch["latents"] if "latents" in batch else self.encode(batch["videos"])
         noisy = draw_noisy_batch(
             latents.to(self.device),
             self.levels,
@@ -148,6 +172,11 @@ class VideoRegression:
             "num_items": noisy.mask.sum(),
             "num_tokens": latents[:, 0].numel() // 4,  # patches of 1 x 2 x 2
         }
+
+    def encode(self, videos: torch.Tensor) -> torch.Tensor:
+        """Latents `(B, C, F, H, W)` of uint8 videos `(B, 3, T, height, width)`."""
+        with on_device(self.vae, self.device):
+            return encode_videos(self.vae, normalize_videos(videos.to(self.device)))
 
     def embed(self, prompts: list[str]) -> torch.Tensor:
         """Padded embeddings `(B, S, D)` of prompts that were embedded before training."""
@@ -214,26 +243,21 @@ def main(config: Config) -> None:
     if accelerator.is_main_process:
         write_recipe(with_absolute_paths(config), Path(config.training.output_dir) / "config.yaml")
         print(describe_plan(config, rows, accelerator.num_processes))
-    weight_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    text_dtype = torch.float32 if weight_dtype == torch.float16 else weight_dtype  # UMT5 overflows in float16
+        print(describe_memory(config, accelerator))
     validation_prompts = [row.prompt for row in validation_rows] + list(config.validation.validation_prompts)
     prompts = [row.prompt for row in rows] + validation_prompts
-    prompt_embeds = embed_prompts(accelerator, config.model, prompts, text_dtype)
+    prompt_embeds = embed_prompts(accelerator, config.model, prompts)
     with user_errors():
-        transformer = make_student(config, weight_dtype)
-    vae = load_vae(
-        config.model.pretrained_model_name_or_path,
-        dtype=torch.bfloat16 if config.model.vae_dtype == "bf16" else torch.float32,
-        revision=config.model.revision,
-    ).to(accelerator.device)
+        transformer = make_student(config, accelerator)
+    vae = make_vae(config, accelerator.device)
     with user_errors():
         size = (config.data.num_frames, config.data.height, config.data.width)
         check_video_size(*size, vae=vae, transformer=transformer)
 
     dataset = VideoDataset(rows, config.data)
-    if config.cache_latents:
-        dataset = encode_dataset(accelerator, dataset, vae)
     method = VideoRegression(config, prompt_embeds, vae, accelerator.device, config.training.seed)
+    if config.cache_latents:
+        dataset = encode_dataset(accelerator, dataset, method)
     with user_errors():
         run = prepare_run(accelerator, config.training, transformer)
     validate = Validation(
@@ -297,19 +321,45 @@ def with_absolute_paths(config: Config) -> Config:
     return replace(config, model=model)
 
 
-def make_student(config: Config, weight_dtype: torch.dtype) -> CausalWanTransformer3DModel:
-    """The transformer to train: float32 weights, or frozen ones in `weight_dtype` with LoRA adapters in float32."""
-    lora = config.model.lora_rank > 0
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """What weights that are not trained are kept in, and passes computed in."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def text_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Of the text encoder: UMT5 overflows in float16."""
+    dtype = weight_dtype(accelerator)
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def make_student(config: Config, accelerator: Accelerator) -> CausalWanTransformer3DModel:
+    """The transformer to train: float32 weights, or frozen ones in 16 bits or fewer with LoRA adapters in float32.
+
+    Raises:
+        ValueError: If weights or memory levers do not fit the checkpoint or the strategy.
+    """
+    lora, memory, dtype = config.model.lora_rank > 0, config.memory, weight_dtype(accelerator)
+    shards = is_sharded(accelerator)
+    if memory.quantize_base and shards:
+        raise ValueError(
+            f"quantize_base {memory.quantize_base} needs the whole base on each GPU; launch with "
+            "accelerate_configs/single_gpu.yaml or ddp.yaml, or leave it out."
+        )
     transformer = load_transformer(
         config.model.pretrained_model_name_or_path,
         num_frame_per_block=config.method.attention_block,
         generator_ckpt=config.model.generator_ckpt,
-        dtype=weight_dtype if lora else torch.float32,
+        dtype=dtype if lora or keeps_weights_in_16_bits(accelerator) else torch.float32,
         revision=config.model.revision,
+        device="cpu" if shards else accelerator.device,
+        quantization=quantization_config(memory.quantize_base, dtype),
+        empty=not loads_weights(accelerator),
         local_attn_size=config.method.local_attn_size,
         sink_size=config.method.sink_size,
         independent_first_frame=config.method.independent_first_frame,
     )
+    if memory.quantize_base == "fp8":
+        store_in_fp8(transformer, dtype)
     if lora:
         add_lora(
             transformer,
@@ -317,9 +367,20 @@ def make_student(config: Config, weight_dtype: torch.dtype) -> CausalWanTransfor
             alpha=config.model.lora_rank if config.model.lora_alpha is None else config.model.lora_alpha,
             target_modules=config.model.lora_target_modules,
         )
-    if config.model.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    if memory.gradient_checkpointing or takes_over_checkpointing(accelerator):
+        enable_gradient_checkpointing(transformer, memory)
     return transformer
+
+
+def make_vae(config: Config, device: torch.device) -> AutoencoderKLWan:
+    """The VAE where it waits between uses, cut up as the config says."""
+    vae = load_vae(
+        config.model.pretrained_model_name_or_path,
+        dtype=config.vae_dtype,
+        revision=config.model.revision,
+    )
+    cut_up_vae(vae, config.memory)
+    return vae if config.memory.offload_vae else vae.to(device)
 
 
 def save_student(transformer: CausalWanTransformer3DModel, weights: dict[str, torch.Tensor], config: Config) -> None:
@@ -330,9 +391,7 @@ def save_student(transformer: CausalWanTransformer3DModel, weights: dict[str, to
         save_transformer(transformer, weights, Path(config.training.output_dir) / "transformer")
 
 
-def embed_prompts(
-    accelerator: Accelerator, config: ModelConfig, prompts: list[str], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def embed_prompts(accelerator: Accelerator, config: ModelConfig, prompts: list[str]) -> dict[str, torch.Tensor]:
     """Embeds each distinct prompt once, split over the processes; the text encoder is freed on return.
 
     Returns:
@@ -341,9 +400,11 @@ def embed_prompts(
     distinct = sorted(set(prompts))
     own = distinct[accelerator.process_index :: accelerator.num_processes]
     tokenizer, text_encoder = load_text_encoder(
-        config.pretrained_model_name_or_path, dtype=dtype, revision=config.revision
+        config.pretrained_model_name_or_path,
+        dtype=text_dtype(accelerator),
+        revision=config.revision,
+        device=accelerator.device,
     )
-    text_encoder.to(accelerator.device)
     embeds = encode_prompts(
         tokenizer,
         text_encoder,
@@ -389,6 +450,33 @@ def describe_plan(config: Config, rows: list[Row], num_processes: int) -> str:
     return "\n".join(lines + ([f"note        {speed_up}"] if speed_up else []))
 
 
+def describe_memory(config: Config, accelerator: Accelerator) -> str:
+    """What the run is going to take of a GPU's memory, and what to do if that is more than there is."""
+    model, data, training = config.model, config.data, config.training
+    keeps_gradients = accelerator.num_processes > 1 and not is_sharded(accelerator)  # in DDP's buckets
+    plan = plan_run(
+        model.pretrained_model_name_or_path,
+        (data.num_frames, data.height, data.width),
+        generator_ckpt=model.generator_ckpt,
+        revision=model.revision,
+        vae_dtype=config.vae_dtype,
+        text_dtype=text_dtype(accelerator),
+        num_frame_per_block=config.method.attention_block,
+        batch_size=training.train_batch_size,
+        num_passes=training.gradient_accumulation_steps + keeps_gradients,
+        max_sequence_length=model.max_sequence_length,
+        lora_rank=model.lora_rank,
+        lora_target_modules=model.lora_target_modules,
+        dtype=weight_dtype(accelerator),
+        memory=config.memory,
+        optimizer=training.optimizer,
+        use_ema=training.use_ema,
+        **sharding(accelerator),
+    )
+    shortage = describe_shortage(plan, free_memory(accelerator))
+    return f"memory      {plan}" + (f"\nwarning     {shortage}" if shortage else "")
+
+
 class CachedLatents:
     """A data set of latents in RAM, to be streamed like the videos that they were encoded from."""
 
@@ -403,14 +491,13 @@ class CachedLatents:
         return dict(self.samples[index])
 
 
-def encode_dataset(accelerator: Accelerator, dataset: VideoDataset, vae: AutoencoderKLWan) -> CachedLatents:
+def encode_dataset(accelerator: Accelerator, dataset: VideoDataset, method: VideoRegression) -> CachedLatents:
     """Encodes each clip once, split over the processes, every process keeping all latents."""
     own = []
     indices = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     for index in tqdm(indices, desc="latents", disable=not accelerator.is_local_main_process):
         sample = dataset.load(index, torch.Generator())
-        videos = normalize_videos(sample.pop("video")[None])
-        own.append(sample | {"latents": encode_videos(vae, videos)[0].cpu()})
+        own.append(sample | {"latents": method.encode(sample.pop("video")[None])[0].cpu()})
     return CachedLatents(sorted(gather_object(own), key=lambda sample: sample["row_index"]))
 
 

@@ -7,10 +7,10 @@ height and width, S = prompt tokens, D = text dimension.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers import AutoencoderKLWan, BitsAndBytesConfig, WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
@@ -36,8 +36,6 @@ class ModelConfig:
     """Branch, tag or commit of a hub repository."""
     generator_ckpt: str | None = None
     """Start the student from these weights: a diffusers transformer folder, the result of a run, or a .safetensors."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass: less memory for more compute."""
     lora_rank: int = 0
     """Train LoRA adapters of this rank; 0 trains all weights."""
     lora_alpha: float | None = None
@@ -68,6 +66,9 @@ def load_transformer(
     generator_ckpt: str | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    device: torch.device | str = "cpu",
+    quantization: BitsAndBytesConfig | None = None,
+    empty: bool = False,
     **causal_config: int | bool,
 ) -> CausalWanTransformer3DModel:
     """Loads a WAN transformer as a causal one.
@@ -79,21 +80,62 @@ def load_transformer(
             folder with a `transformer` folder in it (the result of a run), or a safetensors file in diffusers' names.
         dtype: Of the weights; time embedding, tables and norms stay float32 as in diffusers.
         revision: Of a hub repository.
+        device: Where the weights go, one after another; there is no whole copy elsewhere.
+        quantization: How to quantize the layers; they then go to the current GPU.
+        empty: Leave the weights unset, on the CPU, where they take no memory until they are written: for processes
+            that get them from another.
         causal_config: `local_attn_size`, `sink_size`, `independent_first_frame`.
 
     Raises:
         ValueError: If `generator_ckpt` does not fit; names the first keys that do not.
     """
     causal_config = {"num_frame_per_block": num_frame_per_block, **causal_config}
-    folder, subfolder = pretrained_model_name_or_path, "transformer"
-    if generator_ckpt is not None and Path(generator_ckpt).is_dir():
-        subfolder = "transformer" if (Path(generator_ckpt) / "transformer").is_dir() else ""
-        folder, revision = generator_ckpt, None
+    where = _find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
+    if empty:
+        return _empty_transformer(where, dtype, **causal_config)
     transformer = CausalWanTransformer3DModel.from_pretrained(
-        folder, subfolder=subfolder, dtype=dtype, revision=revision, **causal_config
+        **where,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map=None if quantization else {"": device},
+        **causal_config,
     )
+    transformer.requires_grad_(quantization is None)  # loaded straight to a device, weights may come frozen
     if generator_ckpt is not None and Path(generator_ckpt).is_file():
         load_generator_file(transformer, generator_ckpt)
+    return transformer
+
+
+def load_transformer_config(
+    pretrained_model_name_or_path: str, *, generator_ckpt: str | None = None, revision: str | None = None
+) -> dict[str, Any]:
+    """The configuration of what `load_transformer` loads."""
+    return CausalWanTransformer3DModel.load_config(
+        **_find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
+    )
+
+
+def _find_transformer(checkpoint: str, generator_ckpt: str | None, revision: str | None) -> dict[str, str | None]:
+    """Where the transformer lies: what `from_pretrained` and `load_config` want to know."""
+    if generator_ckpt is not None and Path(generator_ckpt).is_dir():
+        subfolder = "transformer" if (Path(generator_ckpt) / "transformer").is_dir() else ""
+        return {"pretrained_model_name_or_path": generator_ckpt, "subfolder": subfolder, "revision": None}
+    return {"pretrained_model_name_or_path": checkpoint, "subfolder": "transformer", "revision": revision}
+
+
+def _empty_transformer(
+    where: dict[str, str | None], dtype: torch.dtype, **causal_config: int | bool | None
+) -> CausalWanTransformer3DModel:
+    """A transformer of the dtypes that `from_pretrained` gives, whose weights are not set."""
+    model_class = CausalWanTransformer3DModel
+    with torch.device("meta"):
+        transformer = model_class.from_config(model_class.load_config(**where), **causal_config)
+    transformer.to_empty(device="cpu")
+    config = transformer.config
+    transformer.rope = type(transformer.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
+    for name, parameter in transformer.named_parameters():
+        if not set(model_class._keep_in_fp32_modules) & set(name.split(".")):
+            parameter.data = torch.empty_like(parameter, dtype=dtype)
     return transformer
 
 
@@ -147,12 +189,20 @@ def load_vae(
 
 
 def load_text_encoder(
-    pretrained_model_name_or_path: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+    pretrained_model_name_or_path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
-    """Loads tokenizer and UMT5 text encoder, frozen and in eval mode."""
+    """Loads tokenizer and UMT5 text encoder, frozen and in eval mode, straight to the device."""
     tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder="tokenizer", revision=revision)
     text_encoder = UMT5EncoderModel.from_pretrained(
-        pretrained_model_name_or_path, subfolder="text_encoder", dtype=dtype, revision=revision
+        pretrained_model_name_or_path,
+        subfolder="text_encoder",
+        dtype=dtype,
+        revision=revision,
+        device_map={"": device},
     )
     return tokenizer, text_encoder.requires_grad_(False).eval()
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
     ProjectConfiguration,
@@ -176,6 +178,8 @@ def make_accelerator(config: TrainingConfig, tracker_config: dict[str, Any]) -> 
         ),
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
         step_scheduler_with_optimizer=False,
+        # One copy of the gradients, not two.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.is_fsdp2:
         # Left alone it would round all that goes into a layer, timesteps included (757 to 756), sum gradients in 16
@@ -207,6 +211,63 @@ def make_accelerator(config: TrainingConfig, tracker_config: dict[str, Any]) -> 
     }
     accelerator.init_trackers(config.tracker_project_name, config=hyperparameters)
     return accelerator
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether weights are split over the processes, or kept by DeepSpeed in its own way."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def keeps_weights_in_16_bits(accelerator: Accelerator) -> bool:
+    """Whether the model itself is 16 bits wide and the optimizer has the float32 weights."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision in (
+        "bf16",
+        "fp16",
+    )
+
+
+def loads_weights(accelerator: Accelerator) -> bool:
+    """Whether this process has to load the weights of what is trained, or gets its shards from the main process."""
+    if accelerator.is_main_process:
+        return True
+    if accelerator.is_fsdp2:
+        return not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return not (is_deepspeed and accelerator.state.deepspeed_plugin.zero_stage == 3)
+
+
+def sharding(accelerator: Accelerator) -> dict[str, Any]:
+    """What is split over how many processes, and whether it waits on the host, in the words of `Workload`."""
+    if accelerator.is_fsdp2:
+        parallelism, plugin = accelerator.parallelism_config, accelerator.state.fsdp_plugin
+        in_a_copy = parallelism.dp_shard_size if parallelism is not None else accelerator.num_processes
+        return {"sharding": "weights", "num_shards": in_a_copy, "offload": bool(plugin.cpu_offload)}
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        return {
+            "sharding": "weights" if plugin.zero_stage == 3 else "optimizer",
+            "num_shards": accelerator.num_processes,
+            "offload": plugin.offload_param_device == "cpu",
+        }
+    return {}
+
+
+def free_memory(accelerator: Accelerator) -> int:
+    """Bytes that this process may take on its device."""
+    if accelerator.device.type == "cpu":
+        return psutil.virtual_memory().available // accelerator.num_processes
+    return torch.get_device_module(accelerator.device).mem_get_info(accelerator.device)[0]
+
+
+def takes_over_checkpointing(accelerator: Accelerator) -> bool:
+    """Whether FSDP's config file asks for activation checkpointing, which is then the model's own to do.
+
+    Otherwise it and --gradient_checkpointing would add up, and the flags about it would not apply.
+    """
+    if not accelerator.is_fsdp2 or not accelerator.state.fsdp_plugin.activation_checkpointing:
+        return False
+    accelerator.state.fsdp_plugin.activation_checkpointing = False
+    return True
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

@@ -11,6 +11,7 @@ from typing import Any
 import imageio.v3 as iio
 import torch
 
+from causal_wan.memory import on_device
 from causal_wan.models import decode_latents
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
@@ -106,7 +107,8 @@ class Validation:
         latents = pipeline.sample_latents(
             self.method.embed([self.prompts[number]]), noise.to(self.accelerator.device), timesteps
         )
-        return decode_latents(self.method.vae, latents)[0]
+        with on_device(self.method.vae, self.accelerator.device):
+            return decode_latents(self.method.vae, latents)[0]
 
     def measure_loss(self, transformer: CausalWanTransformer3DModel) -> dict[str, float]:
         """The training loss on the held-out batches, in all and by level."""

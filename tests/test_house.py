@@ -19,13 +19,15 @@ ALLOWED = {
     "losses": {"flow"},
     "transformer": {"flow"},
     "models": {"transformer"},
+    "memory": {"transformer"},
+    "memory_plan": {"memory", "models", "transformer"},
     "pipeline": {"flow", "models", "transformer"},
     "regression": {"flow", "losses"},
     "config": set(),
     "run_log": set(),
     "checkpoints": set(),
     "training": {"checkpoints", "run_log"},
-    "validation": {"models", "pipeline", "regression", "run_log", "transformer"},
+    "validation": {"memory", "models", "pipeline", "regression", "run_log", "transformer"},
 }
 
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from conftest import launch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
@@ -35,14 +36,52 @@ def flat(weights):
     return torch.cat([weights[name].flatten() for name in sorted(weights)])
 
 
+@pytest.fixture(scope="module")
+def train(recipe, tmp_path_factory):
+    """Runs the recipe, each way once for all tests, and returns recipe and output folder."""
+    done = {}
+
+    def run(strategy, *, lora_rank=0, use_ema=False):
+        """A strategy of None is one process alone."""
+        key = (strategy, lora_rank, use_ema)
+        if key not in done:
+            folder = tmp_path_factory.mktemp("strategy")
+            path, output_dir = folder / "recipe.yaml", folder / "run"
+            changes = {
+                "output_dir": str(output_dir),
+                "lora_rank": lora_rank,
+                "use_ema": use_ema,
+                "validation_steps": 2,
+                "mixed_precision": "no",
+                "train_batch_size": 1 if strategy else 2,
+            }
+            path.write_text(yaml.safe_dump({**recipe, **changes}))
+            launch(SCRIPT, path, num_processes=2 if strategy else 1, strategy=None if strategy == "ddp" else strategy)
+            done[key] = path, output_dir
+        return done[key]
+
+    return run
+
+
+def keeps_average(strategy, lora_rank=0):
+    """DeepSpeed cannot; with LoRA the other strategies go without, too."""
+    return strategy in ("ddp", "fsdp2") and not lora_rank
+
+
+def copy_of(finished, folder, *, without=()):
+    """A run's recipe and output in another folder, where it can be broken."""
+    path, output_dir = finished
+    shutil.copytree(output_dir, folder / "run", ignore=lambda _, names: set(names) & set(without))
+    text = path.read_text().replace(str(output_dir), str(folder / "run"))
+    (folder / "recipe.yaml").write_text(text)
+    return folder / "recipe.yaml", folder / "run"
+
+
 @pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "lora"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_processes_learn_what_one_does_and_save_the_same_files(write_recipe, strategy, lora_rank):
-    common = {"lora_rank": lora_rank, "validation_steps": 2, "use_ema": strategy == "fsdp2", "mixed_precision": "no"}
-    path, alone = write_recipe("alone", train_batch_size=2, **common)
-    launch(SCRIPT, path)
-    path, together = write_recipe("together", train_batch_size=1, **common)
-    launch(SCRIPT, path, num_processes=2, strategy=strategy)
+@pytest.mark.parametrize("strategy", ["ddp", *STRATEGIES])
+def test_two_processes_learn_what_one_does_and_save_the_same_files(train, strategy, lora_rank):
+    settings = {"lora_rank": lora_rank, "use_ema": keeps_average(strategy, lora_rank)}
+    (_, alone), (_, together) = train(None, **settings), train(strategy, **settings)
     for entry, expected in zip(metrics(together), metrics(alone), strict=True):
         assert entry == pytest.approx(expected, rel=1e-3)
     assert result(together).keys() == result(alone).keys()
@@ -53,28 +92,30 @@ def test_two_processes_learn_what_one_does_and_save_the_same_files(write_recipe,
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_broken_run_goes_on_exactly_and_with_another_number_of_processes(write_recipe, strategy):
-    path, output_dir = write_recipe(train_batch_size=1, use_ema=strategy == "fsdp2", mixed_precision="no")
-    launch(SCRIPT, path, num_processes=2, strategy=strategy)
-    expected, logged = flat(result(output_dir)), metrics(output_dir)
-
-    def break_after_step_2():
-        shutil.rmtree(output_dir / "checkpoint-4")
-        shutil.rmtree(output_dir / "transformer")
-
-    break_after_step_2()
+def test_a_broken_run_goes_on_exactly(train, strategy, tmp_path):
+    finished = train(strategy, use_ema=keeps_average(strategy))
+    path, output_dir = copy_of(finished, tmp_path, without=("checkpoint-4", "transformer"))
     launch(SCRIPT, path, "--resume_from_checkpoint", "latest", num_processes=2, strategy=strategy)
-    assert torch.equal(flat(result(output_dir)), expected)
-    assert metrics(output_dir) == logged
+    assert torch.equal(flat(result(output_dir)), flat(result(finished[1])))
+    assert metrics(output_dir) == metrics(finished[1])
 
-    break_after_step_2()
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_broken_run_goes_on_with_another_number_of_processes(train, strategy, tmp_path):
+    finished = train(strategy, use_ema=keeps_average(strategy))
+    path, output_dir = copy_of(finished, tmp_path, without=("checkpoint-4", "transformer"))
     flags = ["--resume_from_checkpoint", "latest", "--train_batch_size", "2"]
-    run = launch(SCRIPT, path, *flags, num_processes=1, strategy=strategy, check=False)
-    if strategy != "fsdp2":
-        assert run.returncode != 0
-        assert "must be resumed by as many processes as wrote it, 2, got 1" in run.stderr
-        return
+    run = launch(SCRIPT, path, *flags, num_processes=1, strategy=None if strategy == "ddp" else strategy)
     assert "the checkpoint is from 2 process(es), now there are 1" in run.stderr
+    expected = flat(result(finished[1]))
     assert (flat(result(output_dir)) - expected).norm() < 1e-3 * expected.norm()
-    for entry, wanted in zip(metrics(output_dir), logged, strict=True):
+    for entry, wanted in zip(metrics(output_dir), metrics(finished[1]), strict=True):
         assert entry == pytest.approx(wanted, rel=1e-3)
+
+
+@NEEDS_DEEPSPEED
+def test_deepspeed_refuses_another_number_of_processes(train, tmp_path):
+    path, _ = copy_of(train("zero2"), tmp_path, without=("checkpoint-4", "transformer"))
+    run = launch(SCRIPT, path, "--resume_from_checkpoint", "latest", num_processes=1, strategy="zero2", check=False)
+    assert run.returncode != 0
+    assert "must be resumed by as many processes as wrote it, 2, got 1" in run.stderr

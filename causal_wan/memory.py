@@ -1,0 +1,161 @@
+"""Memory levers, each a flag: recompute layers, keep activations or the base elsewhere or smaller, cut the VAE up.
+
+`benchmarks/memory.py` measures what each of them saves and costs; `causal_wan.memory_plan` foresees what a run takes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKLWan, BitsAndBytesConfig
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+
+from causal_wan.transformer import CausalWanTransformer3DModel
+
+
+# What scaled_dot_product_attention runs on each backend, and FlashAttention's own package.
+_ATTENTION_OPS = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_flash_attention_forward",
+    "aten::_efficient_attention_forward",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn_3::fwd",
+)
+
+_TO_THE_HOST = partial(save_on_cpu, pin_memory=True)
+
+# Kept whole: they are small, and what enters and leaves the layers goes through them.
+_NOT_QUANTIZED = ["patch_embedding", "condition_embedder", "proj_out"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What to trade for memory; see the table in the README."""
+
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: far less memory for a third more compute."""
+    gradient_checkpointing_interval: int = 1
+    """Recompute every n-th layer only: 2 is half of them."""
+    keep_attention_outputs: bool = False
+    """Recompute layers but for their attention, whose outputs are kept."""
+    offload_activations: bool = False
+    """Keep the inputs of recomputed layers in the host's memory until the backward pass."""
+    quantize_base: Literal["nf4", "int8", "fp8"] | None = None
+    """Store the frozen base of a LoRA run in 4 or 8 bits: nf4 (QLoRA) and int8 by bitsandbytes, fp8 by diffusers."""
+    vae_slicing: bool = False
+    """Encode and decode the clips of a batch one after another."""
+    vae_tiling: bool = False
+    """Encode and decode clips in overlapping tiles; blends them, so that latents differ a little from whole ones."""
+    offload_vae: bool = False
+    """Keep the VAE in the host's memory while it is not in use."""
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing_interval < 1:
+            raise ValueError(
+                "gradient_checkpointing_interval must be 1 (every layer) or more, got "
+                f"{self.gradient_checkpointing_interval}."
+            )
+        for name in ("keep_attention_outputs", "offload_activations"):
+            if getattr(self, name) and not self.gradient_checkpointing:
+                raise ValueError(f"{name} is about recomputed layers; add --gradient_checkpointing.")
+
+
+def enable_gradient_checkpointing(
+    transformer: CausalWanTransformer3DModel,
+    config: MemoryConfig,
+    *,
+    offload: Callable[[], contextlib.AbstractContextManager] = _TO_THE_HOST,
+) -> None:
+    """Makes a transformer recompute layers in the backward pass, as the config says; changes no gradient.
+
+    Args:
+        transformer: Changed in place.
+        config: Which layers, what is kept of them, and where their inputs are kept.
+        offload: A context in which saved tensors go elsewhere; the host by default.
+
+    Source: "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174; keeping attention's outputs as in
+    "Reducing Activation Recomputation in Large Transformer Models", arXiv 2205.05198, section 5.
+    """
+    chosen = {id(layer) for layer in transformer.blocks[:: config.gradient_checkpointing_interval]}
+    context_fn = (
+        partial(create_selective_checkpoint_contexts, _attention_ops())
+        if config.keep_attention_outputs
+        else noop_context_fn
+    )
+
+    def run(layer: torch.nn.Module, *inputs: object) -> torch.Tensor:
+        if id(layer) not in chosen:
+            return layer(*inputs)
+        with offload() if config.offload_activations else contextlib.nullcontext():
+            # Layers draw nothing, so there is no state of random generators to keep.
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+
+    transformer.enable_gradient_checkpointing(run)
+
+
+def _attention_ops() -> list[torch._ops.OpOverload]:
+    """Those of the attention operators that this installation has."""
+    found = []
+    for name in _ATTENTION_OPS:
+        namespace, _, operator = name.partition("::")
+        if hasattr(getattr(torch.ops, namespace), operator):
+            found.append(getattr(getattr(torch.ops, namespace), operator).default)
+    return found
+
+
+def quantization_config(quantize_base: str | None, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What diffusers needs to load a transformer in nf4 or int8; None for other storage.
+
+    Raises:
+        ValueError: If bitsandbytes is needed and not installed.
+
+    Source: QLoRA, arXiv 2305.14314, section 3 (nf4); LLM.int8(), arXiv 2208.07339.
+    """
+    if quantize_base not in ("nf4", "int8"):
+        return None
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            f"--quantize_base {quantize_base} needs bitsandbytes; run `pip install bitsandbytes`, or use "
+            "--quantize_base fp8."
+        ) from None
+    if quantize_base == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_QUANTIZED)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=_NOT_QUANTIZED,
+    )
+
+
+def store_in_fp8(transformer: CausalWanTransformer3DModel, compute_dtype: torch.dtype) -> None:
+    """Keeps the weights of layers in 8 bits and casts each when it is used; embeddings and norms stay as they are."""
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute_dtype)
+
+
+def cut_up_vae(vae: AutoencoderKLWan, config: MemoryConfig) -> None:
+    """Turns on slicing and tiling as the config says."""
+    if config.vae_slicing:
+        vae.enable_slicing()
+    if config.vae_tiling:
+        vae.enable_tiling()
+
+
+@contextlib.contextmanager
+def on_device(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Lets a module be on a device for a while; costs nothing if it is there already."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
