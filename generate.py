@@ -21,6 +21,7 @@ from causal_wan.config import parse_config, user_errors
 from causal_wan.flow import training_timesteps
 from causal_wan.models import (
     LORA_WEIGHTS_NAME,
+    causal_settings,
     check_video_size,
     decode_latents,
     encode_prompts,
@@ -197,10 +198,7 @@ def load_pipeline(config: Config, run: dict, dtype: torch.dtype) -> CausalWanPip
             folder, subfolder="transformer", dtype=dtype, **causal
         )
         return CausalWanPipeline.from_pretrained(base, transformer=transformer, **parts)
-    settings = ["local_attn_size", "sink_size", "independent_first_frame"]
-    if run["generator_task"] == "causal_video":
-        settings.append("num_frame_per_block")
-    causal = {"num_frame_per_block": None, **{name: run[name] for name in settings}, **causal}
+    causal = {**causal_settings(run), **causal}
     transformer = load_transformer(
         base, generator_ckpt=run["generator_ckpt"], revision=run["revision"], dtype=dtype, **causal
     )

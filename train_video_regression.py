@@ -108,7 +108,7 @@ class Config:
     cache_latents: bool = False
     """Encode every clip once, before the first step, and keep the latents in RAM; not with random frame sampling."""
     dry_run: bool = False
-    """Resolve the config, check the data, print the plan and stop; loads no weights."""
+    """Resolve the config, check the data, print the plan and the memory it takes, and stop; loads no weights."""
 
     def __post_init__(self) -> None:
         self.method.block_lengths(self.num_latent_frames)
@@ -236,7 +236,13 @@ def main(config: Config) -> None:
         rows = load_rows(config.data)
         validation_rows = load_validation_rows(config)
     if config.dry_run:
-        print(describe_plan(config, rows, num_processes=1))
+        accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+        if accelerator.is_main_process:
+            print(describe_plan(config, rows, accelerator.num_processes))
+            try:
+                print(describe_memory(config, accelerator))
+            except OSError as error:  # the checkpoint is on the hub, and the hub out of reach
+                print(f"memory      unknown without the checkpoint's configuration: {error}")
         return
 
     accelerator = make_accelerator(config.training, flat_dict(config))

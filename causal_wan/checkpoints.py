@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 TRAINABLE_WEIGHTS_NAME = "trainable.safetensors"
 EMA_NAME = "ema"
+FSDP_NAME, DEEPSPEED_NAME = "pytorch_model_fsdp_0", "pytorch_model"  # accelerate's names
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -141,6 +142,62 @@ def _ema_state(ema: EMAModel) -> dict[str, torch.Tensor]:
     """The average as tensors, whole or sharded as the weights are; loading writes into those of the weights."""
     state = {f"shadow_params.{index}": shadow for index, shadow in enumerate(ema.shadow_params)}
     return state | {"optimization_step": torch.tensor(ema.optimization_step)}
+
+
+def read_weights(
+    checkpoint: Path, trainable: dict[str, torch.Tensor], *, average: bool = True
+) -> dict[str, torch.Tensor]:
+    """The trained weights of a checkpoint of any strategy, whole and in float32.
+
+    Args:
+        checkpoint: Folder.
+        trainable: Weights of the model by name; their shapes and order count, not their values.
+        average: Whether to take the moving average, if there is one.
+
+    Raises:
+        ValueError: If names or shapes are not those of the checkpoint.
+    """
+    weights = {name: torch.empty(weight.shape) for name, weight in trainable.items()}
+    if average and (checkpoint / EMA_NAME).is_dir():
+        _read_shards(
+            {f"shadow_params.{i}": weight for i, weight in enumerate(weights.values())}, checkpoint / EMA_NAME
+        )
+    elif (checkpoint / FSDP_NAME).is_dir():
+        _read_shards({f"model.{name}": weight for name, weight in weights.items()}, checkpoint / FSDP_NAME)
+    else:
+        read = _read_files(checkpoint)
+        if not weights.keys() <= read.keys():
+            missing = sorted(weights.keys() - read.keys())
+            raise ValueError(f"{checkpoint} must hold the weights that the run trains, but lacks {missing[:3]}, ...")
+        weights = {name: read[name].float() for name in weights}
+    return weights
+
+
+def _read_shards(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Reads a folder of torch.distributed.checkpoint into tensors.
+
+    Raises:
+        ValueError: If a name or a shape is not that of the folder.
+    """
+    try:
+        dcp.load(weights, checkpoint_id=folder, no_dist=True)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{folder} must hold the weights that the run trains: {reason}") from None
+
+
+def _read_files(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint that is whole, or DeepSpeed's."""
+    for name in (TRAINABLE_WEIGHTS_NAME, "model.safetensors"):
+        if (checkpoint / name).is_file():
+            return load_file(checkpoint / name)
+    if not (checkpoint / DEEPSPEED_NAME).is_dir():
+        raise ValueError(f"{checkpoint} must be a checkpoint of a training run, but has no weights in it.")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return get_fp32_state_dict_from_zero_checkpoint(
+        str(checkpoint), tag=DEEPSPEED_NAME, exclude_frozen_parameters=True
+    )
 
 
 def checkpoint_trainable_weights_only(accelerator: Any) -> None:

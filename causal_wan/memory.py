@@ -7,12 +7,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKLWan, BitsAndBytesConfig
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from causal_wan.transformer import CausalWanTransformer3DModel
 
@@ -84,18 +84,19 @@ def enable_gradient_checkpointing(
     "Reducing Activation Recomputation in Large Transformer Models", arXiv 2205.05198, section 5.
     """
     chosen = {id(layer) for layer in transformer.blocks[:: config.gradient_checkpointing_interval]}
-    context_fn = (
-        partial(create_selective_checkpoint_contexts, _attention_ops())
-        if config.keep_attention_outputs
-        else noop_context_fn
-    )
+    # Layers draw nothing, so there is no state of random generators to keep.
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if config.keep_attention_outputs:
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _attention_ops())
+
+    if config.keep_attention_outputs and config.offload_activations:
+        settings["respect_saved_tensors_hooks"] = True  # what is kept goes to the host, too
 
     def run(layer: torch.nn.Module, *inputs: object) -> torch.Tensor:
         if id(layer) not in chosen:
             return layer(*inputs)
         with offload() if config.offload_activations else contextlib.nullcontext():
-            # Layers draw nothing, so there is no state of random generators to keep.
-            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+            return checkpoint(layer, *inputs, **settings)
 
     transformer.enable_gradient_checkpointing(run)
 

@@ -106,6 +106,13 @@ def load_transformer(
     return transformer
 
 
+def causal_settings(run: dict[str, Any]) -> dict[str, Any]:
+    """What `load_transformer` has to know of a run's resolved config beside the checkpoint."""
+    settings = {name: run[name] for name in ("local_attn_size", "sink_size", "independent_first_frame")}
+    is_causal = run["generator_task"] == "causal_video"
+    return {"num_frame_per_block": run["num_frame_per_block"] if is_causal else None, **settings}
+
+
 def load_transformer_config(
     pretrained_model_name_or_path: str, *, generator_ckpt: str | None = None, revision: str | None = None
 ) -> dict[str, Any]:

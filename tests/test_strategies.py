@@ -11,6 +11,8 @@ from conftest import launch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
+import convert_checkpoint
+
 
 SCRIPT = "train_video_regression.py"
 NEEDS_DEEPSPEED = pytest.mark.skipif(
@@ -119,3 +121,31 @@ def test_deepspeed_refuses_another_number_of_processes(train, tmp_path):
     run = launch(SCRIPT, path, "--resume_from_checkpoint", "latest", num_processes=1, strategy="zero2", check=False)
     assert run.returncode != 0
     assert "must be resumed by as many processes as wrote it, 2, got 1" in run.stderr
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "lora"])
+@pytest.mark.parametrize("strategy", ["ddp", *STRATEGIES])
+def test_the_last_checkpoint_converts_to_the_result_in_one_process(train, strategy, lora_rank, tmp_path):
+    _, output_dir = train(strategy, lora_rank=lora_rank, use_ema=keeps_average(strategy, lora_rank))
+    convert_checkpoint.main(
+        convert_checkpoint.Config(input=str(output_dir / "checkpoint-4"), output=str(tmp_path / "converted"))
+    )
+    converted, expected = result(tmp_path / "converted"), result(output_dir)
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[name], expected[name]) for name in expected)
+    assert (tmp_path / "converted" / "config.yaml").read_text() == (output_dir / "config.yaml").read_text()
+    if not lora_rank:
+        WanTransformer3DModel.from_pretrained(tmp_path / "converted" / "transformer")
+
+
+def test_what_is_no_checkpoint_of_a_run_is_not_converted(train, tmp_path, capsys):
+    _, output_dir = train("ddp", use_ema=True)
+    for folder in (tmp_path, output_dir / "validation", output_dir / "checkpoint-7"):
+        with pytest.raises(SystemExit, match="2"):
+            convert_checkpoint.main(convert_checkpoint.Config(input=str(folder), output=str(tmp_path / "new")))
+        message = capsys.readouterr().err
+        assert "input must be a checkpoint-STEP folder" in message or "has no weights in it" in message
+    with pytest.raises(SystemExit, match="2"):
+        checkpoint = str(output_dir / "checkpoint-4")
+        convert_checkpoint.main(convert_checkpoint.Config(input=checkpoint, output=str(tmp_path)))
+    assert "output must be a new folder" in capsys.readouterr().err

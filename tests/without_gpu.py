@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 os.environ["DS_ACCELERATOR"] = "cpu"
 PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+torch.Tensor.pin_memory = lambda self, *args: self  # offloading pins memory, which needs a GPU's driver
 stock_init = Accelerator.__init__
 Accelerator.__init__ = lambda self, **kwargs: stock_init(self, **{**kwargs, "cpu": False})
 

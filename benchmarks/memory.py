@@ -1,0 +1,333 @@
+"""What each memory lever saves and costs, measured; and with --plan what fits on which GPUs, computed.
+
+    python benchmarks/memory.py                     # this machine, a small model
+    python benchmarks/memory.py --size 1.3b         # one GPU, WAN 1.3B at 81 x 480 x 832, random weights
+    python benchmarks/memory.py --plan              # WAN 1.3B and 14B on 24, 48, 80 GB and on 8 x 80 GB, no GPU needed
+
+Peaks are those of the allocator on a GPU, and of all storages of tensors alive at once on a CPU, where passes are in
+float32. Times are relative to the first row, measured in the same run: on shared machines seconds say little.
+"""
+
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from diffusers import AutoencoderKLWan
+from transformers import UMT5Config
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from causal_wan.memory import (
+    MemoryConfig,
+    cut_up_vae,
+    enable_gradient_checkpointing,
+    on_device,
+    quantization_config,
+    store_in_fp8,
+)
+from causal_wan.memory_plan import (
+    CUDA_OVERHEAD,
+    GIB,
+    MemoryPlan,
+    PeakMemory,
+    Workload,
+    plan_encoding,
+    plan_training,
+    text_encoder_bytes,
+)
+from causal_wan.models import add_lora, encode_videos, load_transformer
+from causal_wan.training import TrainingConfig, make_optimizer, trainable_parameters
+from causal_wan.transformer import CausalWanTransformer3DModel
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "small": {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 8, "text_dim": 256},
+    "1.3b": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
+    "14b": {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40},
+}
+ARCHITECTURES = {
+    name: {"in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256, **architecture}
+    for name, architecture in ARCHITECTURES.items()
+}
+CLIPS = {"small": (17, 128, 128), "1.3b": (81, 480, 832), "14b": (81, 480, 832)}
+UMT5_XXL = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+
+RECOMPUTED = MemoryConfig(gradient_checkpointing=True)
+STEP_LEVERS: dict[str, dict[str, Any]] = {
+    "all weights, no lever": {},
+    "--gradient_checkpointing": {"memory": RECOMPUTED},
+    "... --gradient_checkpointing_interval 2": {"memory": replace(RECOMPUTED, gradient_checkpointing_interval=2)},
+    "... --keep_attention_outputs": {"memory": replace(RECOMPUTED, keep_attention_outputs=True)},
+    "... --offload_activations": {"memory": replace(RECOMPUTED, offload_activations=True)},
+    "... --optimizer adamw8bit": {"memory": RECOMPUTED, "optimizer": "adamw8bit"},
+    "LoRA of rank 64, --gradient_checkpointing": {"memory": RECOMPUTED, "lora_rank": 64},
+    "... --offload_activations ": {"memory": replace(RECOMPUTED, offload_activations=True), "lora_rank": 64},
+    "... --quantize_base fp8": {"memory": replace(RECOMPUTED, quantize_base="fp8"), "lora_rank": 64},
+    "... --quantize_base int8": {"memory": replace(RECOMPUTED, quantize_base="int8"), "lora_rank": 64},
+    "... --quantize_base nf4": {"memory": replace(RECOMPUTED, quantize_base="nf4"), "lora_rank": 64},
+}
+VAE_LEVERS = {
+    "VAE, 2 clips": MemoryConfig(),
+    "--vae_slicing": MemoryConfig(vae_slicing=True),
+    "--vae_tiling": MemoryConfig(vae_tiling=True),
+    "--offload_vae": MemoryConfig(offload_vae=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to measure."""
+
+    plan: bool = False
+    """Compute what fits where, and measure nothing."""
+    size: Literal["small", "1.3b", "14b"] = "small"
+    """Architecture and clip."""
+    num_steps: int = 5
+    """Timed steps of each row, after two that warm up; their median counts."""
+
+
+# --- measured --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of a row: bytes at the worst moment, foreseen bytes, seconds of a step."""
+
+    peak: int
+    planned: int
+    seconds: float
+
+
+def build(workload: Workload, device: torch.device) -> CausalWanTransformer3DModel:
+    """The workload's transformer with random weights, as the training script would have it."""
+    memory, lora = workload.memory, workload.lora_rank > 0
+    torch.manual_seed(0)
+    config = {**workload.architecture, "num_frame_per_block": workload.num_frame_per_block}
+    with torch.device(device):
+        transformer = CausalWanTransformer3DModel.from_config(config)
+    if memory.quantize_base in ("nf4", "int8"):
+        with tempfile.TemporaryDirectory() as folder:
+            transformer.to(workload.dtype).save_pretrained(Path(folder) / "transformer")
+            del transformer
+            transformer = load_transformer(
+                folder,
+                num_frame_per_block=workload.num_frame_per_block,
+                dtype=workload.dtype,
+                quantization=quantization_config(memory.quantize_base, workload.dtype),
+            )
+    elif lora:
+        transformer.to(workload.dtype)
+    if memory.quantize_base == "fp8":
+        store_in_fp8(transformer, workload.dtype)
+    if lora:
+        targets = workload.lora_target_modules
+        add_lora(transformer, rank=workload.lora_rank, alpha=workload.lora_rank, target_modules=targets)
+    if memory.gradient_checkpointing:
+        enable_gradient_checkpointing(transformer, memory)
+    return transformer.train()
+
+
+def measure_step(workload: Workload, device: torch.device, num_steps: int) -> Measured:
+    """A training step: forward, backward, optimizer."""
+    transformer = build(workload, device)
+    parameters = trainable_parameters(transformer)
+    optimizer = make_optimizer(parameters, TrainingConfig(output_dir="", optimizer=workload.optimizer))
+    latents = torch.randn(workload.batch_size, *workload.latent_shape, device=device)
+    timesteps = torch.full((workload.batch_size, workload.latent_shape[1]), 757.0, device=device)
+    prompt_embeds = torch.randn(
+        workload.batch_size, workload.max_sequence_length, workload.architecture["text_dim"], device=device
+    ).to(workload.dtype)
+
+    def step() -> None:
+        with torch.autocast(device.type, workload.dtype, enabled=workload.dtype != torch.float32):
+            velocity = transformer(latents, timesteps, prompt_embeds, return_dict=False)[0]
+        velocity.float().square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the optimizer's states
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    peak = peak_of(step, device, [*transformer.parameters(), *transformer.buffers(), *states])
+    return Measured(peak, plan_training(workload).peak, seconds_of(step, device, num_steps))
+
+
+def measure_encoding(memory: MemoryConfig, video_shape: tuple[int, ...], device: torch.device, num: int) -> Measured:
+    """Encoding two clips with WAN 2.1's VAE, random weights."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    vae = AutoencoderKLWan().to(dtype=dtype).eval()
+    vae.to("cpu" if memory.offload_vae else device)
+    cut_up_vae(vae, memory)
+    videos = torch.zeros(2, 3, *video_shape, device=device)
+
+    def encode() -> None:
+        with on_device(vae, device):
+            encode_videos(vae, videos)
+
+    waiting = [] if memory.offload_vae else list(vae.parameters())
+    peak = peak_of(encode, device, [videos, *waiting])
+    weights, encoding = plan_encoding(dict(vae.config), (2, *video_shape), dtype=dtype, memory=memory)
+    return Measured(peak, weights + encoding, seconds_of(encode, device, num))
+
+
+def peak_of(run: Any, device: torch.device, present: Iterable[torch.Tensor]) -> int:
+    """Bytes at the worst moment of a run, with what is there before it."""
+    if device.type == "cuda":
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
+    with PeakMemory(torch.nn.Module()) as memory:
+        for tensor in present:
+            memory.add(tensor)
+        run()
+    return memory.peak
+
+
+def seconds_of(run: Any, device: torch.device, num_steps: int) -> float:
+    """The median of some runs."""
+    times = []
+    for _ in range(num_steps):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure(config: Config) -> str:
+    """The table of all levers on this machine, as Markdown."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    num_frames, height, width = CLIPS[config.size]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    workload = Workload(
+        dtype=dtype,
+        architecture=ARCHITECTURES[config.size],
+        latent_shape=(16, (num_frames - 1) // 4 + 1, height // 8, width // 8),
+        num_frame_per_block=1 if config.size == "small" else 3,
+    )
+    rows = {
+        name: try_to_measure(measure_step, replace(workload, **changes), device, config.num_steps)
+        for name, changes in STEP_LEVERS.items()
+    }
+    encoding = {
+        name: try_to_measure(measure_encoding, memory, CLIPS[config.size], device, config.num_steps)
+        for name, memory in VAE_LEVERS.items()
+    }
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()})"
+    clip = f"{num_frames} x {height} x {width}"
+    lines = [
+        f"{name}, torch {torch.__version__}; {config.size}, clips of {clip}, batch 1, {dtype}",
+        "",
+        "| lever | peak [GiB] | of the first | planned [GiB] | time, of the first |",
+        "|---|---:|---:|---:|---:|",
+        *describe_rows(rows),
+        *describe_rows(encoding),
+    ]
+    return "\n".join(lines)
+
+
+def try_to_measure(measurement: Any, lever: Any, *arguments: Any) -> Measured | str:
+    """The measurement, or why there is none."""
+    memory = lever.memory if isinstance(lever, Workload) else lever
+    device = arguments[-2]
+    if device.type == "cpu" and (memory.offload_activations or memory.offload_vae):
+        return "host and device are one"
+    if device.type == "cpu" and (
+        memory.quantize_base in ("nf4", "int8") or getattr(lever, "optimizer", "") == "adamw8bit"
+    ):
+        return "needs a GPU"
+    try:
+        return measurement(lever, *arguments)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def describe_rows(rows: dict[str, Measured | str]) -> list[str]:
+    """Lines of a table, relative to the first row that was measured."""
+    first = next((row for row in rows.values() if isinstance(row, Measured)), None)
+    lines = []
+    for name, row in rows.items():
+        if isinstance(row, Measured):
+            cells = (
+                f"{row.peak / GIB:.2f}",
+                f"{row.peak / first.peak:.2f}",
+                f"{row.planned / GIB:.2f}",
+                f"{row.seconds / first.seconds:.2f}",
+            )
+        else:
+            cells = (row, "", "", "")
+        lines.append(f"| {name.strip()} | " + " | ".join(cells) + " |")
+    return lines
+
+
+# --- planned ---------------------------------------------------------------------------------------------------------
+
+PLANNED_LEVERS: dict[str, dict[str, Any]] = {
+    "all weights": {},
+    "all weights, `--gradient_checkpointing`": {"memory": RECOMPUTED},
+    "... `--optimizer adamw8bit`": {"memory": RECOMPUTED, "optimizer": "adamw8bit"},
+    "LoRA of rank 64": {"lora_rank": 64},
+    "LoRA of rank 64, `--gradient_checkpointing`": {"memory": RECOMPUTED, "lora_rank": 64},
+    "... `--offload_activations`": {"memory": replace(RECOMPUTED, offload_activations=True), "lora_rank": 64},
+    "... and `--quantize_base nf4`": {
+        "memory": replace(RECOMPUTED, offload_activations=True, quantize_base="nf4"),
+        "lora_rank": 64,
+    },
+}
+CARDS = (24, 48, 80)  # GiB
+NUM_SHARDS = 8
+
+
+def plan_whole(workload: Workload) -> MemoryPlan:
+    """A run that embeds prompts in bf16, then encodes clips with the VAE in bf16 and trains."""
+    video_shape = (workload.batch_size, *CLIPS["1.3b"])
+    vae, encoding = plan_encoding(
+        dict(AutoencoderKLWan().config), video_shape, dtype=torch.bfloat16, memory=workload.memory
+    )
+    text_encoder = text_encoder_bytes(UMT5_XXL, torch.bfloat16)
+    return replace(plan_training(workload), vae=vae, encoding=encoding, text_encoder=text_encoder)
+
+
+def describe_fit(plan: MemoryPlan) -> str:
+    """The need in GiB, and the smallest card that has it."""
+    needed = (plan.peak + CUDA_OVERHEAD) / GIB
+    card = next((f"**{card} GB**" for card in CARDS if needed <= card), "none")
+    return f"{needed:.0f} | {card}"
+
+
+def plan() -> str:
+    """The table of what fits where, as Markdown."""
+    lines = [
+        "| model | trained | GiB, 1 GPU | fits | GiB a GPU, 8 GPUs, FSDP2 | fits |",
+        "|---|---|---:|---|---:|---|",
+    ]
+    for size in ("1.3b", "14b"):
+        for name, changes in PLANNED_LEVERS.items():
+            workload = Workload(architecture=ARCHITECTURES[size], latent_shape=(16, 21, 60, 104), **changes)
+            alone = describe_fit(plan_whole(workload))
+            if workload.memory.quantize_base:
+                sharded = "not with | FSDP2"
+            else:
+                sharded = describe_fit(plan_whole(replace(workload, sharding="weights", num_shards=NUM_SHARDS)))
+            lines.append(f"| {size.upper()} | {name} | {alone} | {sharded} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    config = tyro.cli(Config, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    print(plan() if config.plan else measure(config))
