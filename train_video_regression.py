@@ -62,21 +62,25 @@ from causal_wan.regression import (
     num_valid_latent_frames,
     summarize_levels,
 )
+from causal_wan.strategies import (
+    context_mesh,
+    count_replicas,
+    free_memory,
+    is_sharded,
+    keeps_weights_in_16_bits,
+    loads_weights,
+    sharding,
+    takes_over_checkpointing,
+)
 from causal_wan.training import (
     EXIT_STOPPED,
     Batch,
     Sums,
     TrainingConfig,
     ema_weights,
-    free_memory,
     gather_weights,
-    is_sharded,
-    keeps_weights_in_16_bits,
-    loads_weights,
     make_accelerator,
     prepare_run,
-    sharding,
-    takes_over_checkpointing,
     train,
 )
 from causal_wan.transformer import CausalWanTransformer3DModel
@@ -236,9 +240,11 @@ def main(config: Config) -> None:
         rows = load_rows(config.data)
         validation_rows = load_validation_rows(config)
     if config.dry_run:
-        accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(), mixed_precision=config.training.mixed_precision
+        )
         if accelerator.is_main_process:
-            print(describe_plan(config, rows, accelerator.num_processes))
+            print(describe_plan(config, rows, count_replicas(accelerator)))
             try:
                 print(describe_memory(config, accelerator))
             except OSError as error:  # the checkpoint is on the hub, and the hub out of reach
@@ -248,7 +254,7 @@ def main(config: Config) -> None:
     accelerator = make_accelerator(config.training, flat_dict(config))
     if accelerator.is_main_process:
         write_recipe(with_absolute_paths(config), Path(config.training.output_dir) / "config.yaml")
-        print(describe_plan(config, rows, accelerator.num_processes))
+        print(describe_plan(config, rows, count_replicas(accelerator)))
         print(describe_memory(config, accelerator))
     validation_prompts = [row.prompt for row in validation_rows] + list(config.validation.validation_prompts)
     prompts = [row.prompt for row in rows] + validation_prompts
@@ -364,6 +370,7 @@ def make_student(config: Config, accelerator: Accelerator) -> CausalWanTransform
         sink_size=config.method.sink_size,
         independent_first_frame=config.method.independent_first_frame,
     )
+    transformer.enable_context_parallel(context_mesh(accelerator))
     if memory.quantize_base == "fp8":
         store_in_fp8(transformer, dtype)
     if lora:
@@ -433,11 +440,11 @@ def latent_shape(config: Config, vae: AutoencoderKLWan) -> tuple[int, int, int, 
     )
 
 
-def describe_plan(config: Config, rows: list[Row], num_processes: int) -> str:
+def describe_plan(config: Config, rows: list[Row], num_replicas: int) -> str:
     """What is going to happen, in numbers."""
     training, method, data = config.training, config.method, config.data
     lengths = method.block_lengths(config.num_latent_frames)
-    samples_per_step = training.samples_per_step(num_processes)
+    samples_per_step = training.samples_per_step(num_replicas)
     weights = f"LoRA of rank {config.model.lora_rank}" if config.model.lora_rank else "all weights"
     levels = " ".join(f"{level:g}" for level in method.levels().tolist())
     lines = [
@@ -448,7 +455,7 @@ def describe_plan(config: Config, rows: list[Row], num_processes: int) -> str:
         f"{sum(lengths)} latent frames in {len(lengths)} block(s) of {' '.join(map(str, sorted(set(lengths))))}",
         f"method      {method.generator_task}, levels {levels}, {method.loss_type} of {method.loss_space}",
         f"training    {weights}, {training.max_train_steps} steps of {samples_per_step} clips "
-        f"({training.train_batch_size} x {training.gradient_accumulation_steps} accumulated x {num_processes} "
+        f"({training.train_batch_size} x {training.gradient_accumulation_steps} accumulated x {num_replicas} "
         f"process(es)) = {training.max_train_steps * samples_per_step / len(rows):.1f} passes over the data",
         f"result      {training.output_dir}",
     ]

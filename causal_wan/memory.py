@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -88,9 +89,8 @@ def enable_gradient_checkpointing(
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if config.keep_attention_outputs:
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _attention_ops())
-
-    if config.keep_attention_outputs and config.offload_activations:
-        settings["respect_saved_tensors_hooks"] = True  # what is kept goes to the host, too
+        if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters:  # of newer versions of torch
+            settings["respect_saved_tensors_hooks"] = False  # offloading them fails in the backward pass
 
     def run(layer: torch.nn.Module, *inputs: object) -> torch.Tensor:
         if id(layer) not in chosen:

@@ -84,6 +84,7 @@ class Workload:
         num_passes: That make a step; gradients are there from the second on.
         sharding: Of what the optimizer changes: nothing; its states (ZeRO-2); or the weights too (FSDP2, ZeRO-3).
         num_shards: Processes that share it.
+        num_sharing_a_clip: Processes among which the tokens of a clip are split.
         offload: Whether sharded weights and states wait in the host's memory.
     """
 
@@ -101,6 +102,7 @@ class Workload:
     use_ema: bool = False
     sharding: Literal["none", "optimizer", "weights"] = "none"
     num_shards: int = 1
+    num_sharing_a_clip: int = 1
     offload: bool = False
 
 
@@ -148,6 +150,7 @@ def plan_training(workload: Workload) -> MemoryPlan:
     num_layers, interval = workload.architecture["num_layers"], workload.memory.gradient_checkpointing_interval
     depths = {min(num_layers, depth * interval) for depth in SHALLOW_DEPTHS}
     passes = _extrapolate({depth: _simulated_passes(workload, depth) for depth in sorted(depths)}, num_layers)
+    passes //= workload.num_sharing_a_clip
     sizes = _parameter_sizes(workload)
     if workload.memory.quantize_base is not None:  # what is cast for a pass lives until the layer's backward is done
         recomputed = num_layers // interval if workload.memory.gradient_checkpointing else 0

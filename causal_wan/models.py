@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
+from causal_wan.context_parallel import check_divides_by_group
 from causal_wan.transformer import CausalWanTransformer3DModel
 
 
@@ -302,7 +303,7 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor
 def check_video_size(
     num_frames: int, height: int, width: int, *, vae: AutoencoderKLWan, transformer: CausalWanTransformer3DModel
 ) -> None:
-    """Checks that a video of this size fits the VAE, the patches and the blocks.
+    """Checks that a video of this size fits the VAE, the patches, the blocks and the processes that share a clip.
 
     Raises:
         ValueError: If it does not; names the nearest sizes that do.
@@ -323,6 +324,8 @@ def check_video_size(
                 f"{below + multiple}."
             )
     transformer.block_lengths((num_frames - 1) // temporal + 1)
+    frame_tokens = (height // multiples[0]) * (width // multiples[1])
+    check_divides_by_group("the tokens of a frame", frame_tokens, transformer.context_mesh)
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------

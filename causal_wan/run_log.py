@@ -97,7 +97,7 @@ class StepLog:
 
     def _entry(self, sums: Sums) -> dict[str, float]:
         seconds = sum(self.seconds.values())
-        num_tokens = self.num_tokens * self.run.accelerator.num_processes
+        num_tokens = self.num_tokens * self.run.num_replicas
         losses, grad_norms = sums.pop("loss", None), sums.pop("grad_norm", None)
         nonfinite = sums.pop("num_nonfinite_steps", None)
         entry = {}

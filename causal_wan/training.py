@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -41,6 +40,7 @@ from causal_wan.checkpoints import (
     save_checkpoint,
 )
 from causal_wan.run_log import METRICS_NAME, MetricSums, StepLog, Sums, truncate_metrics
+from causal_wan.strategies import count_replicas
 
 
 logger = logging.getLogger(__name__)
@@ -133,9 +133,9 @@ class TrainingConfig:
                 "lr_warmup_steps needs a schedule that warms up; use --lr_scheduler constant_with_warmup."
             )
 
-    def samples_per_step(self, num_processes: int) -> int:
-        """Clips of an optimizer step, over all passes and processes."""
-        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
+    def samples_per_step(self, num_replicas: int) -> int:
+        """Clips of an optimizer step, over all passes and processes; see `count_replicas`."""
+        return self.train_batch_size * self.gradient_accumulation_steps * num_replicas
 
 
 @dataclass
@@ -146,6 +146,7 @@ class RunState:
     num_samples: int = 0  # seen by all processes together
     num_nonfinite_in_a_row: int = 0
     num_processes: int = 1
+    num_replicas: int = 1
 
     def state_dict(self) -> dict[str, int]:
         return dict(vars(self))
@@ -211,63 +212,6 @@ def make_accelerator(config: TrainingConfig, tracker_config: dict[str, Any]) -> 
     }
     accelerator.init_trackers(config.tracker_project_name, config=hyperparameters)
     return accelerator
-
-
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether weights are split over the processes, or kept by DeepSpeed in its own way."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
-def keeps_weights_in_16_bits(accelerator: Accelerator) -> bool:
-    """Whether the model itself is 16 bits wide and the optimizer has the float32 weights."""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision in (
-        "bf16",
-        "fp16",
-    )
-
-
-def loads_weights(accelerator: Accelerator) -> bool:
-    """Whether this process has to load the weights of what is trained, or gets its shards from the main process."""
-    if accelerator.is_main_process:
-        return True
-    if accelerator.is_fsdp2:
-        return not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
-    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    return not (is_deepspeed and accelerator.state.deepspeed_plugin.zero_stage == 3)
-
-
-def sharding(accelerator: Accelerator) -> dict[str, Any]:
-    """What is split over how many processes, and whether it waits on the host, in the words of `Workload`."""
-    if accelerator.is_fsdp2:
-        parallelism, plugin = accelerator.parallelism_config, accelerator.state.fsdp_plugin
-        in_a_copy = parallelism.dp_shard_size if parallelism is not None else accelerator.num_processes
-        return {"sharding": "weights", "num_shards": in_a_copy, "offload": bool(plugin.cpu_offload)}
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        plugin = accelerator.state.deepspeed_plugin
-        return {
-            "sharding": "weights" if plugin.zero_stage == 3 else "optimizer",
-            "num_shards": accelerator.num_processes,
-            "offload": plugin.offload_param_device == "cpu",
-        }
-    return {}
-
-
-def free_memory(accelerator: Accelerator) -> int:
-    """Bytes that this process may take on its device."""
-    if accelerator.device.type == "cpu":
-        return psutil.virtual_memory().available // accelerator.num_processes
-    return torch.get_device_module(accelerator.device).mem_get_info(accelerator.device)[0]
-
-
-def takes_over_checkpointing(accelerator: Accelerator) -> bool:
-    """Whether FSDP's config file asks for activation checkpointing, which is then the model's own to do.
-
-    Otherwise it and --gradient_checkpointing would add up, and the flags about it would not apply.
-    """
-    if not accelerator.is_fsdp2 or not accelerator.state.fsdp_plugin.activation_checkpointing:
-        return False
-    accelerator.state.fsdp_plugin.activation_checkpointing = False
-    return True
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
@@ -366,6 +310,10 @@ class Run:
     def unwrapped_model(self) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.model)
 
+    @property
+    def num_replicas(self) -> int:
+        return count_replicas(self.accelerator)
+
 
 def gather_weights(run: Run) -> dict[str, torch.Tensor]:
     """The trainable weights, whole, on the CPU of the main process; one weight at a time, so that nobody holds two.
@@ -443,15 +391,15 @@ def resume(run: Run) -> None:
         if not run.accelerator.is_main_process:  # the checkpoint holds the sums of all processes
             run.metrics.sums = {name: torch.zeros_like(value) for name, value in run.metrics.sums.items()}
         logger.info("resumed from %s at step %d", checkpoint, run.state.step)
-        if run.state.num_processes != num_processes:
+        if (run.state.num_processes, run.state.num_replicas) != (num_processes, run.num_replicas):
             logger.info(
                 "the checkpoint is from %d process(es), now there are %d: the samples go on in the same order, a step "
                 "has %d of them, and results agree to rounding, not to the last bit",
                 run.state.num_processes,
                 num_processes,
-                run.config.samples_per_step(num_processes),
+                run.config.samples_per_step(run.num_replicas),
             )
-    run.state.num_processes = num_processes
+    run.state.num_processes, run.state.num_replicas = num_processes, run.num_replicas
     run.metrics.sums = {name: value.to(run.accelerator.device) for name, value in run.metrics.sums.items()}
     if run.accelerator.is_main_process:
         truncate_metrics(Path(run.config.output_dir) / METRICS_NAME, last_step=run.state.step)
@@ -486,7 +434,7 @@ def train(
         RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped.
     """
     config, state = run.config, run.state
-    samples_per_step = config.samples_per_step(run.accelerator.num_processes)
+    samples_per_step = config.samples_per_step(run.num_replicas)
     end_sample = state.num_samples + (config.max_train_steps - state.step) * samples_per_step
     batches = iter(run.accelerator.prepare(make_dataloader(state.num_samples, end_sample)))
     log = StepLog(run, summarize)
@@ -541,6 +489,9 @@ def train_step(
     accelerator, config = run.accelerator, run.config
     num_items = torch.stack([batch["num_items"] for batch in batches]).sum()
     num_items, num_stops = accelerator.reduce(torch.stack([num_items, torch.full_like(num_items, stop.received)]))
+    # Those that share a clip all count its items and compute its whole loss, each with the gradients of its tokens.
+    num_sharing = accelerator.num_processes // run.num_replicas
+    num_items = num_items // num_sharing
     # Gradients are averaged over processes and divided by the accumulation; num_items already counts all of them.
     scale = accelerator.num_processes * config.gradient_accumulation_steps
     step_sums = MetricSums()
@@ -548,7 +499,8 @@ def train_step(
         with accelerator.accumulate(run.model):
             loss, sums = compute_loss(run.model, batch, num_items)
             accelerator.backward(loss * scale)
-        step_sums.add({"loss": loss.detach().double(), **sums})
+        sums = {"loss": loss.detach().double(), **sums}
+        step_sums.add({name: value / num_sharing for name, value in sums.items()})
     parameters = trainable_parameters(run.model)
     grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
     if isinstance(grad_norm, DTensor):  # FSDP2

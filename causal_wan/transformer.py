@@ -10,7 +10,8 @@ Two ideas carry the file:
   tokens; fold the frames into N and each frame has its own. Only attention has to unfold them.
 
 Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, T = tokens a frame,
-L = F T tokens, G = groups of tokens that share a timestep (1, F or L a sample), N = heads, E = head dim, D = N E.
+L = F T tokens, G = groups of tokens that share a timestep (1, F or L a sample), N = heads, E = head dim, D = N E,
+P = processes that share a clip, 1 without context parallelism.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +24,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.utils import apply_lora_scale
+from torch.distributed.device_mesh import DeviceMesh
 
+from causal_wan.context_parallel import ContextParallel, check_divides_by_group
 from causal_wan.flow import frame_block_lengths
 
 
@@ -134,6 +137,7 @@ class AttentionContext:
     Attributes:
         rotary_emb: cos and sin, each `(1, L, 1, E)`.
         spans: Dense calls of block-causal attention; None with a cache, whose prefix is seen whole.
+        parallel: How processes share the clip, or None.
         cache: Keys and values of earlier blocks, or None.
         cache_end: Tokens of the cache in use, the current block included.
         layer: Which layer is running.
@@ -141,6 +145,7 @@ class AttentionContext:
 
     rotary_emb: tuple[torch.Tensor, torch.Tensor]
     spans: list[TokenSpan] | None = None
+    parallel: ContextParallel | None = None
     cache: KVCache | None = None
     cache_end: int = 0
     layer: int = 0
@@ -172,7 +177,8 @@ class CausalWanSelfAttnProcessor:
     ) -> torch.Tensor:
         context, folded_shape = rotary_emb, hidden_states.shape
         cos, sin = context.rotary_emb
-        hidden_states = hidden_states.reshape(-1, cos.shape[1], folded_shape[-1])  # (B, L, D)
+        num_processes = 1 if context.parallel is None else context.parallel.mesh.size()
+        hidden_states = hidden_states.reshape(-1, cos.shape[1] // num_processes, folded_shape[-1])  # (B, L / P, D)
 
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -181,6 +187,8 @@ class CausalWanSelfAttnProcessor:
         query = attn.norm_q(query).unflatten(2, (attn.heads, -1))  # (B, L, N, E)
         key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
         value = value.unflatten(2, (attn.heads, -1))
+        if context.parallel is not None:
+            query, key, value = (context.parallel.gather_tokens(states) for states in (query, key, value))
         query, key = apply_rotary_emb(query, cos, sin), apply_rotary_emb(key, cos, sin)
 
         if context.cache is not None:
@@ -198,6 +206,8 @@ class CausalWanSelfAttnProcessor:
                 ],
                 dim=1,
             )
+        if context.parallel is not None:
+            out = context.parallel.gather_heads(out)
         out = out.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out)).reshape(folded_shape)
 
@@ -286,6 +296,18 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         for layer in self.blocks:
             layer.attn1.set_processor(CausalWanSelfAttnProcessor())
             layer.attn2.set_processor(FoldedCrossAttnProcessor())
+        self.context_mesh: DeviceMesh | None = None
+
+    def enable_context_parallel(self, mesh: DeviceMesh | None) -> None:
+        """Lets the processes of `mesh` share the tokens of each clip while the model trains; None changes nothing.
+
+        They all give the same inputs and get the whole output. In `eval()` each process is on its own, as without.
+
+        Raises:
+            ValueError: If the heads do not divide among the processes.
+        """
+        check_divides_by_group("num_attention_heads", self.config.num_attention_heads, mesh)
+        self.context_mesh = mesh
 
     def get_parameter_or_buffer(self, name: str) -> torch.Tensor:
         """The parameter or buffer of that name. accelerate's FSDP2 asks the root module for it."""
@@ -363,8 +385,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             `.sample`: velocity `(B, C, F, H, W)`.
 
         Raises:
-            ValueError: If F does not divide into blocks, the timestep's shape fits none of the above, or positions
-                leave the rotary table.
+            ValueError: If F does not divide into blocks, the timestep's shape fits none of the above, positions leave
+                the rotary table, or the tokens with a common timestep do not divide among the processes of a clip.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
         _, p_h, p_w = self.config.patch_size
@@ -389,9 +411,17 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if encoder_hidden_states_image is not None:
             encoder_hidden_states = torch.cat([encoder_hidden_states_image, encoder_hidden_states], dim=1)
 
+        parallel = None
+        if self.context_mesh is not None and self.training and cache is None:
+            check_divides_by_group("the tokens of a timestep", tokens.shape[1] // num_groups, self.context_mesh)
+            parallel = ContextParallel(self.context_mesh, num_groups)
+            context = replace(context, parallel=parallel)
+
         temb = temb.reshape(batch_size * num_groups, 1, -1)  # (B G, 1, D)
         timestep_proj = timestep_proj.reshape(batch_size * num_groups, 6, -1)  # (B G, 6, D)
         tokens = tokens.reshape(batch_size * num_groups, -1, tokens.shape[-1])  # (B G, L / G, D)
+        if parallel is not None:
+            tokens = parallel.split(tokens)
         for index, layer in enumerate(self.blocks):
             inputs = (tokens, encoder_hidden_states, timestep_proj, replace(context, layer=index))
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -401,7 +431,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         shift, scale = (self.scale_shift_table + temb).chunk(2, dim=1)
         tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
-        tokens = self.proj_out(tokens).reshape(batch_size, num_frames, height // p_h, width // p_w, p_h, p_w, -1)
+        tokens = self.proj_out(tokens)
+        if parallel is not None:
+            tokens = parallel.join(tokens)
+        tokens = tokens.reshape(batch_size, num_frames, height // p_h, width // p_w, p_h, p_w, -1)
         output = tokens.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # (B, C, F, H, W)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 

@@ -93,6 +93,51 @@ def test_two_processes_learn_what_one_does_and_save_the_same_files(train, strate
         WanTransformer3DModel.from_pretrained(together / "transformer")
 
 
+def context_parallel(num_groups, group_size):
+    """Arguments of `launch` for groups of processes, each of which shares its clips."""
+    sizes = {"dp_shard_size": num_groups, "cp_size": group_size}
+    return {
+        "strategy": "fsdp2_context_parallel",
+        "num_processes": num_groups * group_size,
+        "launch_flags": [f"--parallelism_config_{name}={size}" for name, size in sizes.items()],
+    }
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "lora_rank"),
+    [(1, 0), pytest.param(1, 4, marks=pytest.mark.slow), pytest.param(2, 0, marks=pytest.mark.slow)],
+    ids=["full", "lora", "two_groups"],
+)
+def test_two_processes_that_share_each_clip_learn_what_one_does_and_go_on(write_recipe, num_groups, lora_rank):
+    settings = {"lora_rank": lora_rank, "validation_steps": 2, "use_ema": True, "mixed_precision": "no"}
+    settings |= {"num_frame_per_block": 2, "independent_first_frame": True}
+    path, alone = write_recipe("alone", train_batch_size=2, **settings)
+    launch(SCRIPT, path)
+    path, together = write_recipe("together", train_batch_size=2 // num_groups, **settings)
+    run = launch(SCRIPT, path, **context_parallel(num_groups, group_size=2))
+    assert f"4 steps of 2 clips ({2 // num_groups} x 1 accumulated x {num_groups} process(es))" in run.stdout
+
+    def assert_equal_to_one_process():
+        for entry, expected in zip(metrics(together), metrics(alone), strict=True):
+            assert entry == pytest.approx(expected, rel=1e-3)
+        assert result(together).keys() == result(alone).keys()
+        expected, learned = flat(result(alone)), flat(result(together))
+        assert (learned - expected).norm() < 1e-3 * expected.norm()
+
+    assert_equal_to_one_process()
+    expected, logged = flat(result(together)), metrics(together)
+    shutil.rmtree(together / "checkpoint-4")
+    resume = ["--resume_from_checkpoint", "latest"]
+    launch(SCRIPT, path, *resume, **context_parallel(num_groups, group_size=2))
+    assert torch.equal(flat(result(together)), expected)
+    assert metrics(together) == logged
+
+    shutil.rmtree(together / "checkpoint-4")
+    run = launch(SCRIPT, path, *resume, "--train_batch_size", "1", num_processes=2, strategy="fsdp2")
+    assert "a step has 2 of them" in run.stderr
+    assert_equal_to_one_process()
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_broken_run_goes_on_exactly(train, strategy, tmp_path):
     finished = train(strategy, use_ema=keeps_average(strategy))

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import TINY_TRANSFORMER
@@ -94,6 +96,17 @@ def test_dense_calls_per_block_equal_attention_with_a_dense_mask(per_block, wind
     for span in spans:
         covered[span.query_start : span.query_end, span.key_start : span.query_end] = True
     assert torch.equal(covered, mask)
+
+
+def test_processes_share_a_clip_in_equal_parts_only_and_only_in_training(inputs):
+    model = make()
+    with pytest.raises(ValueError, match=r"num_attention_heads must be a multiple of the 3 processes .* got 2"):
+        model.enable_context_parallel(SimpleNamespace(size=lambda: 3))
+    model.enable_context_parallel(SimpleNamespace(size=lambda: 2))
+    by_token = inputs["timestep"].repeat_interleave(TOKENS, dim=1)
+    with pytest.raises(ValueError, match=r"the tokens of a timestep must be a multiple of the 2 processes .* got 1"):
+        run(model.train(), inputs, timestep=by_token)
+    run(model.eval(), inputs, timestep=by_token)
 
 
 def rollout(model, inputs, block, num_frames=F):
