@@ -45,6 +45,7 @@ from causal_wan.memory_plan import describe_shortage, plan_run
 from causal_wan.models import (
     ModelConfig,
     add_lora,
+    causal_settings,
     check_generator_ckpt,
     check_video_size,
     encode_prompts,
@@ -359,16 +360,13 @@ def make_student(config: Config, accelerator: Accelerator) -> CausalWanTransform
         )
     transformer = load_transformer(
         config.model.pretrained_model_name_or_path,
-        num_frame_per_block=config.method.attention_block,
         generator_ckpt=config.model.generator_ckpt,
         dtype=dtype if lora or keeps_weights_in_16_bits(accelerator) else torch.float32,
         revision=config.model.revision,
         device="cpu" if shards else accelerator.device,
         quantization=quantization_config(memory.quantize_base, dtype),
         empty=not loads_weights(accelerator),
-        local_attn_size=config.method.local_attn_size,
-        sink_size=config.method.sink_size,
-        independent_first_frame=config.method.independent_first_frame,
+        **causal_settings(flat_dict(config)),
     )
     transformer.enable_context_parallel(context_mesh(accelerator))
     if memory.quantize_base == "fp8":
@@ -470,11 +468,11 @@ def describe_memory(config: Config, accelerator: Accelerator) -> str:
     plan = plan_run(
         model.pretrained_model_name_or_path,
         (data.num_frames, data.height, data.width),
+        causal_config=causal_settings(flat_dict(config)),
         generator_ckpt=model.generator_ckpt,
         revision=model.revision,
         vae_dtype=config.vae_dtype,
         text_dtype=text_dtype(accelerator),
-        num_frame_per_block=config.method.attention_block,
         batch_size=training.train_batch_size,
         num_passes=training.gradient_accumulation_steps + keeps_gradients,
         max_sequence_length=model.max_sequence_length,

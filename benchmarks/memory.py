@@ -50,13 +50,20 @@ from causal_wan.transformer import CausalWanTransformer3DModel
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "small": {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 8, "text_dim": 256},
+    "small": {
+        "num_attention_heads": 4,
+        "attention_head_dim": 64,
+        "ffn_dim": 1024,
+        "num_layers": 8,
+        "text_dim": 256,
+        "num_frame_per_block": 1,
+    },
     "1.3b": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
     "14b": {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40},
 }
 ARCHITECTURES = {
-    name: {"in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256, **architecture}
-    for name, architecture in ARCHITECTURES.items()
+    name: {"in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "num_frame_per_block": 3} | own
+    for name, own in ARCHITECTURES.items()
 }
 CLIPS = {"small": (17, 128, 128), "1.3b": (81, 480, 832), "14b": (81, 480, 832)}
 UMT5_XXL = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
@@ -111,16 +118,15 @@ def build(workload: Workload, device: torch.device) -> CausalWanTransformer3DMod
     """The workload's transformer with random weights, as the training script would have it."""
     memory, lora = workload.memory, workload.lora_rank > 0
     torch.manual_seed(0)
-    config = {**workload.architecture, "num_frame_per_block": workload.num_frame_per_block}
     with torch.device(device):
-        transformer = CausalWanTransformer3DModel.from_config(config)
+        transformer = CausalWanTransformer3DModel.from_config(workload.architecture)
     if memory.quantize_base in ("nf4", "int8"):
         with tempfile.TemporaryDirectory() as folder:
             transformer.to(workload.dtype).save_pretrained(Path(folder) / "transformer")
             del transformer
             transformer = load_transformer(
                 folder,
-                num_frame_per_block=workload.num_frame_per_block,
+                num_frame_per_block=workload.architecture["num_frame_per_block"],
                 dtype=workload.dtype,
                 quantization=quantization_config(memory.quantize_base, workload.dtype),
             )
@@ -215,7 +221,6 @@ def measure(config: Config) -> str:
         dtype=dtype,
         architecture=ARCHITECTURES[config.size],
         latent_shape=(16, (num_frames - 1) // 4 + 1, height // 8, width // 8),
-        num_frame_per_block=1 if config.size == "small" else 3,
     )
     rows = {
         name: try_to_measure(measure_step, replace(workload, **changes), device, config.num_steps)
@@ -244,9 +249,7 @@ def try_to_measure(measurement: Any, lever: Any, *arguments: Any) -> Measured | 
     device = arguments[-2]
     if device.type == "cpu" and (memory.offload_activations or memory.offload_vae):
         return "host and device are one"
-    if device.type == "cpu" and (
-        memory.quantize_base in ("nf4", "int8") or getattr(lever, "optimizer", "") == "adamw8bit"
-    ):
+    if device.type == "cpu" and memory.quantize_base in ("nf4", "int8"):
         return "needs a GPU"
     try:
         return measurement(lever, *arguments)
@@ -293,16 +296,6 @@ CARDS = (24, 48, 80)  # GiB
 NUM_SHARDS = 8
 
 
-def plan_whole(workload: Workload) -> MemoryPlan:
-    """A run that embeds prompts in bf16, then encodes clips with the VAE in bf16 and trains."""
-    video_shape = (workload.batch_size, *CLIPS["1.3b"])
-    vae, encoding = plan_encoding(
-        dict(AutoencoderKLWan().config), video_shape, dtype=torch.bfloat16, memory=workload.memory
-    )
-    text_encoder = text_encoder_bytes(UMT5_XXL, torch.bfloat16)
-    return replace(plan_training(workload), vae=vae, encoding=encoding, text_encoder=text_encoder)
-
-
 def describe_fit(plan: MemoryPlan) -> str:
     """The need in GiB, and the smallest card that has it."""
     needed = (plan.peak + CUDA_OVERHEAD) / GIB
@@ -311,7 +304,13 @@ def describe_fit(plan: MemoryPlan) -> str:
 
 
 def plan() -> str:
-    """The table of what fits where, as Markdown."""
+    """The table of what fits where, as Markdown, for runs with VAE and text encoder in bf16."""
+    vae_config, text_encoder = dict(AutoencoderKLWan().config), text_encoder_bytes(UMT5_XXL, torch.bfloat16)
+    vae, encoding = plan_encoding(vae_config, (1, *CLIPS["1.3b"]), dtype=torch.bfloat16, memory=MemoryConfig())
+
+    def describe(workload: Workload) -> str:
+        return describe_fit(replace(plan_training(workload), vae=vae, encoding=encoding, text_encoder=text_encoder))
+
     lines = [
         "| model | trained | GiB, 1 GPU | fits | GiB a GPU, 8 GPUs, FSDP2 | fits |",
         "|---|---|---:|---|---:|---|",
@@ -319,12 +318,9 @@ def plan() -> str:
     for size in ("1.3b", "14b"):
         for name, changes in PLANNED_LEVERS.items():
             workload = Workload(architecture=ARCHITECTURES[size], latent_shape=(16, 21, 60, 104), **changes)
-            alone = describe_fit(plan_whole(workload))
-            if workload.memory.quantize_base:
-                sharded = "not with | FSDP2"
-            else:
-                sharded = describe_fit(plan_whole(replace(workload, sharding="weights", num_shards=NUM_SHARDS)))
-            lines.append(f"| {size.upper()} | {name} | {alone} | {sharded} |")
+            sharded = replace(workload, sharding="weights", num_shards=NUM_SHARDS)
+            cells = [describe(workload), "not with | FSDP2" if workload.memory.quantize_base else describe(sharded)]
+            lines.append(f"| {size.upper()} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

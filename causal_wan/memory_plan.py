@@ -78,7 +78,7 @@ class Workload:
     """What decides how much memory a training step takes.
 
     Attributes:
-        architecture: Config of the transformer, as in its config.json.
+        architecture: Config of the transformer, as in its config.json, with what makes it causal.
         latent_shape: (C, F, H, W) of a clip.
         dtype: Of the passes.
         num_passes: That make a step; gradients are there from the second on.
@@ -90,7 +90,6 @@ class Workload:
 
     architecture: dict[str, Any]
     latent_shape: tuple[int, int, int, int]
-    num_frame_per_block: int | None = 3
     batch_size: int = 1
     num_passes: int = 1
     max_sequence_length: int = 512
@@ -196,6 +195,7 @@ def plan_run(
     checkpoint: str,
     video_shape: tuple[int, int, int],
     *,
+    causal_config: dict[str, Any],
     generator_ckpt: str | None = None,
     revision: str | None = None,
     vae_dtype: torch.dtype = torch.float32,
@@ -207,6 +207,7 @@ def plan_run(
     Args:
         checkpoint: Diffusers folder or hub id of a WAN pipeline.
         video_shape: (T, height, width) of a clip.
+        causal_config: What makes the transformer causal, as `causal_settings` returns it.
         generator_ckpt: As in `load_transformer`.
         revision: Of a hub repository.
         vae_dtype: Of the VAE.
@@ -221,7 +222,7 @@ def plan_run(
         vae_config.get(f"scale_factor_{name}", size) for name, size in (("temporal", 4), ("spatial", 8))
     )
     latent_shape = (vae_config["z_dim"], (num_frames - 1) // temporal + 1, height // spatial, width // spatial)
-    planned = Workload(architecture=architecture, latent_shape=latent_shape, **workload)
+    planned = Workload(architecture={**architecture, **causal_config}, latent_shape=latent_shape, **workload)
     vae, encoding = plan_encoding(
         vae_config, (planned.batch_size, *video_shape), dtype=vae_dtype, memory=planned.memory
     )
@@ -315,7 +316,7 @@ def _parameter_sizes(workload: Workload) -> _ParameterSizes:
 def _build(workload: Workload, num_layers: int) -> CausalWanTransformer3DModel:
     """The transformer of a workload on the meta device, with fewer layers."""
     architecture = {key: value for key, value in workload.architecture.items() if not key.startswith("_")}
-    architecture |= {"num_frame_per_block": workload.num_frame_per_block, "num_layers": num_layers}
+    architecture["num_layers"] = num_layers
     with torch.device("meta"):
         transformer = CausalWanTransformer3DModel.from_config(architecture)
     if workload.lora_rank or workload.sharding == "weights":  # a frozen base, or weights as they are gathered

@@ -27,6 +27,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.integrations import unset_hf_deepspeed_config
@@ -350,6 +351,11 @@ def prepare_run(accelerator: Accelerator, config: TrainingConfig, model: torch.n
             "use_ema needs weights that can be read in float32 after each step, but DeepSpeed keeps them to itself; "
             "launch with accelerate_configs/fsdp2.yaml, or leave --use_ema out."
         )
+    if config.optimizer == "adamw8bit" and accelerator.is_fsdp2:
+        raise ValueError(
+            "bitsandbytes takes sharded weights for whole ones and writes outside of them (its issue 1633); use "
+            "--optimizer adamw, or launch with accelerate_configs/ddp.yaml or zero2.yaml."
+        )
     optimizer = make_optimizer(trainable_parameters(model), config)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
@@ -358,6 +364,10 @@ def prepare_run(accelerator: Accelerator, config: TrainingConfig, model: torch.n
         num_training_steps=config.max_train_steps,
     )
     has_frozen_weights = any(not parameter.requires_grad for parameter in model.parameters())
+    if has_frozen_weights:
+        # All processes have loaded the same: DDP need not send them around, and gloo could not send 8 bits.
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     ema = None
     if config.use_ema:

@@ -203,7 +203,6 @@ def test_the_plan_is_what_a_step_takes(lora_rank, recompute):
     workload = Workload(
         architecture=architecture,
         latent_shape=(4, 3, 16, 16),
-        num_frame_per_block=1,
         max_sequence_length=8,
         lora_rank=lora_rank,
         lora_target_modules=("to_q", "ffn.net.2"),
@@ -233,7 +232,7 @@ def test_the_plan_leaves_the_random_numbers_of_the_run_alone():
     expected = torch.rand(1)
     torch.manual_seed(0)
     architecture = {**TINY_TRANSFORMER, "num_layers": 1}
-    plan_training(Workload(architecture=architecture, latent_shape=(4, 3, 16, 16), num_frame_per_block=1, lora_rank=2))
+    plan_training(Workload(architecture=architecture, latent_shape=(4, 3, 16, 16), lora_rank=2))
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -241,7 +240,7 @@ def test_levers_and_shards_lower_the_plan():
     def peak(**changes):
         memory = MemoryConfig(**changes.pop("memory", {}))
         workload = {"architecture": {**TINY_TRANSFORMER, "num_layers": 6}, "latent_shape": (4, 3, 16, 16)}
-        workload |= {"num_frame_per_block": 1, "memory": memory}
+        workload |= {"memory": memory}
         return plan_training(Workload(**(workload | changes))).peak
 
     recomputed = {"gradient_checkpointing": True}
