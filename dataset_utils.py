@@ -6,12 +6,14 @@ processes and workers nor an interruption changes it.
 Shapes: B = batch, T = video frames, height, width in pixels.
 """
 
+import contextlib
 import csv
 import glob
 import io
 import logging
 import math
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +28,7 @@ import numpy as np
 import torch
 from datasets import Features, Value, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,ogg,gif,asf,m4v,h264,hevc"
 MAX_ERRORS_SHOWN = 20
 MAX_REPLACEMENTS = 10
+MAX_WORKERS = 256  # whose clips are noted
 ORDER_STREAM, CLIP_STREAM = 0, 1  # of a run's random numbers; 2 is the noise in causal_wan.regression
 
 
@@ -410,6 +413,8 @@ class VideoDataset:
     def __init__(self, rows: Sequence[Row], config: DataConfig) -> None:
         self.rows, self.config = list(rows), config
         self.transform = build_video_transform(config.height, config.width)
+        # (process, index) of what each worker of a data loader is at, for `name_clips_of_dead_workers`.
+        self.loading = torch.full((MAX_WORKERS, 2), -1).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -423,7 +428,9 @@ class VideoDataset:
         Raises:
             ValueError: If the clip does not decode; names row and file.
         """
-        row = self.rows[index]
+        row, worker = self.rows[index], get_worker_info()
+        if worker is not None:
+            self.loading[worker.id % MAX_WORKERS] = torch.tensor([os.getpid(), index])
         indices, num_valid = sample_frame_indices(row.num_frames, row.frame_rate, self.config, generator)
         try:
             frames = decode_frames(row.path, indices, self.transform)
@@ -435,6 +442,29 @@ class VideoDataset:
             "row_index": index,
             "num_valid_frames": num_valid,
         }
+
+
+@contextlib.contextmanager
+def name_clips_of_dead_workers(dataset: Loadable) -> Iterator[None]:
+    """Says which clip a worker of a data loader was at when it died, which torch does not know.
+
+    Raises:
+        RuntimeError: In the place of torch's.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        dead = [int(process) for process in found[1].split(",")] if found else []
+        if not dead or not isinstance(dataset, VideoDataset):
+            raise
+        rows = [dataset.rows[index] for process, index in dataset.loading.tolist() if process in dead]
+        clips = ", ".join(f"row {row.number}, {row.path}" for row in rows)
+        raise RuntimeError(
+            f"a process that decodes clips died at {clips} ({str(error).splitlines()[0]}). If it was killed, memory "
+            "ran out: use fewer --dataloader_num_workers. If it dies at this clip again, the file breaks the decoder: "
+            "remove the row. Then go on with --resume_from_checkpoint latest."
+        ) from error
 
 
 class SampleStream(Dataset):

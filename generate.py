@@ -195,7 +195,7 @@ def load_pipeline(config: Config, run: dict, dtype: torch.dtype) -> CausalWanPip
     folder = Path(config.checkpoint)
     if (folder / "transformer").is_dir():
         transformer = CausalWanTransformer3DModel.from_pretrained(
-            folder, subfolder="transformer", dtype=dtype, **causal
+            folder, subfolder="transformer", dtype=dtype, use_safetensors=True, **causal
         )
         return CausalWanPipeline.from_pretrained(base, transformer=transformer, **parts)
     causal = {**causal_settings(run), **causal}

@@ -96,6 +96,7 @@ from dataset_utils import (
     describe_rows,
     describe_speed_up,
     load_rows,
+    name_clips_of_dead_workers,
     normalize_videos,
 )
 
@@ -267,7 +268,7 @@ def main(config: Config) -> None:
         size = (config.data.num_frames, config.data.height, config.data.width)
         check_video_size(*size, vae=vae, transformer=transformer)
 
-    dataset = VideoDataset(rows, config.data)
+    dataset: VideoDataset | CachedLatents = VideoDataset(rows, config.data)
     method = VideoRegression(config, prompt_embeds, vae, accelerator.device, config.training.seed)
     if config.cache_latents:
         dataset = encode_dataset(accelerator, dataset, method)
@@ -281,14 +282,15 @@ def main(config: Config) -> None:
         batches=validation_batches(accelerator, method, validation_rows, config.data),
         latent_shape=latent_shape(config, vae),
     )
-    complete = train(
-        run,
-        make_dataloader=partial(make_dataloader, config, dataset, accelerator.device),
-        prepare_batch=method.prepare_batch,
-        compute_loss=method.compute_loss,
-        summarize=method.summarize,
-        validate=validate if validate.prompts else None,
-    )
+    with name_clips_of_dead_workers(dataset):
+        complete = train(
+            run,
+            make_dataloader=partial(make_dataloader, config, dataset, accelerator.device),
+            prepare_batch=method.prepare_batch,
+            compute_loss=method.compute_loss,
+            summarize=method.summarize,
+            validate=validate if validate.prompts else None,
+        )
     if not complete:
         accelerator.end_training()
         sys.exit(EXIT_STOPPED)

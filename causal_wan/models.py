@@ -97,6 +97,7 @@ def load_transformer(
     transformer = CausalWanTransformer3DModel.from_pretrained(
         **where,
         dtype=dtype,
+        use_safetensors=True,  # never a pickle
         quantization_config=quantization,
         device_map=None if quantization else {"": device},
         **causal_config,
@@ -191,7 +192,7 @@ def load_vae(
 ) -> AutoencoderKLWan:
     """Loads the VAE, frozen and in eval mode."""
     vae = AutoencoderKLWan.from_pretrained(
-        pretrained_model_name_or_path, subfolder="vae", dtype=dtype, revision=revision
+        pretrained_model_name_or_path, subfolder="vae", dtype=dtype, revision=revision, use_safetensors=True
     )
     return vae.requires_grad_(False).eval()
 
@@ -211,6 +212,7 @@ def load_text_encoder(
         dtype=dtype,
         revision=revision,
         device_map={"": device},
+        use_safetensors=True,
     )
     return tokenizer, text_encoder.requires_grad_(False).eval()
 

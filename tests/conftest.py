@@ -129,13 +129,15 @@ def run_script(command, *, check=True, env=None, timeout=300):
     return result
 
 
-def launch(script, recipe_path, *flags, num_processes=1, strategy=None, launch_flags=(), check=True, env=None):
+def launch(
+    script, recipe_path, *flags, num_processes=1, strategy=None, launch_flags=(), wrapper=(), check=True, env=None
+):
     """`accelerate launch` on the CPU; a strategy for GPUs through `without_gpu.py`."""
     config = strategy or ("cpu" if num_processes == 1 else "cpu_ddp")
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", num_processes, *launch_flags]
     command += [ROOT / "tests" / "without_gpu.py"] if strategy else []
-    command += [script, "--config", recipe_path, *flags]
+    command += [*wrapper, script, "--config", recipe_path, *flags]
     return run_script(
         command, check=check, env={**({} if strategy else {"ACCELERATE_USE_CPU": "true"}), **(env or {})}
     )

@@ -74,6 +74,23 @@ def test_flow_and_losses_draw_no_random_numbers_of_their_own():
         assert not re.search(r"torch\.(randn?|randint|randperm|bernoulli|multinomial|normal)\b|_like\(.*rand", source)
 
 
+OURS = [path for path in ROOT.rglob("*.py") if not {".venv", "outputs"} & set(path.relative_to(ROOT).parts)]
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_nothing_of_ours_unpickles_a_file_or_trusts_remote_code(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom) and "tests" not in path.parts:
+            assert not {"pickle", "dill", "joblib", "cloudpickle"} & {alias.name for alias in node.names}
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert not {"trust_remote_code", "allow_pickle"} & arguments.keys()
+        if name == "torch.load":
+            assert arguments.get("weights_only") == "True"
+
+
 def test_config_is_never_read_with_a_default_of_its_own():
     for path in [*ROOT.glob("*.py"), *(ROOT / "causal_wan").glob("*.py")]:
         assert not re.search(r"getattr\((self\.)?config, \"", path.read_text()), path
