@@ -245,6 +245,7 @@ def main(config: Config) -> None:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(), mixed_precision=config.training.mixed_precision
         )
+        config = with_checkpointing_of_launch(config, accelerator)
         if accelerator.is_main_process:
             print(describe_plan(config, rows, count_replicas(accelerator)))
             try:
@@ -254,6 +255,7 @@ def main(config: Config) -> None:
         return
 
     accelerator = make_accelerator(config.training, flat_dict(config))
+    config = with_checkpointing_of_launch(config, accelerator)
     if accelerator.is_main_process:
         write_recipe(with_absolute_paths(config), Path(config.training.output_dir) / "config.yaml")
         print(describe_plan(config, rows, count_replicas(accelerator)))
@@ -336,6 +338,13 @@ def with_absolute_paths(config: Config) -> Config:
     return replace(config, model=model)
 
 
+def with_checkpointing_of_launch(config: Config, accelerator: Accelerator) -> Config:
+    """The config with gradient checkpointing if the launch's config file asks for it."""
+    if not takes_over_checkpointing(accelerator):
+        return config
+    return replace(config, memory=replace(config.memory, gradient_checkpointing=True))
+
+
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     """What weights that are not trained are kept in, and passes computed in."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
@@ -380,7 +389,7 @@ def make_student(config: Config, accelerator: Accelerator) -> CausalWanTransform
             alpha=config.model.lora_rank if config.model.lora_alpha is None else config.model.lora_alpha,
             target_modules=config.model.lora_target_modules,
         )
-    if memory.gradient_checkpointing or takes_over_checkpointing(accelerator):
+    if memory.gradient_checkpointing:
         enable_gradient_checkpointing(transformer, memory)
     return transformer
 

@@ -1,9 +1,11 @@
 """Memory levers: what they change is memory, not what is learned."""
 
+import sys
+
 import psutil
 import pytest
 import torch
-from conftest import TINY_TRANSFORMER
+from conftest import ROOT, TINY_TRANSFORMER, run_script
 
 from causal_wan.memory import MemoryConfig, enable_gradient_checkpointing, on_device, quantization_config, store_in_fp8
 from causal_wan.memory_plan import PeakMemory, Workload, plan_encoding, plan_training
@@ -252,3 +254,11 @@ def test_levers_and_shards_lower_the_plan():
     assert peak(memory={**recomputed, "offload_activations": True}, lora_rank=2) < lora < whole
     assert whole < peak(memory={**recomputed, "gradient_checkpointing_interval": 2}) < peak()
     assert lora < peak(memory={**recomputed, "keep_attention_outputs": True}, lora_rank=2)
+
+
+@pytest.mark.slow
+def test_the_table_of_the_readme_is_what_the_benchmark_plans():
+    run = run_script([sys.executable, "benchmarks/memory.py", "--plan"])
+    assert run.stdout.count("|") > 100
+    for text in ("README.md", "benchmarks/results/memory_plan.md"):
+        assert run.stdout.strip() in (ROOT / text).read_text()
