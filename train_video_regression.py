@@ -259,7 +259,8 @@ def main(config: Config) -> None:
     if accelerator.is_main_process:
         write_recipe(with_absolute_paths(config), Path(config.training.output_dir) / "config.yaml")
         print(describe_plan(config, rows, count_replicas(accelerator)))
-        print(describe_memory(config, accelerator))
+        with user_errors():
+            print(describe_memory(config, accelerator))
     validation_prompts = [row.prompt for row in validation_rows] + list(config.validation.validation_prompts)
     prompts = [row.prompt for row in rows] + validation_prompts
     prompt_embeds = embed_prompts(accelerator, config.model, prompts)

@@ -176,11 +176,12 @@ def describe_shortage(plan: MemoryPlan, free: int) -> str | None:
     needed, workload, memory = plan.peak + CUDA_OVERHEAD, plan.workload, plan.workload.memory
     if needed <= free:
         return None
+    sharded = workload.sharding == "weights"
     levers = {
         "--gradient_checkpointing": not memory.gradient_checkpointing,
         "--offload_activations": memory.gradient_checkpointing and not memory.offload_activations,
-        "--optimizer adamw8bit": not workload.lora_rank and workload.optimizer == "adamw",
-        "--quantize_base nf4": workload.lora_rank > 0 and memory.quantize_base is None and workload.sharding == "none",
+        "--optimizer adamw8bit": not workload.lora_rank and not sharded and workload.optimizer == "adamw",
+        "--quantize_base nf4": workload.lora_rank > 0 and not sharded and memory.quantize_base is None,
         "--lora_rank 64": not workload.lora_rank,
         "--vae_tiling": plan.encoding > plan.passes and not memory.vae_tiling,
         "a smaller --train_batch_size": workload.batch_size > 1,

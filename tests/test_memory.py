@@ -1,6 +1,7 @@
 """Memory levers: what they change is memory, not what is learned."""
 
 import sys
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import ROOT, TINY_TRANSFORMER, run_script
 
 from causal_wan.memory import MemoryConfig, enable_gradient_checkpointing, on_device, quantization_config, store_in_fp8
-from causal_wan.memory_plan import PeakMemory, Workload, plan_encoding, plan_training
+from causal_wan.memory_plan import GIB, PeakMemory, Workload, describe_shortage, plan_encoding, plan_training
 from causal_wan.models import add_lora, encode_videos, load_transformer, load_vae
 from causal_wan.transformer import CausalWanTransformer3DModel
 
@@ -254,6 +255,18 @@ def test_levers_and_shards_lower_the_plan():
     assert peak(memory={**recomputed, "offload_activations": True}, lora_rank=2) < lora < whole
     assert whole < peak(memory={**recomputed, "gradient_checkpointing_interval": 2}) < peak()
     assert lora < peak(memory={**recomputed, "keep_attention_outputs": True}, lora_rank=2)
+
+
+def test_a_run_that_does_not_fit_is_told_what_to_do():
+    memory = MemoryConfig(gradient_checkpointing=True)
+    plan = plan_training(Workload(architecture=TINY_TRANSFORMER, latent_shape=(4, 3, 16, 16), memory=memory))
+    assert describe_shortage(plan, free=2 * GIB) is None
+    message = describe_shortage(plan, free=GIB // 2)
+    assert "the run may need 1.0 GiB a GPU, but 0.5 GiB are free; try --offload_activations" in message
+    assert "--optimizer adamw8bit" in message
+    assert "--gradient_checkpointing" not in message
+    sharded = replace(plan, workload=replace(plan.workload, sharding="weights", num_shards=8))
+    assert "adamw8bit" not in describe_shortage(sharded, free=0)
 
 
 @pytest.mark.slow

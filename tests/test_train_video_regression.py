@@ -221,11 +221,29 @@ def test_other_tasks_losses_and_optimizers_run(write_recipe, finished):
     assert list((output_dir / "trackio").rglob("*.db")) + list((output_dir / "trackio").rglob("*.parquet"))
 
 
-def test_adamw8bit_trains(write_recipe):
-    pytest.importorskip("bitsandbytes", reason="optional: pip install bitsandbytes")
-    path, output_dir = write_recipe(optimizer="adamw8bit", max_train_steps=2)
+LEVERS = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_interval": 2,
+    "keep_attention_outputs": True,
+    "offload_activations": True,
+    "offload_vae": True,
+}
+
+
+def test_levers_that_round_nothing_learn_the_same(write_recipe, finished):
+    path, output_dir = write_recipe(use_ema=True, **LEVERS)
     launch(SCRIPT, path)
-    assert weights(output_dir)
+    assert metrics(output_dir) == metrics(finished[1])
+    assert all(torch.equal(weights(output_dir)[name], value) for name, value in weights(finished[1]).items())
+
+
+def test_levers_that_round_train(write_recipe):
+    pytest.importorskip("bitsandbytes", reason="optional: pip install bitsandbytes")
+    path, output_dir = write_recipe(
+        lora_rank=4, quantize_base="fp8", optimizer="adamw8bit", vae_slicing=True, vae_tiling=True, **LEVERS
+    )
+    launch(SCRIPT, path, "--mixed_precision", "bf16", num_processes=2)
+    assert (output_dir / "pytorch_lora_weights.safetensors").exists()
 
 
 def test_keys_of_the_document_run_as_they_stand(clips, checkpoint, tmp_path):
@@ -272,6 +290,9 @@ output_dir: {tmp_path / "run"}
         (["--video_column", "file"], "video, prompt"),
         (["--generator_ckpt", "nowhere"], "which does not exist"),
         (["--resume_from_checkpoint", "checkpoint-9"], "does not exist"),
+        (["--quantize_base", "nf4"], "add --lora_rank 64, or leave it out"),
+        (["--offload_activations"], "add --gradient_checkpointing"),
+        (["--gradient_checkpointing_interval", "0"], "must be 1 (every layer) or more, got 0"),
         (["--cache_latents", "--frame_sampling", "random"], "use --frame_sampling uniform or head"),
         (["--denoising_step_list", "0", "500"], "must begin with a timestep above 0"),
         (["--learning_rte", "1"], "--learning_rate"),
