@@ -320,7 +320,7 @@ def plan() -> str:
             workload = Workload(architecture=ARCHITECTURES[size], latent_shape=(16, 21, 60, 104), **changes)
             sharded = replace(workload, sharding="weights", num_shards=NUM_SHARDS)
             not_sharded = workload.memory.quantize_base or workload.optimizer == "adamw8bit"
-            cells = [describe(workload), "not with | FSDP2" if not_sharded else describe(sharded)]
+            cells = [describe(workload), "| not with FSDP2" if not_sharded else describe(sharded)]
             lines.append(f"| {size.upper()} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

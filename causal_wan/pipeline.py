@@ -40,11 +40,13 @@ class CausalWanPipeline(WanPipeline):
         Args:
             pretrained_model_name_or_path: Folder or hub id with `model_index.json`.
             num_frame_per_block: Overrides the transformer's own setting when given.
-            kwargs: As in `DiffusionPipeline.from_pretrained`; `transformer` may be given.
+            kwargs: As in `DiffusionPipeline.from_pretrained`, but weights come from safetensors alone unless
+                `use_safetensors` says otherwise; `transformer` may be given.
         """
+        kwargs.setdefault("use_safetensors", True)
         if "transformer" not in kwargs:
             causal = {} if num_frame_per_block is None else {"num_frame_per_block": num_frame_per_block}
-            shared = ("dtype", "torch_dtype", "revision", "cache_dir", "token")
+            shared = ("dtype", "torch_dtype", "revision", "cache_dir", "token", "use_safetensors")
             hub = {key: kwargs[key] for key in shared if key in kwargs}
             kwargs["transformer"] = CausalWanTransformer3DModel.from_pretrained(
                 pretrained_model_name_or_path, subfolder="transformer", **causal, **hub

@@ -138,6 +138,20 @@ def test_two_processes_that_share_each_clip_learn_what_one_does_and_go_on(write_
     assert_equal_to_one_process()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_accumulated_passes_of_two_processes_learn_what_one_pass_does(write_recipe, strategy):
+    settings = {"mixed_precision": "no", "max_train_steps": 3}
+    path, alone = write_recipe("alone", train_batch_size=4, **settings)
+    launch(SCRIPT, path)
+    path, together = write_recipe("together", train_batch_size=1, gradient_accumulation_steps=2, **settings)
+    launch(SCRIPT, path, num_processes=2, strategy=strategy)
+    for entry, expected in zip(metrics(together), metrics(alone), strict=True):
+        assert entry == pytest.approx(expected, rel=1e-3)
+    expected, learned = flat(result(alone)), flat(result(together))
+    assert (learned - expected).norm() < 1e-3 * expected.norm()
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_broken_run_goes_on_exactly(train, strategy, tmp_path):
     finished = train(strategy, use_ema=keeps_average(strategy))
