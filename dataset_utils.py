@@ -16,7 +16,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +32,11 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+from causal_wan.video_files import decode_frames, describe_error, probe_video, resolve_path
+
 
 logger = logging.getLogger(__name__)
 
-# FFmpeg may also read playlists and lists of files; containers that hold their own pictures are all a clip needs.
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,ogg,gif,asf,m4v,h264,hevc"
 MAX_ERRORS_SHOWN = 20
 MAX_REPLACEMENTS = 10
 MAX_WORKERS = 256  # whose clips are noted
@@ -146,7 +146,7 @@ def load_rows(config: DataConfig) -> list[Row]:
             logger.warning("left out %d clip(s) with too few frames", num_skipped)
         bad = long_enough
     if bad:
-        listed = [f"  row {number}, {path or 'no path'}: {_reason(error)}" for number, path, error in bad]
+        listed = [f"  row {number}, {path or 'no path'}: {describe_error(error)}" for number, path, error in bad]
         hidden = len(listed) - MAX_ERRORS_SHOWN
         more = [f"  and {hidden} more"] if hidden > 0 else []
         headline = f"{len(bad)} of {len(table)} rows of {config.metadata_path} cannot be used:"
@@ -157,12 +157,6 @@ def load_rows(config: DataConfig) -> list[Row]:
     if not rows:
         raise ValueError(f"{config.metadata_path} must have at least one usable row; none of {len(table)} is left.")
     return rows
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, av.FFmpegError):
-        return f"not a video that can be read ({error.strerror})"
-    return str(error)
 
 
 def read_table(config: DataConfig) -> list[dict[str, str | None]]:
@@ -244,62 +238,6 @@ def check_row(number: int, video: str | None, prompt: str | None, base: Path, co
     return row
 
 
-def resolve_path(video: str | None, base: Path) -> Path:
-    """The file that a cell names.
-
-    Raises:
-        ValueError: If it is no path below the base folder, symlinks resolved, or no file.
-    """
-    if not (video or "").strip():
-        raise ValueError("the path is empty")
-    if ":" in video.split("/")[0]:
-        raise ValueError("the path must name a file below dataset_base_path, not a URL or protocol")
-    path = Path(os.path.realpath(base / video))  # Path.resolve raises RuntimeError where links go in a circle
-    if not path.is_relative_to(base):
-        raise ValueError("the path leaves dataset_base_path")
-    if path.is_dir():
-        raise ValueError("the path is a folder")
-    if not path.exists():
-        raise ValueError("the file does not exist")
-    if path.stat().st_size == 0:
-        raise ValueError("the file is empty")
-    return path
-
-
-def open_video(file: Any) -> av.container.InputContainer:
-    """Opens a binary file object as a video; FFmpeg itself opens no file and reads no playlist."""
-    return av.open(file, options={"format_whitelist": CONTAINERS, "protocol_whitelist": ""})
-
-
-def probe_video(path: Path) -> tuple[int, float, int, int]:
-    """Frames that decode, frames a second, height and width of a file as stored.
-
-    Raises:
-        ValueError: If it has no video stream, no frames, or a codec that is not known.
-    """
-    with path.open("rb") as file, open_video(file) as container:
-        if not container.streams.video:
-            raise ValueError("the file has no video stream")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:
-            raise ValueError("the video's codec is not known to FFmpeg")
-        num_frames = count_frames(container, stream)
-        if not num_frames:
-            raise ValueError("the video has no frames")
-        return num_frames, float(stream.average_rate or 0) or 16.0, stream.height, stream.width
-
-
-def count_frames(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> int:
-    """Frames that a stream shows: the header's count if its duration agrees, else by reading all packets.
-
-    Clips that were cut without encoding anew hold frames that an edit list hides; the header counts these too.
-    """
-    shown = (stream.duration or 0) * stream.time_base * (stream.average_rate or 0)
-    if stream.frames and abs(stream.frames - shown) < 0.5:
-        return stream.frames
-    return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-
-
 # --- sampling and decoding -------------------------------------------------------------------------------------------
 
 
@@ -335,38 +273,6 @@ def sample_frame_indices(
             indices += slack * torch.rand((), generator=generator, dtype=torch.float64)
     indices = indices.round().long().clamp(max=num_file_frames - 1)
     return torch.cat([indices, indices[-1:].expand(wanted - num_valid)]), num_valid
-
-
-def decode_frames(
-    path: Path, indices: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor] = lambda frame: frame
-) -> torch.Tensor:
-    """Decodes the frames at non-decreasing indices, in one pass that ends at the last of them.
-
-    Args:
-        path: Video file.
-        indices: int64 `(T,)`.
-        transform: Applied to each frame, uint8 `(3, H, W)`, as it comes, so that few full-size frames are held.
-
-    Returns:
-        uint8 `(T, 3, H, W)`.
-
-    Raises:
-        ValueError: If the file ends before the last index.
-        av.FFmpegError: If it is damaged.
-    """
-    wanted = Counter(indices.tolist())
-    frames: list[torch.Tensor] = []
-    with path.open("rb") as file, open_video(file) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        for index, frame in enumerate(container.decode(stream)):
-            if index in wanted:
-                picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(-1, 0)
-                picture = torch.rot90(picture, round(frame.rotation / 90), dims=(-2, -1))  # as a phone was held
-                frames += [transform(picture)] * wanted[index]
-            if len(frames) == len(indices):
-                return torch.stack(frames)
-    raise ValueError(f"{path} ends before frame {int(indices[-1])}, which its header promises; encode it anew.")
 
 
 class ResizeToCover(v2.Transform):
@@ -435,7 +341,7 @@ class VideoDataset:
         try:
             frames = decode_frames(row.path, indices, self.transform)
         except (ValueError, OSError, av.FFmpegError) as error:
-            raise ValueError(f"row {row.number}, {row.path}: {_reason(error)}") from error
+            raise ValueError(f"row {row.number}, {row.path}: {describe_error(error)}") from error
         return {
             "video": frames.movedim(0, 1),
             "prompt": row.prompt,

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import dataset_utils
+from causal_wan.video_files import decode_frames, open_video
 from dataset_utils import (
     DataConfig,
     Row,
@@ -17,12 +18,10 @@ from dataset_utils import (
     VideoDataset,
     build_video_transform,
     collate,
-    decode_frames,
     describe_rows,
     describe_speed_up,
     load_rows,
     normalize_videos,
-    open_video,
     sample_frame_indices,
 )
 
