@@ -1,4 +1,4 @@
-"""Files -> batches: the CSV of clips and prompts, checked, decoded, sampled, resized, and put into a seeded order.
+"""Files -> batches: clips and prompts, checked, decoded, sampled, resized, augmented, and put into a seeded order.
 
 Knows no noise, model, rank or device. What a run sees is a function of (seed, sample number): neither the number of
 processes and workers nor an interruption changes it.
@@ -10,6 +10,7 @@ import contextlib
 import csv
 import glob
 import io
+import itertools
 import logging
 import math
 import os
@@ -21,10 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import av
-import numpy as np
 import torch
 from datasets import Features, Value, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -32,7 +32,9 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from causal_wan.video_files import decode_frames, describe_error, probe_video, resolve_path
+from causal_wan.data_config import DataConfig
+from causal_wan.sample_order import CAPTION_STREAM, CLIP_STREAM, ClipShape, SampleOrder, seeded_generator
+from causal_wan.video_files import EmbeddedVideo, decode_frames, describe_error, probe_video, resolve_path
 
 
 logger = logging.getLogger(__name__)
@@ -40,71 +42,20 @@ logger = logging.getLogger(__name__)
 MAX_ERRORS_SHOWN = 20
 MAX_REPLACEMENTS = 10
 MAX_WORKERS = 256  # whose clips are noted
-ORDER_STREAM, CLIP_STREAM = 0, 1  # of a run's random numbers; 2 is the noise in causal_wan.regression
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The clips: where they are, and what the model sees of them."""
-
-    dataset_base_path: str
-    """Folder that the paths in the CSV are relative to; they cannot leave it."""
-    metadata_path: str
-    """CSV with a row a clip."""
-    video_column: str = "video"
-    """Column with the path of the video."""
-    caption_column: str = "prompt"
-    """Column with the prompt."""
-    num_frames: int = 81
-    """Video frames of a clip, 4k + 1 for the WAN VAE."""
-    height: int = 480
-    """Pixels, a multiple of 16."""
-    width: int = 832
-    """Pixels, a multiple of 16."""
-    time_division_factor: int = 4
-    """Video frames to a latent frame; num_frames must be a multiple of it, plus 1."""
-    frame_sampling: Literal["uniform", "head", "random"] = "uniform"
-    """uniform spreads num_frames over the whole clip, right for a process; head and random keep to frame_rate."""
-    frame_rate: float = 16.0
-    """Frames a second that head and random sample at; WAN's is 16."""
-    short_clips: Literal["error", "skip", "pad"] = "error"
-    """Clips with too few frames: stop, leave them out, or repeat the last frame (which the loss then leaves out)."""
-    on_bad_sample: Literal["error", "skip"] = "error"
-    """Rows that cannot be used: stop and list them, or list them and go on without."""
-    max_bad_samples: int = 10
-    """Clips that may fail to decode while training, before the run stops."""
-
-    def __post_init__(self) -> None:
-        factor = self.time_division_factor
-        if factor < 1:
-            raise ValueError(f"time_division_factor must be 1 or more, got {factor}; 4 is the WAN VAE's.")
-        if self.num_frames < 1 or (self.num_frames - 1) % factor:
-            below = max(self.num_frames - 1, 0) // factor * factor + 1
-            raise ValueError(
-                f"num_frames must be {factor}k + 1 for the WAN VAE, got {self.num_frames}; use {below} or "
-                f"{below + factor}."
-            )
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size < 16 or size % 16:
-                below = max(size // 16 * 16, 16)
-                raise ValueError(f"{name} must be a multiple of 16, got {size}; use {below} or {below + 16}.")
-        if not 0 < self.frame_rate < math.inf:
-            raise ValueError(f"frame_rate must be above 0 and finite, got {self.frame_rate}; WAN's is 16.")
-        if self.max_bad_samples < 0:
-            raise ValueError(f"max_bad_samples must be 0 or more, got {self.max_bad_samples}.")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the CSV that can be trained on."""
+    """A row of the table that can be trained on."""
 
-    number: int  # 1 is the first below the header
-    path: Path
-    prompt: str
+    number: int  # 1 is the first
+    video: Path | EmbeddedVideo
+    prompts: tuple[str, ...]
     num_frames: int  # in the file
     frame_rate: float
     height: int
     width: int
+    source: int = 0  # of several
 
 
 class ShortClipError(ValueError):
@@ -129,8 +80,9 @@ def load_rows(config: DataConfig) -> list[Row]:
 
     def check(item: tuple[int, dict[str, str | None]]) -> Row | tuple[int, str, Exception]:
         number, values = item
+        prompts = [values[column] for column in config.caption_column]
         try:
-            return check_row(number, values[config.video_column], values[config.caption_column], base, config)
+            return check_row(number, values[config.video_column], prompts, base, config)
         except (ValueError, OSError, av.FFmpegError) as error:
             return number, values[config.video_column] or "", error
 
@@ -181,10 +133,10 @@ def read_table(config: DataConfig) -> list[dict[str, str | None]]:
         header, first_row = next(reader), next(reader, None)
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV ({error}); a quote may be open.") from None
-    missing = [name for name in (config.video_column, config.caption_column) if name not in header]
+    missing = [name for name in (config.video_column, *config.caption_column) if name not in header]
     if missing:
         raise ValueError(
-            f"{path} must have the columns {config.video_column} and {config.caption_column}, but has "
+            f"{path} must have the columns {config.video_column} and {' and '.join(config.caption_column)}, but has "
             f"{', '.join(header)}; name yours with --video_column and --caption_column."
         )
     if first_row is None:
@@ -215,10 +167,10 @@ def read_table(config: DataConfig) -> list[dict[str, str | None]]:
                 f"{path} must have {len(header)} fields a row ({cause}); put quotes around prompts with commas, and "
                 "close them."
             ) from error
-        return list(table.select_columns([config.video_column, config.caption_column]))
+        return list(table.select_columns([config.video_column, *config.caption_column]))
 
 
-def check_row(number: int, video: str | None, prompt: str | None, base: Path, config: DataConfig) -> Row:
+def check_row(number: int, video: str | None, prompts: Sequence[str | None], base: Path, config: DataConfig) -> Row:
     """One row, checked.
 
     Raises:
@@ -227,15 +179,50 @@ def check_row(number: int, video: str | None, prompt: str | None, base: Path, co
         av.FFmpegError: If it is no video.
     """
     path = resolve_path(video, base)
-    if not (prompt or "").strip():
+    prompts = tuple(prompt.strip() for prompt in prompts if (prompt or "").strip())
+    if not prompts:
         raise ValueError("the prompt is empty")
-    num_frames, frame_rate, height, width = probe_video(path)
-    row = Row(number, path, prompt.strip(), num_frames, frame_rate, height, width)
-    available, wanted = num_sampleable_frames(row.num_frames, row.frame_rate, config), config.num_frames
+    row = Row(number, path, prompts, *probe_video(path))
+    available, wanted = num_sampleable_frames(row.num_frames, row.frame_rate, config), min_num_frames(config)
     if available < wanted and config.short_clips != "pad":
         rate = "" if config.frame_sampling == "uniform" else f" at {config.frame_rate:g} frames a second"
         raise ShortClipError(f"{available} frames{rate}, fewer than num_frames={wanted} (see --short_clips)")
     return row
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def min_num_frames(config: DataConfig) -> int:
+    """Frames that a clip must have: for the shortest bucket, or for the longest stage of a schedule."""
+    return min(config.frame_buckets) if config.frame_buckets else max(length for _, length in config.frame_stages)
+
+
+def choose_bucket(row: Row, config: DataConfig) -> int:
+    """The bucket of a clip: nearest aspect ratio, then longest that it has the frames for.
+
+    Among sizes of one aspect ratio, the largest that needs no enlarging is taken.
+    """
+    available = num_sampleable_frames(row.num_frames, row.frame_rate, config)
+
+    def misfit(bucket: int) -> tuple[float, ...]:
+        length, size = config.buckets[bucket]
+        stretch = enlarging = pixels = lack = 0.0
+        if size is not None:
+            height, width = size
+            stretch = round(abs(math.log(row.height / row.width * width / height)), 6)
+            enlarging = max(height / row.height, width / row.width, 1.0) - 1
+            pixels = height * width
+        if length is not None:
+            lack = max(length - available, 0)
+        return stretch, enlarging, -pixels, lack, -(length or 0)
+
+    return min(range(len(config.buckets)), key=misfit)
+
+
+def clip_shapes(row: Row, config: DataConfig) -> list[ClipShape]:
+    """Every shape in which a run may show a clip."""
+    return config.shapes_of_bucket(choose_bucket(row, config))
 
 
 # --- sampling and decoding -------------------------------------------------------------------------------------------
@@ -249,30 +236,37 @@ def num_sampleable_frames(num_file_frames: int, file_frame_rate: float, config: 
 
 
 def sample_frame_indices(
-    num_file_frames: int, file_frame_rate: float, config: DataConfig, generator: torch.Generator
+    num_file_frames: int, file_frame_rate: float, num_frames: int, config: DataConfig, generator: torch.Generator
 ) -> tuple[torch.Tensor, int]:
     """Which frames of a file make the clip.
 
     Args:
         num_file_frames: Frames in the file.
         file_frame_rate: Its frames a second.
-        config: Says how many frames and by what rule.
-        generator: Chooses the start of random sampling.
+        num_frames: Frames of the clip.
+        config: Says by what rule.
+        generator: Chooses the start of random sampling, and the window of a temporal crop.
 
     Returns:
         Indices, non-decreasing, int64 `(num_frames,)`, and how many of them come before padding.
     """
-    wanted = config.num_frames
-    num_valid = min(wanted, num_sampleable_frames(num_file_frames, file_frame_rate, config))
+    num_valid = min(num_frames, num_sampleable_frames(num_file_frames, file_frame_rate, config))
+    last = num_file_frames - 1
     if config.frame_sampling == "uniform":
-        indices = torch.linspace(0, num_file_frames - 1, num_valid, dtype=torch.float64)
+        start, window = 0.0, float(last)
+        if config.temporal_crop < 1:
+            share, place = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+            shortest = max(config.temporal_crop * last, num_valid - 1)  # no frame twice
+            window = shortest + share * (last - shortest)
+            start = place * (last - window)
+        indices = torch.linspace(start, start + window, num_valid, dtype=torch.float64)
     else:
         indices = torch.arange(num_valid, dtype=torch.float64) * file_frame_rate / config.frame_rate
         if config.frame_sampling == "random":
-            slack = num_file_frames - 1 - float(indices[-1])
+            slack = last - float(indices[-1])
             indices += slack * torch.rand((), generator=generator, dtype=torch.float64)
-    indices = indices.round().long().clamp(max=num_file_frames - 1)
-    return torch.cat([indices, indices[-1:].expand(wanted - num_valid)]), num_valid
+    indices = indices.round().long().clamp(max=last)
+    return torch.cat([indices, indices[-1:].expand(num_frames - num_valid)]), num_valid
 
 
 class ResizeToCover(v2.Transform):
@@ -294,6 +288,21 @@ def build_video_transform(height: int, width: int) -> v2.Transform:
     return v2.Compose([ResizeToCover(height, width), v2.CenterCrop((height, width))])
 
 
+def augment_video(video: torch.Tensor, config: DataConfig, generator: torch.Generator) -> torch.Tensor:
+    """Mirrors and recolours a clip, uint8 `(3, T, H, W)`, all frames alike, as the generator decides."""
+    if config.horizontal_flip and float(torch.rand((), generator=generator)) < config.horizontal_flip:
+        video = video.flip(-1)
+    if any(config.color_jitter):
+        picture = video.flatten(1, 2)  # one picture `(3, T * H, W)`: one mean for all frames
+        changes = (2 * torch.rand(4, generator=generator, dtype=torch.float64) - 1) * torch.tensor(config.color_jitter)
+        brightness, contrast, saturation, hue = changes.tolist()
+        picture = v2.functional.adjust_brightness(picture, 1 + brightness)
+        picture = v2.functional.adjust_contrast(picture, 1 + contrast)
+        picture = v2.functional.adjust_saturation(picture, 1 + saturation)
+        video = v2.functional.adjust_hue(picture, hue).view_as(video)
+    return video
+
+
 def normalize_videos(videos: torch.Tensor) -> torch.Tensor:
     """uint8 -> float32 in [-1, 1], same shape.
 
@@ -306,30 +315,29 @@ def normalize_videos(videos: torch.Tensor) -> torch.Tensor:
 
 
 class Loadable(Protocol):
-    """What can be streamed: `len` rows, each loaded with a generator of its own."""
+    """What can be streamed: `len` rows, each loaded in a shape, with a generator of its own."""
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int, generator: torch.Generator) -> dict[str, Any]: ...
+    def load(self, index: int, generator: torch.Generator, shape: ClipShape) -> dict[str, Any]: ...
 
 
 class VideoDataset:
-    """Clips as the model sees them: decoded, sampled, resized and cropped."""
+    """Clips as the model sees them: decoded, sampled, resized, cropped and augmented."""
 
     def __init__(self, rows: Sequence[Row], config: DataConfig) -> None:
         self.rows, self.config = list(rows), config
-        self.transform = build_video_transform(config.height, config.width)
         # (process, index) of what each worker of a data loader is at, for `name_clips_of_dead_workers`.
         self.loading = torch.full((MAX_WORKERS, 2), -1).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+    def load(self, index: int, generator: torch.Generator, shape: ClipShape) -> dict[str, Any]:
         """One clip.
 
         Returns:
-            video: uint8 `(3, T, height, width)`; prompt; row_index; num_valid_frames: frames before padding.
+            video: uint8 `(3, T, height, width)`; prompts; row_index; num_valid_frames: frames before padding.
 
         Raises:
             ValueError: If the clip does not decode; names row and file.
@@ -337,17 +345,22 @@ class VideoDataset:
         row, worker = self.rows[index], get_worker_info()
         if worker is not None:
             self.loading[worker.id % MAX_WORKERS] = torch.tensor([os.getpid(), index])
-        indices, num_valid = sample_frame_indices(row.num_frames, row.frame_rate, self.config, generator)
         try:
-            frames = decode_frames(row.path, indices, self.transform)
+            video, num_valid = load_video(row, shape, self.config, generator)
         except (ValueError, OSError, av.FFmpegError) as error:
-            raise ValueError(f"row {row.number}, {row.path}: {describe_error(error)}") from error
-        return {
-            "video": frames.movedim(0, 1),
-            "prompt": row.prompt,
-            "row_index": index,
-            "num_valid_frames": num_valid,
-        }
+            raise ValueError(f"row {row.number}, {row.video}: {describe_error(error)}") from error
+        return {"video": video, "prompts": row.prompts, "row_index": index, "num_valid_frames": num_valid}
+
+
+def load_video(row: Row, shape: ClipShape, config: DataConfig, generator: torch.Generator) -> tuple[torch.Tensor, int]:
+    """A clip as the model sees it, uint8 `(3, T, height, width)`, and its frames before padding.
+
+    Raises:
+        ValueError, OSError, av.FFmpegError: If it does not decode.
+    """
+    indices, num_valid = sample_frame_indices(row.num_frames, row.frame_rate, shape.num_frames, config, generator)
+    frames = decode_frames(row.video, indices, build_video_transform(shape.height, shape.width))
+    return augment_video(frames.movedim(0, 1), config, generator), num_valid
 
 
 @contextlib.contextmanager
@@ -365,7 +378,7 @@ def name_clips_of_dead_workers(dataset: Loadable) -> Iterator[None]:
         if not dead or not isinstance(dataset, VideoDataset):
             raise
         rows = [dataset.rows[index] for process, index in dataset.loading.tolist() if process in dead]
-        clips = ", ".join(f"row {row.number}, {row.path}" for row in rows)
+        clips = ", ".join(f"row {row.number}, {row.video}" for row in rows)
         raise RuntimeError(
             f"a process that decodes clips died at {clips} ({str(error).splitlines()[0]}). If it was killed, memory "
             "ran out: use fewer --dataloader_num_workers. If it dies at this clip again, the file breaks the decoder: "
@@ -377,66 +390,68 @@ class SampleStream(Dataset):
     """The samples of a run in their order: item i is sample number start + i, epoch after epoch, each shuffled anew.
 
     A data loader goes through it in sequence; shuffling, resuming and splitting over processes all follow from the
-    numbers. A clip that does not decode is replaced by the next of its epoch and reported in `errors`.
+    numbers. A clip that does not decode is replaced by the next of its epoch and reported in `errors`. Of several
+    prompts each sample draws one, or the empty prompt with a probability of `caption_dropout`.
 
     Args:
         dataset: Rows to stream.
-        num_samples: End of the run, in samples, all processes together.
-        seed: Of the order and of each sample's own randomness.
+        order: Their order, and that of their buckets.
+        config: Gives each bucket its shape, and the caption dropout.
         start: Samples that the run has seen already.
+        end: End of the run, in samples, all processes together.
     """
 
-    def __init__(self, dataset: Loadable, *, num_samples: int, seed: int, start: int = 0) -> None:
-        self.dataset, self.num_samples, self.seed, self.start = dataset, num_samples, seed, start
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+    def __init__(self, dataset: Loadable, order: SampleOrder, config: DataConfig, *, start: int, end: int) -> None:
+        self.dataset, self.order, self.config = dataset, order, config
+        self.start, self.end = start, end
 
     def __len__(self) -> int:
-        return self.num_samples - self.start
+        return self.end - self.start
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         if not 0 <= item < len(self):
             raise IndexError(item)
         number, errors = self.start + item, []
-        generator = seeded_generator(self.seed, CLIP_STREAM, number)
-        for index in self._candidates(number):
+        generator = seeded_generator(self.order.seed, CLIP_STREAM, number)
+        shape = self.config.shape_at(self.order.bucket(number), self.order.step(number))
+        for index in itertools.islice(self.order.candidates(number), MAX_REPLACEMENTS):
             try:
-                sample = self.dataset.load(index, generator)
+                sample = self.dataset.load(index, generator, shape)
             except ValueError as error:
                 errors.append(str(error))
                 continue
-            return {**sample, "sample_number": number, "errors": errors}
+            prompt = self._choose(sample.pop("prompts"), number)
+            return {**sample, "prompt": prompt, "sample_number": number, "errors": errors}
         raise ValueError(f"{len(errors)} clips in a row did not decode; the last: {errors[-1]}")
 
-    def _candidates(self, number: int) -> Iterator[int]:
-        """The row of a sample, then those that may replace it."""
-        epoch, offset = divmod(number, len(self.dataset))
-        if epoch != self._epoch:
-            generator = seeded_generator(self.seed, ORDER_STREAM, epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.dataset), generator=generator)
-        for step in range(min(MAX_REPLACEMENTS, len(self.dataset))):
-            yield int(self._order[(offset + step) % len(self.dataset)])
+    def _choose(self, prompts: Sequence[str], number: int) -> str:
+        if len(prompts) == 1 and not self.config.caption_dropout:
+            return prompts[0]
+        generator = seeded_generator(self.order.seed, CAPTION_STREAM, number)
+        drop, choice = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        return "" if drop < self.config.caption_dropout else prompts[int(choice * len(prompts))]
 
 
-def seeded_generator(seed: int, stream: int, number: int) -> torch.Generator:
-    """A generator for one sample (of CLIP_STREAM) or for the order of one epoch (of ORDER_STREAM) of a run."""
-    (state,) = np.random.SeedSequence(seed, spawn_key=(stream, number)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state >> 1))
+def order_samples(rows: Sequence[Row], config: DataConfig, **settings: Any) -> SampleOrder:
+    """The order of a run's samples over rows; `settings` are those of `SampleOrder`."""
+    return SampleOrder([choose_bucket(row, config) for row in rows], [row.source for row in rows], **settings)
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Samples -> a batch: videos `(B, 3, T, height, width)` or latents `(B, C, F, H, W)`, and the rest as lists and
-    int64 tensors `(B,)`."""
-    batch = {
+    """Samples -> a batch.
+
+    Returns:
+        clips: a list of videos, uint8 `(3, T, height, width)`, and latents, float `(C, F, H, W)`; prompts and errors:
+        lists; row_indices, sample_numbers and num_valid_frames: int64 `(B,)`.
+    """
+    return {
+        "clips": [sample["latents"] if "latents" in sample else sample["video"] for sample in samples],
         "prompts": [sample["prompt"] for sample in samples],
         "row_indices": torch.tensor([sample["row_index"] for sample in samples]),
         "sample_numbers": torch.tensor([sample["sample_number"] for sample in samples]),
         "num_valid_frames": torch.tensor([sample["num_valid_frames"] for sample in samples]),
         "errors": [error for sample in samples for error in sample["errors"]],
     }
-    for one, many in (("video", "videos"), ("latents", "latents")):
-        if one in samples[0]:
-            batch[many] = torch.stack([sample[one] for sample in samples])
-    return batch
 
 
 # --- descriptions ----------------------------------------------------------------------------------------------------
@@ -447,11 +462,31 @@ def describe_rows(rows: Sequence[Row]) -> str:
     frames = [row.num_frames for row in rows]
     (height, width), _ = Counter((row.height, row.width) for row in rows).most_common(1)[0]
     sizes = len({(row.height, row.width) for row in rows})
+    num_prompts = len({prompt for row in rows for prompt in row.prompts})
     return (
-        f"{len(rows)} clips, {len({row.prompt for row in rows})} prompts; {min(frames)} to {max(frames)} frames "
+        f"{len(rows)} clips, {num_prompts} prompts; {min(frames)} to {max(frames)} frames "
         f"(median {median(frames):g}) at {median(row.frame_rate for row in rows):g} a second, {height} x {width}"
         + (f" and {sizes - 1} other sizes" if sizes > 1 else "")
     )
+
+
+def describe_shapes(rows: Sequence[Row], config: DataConfig) -> list[str]:
+    """Lines on the buckets and stages of a run that has more than one shape."""
+    lines = []
+    if len(config.buckets) > 1:
+        counts = Counter(choose_bucket(row, config) for row in rows)
+        buckets = [_describe_shape(config.shapes_of_bucket(bucket)[-1]) for bucket in range(len(config.buckets))]
+        lines.append("buckets     " + ", ".join(f"{name}: {counts[i]} clips" for i, name in enumerate(buckets)))
+    for stages, schedule in ((config.frame_stages, "frames"), (config.size_stages, "resolution")):
+        if len(stages) > 1:
+            values = [value if isinstance(value, int) else f"{value[0]} x {value[1]}" for _, value in stages]
+            parts = [f"{value} from step {first}" for (first, _), value in zip(stages, values, strict=True)]
+            lines.append(f"schedule    {schedule}: " + ", ".join(parts))
+    return lines
+
+
+def _describe_shape(shape: ClipShape) -> str:
+    return f"{shape.num_frames} x {shape.height} x {shape.width}"
 
 
 def describe_speed_up(rows: Sequence[Row], config: DataConfig) -> str | None:

@@ -17,6 +17,7 @@ Regression learns a conditional mean: where the prompt and the past do not deter
 Source: CausVid, arXiv 2412.07772, section 4.3, with (clip, fresh noise) in the place of ODE pairs.
 """
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -63,6 +64,7 @@ from causal_wan.regression import (
     num_valid_latent_frames,
     summarize_levels,
 )
+from causal_wan.sample_order import ClipShape
 from causal_wan.strategies import (
     context_mesh,
     count_replicas,
@@ -94,10 +96,12 @@ from dataset_utils import (
     VideoDataset,
     collate,
     describe_rows,
+    describe_shapes,
     describe_speed_up,
     load_rows,
     name_clips_of_dead_workers,
     normalize_videos,
+    order_samples,
 )
 
 
@@ -117,7 +121,8 @@ class Config:
     """Resolve the config, check the data, print the plan and the memory it takes, and stop; loads no weights."""
 
     def __post_init__(self) -> None:
-        self.method.block_lengths(self.num_latent_frames)
+        for shape in self.data.all_shapes():
+            self.method.block_lengths(self.num_latent_frames(shape))
         if self.cache_latents and self.data.frame_sampling == "random":
             raise ValueError("cache_latents needs frames that never change; use --frame_sampling uniform or head.")
         if self.memory.quantize_base and not self.model.lora_rank:
@@ -131,10 +136,9 @@ class Config:
         """Of the VAE's weights and passes."""
         return torch.bfloat16 if self.model.vae_dtype == "bf16" else torch.float32
 
-    @property
-    def num_latent_frames(self) -> int:
+    def num_latent_frames(self, shape: ClipShape) -> int:
         """F, latent frames of a clip."""
-        return num_valid_latent_frames(self.data.num_frames, self.data.time_division_factor)
+        return num_valid_latent_frames(shape.num_frames, self.data.time_division_factor)
 
 
 # --- the method ------------------------------------------------------------------------------------------------------
@@ -152,18 +156,18 @@ class VideoRegression:
 
     def __post_init__(self) -> None:
         self.levels = self.config.method.levels()
-        self.block_lengths = self.config.method.block_lengths(self.config.num_latent_frames)
         self.bad_clips: set[str] = set()
 
     @torch.no_grad()
     def prepare_batch(self, batch: Batch) -> Batch:
         """Clips of the data loader -> latents noised block by block."""
         self.count_bad_samples(batch["errors"])
-        latents = batch["latents"] if "latents" in batch else self.encode(batch["videos"])
+        clips = torch.stack(batch["clips"]).to(self.device)
+        latents = clips if clips.is_floating_point() else self.encode(clips)
         noisy = draw_noisy_batch(
-            latents.to(self.device),
+            latents,
             self.levels,
-            self.block_lengths,
+            self.config.method.block_lengths(latents.shape[2]),
             seed=self.seed,
             sample_numbers=batch["sample_numbers"].tolist(),
             num_valid_frames=[
@@ -261,15 +265,16 @@ def main(config: Config) -> None:
         print(describe_plan(config, rows, count_replicas(accelerator)))
         with user_errors():
             print(describe_memory(config, accelerator))
-    validation_prompts = [row.prompt for row in validation_rows] + list(config.validation.validation_prompts)
-    prompts = [row.prompt for row in rows] + validation_prompts
+    validation_prompts = [row.prompts[0] for row in validation_rows] + list(config.validation.validation_prompts)
+    prompts = [prompt for row in rows for prompt in row.prompts] + validation_prompts
+    prompts += [""] if config.data.caption_dropout else []
     prompt_embeds = embed_prompts(accelerator, config.model, prompts)
     with user_errors():
         transformer = make_student(config, accelerator)
     vae = make_vae(config, accelerator.device)
     with user_errors():
-        size = (config.data.num_frames, config.data.height, config.data.width)
-        check_video_size(*size, vae=vae, transformer=transformer)
+        for shape in config.data.all_shapes():
+            check_video_size(*shape, vae=vae, transformer=transformer)
 
     dataset: VideoDataset | CachedLatents = VideoDataset(rows, config.data)
     method = VideoRegression(config, prompt_embeds, vae, accelerator.device, config.training.seed)
@@ -288,7 +293,7 @@ def main(config: Config) -> None:
     with name_clips_of_dead_workers(dataset):
         complete = train(
             run,
-            make_dataloader=partial(make_dataloader, config, dataset, accelerator.device),
+            make_dataloader=partial(make_dataloader, config, dataset, rows, accelerator),
             prepare_batch=method.prepare_batch,
             compute_loss=method.compute_loss,
             summarize=method.summarize,
@@ -310,18 +315,43 @@ def load_validation_rows(config: Config) -> list[Row]:
     """The held-out rows that are used, checked like the training rows."""
     if config.validation.validation_metadata_path is None:
         return []
-    data = replace(config.data, metadata_path=config.validation.validation_metadata_path)
+    data = replace(as_shown(config.data), metadata_path=config.validation.validation_metadata_path)
     return load_rows(data)[: config.validation.num_validation_samples]
 
 
-def make_dataloader(config: Config, dataset: Loadable, device: torch.device, start: int, end: int) -> DataLoader:
-    """The batches of the run's samples from `start` to `end`, in order."""
+def as_shown(data: DataConfig) -> DataConfig:
+    """The settings of clips to validate on: in the shape of the result, nothing random."""
+    return replace(
+        data,
+        frame_sampling="head" if data.frame_sampling == "random" else data.frame_sampling,
+        resolution_buckets=(),
+        frame_buckets=(),
+        frames_schedule=None,
+        resolution_schedule=None,
+        temporal_crop=1.0,
+        horizontal_flip=0.0,
+        color_jitter=(),
+    )
+
+
+def make_dataloader(
+    config: Config, dataset: Loadable, rows: list[Row], accelerator: Accelerator, *, start: int, end: int, step: int
+) -> DataLoader:
+    """The batches of the run's samples from `start`, the first of a step, to `end`, in order."""
+    order = order_samples(
+        rows,
+        config.data,
+        seed=config.training.seed,
+        samples_per_step=config.training.samples_per_step(count_replicas(accelerator)),
+        start_sample=start,
+        start_step=step,
+    )
     return DataLoader(
-        SampleStream(dataset, num_samples=end, seed=config.training.seed, start=start),
+        SampleStream(dataset, order, config.data, start=start, end=end),
         batch_size=config.training.train_batch_size,
         collate_fn=collate,
         num_workers=0 if config.cache_latents else config.training.dataloader_num_workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=accelerator.device.type == "cuda",
     )
 
 
@@ -440,11 +470,11 @@ def embed_prompts(accelerator: Accelerator, config: ModelConfig, prompts: list[s
 
 
 def latent_shape(config: Config, vae: AutoencoderKLWan) -> tuple[int, int, int, int]:
-    """(C, F, H, W) of a clip."""
+    """(C, F, H, W) of the result."""
     spatial = vae.config.scale_factor_spatial
     return (
         vae.config.z_dim,
-        config.num_latent_frames,
+        config.num_latent_frames(config.data.shape),
         config.data.height // spatial,
         config.data.width // spatial,
     )
@@ -453,7 +483,7 @@ def latent_shape(config: Config, vae: AutoencoderKLWan) -> tuple[int, int, int, 
 def describe_plan(config: Config, rows: list[Row], num_replicas: int) -> str:
     """What is going to happen, in numbers."""
     training, method, data = config.training, config.method, config.data
-    lengths = method.block_lengths(config.num_latent_frames)
+    lengths = method.block_lengths(config.num_latent_frames(data.shape))
     samples_per_step = training.samples_per_step(num_replicas)
     weights = f"LoRA of rank {config.model.lora_rank}" if config.model.lora_rank else "all weights"
     levels = " ".join(f"{level:g}" for level in method.levels().tolist())
@@ -463,6 +493,7 @@ def describe_plan(config: Config, rows: list[Row], num_replicas: int) -> str:
         f"data        {describe_rows(rows)}",
         f"clips       {data.num_frames} frames of {data.height} x {data.width}, {data.frame_sampling} sampling: "
         f"{sum(lengths)} latent frames in {len(lengths)} block(s) of {' '.join(map(str, sorted(set(lengths))))}",
+        *describe_shapes(rows, data),
         f"method      {method.generator_task}, levels {levels}, {method.loss_type} of {method.loss_space}",
         f"training    {weights}, {training.max_train_steps} steps of {samples_per_step} clips "
         f"({training.train_batch_size} x {training.gradient_accumulation_steps} accumulated x {num_replicas} "
@@ -479,7 +510,7 @@ def describe_memory(config: Config, accelerator: Accelerator) -> str:
     keeps_gradients = accelerator.num_processes > 1 and not is_sharded(accelerator)  # in DDP's buckets
     plan = plan_run(
         model.pretrained_model_name_or_path,
-        (data.num_frames, data.height, data.width),
+        max(data.all_shapes(), key=math.prod),
         causal_config=causal_settings(flat_dict(config)),
         generator_ckpt=model.generator_ckpt,
         revision=model.revision,
@@ -509,7 +540,7 @@ class CachedLatents:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def load(self, index: int, generator: torch.Generator) -> dict:
+    def load(self, index: int, generator: torch.Generator, shape: ClipShape) -> dict:
         """The sample of a row; nothing about it is random."""
         return dict(self.samples[index])
 
@@ -519,7 +550,7 @@ def encode_dataset(accelerator: Accelerator, dataset: VideoDataset, method: Vide
     own = []
     indices = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     for index in tqdm(indices, desc="latents", disable=not accelerator.is_local_main_process):
-        sample = dataset.load(index, torch.Generator())
+        sample = dataset.load(index, torch.Generator(), method.config.data.shape)
         own.append(sample | {"latents": method.encode(sample.pop("video")[None])[0].cpu()})
     return CachedLatents(sorted(gather_object(own), key=lambda sample: sample["row_index"]))
 
@@ -528,11 +559,13 @@ def validation_batches(
     accelerator: Accelerator, method: VideoRegression, rows: list[Row], data: DataConfig
 ) -> list[tuple[Batch, bool]]:
     """This process's share of the held-out clips, encoded and noised once: the same draws at every validation."""
+    data = as_shown(data)
     dataset = VideoDataset(rows, data)
 
     def prepare(number: int) -> Batch:
-        sample = dataset.load(number, torch.Generator())
-        return method.prepare_batch(collate([sample | {"sample_number": number, "errors": []}]))
+        sample = dataset.load(number, torch.Generator(), data.shape)
+        prompt = sample.pop("prompts")[0]
+        return method.prepare_batch(collate([sample | {"prompt": prompt, "sample_number": number, "errors": []}]))
 
     numbers = share(len(rows), accelerator.process_index, accelerator.num_processes)
     return [(prepare(number), counts) for number, counts in numbers]

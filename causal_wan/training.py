@@ -418,7 +418,7 @@ def resume(run: Run) -> None:
 def train(
     run: Run,
     *,
-    make_dataloader: Callable[[int, int], DataLoader],
+    make_dataloader: Callable[..., DataLoader],
     prepare_batch: Callable[[Batch], Batch],
     compute_loss: Callable[[torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]],
     summarize: Callable[[Sums], dict[str, float]],
@@ -428,7 +428,8 @@ def train(
 
     Args:
         run: From `prepare_run`.
-        make_dataloader: (first sample, end sample) -> the batches of the run's samples in that range, in order.
+        make_dataloader: (*, start, end, step) -> the batches of the run's samples from `start`, the first of `step`,
+            to `end`, in order.
         prepare_batch: A batch of the loader -> what `compute_loss` takes, with at least `num_items`, a scalar tensor:
             how many elements its loss is a mean over, and `num_tokens`, an int, for the throughput. No gradients.
         compute_loss: (wrapped model, prepared batch, num_items of the whole step over all processes) -> (this batch's
@@ -446,7 +447,7 @@ def train(
     config, state = run.config, run.state
     samples_per_step = config.samples_per_step(run.num_replicas)
     end_sample = state.num_samples + (config.max_train_steps - state.step) * samples_per_step
-    batches = iter(run.accelerator.prepare(make_dataloader(state.num_samples, end_sample)))
+    batches = iter(run.accelerator.prepare(make_dataloader(start=state.num_samples, end=end_sample, step=state.step)))
     log = StepLog(run, summarize)
     progress = tqdm(
         total=config.max_train_steps,

@@ -5,11 +5,13 @@ FFmpeg opens no file itself: it is handed an open one, and reads containers that
 Shapes: T = frames, height, width in pixels.
 """
 
+import io
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import torch
@@ -41,18 +43,35 @@ def resolve_path(video: str | None, base: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class EmbeddedVideo:
+    """A clip whose bytes a `datasets` data set holds; opens like a path."""
+
+    dataset: Any
+    index: int
+    column: str
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """The bytes as a file."""
+        value = self.dataset[self.index][self.column]
+        return io.BytesIO(value["bytes"] if isinstance(value, dict) else value)
+
+    def __str__(self) -> str:
+        return f"row {self.index + 1} of the data set"
+
+
 def open_video(file: Any) -> av.container.InputContainer:
     """Opens a binary file object as a video; FFmpeg itself opens no file and reads no playlist."""
     return av.open(file, options={"format_whitelist": CONTAINERS, "protocol_whitelist": ""})
 
 
-def probe_video(path: Path) -> tuple[int, float, int, int]:
+def probe_video(video: Path | EmbeddedVideo) -> tuple[int, float, int, int]:
     """Frames that decode, frames a second, height and width of a file as stored.
 
     Raises:
         ValueError: If it has no video stream, no frames, or a codec that is not known.
     """
-    with path.open("rb") as file, open_video(file) as container:
+    with video.open("rb") as file, open_video(file) as container:
         if not container.streams.video:
             raise ValueError("the file has no video stream")
         stream = container.streams.video[0]
@@ -76,12 +95,14 @@ def count_frames(container: av.container.InputContainer, stream: av.video.stream
 
 
 def decode_frames(
-    path: Path, indices: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor] = lambda frame: frame
+    video: Path | EmbeddedVideo,
+    indices: torch.Tensor,
+    transform: Callable[[torch.Tensor], torch.Tensor] = lambda frame: frame,
 ) -> torch.Tensor:
     """Decodes the frames at non-decreasing indices, in one pass that ends at the last of them.
 
     Args:
-        path: Video file.
+        video: The file.
         indices: int64 `(T,)`.
         transform: Applied to each frame, uint8 `(3, H, W)`, as it comes, so that few full-size frames are held.
 
@@ -94,7 +115,7 @@ def decode_frames(
     """
     wanted = Counter(indices.tolist())
     frames: list[torch.Tensor] = []
-    with path.open("rb") as file, open_video(file) as container:
+    with video.open("rb") as file, open_video(file) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         for index, frame in enumerate(container.decode(stream)):
@@ -104,7 +125,7 @@ def decode_frames(
                 frames += [transform(picture)] * wanted[index]
             if len(frames) == len(indices):
                 return torch.stack(frames)
-    raise ValueError(f"{path} ends before frame {int(indices[-1])}, which its header promises; encode it anew.")
+    raise ValueError(f"{video} ends before frame {int(indices[-1])}, which its header promises; encode it anew.")
 
 
 def describe_error(error: Exception) -> str:

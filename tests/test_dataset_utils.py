@@ -1,7 +1,9 @@
 import os
 import pickle
 import struct
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -9,23 +11,27 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import dataset_utils
+from causal_wan.sample_order import ClipShape, SampleOrder
 from causal_wan.video_files import decode_frames, open_video
 from dataset_utils import (
     DataConfig,
     Row,
     SampleStream,
     VideoDataset,
+    augment_video,
     build_video_transform,
+    clip_shapes,
     collate,
     describe_rows,
     describe_speed_up,
     load_rows,
     normalize_videos,
+    order_samples,
     sample_frame_indices,
 )
 
 
+SHAPE = ClipShape(9, 32, 48)
 GREY_STEP = 8  # frame i of a test clip is 8 i grey all over
 
 
@@ -72,8 +78,8 @@ GOOD = "video,prompt\n0.mp4,a\n1.mp4,b\n2.mp4,c\n3.mp4,d\n"
 def test_rows_keep_their_order_and_text(folder):
     text = 'prompt,video,note\n"one, two\nthree",0.mp4,x\n123,1.mp4,\nNone,2.mp4,\nNA,3.mp4,\n'
     rows = load_rows(config(folder, text))
-    assert [row.prompt for row in rows] == ["one, two\nthree", "123", "None", "NA"]
-    assert [row.path.name for row in rows] == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
+    assert [row.prompts[0] for row in rows] == ["one, two\nthree", "123", "None", "NA"]
+    assert [row.video.name for row in rows] == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
     assert (rows[0].num_frames, rows[0].frame_rate, rows[0].height, rows[0].width) == (24, 16.0, 48, 80)
 
 
@@ -83,8 +89,8 @@ def test_a_changed_csv_is_read_anew(folder):
 
 
 def test_other_columns_can_be_named(folder):
-    settings = config(folder, "file,caption\n0.mp4,a\n", video_column="file", caption_column="caption")
-    assert load_rows(settings)[0].prompt == "a"
+    settings = config(folder, "file,caption\n0.mp4,a\n", video_column="file", caption_column=("caption",))
+    assert load_rows(settings)[0].prompts[0] == "a"
 
 
 BAD_ROWS = {
@@ -166,7 +172,7 @@ def test_a_playlist_cannot_reach_other_files_though_ffmpeg_would_let_it(folder, 
 
 def test_bad_rows_can_be_left_out(folder, caplog):
     rows = load_rows(config(folder, "video,prompt\nno.mp4,a\n1.mp4,b\n", on_bad_sample="skip"))
-    assert [(row.number, row.prompt) for row in rows] == [(2, "b")]
+    assert [(row.number, row.prompts[0]) for row in rows] == [(2, "b")]
     assert "row 1, no.mp4: the file does not exist" in caplog.text
 
 
@@ -181,10 +187,10 @@ def test_long_lists_are_cut_after_20_with_a_count(folder):
 def test_short_clips_can_be_left_out_or_padded(folder, caplog):
     write_video(folder / "videos" / "short.mp4", num_frames=5)
     text = "video,prompt\n0.mp4,a\nshort.mp4,b\n"
-    assert [row.prompt for row in load_rows(config(folder, text, short_clips="skip"))] == ["a"]
+    assert [row.prompts[0] for row in load_rows(config(folder, text, short_clips="skip"))] == ["a"]
     assert "left out 1 clip(s) with too few frames" in caplog.text
     rows = load_rows(config(folder, text, short_clips="pad"))
-    sample = VideoDataset(rows, config(folder, short_clips="pad")).load(1, torch.Generator())
+    sample = VideoDataset(rows, config(folder, short_clips="pad")).load(1, torch.Generator(), SHAPE)
     assert sample["num_valid_frames"] == 5
     assert shown_indices(sample["video"].movedim(1, 0)) == [0, 1, 2, 3, 4, 4, 4, 4, 4]
 
@@ -225,7 +231,7 @@ def test_text_that_is_not_utf_8_is_refused_by_name(folder):
 def test_the_name_of_a_csv_is_no_pattern(folder, name):
     settings = replace(config(folder, GOOD), metadata_path=str(folder / name))
     (folder / name).write_text("video,prompt\n1.mp4,only\n")
-    assert [row.prompt for row in load_rows(settings)] == ["only"]
+    assert [row.prompts[0] for row in load_rows(settings)] == ["only"]
 
 
 def test_missing_files_and_folders_are_named(folder):
@@ -274,7 +280,7 @@ def test_settings_that_cannot_work_name_the_nearest_that_do(folder, changes, mes
 )
 def test_sampled_frames_are_the_right_ones(folder, changes, expected):
     settings = config(folder, GOOD, **changes)
-    indices, num_valid = sample_frame_indices(24, 16.0, settings, torch.Generator())
+    indices, num_valid = sample_frame_indices(24, 16.0, 9, settings, torch.Generator())
     assert num_valid == 9
     assert indices.tolist() == expected
     assert shown_indices(decode_frames(folder / "videos" / "0.mp4", indices)) == expected
@@ -285,7 +291,7 @@ def test_random_sampling_starts_anywhere_and_keeps_the_rate(folder):
     starts = set()
     for seed in range(200):
         torch.manual_seed(0)  # the start comes from the generator that is given, not from this
-        indices, _ = sample_frame_indices(24, 16.0, settings, torch.Generator().manual_seed(seed))
+        indices, _ = sample_frame_indices(24, 16.0, 9, settings, torch.Generator().manual_seed(seed))
         assert (indices.diff() == 1).all()
         starts.add(int(indices[0]))
     assert starts == set(range(16))
@@ -304,7 +310,7 @@ def test_frames_that_an_edit_list_hides_are_not_counted(folder):
     settings = config(folder, "video,prompt\ncut.mp4,a\n")
     rows = load_rows(settings)
     assert rows[0].num_frames == 16
-    video = VideoDataset(rows, settings).load(0, torch.Generator())["video"]
+    video = VideoDataset(rows, settings).load(0, torch.Generator(), SHAPE)["video"]
     assert shown_indices(video.movedim(1, 0)) == [8, 10, 12, 14, 16, 17, 19, 21, 23]
 
 
@@ -371,35 +377,44 @@ def test_a_file_that_ends_early_is_named(folder):
 class Rows:
     """Rows that are their own index and draw one number."""
 
-    def __init__(self, count, broken=()):
-        self.count, self.broken = count, broken
+    def __init__(self, count, broken=(), prompts=1):
+        self.count, self.broken, self.prompts = count, broken, prompts
 
     def __len__(self):
         return self.count
 
-    def load(self, index, generator):
+    def load(self, index, generator, shape):
         if index in self.broken:
             raise ValueError(f"row {index} is broken")
         draw = float(torch.rand((), generator=generator))
-        return {"latents": torch.tensor([draw]), "prompt": str(index), "row_index": index, "num_valid_frames": 1}
+        prompts = tuple(f"{index}, {number}" for number in range(self.prompts))
+        return {"latents": torch.tensor([draw]), "prompts": prompts, "row_index": index, "num_valid_frames": 1}
 
 
-def order(stream):
+def stream_of(dataset, end, *, seed=0, start=0, **settings):
+    """Rows without buckets, 2 samples a step."""
+    order = SampleOrder([0] * len(dataset), [0] * len(dataset), seed=seed, samples_per_step=2)
+    return SampleStream(
+        dataset, order, DataConfig(dataset_base_path="", metadata_path="", **settings), start=start, end=end
+    )
+
+
+def row_indices(stream):
     return [sample["row_index"] for sample in stream]
 
 
 def test_every_epoch_is_another_permutation():
-    rows = order(SampleStream(Rows(10), num_samples=30, seed=0))
+    rows = row_indices(stream_of(Rows(10), 30))
     epochs = [rows[:10], rows[10:20], rows[20:]]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert order(SampleStream(Rows(10), num_samples=30, seed=1)) != rows
+    assert row_indices(stream_of(Rows(10), 30, seed=1)) != rows
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_stream_goes_on_where_the_unbroken_one_would(num_workers):
     def batches(start):
-        stream = SampleStream(Rows(7), num_samples=24, seed=3, start=start)
+        stream = stream_of(Rows(7, prompts=2), 24, seed=3, start=start, caption_dropout=0.2)
         return list(DataLoader(stream, batch_size=2, collate_fn=collate, num_workers=num_workers))
 
     whole, resumed = batches(0), batches(10)
@@ -407,19 +422,33 @@ def test_a_resumed_stream_goes_on_where_the_unbroken_one_would(num_workers):
     for expected, batch in zip(whole[5:], resumed, strict=True):
         assert batch["prompts"] == expected["prompts"]
         assert torch.equal(batch["sample_numbers"], expected["sample_numbers"])
-        assert torch.equal(batch["latents"], expected["latents"])
+        assert all(map(torch.equal, batch["clips"], expected["clips"]))
 
 
 def test_samples_do_not_share_their_randomness():
-    draws = [float(sample["latents"]) for sample in SampleStream(Rows(2), num_samples=50, seed=0)]
+    draws = [float(sample["latents"]) for sample in stream_of(Rows(2), 50)]
     assert len(set(draws)) == 50
 
 
+def test_of_several_prompts_each_sample_draws_one():
+    prompts = [sample["prompt"] for sample in stream_of(Rows(2, prompts=3), 600)]
+    counts = Counter(prompts)
+    assert set(counts) == {f"{row}, {number}" for row in range(2) for number in range(3)}
+    assert min(counts.values()) > 60
+
+
+def test_dropped_captions_are_empty_and_as_many_as_asked_for():
+    prompts = [sample["prompt"] for sample in stream_of(Rows(2), 1000, caption_dropout=0.1)]
+    assert 70 < prompts.count("") < 130
+    kept = [sample["prompt"] for sample in stream_of(Rows(2), 1000)]
+    assert all(prompt in ("", expected) for prompt, expected in zip(prompts, kept, strict=True))
+
+
 def test_a_broken_clip_is_replaced_by_the_next_of_its_epoch_and_reported():
-    whole = SampleStream(Rows(6), num_samples=6, seed=0)
+    whole = stream_of(Rows(6), 6)
     broken = whole[2]["row_index"]
-    stream = SampleStream(Rows(6, broken={broken}), num_samples=6, seed=0)
-    assert order(stream)[2] == order(whole)[3]
+    stream = stream_of(Rows(6, broken={broken}), 6)
+    assert row_indices(stream)[2] == row_indices(whole)[3]
     assert stream[2]["errors"] == [f"row {broken} is broken"]
     assert stream[1]["errors"] == []
     assert collate([stream[1], stream[2]])["errors"] == [f"row {broken} is broken"]
@@ -427,36 +456,152 @@ def test_a_broken_clip_is_replaced_by_the_next_of_its_epoch_and_reported():
 
 def test_a_data_set_that_is_broken_all_over_is_an_error():
     with pytest.raises(ValueError, match="10 clips in a row did not decode"):
-        SampleStream(Rows(30, broken=range(30)), num_samples=1, seed=0)[0]
+        stream_of(Rows(30, broken=range(30)), 1)[0]
+
+
+def video_stream(rows, settings, end):
+    order = order_samples(rows, settings, seed=0, samples_per_step=2)
+    return SampleStream(VideoDataset(rows, settings), order, settings, start=0, end=end)
 
 
 def test_a_clip_that_breaks_after_it_was_checked_names_row_and_file(folder):
     settings = config(folder, GOOD)
-    dataset = VideoDataset(load_rows(settings), settings)
+    rows = load_rows(settings)
     path = folder / "videos" / "1.mp4"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"row 2, .*1.mp4"):
-        dataset.load(1, torch.Generator())
-    stream = SampleStream(pickle.loads(pickle.dumps(dataset)), num_samples=8, seed=0)
+        VideoDataset(rows, settings).load(1, torch.Generator(), SHAPE)
+    stream = pickle.loads(pickle.dumps(video_stream(rows, settings, 8)))
     samples = list(stream)
     assert sum(len(sample["errors"]) for sample in samples) == 2
-    assert 1 not in order(stream)
+    assert 1 not in row_indices(stream)
 
 
-def test_batches_stack_clips(folder):
+def test_batches_hold_clips_and_what_is_known_of_them(folder):
     settings = config(folder, GOOD)
-    stream = SampleStream(VideoDataset(load_rows(settings), settings), num_samples=2, seed=0)
+    stream = video_stream(load_rows(settings), settings, 2)
     batch = collate([stream[0], stream[1]])
-    assert batch["videos"].shape == (2, 3, 9, 32, 48)
-    assert batch["videos"].dtype == torch.uint8
+    assert [clip.shape for clip in batch["clips"]] == [(3, 9, 32, 48)] * 2
+    assert batch["clips"][0].dtype == torch.uint8
     assert batch["num_valid_frames"].tolist() == [9, 9]
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def sized(height, width, num_frames=100):
+    return Row(1, Path("a"), ("a",), num_frames, 16.0, height, width)
+
+
+@pytest.mark.parametrize(
+    ("row", "shape"),
+    [
+        (sized(480, 832), (49, 480, 832)),
+        (sized(1080, 1920), (49, 480, 832)),
+        (sized(1920, 1080), (49, 832, 480)),
+        (sized(700, 710), (49, 640, 640)),
+        (sized(480, 832, 48), (17, 480, 832)),
+        (sized(480, 832, 5), (17, 480, 832)),  # short: see short_clips
+    ],
+)
+def test_clips_go_to_the_bucket_that_fits_best(folder, row, shape):
+    settings = config(
+        folder, resolution_buckets=("480x832", "832x480", "640x640"), frame_buckets=(17, 49), num_frames=49
+    )
+    assert clip_shapes(row, settings) == [shape]
+
+
+def test_of_sizes_with_one_aspect_ratio_the_largest_without_enlarging_is_taken(folder):
+    settings = config(folder, resolution_buckets=("240x416", "480x832", "720x1248"))
+    sizes = {size: clip_shapes(sized(*size), settings)[0][1:] for size in [(120, 208), (500, 866), (1080, 1872)]}
+    assert sizes == {(120, 208): (240, 416), (500, 866): (480, 832), (1080, 1872): (720, 1248)}
+
+
+def test_a_step_of_a_mixed_set_is_of_one_shape(folder):
+    for number in range(4):
+        write_video(folder / "videos" / f"tall{number}.mp4", height=80, width=48, num_frames=10 + 8 * (number % 2))
+    text = GOOD + "".join(f"tall{number}.mp4,t\n" for number in range(4))
+    settings = config(folder, text, resolution_buckets=("32x48", "48x32"), frame_buckets=(9, 17))
+    stream = video_stream(load_rows(settings), settings, 40)
+    shapes = [tuple(sample["video"].shape) for sample in stream]
+    assert shapes[::2] == shapes[1::2]
+    assert set(shapes) == {(3, 17, 32, 48), (3, 9, 48, 32), (3, 17, 48, 32)}
+
+
+def test_a_schedule_gives_each_step_its_shape(folder):
+    settings = config(
+        folder, GOOD, num_frames=17, height=48, frames_schedule="0:5, 2:9,5:17", resolution_schedule="0:32x48,4:48x48"
+    )
+    shapes = [tuple(sample["video"].shape[1:]) for sample in video_stream(load_rows(settings), settings, 14)]
+    expected = [(5, 32, 48)] * 2 + [(9, 32, 48)] * 2 + [(9, 48, 48)] + [(17, 48, 48)] * 2
+    assert shapes[::2] == shapes[1::2] == expected
+    assert settings.all_shapes() == sorted(set(expected))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frame_buckets": (9, 10)}, "frame_buckets and frames_schedule must be 4k \\+ 1 .* got 10; use 9 or 13"),
+        ({"resolution_buckets": ("32x50",)}, "must be a multiple of 16, got 50; use 48 or 64"),
+        ({"resolution_buckets": ("480p",)}, "such as 480x832, got '480p'"),
+        ({"frames_schedule": "0:5,2:13"}, "must end with num_frames, the shape of the result, which is 9"),
+        ({"frames_schedule": "1:5,2:9"}, "must begin at step 0"),
+        ({"frames_schedule": "0:5,9"}, "must be step:value"),
+        ({"frames_schedule": "0:9", "frame_buckets": (9,)}, "from a schedule or from buckets, not from both"),
+        ({"caption_dropout": 1.5}, "caption_dropout is a share"),
+        ({"temporal_crop": 0.0}, "temporal_crop is a share of each clip"),
+        ({"temporal_crop": 0.5, "frame_sampling": "head"}, "temporal_crop goes with --frame_sampling uniform"),
+        ({"color_jitter": (0.1,)}, "color_jitter must be four numbers"),
+    ],
+)
+def test_shapes_and_augmentations_that_cannot_work_are_refused(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(folder, **changes)
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------------
+
+
+def test_a_temporal_crop_is_a_window_of_at_least_its_share(folder):
+    settings = config(folder, GOOD, temporal_crop=0.6)
+    starts, ends = set(), set()
+    for seed in range(300):
+        indices, num_valid = sample_frame_indices(101, 16.0, 9, settings, torch.Generator().manual_seed(seed))
+        starts.add(int(indices[0]))
+        ends.add(int(indices[-1]))
+        assert num_valid == 9
+        assert 60 <= int(indices[-1] - indices[0]) <= 100
+    assert len(starts) > 20
+    assert max(ends) == 100
+    short, _ = sample_frame_indices(9, 16.0, 9, settings, torch.Generator())
+    assert short.tolist() == list(range(9))  # no frame twice
+
+
+def test_augmentations_are_the_same_in_all_frames_and_follow_the_generator(folder):
+    settings = config(folder, horizontal_flip=0.5, color_jitter=(0.3, 0.3, 0.3, 0.1))
+    frame = torch.randint(0, 255, (3, 1, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    video = frame.expand(3, 5, 32, 48).clone()
+    results = [augment_video(video, settings, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    for result in results:
+        assert (result == result[:, :1]).all()
+    assert len({tuple(result.flatten().tolist()) for result in results}) == 20
+    assert torch.equal(results[3], augment_video(video, settings, torch.Generator().manual_seed(3)))
+    assert torch.equal(augment_video(video, config(folder), torch.Generator()), video)
+
+
+def test_half_of_the_clips_are_mirrored(folder):
+    video = torch.zeros(3, 2, 16, 16, dtype=torch.uint8)
+    video[..., :8] = 255
+    settings = config(folder, horizontal_flip=0.5)
+    mirrored = [int(augment_video(video, settings, torch.Generator().manual_seed(s))[0, 0, 0, 0]) for s in range(200)]
+    assert 70 < mirrored.count(0) < 130
 
 
 # --- descriptions ----------------------------------------------------------------------------------------------------
 
 
 def rows_of(seconds, rate=16.0):
-    return [Row(1, dataset_utils.Path("a"), str(s), round(s * rate), rate, 48, 80) for s in seconds]
+    return [Row(1, Path("a"), (str(s),), round(s * rate), rate, 48, 80) for s in seconds]
 
 
 def test_speeding_up_is_said_with_numbers_and_only_when_it_happens(folder):

@@ -16,7 +16,7 @@ from conftest import SCRIPT_ENV, launch, run_script
 from torch.utils.data import DataLoader
 
 from causal_wan.models import load_text_encoder, load_transformer, load_vae
-from dataset_utils import DataConfig, SampleStream, VideoDataset, load_rows, name_clips_of_dead_workers
+from dataset_utils import DataConfig, SampleStream, VideoDataset, load_rows, name_clips_of_dead_workers, order_samples
 
 
 SCRIPT = "train_video_regression.py"
@@ -43,8 +43,8 @@ def data_config(clips, **changes):
 class DeadlyDataset(VideoDataset):
     """Kills the process that decodes row 3."""
 
-    def load(self, index, generator):
-        sample = super().load(index, generator)
+    def load(self, index, generator, shape):
+        sample = super().load(index, generator, shape)
         if index == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return sample
@@ -53,8 +53,10 @@ class DeadlyDataset(VideoDataset):
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_a_decoding_process_that_dies_is_reported_with_its_clip(clips, num_workers):
     config = data_config(clips)
-    dataset = DeadlyDataset(load_rows(config), config)
-    loader = DataLoader(SampleStream(dataset, num_samples=12, seed=0), collate_fn=len, num_workers=num_workers)
+    rows = load_rows(config)
+    dataset, order = DeadlyDataset(rows, config), order_samples(rows, config, seed=0, samples_per_step=1)
+    stream = SampleStream(dataset, order, config, start=0, end=12)
+    loader = DataLoader(stream, collate_fn=len, num_workers=num_workers)
     message = r"died at row \d+, .*/3\.mp4 \(DataLoader worker .*use fewer --dataloader_num_workers"
     with pytest.raises(RuntimeError, match=message), name_clips_of_dead_workers(dataset):
         list(loader)

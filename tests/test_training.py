@@ -81,7 +81,7 @@ def run_training(training, break_samples=(), validate=None):
     run = prepare_run(accelerator, training, Line())
     train(
         run,
-        make_dataloader=lambda start, end: DataLoader(Numbers(start, end), batch_size=training.train_batch_size),
+        make_dataloader=lambda start, end, step: DataLoader(Numbers(start, end), batch_size=training.train_batch_size),
         prepare_batch=prepare_batch,
         compute_loss=compute_loss,
         summarize=lambda sums: {"count": float(sums["count"])},

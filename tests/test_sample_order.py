@@ -1,0 +1,98 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from causal_wan.sample_order import Interleaving, SampleOrder
+
+
+def first(order, number):
+    return next(order.candidates(number))
+
+
+def make(buckets, sources=None, **settings):
+    sources = [0] * len(buckets) if sources is None else sources
+    return SampleOrder(buckets, sources, **{"seed": 0, "samples_per_step": 4, **settings})
+
+
+@pytest.mark.parametrize("shares", [[1.0], [1, 1], [5, 3, 2], [0.97, 0.02, 0.01]])
+def test_every_stretch_of_an_interleaving_has_its_share_of_each_class(shares):
+    sequence = Interleaving(shares, seed=0, stream=(0,))
+    classes = np.array([sequence[position][0] for position in range(5000)])
+    expected = np.cumsum(np.eye(len(shares))[classes], axis=0)
+    line = np.arange(1, 5001)[:, None] * np.array(shares) / sum(shares)
+    assert np.abs(expected - line).max() < len(shares)
+    counts = Counter()
+    for position, kind in enumerate(classes):
+        assert sequence[position] == (kind, counts[kind])
+        counts[kind] += 1
+
+
+def test_an_interleaving_does_not_depend_on_how_far_it_was_read():
+    one, other = (Interleaving([3, 2, 1], seed=1, stream=(7,)) for _ in range(2))
+    one[100_000]
+    assert [one[position] for position in range(3000)] == [other[position] for position in range(3000)]
+
+
+def test_an_epoch_of_one_bucket_has_every_row_once():
+    order = make([0] * 10)
+    epochs = [[first(order, number) for number in range(start, start + 10)] for start in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_all_samples_of_a_step_are_of_one_bucket_and_buckets_keep_their_share():
+    buckets = [0] * 60 + [2] * 30 + [5] * 7  # bucket 1, 3 and 4 have no rows
+    order = make(buckets)
+    seen = Counter()
+    for step in range(500):
+        numbers = range(4 * step, 4 * step + 4)
+        assert {order.step(number) for number in numbers} == {step}
+        (bucket,) = {order.bucket(number) for number in numbers}
+        for number in numbers:
+            row = first(order, number)
+            assert buckets[row] == bucket
+            seen[row] += 1
+    # 2000 samples are 20.6 passes over 97 rows; no row is more than two steps of its bucket away from that.
+    assert min(seen.values()) >= 18
+    assert max(seen.values()) <= 23
+    assert len(seen) == 97
+
+
+def test_within_a_bucket_epochs_are_whole():
+    order = make([0] * 8 + [1] * 8)
+    rows = [first(order, number) for number in range(64 * 4) if order.bucket(number) == 1]
+    for start in range(0, 64, 8):
+        assert sorted(rows[start : start + 8]) == list(range(8, 16))
+
+
+def test_weights_say_how_often_a_source_is_seen_not_how_many_rows_it_has():
+    order = make([0] * 110, [0] * 100 + [1] * 10, weights=[1, 3])
+    rows = [first(order, number) for number in range(4000)]
+    assert sum(row < 100 for row in rows) == pytest.approx(1000, abs=2)
+    assert set(Counter(rows).values()) <= {9, 10, 11, 299, 300, 301}
+
+
+def test_without_weights_sources_are_one_set():
+    assert [first(make([0] * 9, [0, 1, 2] * 3), n) for n in range(30)] == [first(make([0] * 9), n) for n in range(30)]
+
+
+def test_order_is_that_of_the_number_alone_however_it_was_reached():
+    settings = {"buckets": [0, 1, 1, 2] * 5, "sources": [0, 1] * 10, "weights": [2, 1]}
+    whole, resumed = make(**settings), make(**settings)
+    rows = [first(whole, number) for number in range(400)]
+    assert [first(resumed, number) for number in range(396, 400)] == rows[396:]
+    assert [first(make(**settings, seed=1), number) for number in range(400)] != rows
+
+
+def test_steps_go_on_from_where_a_run_with_other_steps_stopped():
+    order = make([0] * 5, samples_per_step=8, start_sample=100, start_step=25)
+    assert [order.step(number) for number in (100, 107, 108)] == [25, 25, 26]
+
+
+def test_candidates_are_the_rows_of_the_cell_that_come_next():
+    order = make([0, 0, 0, 1, 1, 1])
+    for number in range(40):
+        candidates = list(order.candidates(number))
+        bucket = order.bucket(number)
+        assert sorted(candidates) == ([0, 1, 2] if bucket == 0 else [3, 4, 5])
