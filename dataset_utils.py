@@ -489,6 +489,15 @@ def _describe_shape(shape: ClipShape) -> str:
     return f"{shape.num_frames} x {shape.height} x {shape.width}"
 
 
+def describe_flip(rows: Sequence[Row], config: DataConfig) -> str | None:
+    """A warning when clips are mirrored, which their prompts or writing in them may not survive."""
+    if not config.horizontal_flip:
+        return None
+    sided = sum(bool(re.search(r"\b(left|right)\b", prompt, re.I)) for row in rows for prompt in row.prompts)
+    said = f"; {sided} prompts here say left or right" if sided else ""
+    return f"--horizontal_flip mirrors writing, and what prompts call left and right{said}."
+
+
 def describe_speed_up(rows: Sequence[Row], config: DataConfig) -> str | None:
     """One sentence when uniform sampling speeds clips up by more than a quarter, else None."""
     if config.frame_sampling != "uniform":

@@ -95,6 +95,7 @@ from dataset_utils import (
     SampleStream,
     VideoDataset,
     collate,
+    describe_flip,
     describe_rows,
     describe_shapes,
     describe_speed_up,
@@ -500,8 +501,8 @@ def describe_plan(config: Config, rows: list[Row], num_replicas: int) -> str:
         f"process(es)) = {training.max_train_steps * samples_per_step / len(rows):.1f} passes over the data",
         f"result      {training.output_dir}",
     ]
-    speed_up = describe_speed_up(rows, data)
-    return "\n".join(lines + ([f"note        {speed_up}"] if speed_up else []))
+    notes = [note for note in (describe_speed_up(rows, data), describe_flip(rows, data)) if note]
+    return "\n".join(lines + [f"note        {note}" for note in notes])
 
 
 def describe_memory(config: Config, accelerator: Accelerator) -> str:

@@ -22,6 +22,7 @@ from dataset_utils import (
     build_video_transform,
     clip_shapes,
     collate,
+    describe_flip,
     describe_rows,
     describe_speed_up,
     load_rows,
@@ -611,6 +612,12 @@ def test_speeding_up_is_said_with_numbers_and_only_when_it_happens(folder):
     assert "2.0 times as fast (up to 4.0)" in note
     assert "--frame_sampling head" in note
     assert describe_speed_up(rows_of([60.0]), replace(settings, frame_sampling="head")) is None
+
+
+def test_mirroring_warns_of_prompts_that_know_sides(folder):
+    rows = [replace(sized(48, 80), prompts=prompts) for prompts in (("turn LEFT", "go"), ("it is bright",))]
+    assert describe_flip(rows, config(folder)) is None
+    assert "1 prompts here say left or right" in describe_flip(rows, config(folder, horizontal_flip=0.5))
 
 
 def test_rows_are_described_in_numbers():

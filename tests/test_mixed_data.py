@@ -1,0 +1,90 @@
+"""Training on clips of several shapes, sources and captions: processes stay in step, resuming stays exact."""
+
+import csv
+import shutil
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from conftest import launch, write_clip
+from safetensors.torch import load_file
+from test_train_video_regression import SCRIPT, metrics, weights
+
+import train_video_regression
+from causal_wan.config import parse_config
+
+
+@pytest.fixture(scope="module")
+def mixed(clips, tmp_path_factory):
+    """The clips and four that are upright, two of them short; two columns of captions."""
+    folder = tmp_path_factory.mktemp("mixed")
+    shutil.copytree(clips / "videos", folder / "videos")
+    with (folder / "train.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["video", "prompt", "short"])
+        for seed in range(6):
+            writer.writerow([f"{seed}.mp4", f"a ball, number {seed}, crosses the field", "a ball"])
+        for seed in range(4):
+            write_clip(folder / "videos" / f"tall{seed}.mp4", seed, 17 if seed % 2 else 9, height=48, width=32)
+            writer.writerow([f"tall{seed}.mp4", "a tall ball", ""])
+    return {
+        "dataset_base_path": str(folder / "videos"),
+        "metadata_path": str(folder / "train.csv"),
+        "caption_column": ["prompt", "short"],
+        "caption_dropout": 0.2,
+        "validation_metadata_path": None,
+        "lr_scheduler": "constant",
+        "max_train_steps": 6,
+        "train_batch_size": 4,
+    }
+
+
+BUCKETS = {"resolution_buckets": ["32x48", "48x32"], "frame_buckets": [9, 17]}
+STAGES = {"frames_schedule": "0:9,3:17", "resolution_schedule": "0:16x32,2:32x48", "short_clips": "skip"}
+VARIED = {"temporal_crop": 0.7, "horizontal_flip": 0.5, "color_jitter": [0.1, 0.1, 0.1, 0.02]}
+
+
+def run_here(path, *flags):
+    """The script in this process, which has it imported already."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    train_video_regression.main(parse_config(train_video_regression.Config, ["--config", str(path), *flags]))
+
+
+@pytest.mark.parametrize("settings", [BUCKETS | VARIED, STAGES], ids=["buckets", "schedule"])
+def test_a_run_of_several_shapes_goes_on_from_a_checkpoint_to_the_last_bit(write_recipe, mixed, settings):
+    path, whole = write_recipe("whole", **mixed, **settings)
+    run_here(path)
+    path, resumed = write_recipe("resumed", **mixed, **settings, resume_from_checkpoint="latest")
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    shutil.copy(whole / "metrics.jsonl", resumed)
+    run_here(path)
+    expected = weights(whole)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(resumed).items())
+    assert metrics(resumed) == metrics(whole)
+
+
+def test_two_processes_take_steps_of_the_same_shapes_as_one(write_recipe, mixed):
+    losses = {}
+    for name, processes, batch in (("one", 1, 4), ("two", 2, 2)):
+        path, output_dir = write_recipe(name, **{**mixed, **BUCKETS, **VARIED, "train_batch_size": batch})
+        if processes == 1:
+            run_here(path)
+        else:
+            launch(SCRIPT, path, num_processes=2)
+        losses[name] = [entry["generator_loss"] for entry in metrics(output_dir) if "generator_loss" in entry]
+        assert load_file(output_dir / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
+
+
+def test_the_plan_counts_buckets_and_stages(write_recipe, mixed, capsys):
+    path, _ = write_recipe(**mixed, **BUCKETS)
+    run_here(path, "--dry_run")
+    shown = capsys.readouterr().out
+    assert "9 x 32 x 48: 0 clips, 9 x 48 x 32: 2 clips, 17 x 32 x 48: 6 clips, 17 x 48 x 32: 2 clips" in shown
+    path, _ = write_recipe(**mixed, **STAGES)
+    run_here(path, "--dry_run")
+    shown = capsys.readouterr().out
+    assert "frames: 9 from step 0, 17 from step 3" in shown
+    assert "resolution: 16 x 32 from step 0, 32 x 48 from step 2" in shown
