@@ -135,7 +135,8 @@ def launch(
     """`accelerate launch` on the CPU; a strategy for GPUs through `without_gpu.py`."""
     config = strategy or ("cpu" if num_processes == 1 else "cpu_ddp")
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", num_processes, *launch_flags]
+    command += ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", num_processes]
+    command += ["--main_process_port", 0, *launch_flags]  # any free one: tests may run side by side
     command += [ROOT / "tests" / "without_gpu.py"] if strategy else []
     command += [*wrapper, script, "--config", recipe_path, *flags]
     return run_script(
