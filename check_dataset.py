@@ -1,0 +1,267 @@
+"""Reads every clip of a data set before anything is trained on it, and writes a report to look at.
+
+    python check_dataset.py --config examples/sketch/recipe.yaml --output_dir outputs/check
+
+Takes a recipe of the training script and the same flags. In the output folder:
+
+    dataset_report.html  usable and bad rows, histograms, duplicates, black and static clips, a contact sheet, advice
+    contact_sheet.png    random rows as the model will see them
+    bad_rows.csv         rows that cannot be used, with the reason
+    records.jsonl        what was found in each file: run the same command again after an interruption, or after
+                         correcting files, and only what is new or has changed is read
+
+Exit status: 0 if all rows can be used, 1 if some are bad, 2 if the settings or the table cannot be used.
+"""
+
+import csv
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from causal_wan.config import flat_dict, parse_config, user_errors
+from causal_wan.dataset_report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
+from causal_wan.dataset_survey import BLACK_LUMA, STATIC_MOTION, Survey, count_reason
+from causal_wan.row_records import FACTS, NUM_LOOKS, WHOLE_FILE_BYTES, RecordFile, RowChecker, check_rows, hash_bytes
+from causal_wan.video_files import describe_error, resolve_path
+from dataset_utils import (
+    DataConfig,
+    Row,
+    clip_shapes,
+    load_video,
+    min_num_frames,
+    num_sampleable_frames,
+    read_table,
+    seeded_generator,
+)
+
+
+NUM_STRIP_FRAMES = 6
+PROMPTS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to check, and where the report goes."""
+
+    data: DataConfig
+    output_dir: str = "outputs/check"
+    """Folder of the report."""
+    num_processes: int | None = None
+    """Processes that decode; None is one a core, 0 is this one alone."""
+    num_samples: int = 12
+    """Random rows on the contact sheet."""
+    seed: int = 0
+    """Chooses them."""
+    pretrained_model_name_or_path: str | None = None
+    """Checkpoint whose tokenizer counts the tokens of prompts; without, words are counted."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository."""
+    max_sequence_length: int = 512
+    """Tokens that prompts are cut at."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_processes", "num_samples"):
+            if (vars(self)[name] or 0) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {vars(self)[name]}.")
+
+
+def main(config: Config) -> int:
+    """Checks all rows and writes the report; returns the exit status."""
+    with user_errors():
+        table = read_table(config.data)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = RecordFile(folder / "records.jsonl")
+    facts = collect_facts(table, records, config)
+    hashes, lengths, unit = measure_prompts(table, config)
+    survey = Survey(
+        config.data, facts, find_short(facts, config.data), hashes, lengths, unit, config.max_sequence_length
+    )
+    bad_entries = write_bad_rows(table, survey, records, folder / "bad_rows.csv")
+    sheet = contact_sheet(table, survey, config)
+    write_contact_sheet(sheet, folder / "contact_sheet.png")
+    page = render(
+        survey,
+        show=lambda index: entry(table, index, config.data),
+        bad_entries=bad_entries,
+        contact_sheet=sheet,
+        black=strips(table, survey, np.flatnonzero(survey.black)[:6], config),
+        static=strips(table, survey, np.flatnonzero(survey.static)[:6], config),
+        settings=flat_dict(config.data),
+        notes=describe_figures(config, unit),
+    )
+    report = folder / "dataset_report.html"
+    report.write_text(page, encoding="utf-8", errors="replace")
+    num_bad = int(survey.bad.sum())
+    print(f"{int(survey.usable.sum())} of {len(table)} rows can be used, {num_bad} are bad; see {report}")
+    return 1 if num_bad or not survey.usable.any() else 0
+
+
+# --- facts -----------------------------------------------------------------------------------------------------------
+
+
+def collect_facts(table: Sequence[dict[str, Any]], records: RecordFile, config: Config) -> np.ndarray:
+    """`FACTS` of every row: from the records that are there, and for the others from the files."""
+    facts = np.zeros(len(table), FACTS)
+    num_processes = len(os.sched_getaffinity(0)) if config.num_processes is None else config.num_processes
+    with tempfile.TemporaryDirectory() as folder:
+        keys = Path(folder) / "keys.npy"
+        records.save_keys(keys)
+        checker = RowChecker(config.data, str(keys))
+        progress = tqdm(total=len(table), desc="rows", unit="row", dynamic_ncols=True)
+        for chunk in check_rows(enumerate(table, 1), checker, num_processes):
+            for record in chunk:
+                is_new = len(record) > 2
+                facts[record["row"] - 1] = records.add(record) if is_new else records.find(record["key"])
+            records.flush()
+            progress.update(len(chunk))
+        progress.close()
+    return facts
+
+
+def find_short(facts: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Rows that have fewer frames than a run needs, bool."""
+    wanted = min_num_frames(config)
+    is_short = np.zeros(len(facts), bool)
+    for index in np.flatnonzero(~facts["is_bad"]):
+        frames, rate = int(facts["frames"][index]), float(facts["rate"][index])
+        is_short[index] = num_sampleable_frames(frames, rate, config) < wanted
+    return is_short
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def prompts_of(values: dict[str, Any], config: DataConfig) -> list[str]:
+    """The prompts of a row that are not empty."""
+    texts = ((values[column] or "").strip() for column in config.caption_column)
+    return [text for text in texts if text]
+
+
+def measure_prompts(table: Sequence[dict[str, Any]], config: Config) -> tuple[np.ndarray, np.ndarray, str]:
+    """Hashes of each row's prompts, the length of the longest of them, and the unit of the lengths."""
+    tokenizer = load_tokenizer(config)
+    hashes, lengths = np.zeros(len(table), np.uint64), np.zeros(len(table), np.int64)
+    for start in range(0, len(table), PROMPTS_AT_ONCE):
+        rows = [
+            prompts_of(table[index], config.data) for index in range(start, min(start + PROMPTS_AT_ONCE, len(table)))
+        ]
+        counts = iter(count_tokens([prompt for prompts in rows for prompt in prompts], tokenizer))
+        for index, prompts in enumerate(rows, start):
+            if prompts:
+                hashes[index] = hash_bytes(
+                    "\0".join(" ".join(text.split()) for text in prompts).encode(errors="replace")
+                )
+                lengths[index] = max(next(counts) for _ in prompts)
+    return hashes, lengths, "tokens" if tokenizer else "words"
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the checkpoint, if one is named and can be had; says so if it cannot."""
+    if config.pretrained_model_name_or_path is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(
+            config.pretrained_model_name_or_path, subfolder="tokenizer", revision=config.revision
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        print(f"words are counted, not tokens: the tokenizer cannot be loaded ({reason})", file=sys.stderr)
+        return None
+
+
+def count_tokens(prompts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Tokens of each prompt, or words."""
+    if tokenizer is None or not prompts:
+        return [len(prompt.split()) for prompt in prompts]
+    return [len(tokens) for tokens in tokenizer(prompts, verbose=False).input_ids]
+
+
+# --- rows to show ----------------------------------------------------------------------------------------------------
+
+
+def entry(table: Sequence[dict[str, Any]], index: int, config: DataConfig, **more: Any) -> Entry:
+    """A row as it is shown."""
+    values = table[index]
+    prompt = shorten(" | ".join(prompts_of(values, config)))
+    return Entry(index + 1, str(values[config.video_column] or ""), prompt, **more)
+
+
+def write_bad_rows(table: Sequence[dict[str, Any]], survey: Survey, records: RecordFile, path: Path) -> list[Entry]:
+    """Lists all bad rows in a CSV, counts their reasons, and returns the first of them."""
+    first = []
+    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "video", "reason"])
+        for index in np.flatnonzero(survey.bad):
+            facts = survey.facts[index]
+            if facts["is_bad"]:
+                reason = records.read(facts)["error"]
+            else:
+                available = num_sampleable_frames(int(facts["frames"]), float(facts["rate"]), survey.config)
+                reason = f"{available} frames, fewer than num_frames={min_num_frames(survey.config)}"
+            bad = entry(table, int(index), survey.config, note=reason)
+            writer.writerow([bad.number, bad.path, reason])
+            count_reason(survey.reasons, reason)
+            if len(first) < MAX_BAD_ROWS_SHOWN:
+                first.append(bad)
+    return first
+
+
+def contact_sheet(table: Sequence[dict[str, Any]], survey: Survey, config: Config) -> list[Entry]:
+    """Random usable rows, with strips."""
+    usable = np.flatnonzero(survey.usable)
+    chosen = random.Random(config.seed).sample(range(len(usable)), min(config.num_samples, len(usable)))
+    return strips(table, survey, usable[sorted(chosen)], config)
+
+
+def strips(table: Sequence[dict[str, Any]], survey: Survey, indices: np.ndarray, config: Config) -> list[Entry]:
+    """Rows with a few of their frames, as the model sees them."""
+    entries = []
+    for index in map(int, indices):
+        facts, values = survey.facts[index], table[index]
+        try:
+            path = resolve_path(values[config.data.video_column], Path(config.data.dataset_base_path).resolve())
+            shown = {name: facts[name].item() for name in ("height", "width")}
+            prompts = tuple(prompts_of(values, config.data))
+            row = Row(index + 1, path, prompts, int(facts["frames"]), float(facts["rate"]), **shown)
+            shape = clip_shapes(row, config.data)[-1]
+            video, _ = load_video(row, shape, config.data, seeded_generator(config.seed, 0, index))
+        except (ValueError, OSError, av.FFmpegError) as error:  # it was removed or changed meanwhile
+            entries.append(entry(table, index, config.data, note=describe_error(error)))
+            continue
+        places = torch.linspace(0, video.shape[1] - 1, NUM_STRIP_FRAMES).round().long()
+        frames = video[:, places].permute(1, 2, 3, 0).numpy()
+        note = f"{row.num_frames} frames of {row.height} × {row.width} → {shape[0]} of {shape[1]} × {shape[2]}"
+        entries.append(entry(table, index, config.data, note=note, strip=film_strip(frames)))
+    return entries
+
+
+def describe_figures(config: Config, unit: str) -> list[str]:
+    """How the figures of the report were made."""
+    megabytes = WHOLE_FILE_BYTES >> 20
+    return [
+        f"Every clip was decoded to its end. Brightness and motion are of {NUM_LOOKS} frames, evenly spread, shrunk to "
+        "32 × 32 pixels.",
+        f"Black: mean brightness below {BLACK_LUMA:g} of 255. Nearly static: from one of these frames to the next, "
+        f"brightness changes by less than {STATIC_MOTION:g} of 255 in the mean.",
+        f"Duplicate files have the same bytes; above {megabytes} MiB, the same size and the same first and last "
+        f"{megabytes // 4} MiB. Clips that were encoded anew are not found. Duplicate prompts differ in white space at most.",
+        f"Prompts are measured in {unit}; of several prompts of a row, the longest counts.",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_config(Config, description=__doc__)))
