@@ -203,6 +203,8 @@ def choose_bucket(row: Row, config: DataConfig) -> int:
 
     Among sizes of one aspect ratio, the largest that needs no enlarging is taken.
     """
+    if len(config.buckets) == 1:
+        return 0
     available = num_sampleable_frames(row.num_frames, row.frame_rate, config)
 
     def misfit(bucket: int) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from causal_wan.sample_order import ClipShape
@@ -125,7 +126,7 @@ class DataConfig:
         """The shape of the result, and of all clips without buckets and schedules."""
         return ClipShape(self.num_frames, self.height, self.width)
 
-    @property
+    @cached_property
     def buckets(self) -> list[tuple[int | None, tuple[int, int] | None]]:
         """Length and size of each bucket; None is what the schedule says."""
         sizes = [parse_size(size) for size in self.resolution_buckets]
@@ -138,12 +139,12 @@ class DataConfig:
             length = _at_step(self.frame_stages, step)
         return ClipShape(length, *(_at_step(self.size_stages, step) if size is None else size))
 
-    @property
+    @cached_property
     def frame_stages(self) -> list[tuple[int, int]]:
         """(First step, num_frames) of each stage."""
         return parse_schedule("frames_schedule", self.frames_schedule, int) or [(0, self.num_frames)]
 
-    @property
+    @cached_property
     def size_stages(self) -> list[tuple[int, tuple[int, int]]]:
         """(First step, (height, width)) of each stage."""
         stages = parse_schedule("resolution_schedule", self.resolution_schedule, parse_size)
