@@ -1,6 +1,5 @@
 import os
 import pickle
-import struct
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +8,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from test_video_files import shown_indices, write_playlists, write_video
 from torch.utils.data import DataLoader
 
 from causal_wan.sample_order import ClipShape, SampleOrder
-from causal_wan.video_files import decode_frames, open_video
+from causal_wan.video_files import decode_frames
 from dataset_utils import (
     DataConfig,
     Row,
@@ -33,23 +33,6 @@ from dataset_utils import (
 
 
 SHAPE = ClipShape(9, 32, 48)
-GREY_STEP = 8  # frame i of a test clip is 8 i grey all over
-
-
-def write_video(path, num_frames=24, height=48, width=80, rate=16, frames=None):
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=rate, width=width, height=height, options={"crf": "1"})
-        stream.pix_fmt = "yuv444p"
-        for index in range(num_frames):
-            picture = np.full((height, width, 3), GREY_STEP * index, np.uint8) if frames is None else frames[index]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
-def shown_indices(frames):
-    """The index that each frame of a test clip carries in its grey level."""
-    return (frames.float().mean(dim=(-3, -2, -1)) / GREY_STEP).round().int().tolist()
 
 
 @pytest.fixture
@@ -115,12 +98,6 @@ BAD_ROWS = {
 }
 
 
-def write_playlists(videos):
-    """Files that make FFmpeg open 0.mp4 beside them, if it is let."""
-    (videos / "playlist.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n0.mp4\n#EXT-X-ENDLIST\n")
-    (videos / "list.mp4").write_text("ffconcat version 1.0\nfile 0.mp4\n")
-
-
 def write_bad_files(folder):
     videos = folder / "videos"
     (videos / "sub").mkdir()
@@ -160,15 +137,6 @@ def test_all_bad_rows_are_listed_at_once_with_number_path_and_reason(folder):
         assert reason in line
     assert sum("the prompt is empty" in line for line in listed) == 2
     assert "--on_bad_sample skip" in listed[-1]
-
-
-@pytest.mark.parametrize("name", ["playlist.m3u8", "list.mp4"])
-def test_a_playlist_cannot_reach_other_files_though_ffmpeg_would_let_it(folder, name):
-    write_playlists(folder / "videos")
-    with (folder / "videos" / name).open("rb") as file, av.open(file) as container:
-        assert sum(1 for _ in container.decode(video=0)) == 24  # without our options: the frames of 0.mp4
-    with (folder / "videos" / name).open("rb") as file, pytest.raises(av.FFmpegError):
-        open_video(file)
 
 
 def test_bad_rows_can_be_left_out(folder, caplog):
@@ -298,52 +266,6 @@ def test_random_sampling_starts_anywhere_and_keeps_the_rate(folder):
     assert starts == set(range(16))
 
 
-def test_frames_that_an_edit_list_hides_are_not_counted(folder):
-    """What cutting half a second off without encoding anew leaves: 24 frames in the file, 16 shown."""
-    videos = folder / "videos"
-    with av.open(str(videos / "0.mp4")) as source, av.open(str(videos / "cut.mp4"), "w") as cut:
-        stream = source.streams.video[0]
-        copy, start = cut.add_stream_from_template(stream), int(0.5 / stream.time_base)
-        for packet in source.demux(stream):
-            if packet.dts is not None:
-                packet.pts, packet.dts, packet.stream = packet.pts - start, packet.dts - start, copy
-                cut.mux(packet)
-    settings = config(folder, "video,prompt\ncut.mp4,a\n")
-    rows = load_rows(settings)
-    assert rows[0].num_frames == 16
-    video = VideoDataset(rows, settings).load(0, torch.Generator(), SHAPE)["video"]
-    assert shown_indices(video.movedim(1, 0)) == [8, 10, 12, 14, 16, 17, 19, 21, 23]
-
-
-def test_a_phone_held_upright_gives_upright_frames(folder):
-    picture = np.zeros((48, 80, 3), np.uint8)
-    picture[:, :40] = 255  # the left half, which turns up when the header says to turn clockwise
-    path = write_video(folder / "videos" / "phone.mp4", frames=[picture] * 2, num_frames=2)
-    header = bytearray(path.read_bytes())
-    matrix = header.find(b"tkhd") + 44
-    header[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
-    path.write_bytes(header)
-    (frame,) = decode_frames(path, torch.tensor([0]))
-    assert frame.shape == (3, 80, 48)
-    assert frame[:, :38].float().mean() > 250
-    assert frame[:, 42:].float().mean() < 5
-
-
-@pytest.mark.parametrize("ending", ["mkv", "avi", "ts", "mov"])
-def test_containers_that_state_no_count_are_counted(folder, ending):
-    path = folder / "videos" / f"clip.{ending}"
-    with av.open(str(folder / "videos" / "0.mp4")) as source, av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=16, width=80, height=48, options={"qscale": "1"})
-        stream.bit_rate = 10**7
-        for frame in source.decode(video=0):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"), format="rgb24")))
-        container.mux(stream.encode())
-    settings = config(folder, f"video,prompt\n{path.name},a\n")
-    rows = load_rows(settings)
-    assert rows[0].num_frames == 24
-    assert shown_indices(decode_frames(path, torch.arange(24))) == list(range(24))
-
-
 def test_frames_are_resized_to_cover_and_cropped_in_the_centre():
     frame = torch.zeros(3, 90, 200, dtype=torch.uint8)
     frame[:, 35:55, 90:110] = 255  # a square in the centre
@@ -365,11 +287,6 @@ def test_pixels_become_minus_1_to_1():
     videos = normalize_videos(torch.tensor([0, 255], dtype=torch.uint8))
     assert videos.tolist() == [-1.0, 1.0]
     assert videos.dtype == torch.float32
-
-
-def test_a_file_that_ends_early_is_named(folder):
-    with pytest.raises(ValueError, match=r"0.mp4 ends before frame 30"):
-        decode_frames(folder / "videos" / "0.mp4", torch.tensor([0, 30]))
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
