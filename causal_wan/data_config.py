@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from causal_wan.sample_order import ClipShape
+from causal_wan.video_files import DEFAULT_LIMITS, VideoLimits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class DataConfig:
     """Share of the samples that are mirrored; not for clips with writing, or prompts that say left and right."""
     color_jitter: tuple[float, ...] = ()
     """Largest change of brightness, contrast, saturation and hue, such as 0.1 0.1 0.1 0.02; the same in all frames."""
+    limits: VideoLimits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
         if self.time_division_factor < 1:

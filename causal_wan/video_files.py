@@ -336,10 +336,12 @@ def decode_frames(
         for index, frame in enumerate(_read_frames(container, stream, limits)):
             if index in wanted:
                 picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(-1, 0)
-                picture = torch.rot90(picture, round(frame.rotation / 90), dims=(-2, -1))  # as a phone was held
-                frames += [transform(picture)] * wanted[index]
+                if frame.rotation:  # as a phone was held
+                    picture = torch.rot90(picture, round(frame.rotation / 90), dims=(-2, -1))
+                # Left with the channels last, as they come: to move them takes as long as decoding.
+                frames += [transform(picture).movedim(0, -1)] * wanted[index]
             if len(frames) == len(indices):
-                return torch.stack(frames)
+                return torch.stack(frames).movedim(-1, 1)
     raise ValueError(f"{video} ends before frame {int(indices[-1])}, which its header promises; encode it anew.")
 
 
