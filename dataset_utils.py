@@ -182,7 +182,9 @@ def check_row(number: int, video: str | None, prompts: Sequence[str | None], bas
     prompts = tuple(prompt.strip() for prompt in prompts if (prompt or "").strip())
     if not prompts:
         raise ValueError("the prompt is empty")
-    row = Row(number, path, prompts, *probe_video(path, limits=config.limits))
+    row = Row(
+        number, path, prompts, *probe_video(path, limits=config.limits, as_shown=len(config.resolution_buckets) > 1)
+    )
     available, wanted = num_sampleable_frames(row.num_frames, row.frame_rate, config), min_num_frames(config)
     if available < wanted and config.short_clips != "pad":
         rate = "" if config.frame_sampling == "uniform" else f" at {config.frame_rate:g} frames a second"
