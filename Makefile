@@ -26,7 +26,7 @@ quickstart: .venv/installed
 		--after $(SKETCH)/after --run $(SKETCH)/run --output_dir $(SKETCH)
 
 test: .venv/installed-tests
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed-tests
 	$(PYTHON) -m ruff check .

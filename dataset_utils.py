@@ -182,7 +182,9 @@ def check_row(number: int, video: str | None, prompts: Sequence[str | None], bas
     prompts = tuple(prompt.strip() for prompt in prompts if (prompt or "").strip())
     if not prompts:
         raise ValueError("the prompt is empty")
-    row = Row(number, path, prompts, *probe_video(path))
+    row = Row(
+        number, path, prompts, *probe_video(path, limits=config.limits, as_shown=len(config.resolution_buckets) > 1)
+    )
     available, wanted = num_sampleable_frames(row.num_frames, row.frame_rate, config), min_num_frames(config)
     if available < wanted and config.short_clips != "pad":
         rate = "" if config.frame_sampling == "uniform" else f" at {config.frame_rate:g} frames a second"
@@ -203,6 +205,8 @@ def choose_bucket(row: Row, config: DataConfig) -> int:
 
     Among sizes of one aspect ratio, the largest that needs no enlarging is taken.
     """
+    if len(config.buckets) == 1:
+        return 0
     available = num_sampleable_frames(row.num_frames, row.frame_rate, config)
 
     def misfit(bucket: int) -> tuple[float, ...]:
@@ -299,7 +303,7 @@ def augment_video(video: torch.Tensor, config: DataConfig, generator: torch.Gene
         picture = v2.functional.adjust_brightness(picture, 1 + brightness)
         picture = v2.functional.adjust_contrast(picture, 1 + contrast)
         picture = v2.functional.adjust_saturation(picture, 1 + saturation)
-        video = v2.functional.adjust_hue(picture, hue).view_as(video)
+        video = v2.functional.adjust_hue(picture, hue).reshape(video.shape)
     return video
 
 
@@ -359,7 +363,7 @@ def load_video(row: Row, shape: ClipShape, config: DataConfig, generator: torch.
         ValueError, OSError, av.FFmpegError: If it does not decode.
     """
     indices, num_valid = sample_frame_indices(row.num_frames, row.frame_rate, shape.num_frames, config, generator)
-    frames = decode_frames(row.video, indices, build_video_transform(shape.height, shape.width))
+    frames = decode_frames(row.video, indices, build_video_transform(shape.height, shape.width), limits=config.limits)
     return augment_video(frames.movedim(0, 1), config, generator), num_valid
 
 

@@ -1,4 +1,4 @@
-"""What data costs: decoding against bare PyAV and torchcodec, latents from the cache against encoding as training goes.
+"""What data costs: decoding against bare PyAV and torchcodec, cached latents against encoding as training goes.
 
     python benchmarks/data.py                        # this machine: decoding, and the embedded checkpoint
     python benchmarks/data.py --size 1.3b            # one GPU: WAN 1.3B's VAE at 81 x 480 x 832, random weights

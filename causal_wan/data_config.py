@@ -5,9 +5,11 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from causal_wan.sample_order import ClipShape
+from causal_wan.video_files import DEFAULT_LIMITS, VideoLimits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class DataConfig:
     """Share of the samples that are mirrored; not for clips with writing, or prompts that say left and right."""
     color_jitter: tuple[float, ...] = ()
     """Largest change of brightness, contrast, saturation and hue, such as 0.1 0.1 0.1 0.02; the same in all frames."""
+    limits: VideoLimits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
         if self.time_division_factor < 1:
@@ -125,7 +128,7 @@ class DataConfig:
         """The shape of the result, and of all clips without buckets and schedules."""
         return ClipShape(self.num_frames, self.height, self.width)
 
-    @property
+    @cached_property
     def buckets(self) -> list[tuple[int | None, tuple[int, int] | None]]:
         """Length and size of each bucket; None is what the schedule says."""
         sizes = [parse_size(size) for size in self.resolution_buckets]
@@ -138,12 +141,12 @@ class DataConfig:
             length = _at_step(self.frame_stages, step)
         return ClipShape(length, *(_at_step(self.size_stages, step) if size is None else size))
 
-    @property
+    @cached_property
     def frame_stages(self) -> list[tuple[int, int]]:
         """(First step, num_frames) of each stage."""
         return parse_schedule("frames_schedule", self.frames_schedule, int) or [(0, self.num_frames)]
 
-    @property
+    @cached_property
     def size_stages(self) -> list[tuple[int, tuple[int, int]]]:
         """(First step, (height, width)) of each stage."""
         stages = parse_schedule("resolution_schedule", self.resolution_schedule, parse_size)

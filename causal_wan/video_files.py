@@ -243,8 +243,15 @@ def _timeout_error(limits: VideoLimits) -> ValueError:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def probe_video(video: Video, *, limits: VideoLimits = DEFAULT_LIMITS) -> tuple[int, float, int, int]:
-    """Frames that decode, frames a second, height and width of a file as stored.
+def probe_video(
+    video: Video, *, limits: VideoLimits = DEFAULT_LIMITS, as_shown: bool = False
+) -> tuple[int, float, int, int]:
+    """Frames that decode, frames a second, height and width of a file.
+
+    Args:
+        video: The file.
+        limits: What it may ask for.
+        as_shown: Whether height and width are those of frames turned upright; takes decoding one. Else as stored.
 
     Raises:
         ValueError: If it has no video stream, no frames, a codec that is not known, or asks for more than the limits.
@@ -254,7 +261,9 @@ def probe_video(video: Video, *, limits: VideoLimits = DEFAULT_LIMITS) -> tuple[
         num_frames = count_frames(container, stream, limits)
         if not num_frames:
             raise ValueError("the video has no frames")
-        return num_frames, float(stream.average_rate or 0) or 16.0, stream.height, stream.width
+        facts = num_frames, float(stream.average_rate or 0) or 16.0
+        size = stream.height, stream.width
+    return *facts, *(decode_frames(video, torch.tensor([0]), limits=limits).shape[-2:] if as_shown else size)
 
 
 def count_frames(
@@ -336,10 +345,12 @@ def decode_frames(
         for index, frame in enumerate(_read_frames(container, stream, limits)):
             if index in wanted:
                 picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(-1, 0)
-                picture = torch.rot90(picture, round(frame.rotation / 90), dims=(-2, -1))  # as a phone was held
-                frames += [transform(picture)] * wanted[index]
+                if frame.rotation:  # as a phone was held
+                    picture = torch.rot90(picture, round(frame.rotation / 90), dims=(-2, -1))
+                # Left with the channels last, as they come: to move them takes as long as decoding.
+                frames += [transform(picture).movedim(0, -1)] * wanted[index]
             if len(frames) == len(indices):
-                return torch.stack(frames)
+                return torch.stack(frames).movedim(-1, 1)
     raise ValueError(f"{video} ends before frame {int(indices[-1])}, which its header promises; encode it anew.")
 
 

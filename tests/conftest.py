@@ -1,6 +1,7 @@
 """A tiny WAN with random weights and a few short clips, made once: what the script tests run on."""
 
 import csv
+import importlib
 import os
 import subprocess
 import sys
@@ -115,6 +116,7 @@ def recipe(clips, checkpoint, tmp_path_factory):
 
 
 # One thread: sums over threads depend on how many there are, and the tests compare to the last bit.
+torch.set_num_threads(1)
 SCRIPT_ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "10"}
 
 
@@ -142,6 +144,17 @@ def launch(
     return run_script(
         command, check=check, env={**({} if strategy else {"ACCELERATE_USE_CPU": "true"}), **(env or {})}
     )
+
+
+def run_here(script, *flags):
+    """A script in this process, which has the libraries loaded already."""
+    from accelerate.state import AcceleratorState
+
+    from causal_wan.config import parse_config
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    module = importlib.import_module(script.removesuffix(".py"))
+    module.main(parse_config(module.Config, list(map(str, flags))))
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ ALLOWED = {
     "regression": {"flow", "losses"},
     "video_files": set(),
     "sample_order": set(),
-    "data_config": {"sample_order"},
+    "data_config": {"sample_order", "video_files"},
     "config": set(),
     "run_log": set(),
     "checkpoints": set(),

@@ -5,13 +5,9 @@ import shutil
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from conftest import launch, write_clip
+from conftest import launch, run_here, write_clip
 from safetensors.torch import load_file
 from test_train_video_regression import SCRIPT, metrics, weights
-
-import train_video_regression
-from causal_wan.config import parse_config
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +40,15 @@ STAGES = {"frames_schedule": "0:9,3:17", "resolution_schedule": "0:16x32,2:32x48
 VARIED = {"temporal_crop": 0.7, "horizontal_flip": 0.5, "color_jitter": [0.1, 0.1, 0.1, 0.02]}
 
 
-def run_here(path, *flags):
-    """The script in this process, which has it imported already."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
-    train_video_regression.main(parse_config(train_video_regression.Config, ["--config", str(path), *flags]))
-
-
 @pytest.mark.parametrize("settings", [BUCKETS | VARIED, STAGES], ids=["buckets", "schedule"])
 def test_a_run_of_several_shapes_goes_on_from_a_checkpoint_to_the_last_bit(write_recipe, mixed, settings):
     path, whole = write_recipe("whole", **mixed, **settings)
-    run_here(path)
+    run_here(SCRIPT, "--config", path)
     path, resumed = write_recipe("resumed", **mixed, **settings, resume_from_checkpoint="latest")
     resumed.mkdir()
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     shutil.copy(whole / "metrics.jsonl", resumed)
-    run_here(path)
+    run_here(SCRIPT, "--config", path)
     expected = weights(whole)
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(resumed).items())
     assert metrics(resumed) == metrics(whole)
@@ -70,7 +59,7 @@ def test_two_processes_take_steps_of_the_same_shapes_as_one(write_recipe, mixed)
     for name, processes, batch in (("one", 1, 4), ("two", 2, 2)):
         path, output_dir = write_recipe(name, **{**mixed, **BUCKETS, **VARIED, "train_batch_size": batch})
         if processes == 1:
-            run_here(path)
+            run_here(SCRIPT, "--config", path)
         else:
             launch(SCRIPT, path, num_processes=2)
         losses[name] = [entry["generator_loss"] for entry in metrics(output_dir) if "generator_loss" in entry]
@@ -80,11 +69,11 @@ def test_two_processes_take_steps_of_the_same_shapes_as_one(write_recipe, mixed)
 
 def test_the_plan_counts_buckets_and_stages(write_recipe, mixed, capsys):
     path, _ = write_recipe(**mixed, **BUCKETS)
-    run_here(path, "--dry_run")
+    run_here(SCRIPT, "--config", path, "--dry_run")
     shown = capsys.readouterr().out
     assert "9 x 32 x 48: 0 clips, 9 x 48 x 32: 2 clips, 17 x 32 x 48: 6 clips, 17 x 48 x 32: 2 clips" in shown
     path, _ = write_recipe(**mixed, **STAGES)
-    run_here(path, "--dry_run")
+    run_here(SCRIPT, "--config", path, "--dry_run")
     shown = capsys.readouterr().out
     assert "frames: 9 from step 0, 17 from step 3" in shown
     assert "resolution: 16 x 32 from step 0, 32 x 48 from step 2" in shown

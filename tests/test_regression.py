@@ -9,7 +9,7 @@ from causal_wan.regression import (
     sample_generator,
     summarize_levels,
 )
-from dataset_utils import CLIP_STREAM, ORDER_STREAM, seeded_generator
+from causal_wan.sample_order import CLIP_STREAM, ORDER_STREAM, seeded_generator
 
 
 LEVELS = torch.tensor([1000.0, 757.0, 522.0, 0.0])

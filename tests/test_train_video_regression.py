@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT_ENV, launch, run_script
+from conftest import ROOT, SCRIPT_ENV, launch, run_here, run_script
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
@@ -76,12 +76,12 @@ def test_run_logs_every_metric_that_is_promised(finished):
     assert raw["latent_tokens_per_second"] > 0
 
 
-def test_run_leaves_checkpoints_validation_videos_and_a_config_that_runs_again(finished):
+def test_run_leaves_checkpoints_validation_videos_and_a_config_that_runs_again(finished, capsys):
     _, output_dir = finished
     assert {path.name for path in output_dir.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert len(list((output_dir / "validation" / "step-000004").glob("*.mp4"))) == 2
-    result = launch(SCRIPT, output_dir / "config.yaml", "--dry_run", "--output_dir", output_dir / "again")
-    assert "5 latent frames in 5 block(s) of 1" in result.stdout
+    run_here(SCRIPT, "--config", output_dir / "config.yaml", "--dry_run", "--output_dir", output_dir / "again")
+    assert "5 latent frames in 5 block(s) of 1" in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on_to_the_same_numbers_to_the_last_bit(finished, write_recipe):
@@ -125,11 +125,11 @@ def test_sigterm_to_one_of_two_processes_leaves_a_checkpoint_from_which_the_run_
     assert metrics(output_dir) == metrics(unbroken)
 
 
-def test_a_finished_run_is_not_overwritten(finished):
+def test_a_finished_run_is_not_overwritten(finished, capsys):
     path, output_dir = finished
-    result = launch(SCRIPT, path, check=False)
-    assert result.returncode != 0
-    assert f"{output_dir} holds checkpoint-4; add --resume_from_checkpoint latest" in result.stderr
+    with pytest.raises(SystemExit):
+        run_here(SCRIPT, "--config", path)
+    assert f"{output_dir} holds checkpoint-4; add --resume_from_checkpoint latest" in capsys.readouterr().err
 
 
 def test_two_processes_and_accumulation_learn_the_same(write_recipe):
@@ -138,7 +138,10 @@ def test_two_processes_and_accumulation_learn_the_same(write_recipe):
         path, output_dir = write_recipe(
             name, train_batch_size=batch, gradient_accumulation_steps=accumulate, max_train_steps=3, use_ema=True
         )
-        launch(SCRIPT, path, num_processes=processes)
+        if processes == 1:
+            run_here(SCRIPT, "--config", path)
+        else:
+            launch(SCRIPT, path, num_processes=processes)
         losses[name] = [
             {key: entry[key] for key in ("generator_loss", "generator_grad_norm", "target_latent_std")}
             for entry in metrics(output_dir)
@@ -150,17 +153,17 @@ def test_two_processes_and_accumulation_learn_the_same(write_recipe):
             assert entry == pytest.approx(expected, rel=2e-4)
 
 
-def test_lora_trains_resumes_and_loads_in_the_stock_pipeline(write_recipe, checkpoint):
+def test_lora_trains_resumes_and_loads_in_the_stock_pipeline(write_recipe, checkpoint, capsys):
     lora = {"lora_rank": 2, "max_train_steps": 4, "cache_latents": True}
     path, output_dir = write_recipe("whole", **lora)
-    launch(SCRIPT, path)
+    run_here(SCRIPT, "--config", path)
     assert (output_dir / "checkpoint-4" / "trainable.safetensors").exists()
     file = output_dir / "pytorch_lora_weights.safetensors"
 
     path, resumed_dir = write_recipe("resumed", **{**lora, "resume_from_checkpoint": "latest"})
     (resumed_dir).mkdir()
     (output_dir / "checkpoint-2").rename(resumed_dir / "checkpoint-2")
-    launch(SCRIPT, path)
+    run_here(SCRIPT, "--config", path)
     expected, resumed = load_file(file), load_file(resumed_dir / file.name)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
@@ -169,26 +172,15 @@ def test_lora_trains_resumes_and_loads_in_the_stock_pipeline(write_recipe, check
     pipeline.load_lora_weights(output_dir)
     after = pipeline.transformer(torch.ones(1, 16, 1, 4, 6), torch.tensor([500.0]), torch.ones(1, 3, 16)).sample
     assert not torch.allclose(before, after)
-    generated = run_script(
-        [
-            sys.executable,
-            "generate.py",
-            "--checkpoint",
-            output_dir,
-            "--prompt",
-            "a ball",
-            "--output",
-            output_dir / "x.mp4",
-        ]
-    )
-    assert "1 video(s)" in generated.stdout
+    run_here("generate.py", "--checkpoint", output_dir, "--prompt", "a ball", "--output", output_dir / "x.mp4")
+    assert "1 video(s)" in capsys.readouterr().out
 
 
 def test_cached_latents_give_the_same_numbers(write_recipe):
     path, plain = write_recipe("plain", max_train_steps=2, train_batch_size=1)
-    launch(SCRIPT, path, "--dataloader_num_workers", 2)
+    run_here(SCRIPT, "--config", path, "--dataloader_num_workers", 2)
     path, cached = write_recipe("cached", max_train_steps=2, train_batch_size=1, cache_latents=True)
-    launch(SCRIPT, path)
+    run_here(SCRIPT, "--config", path)
     assert all(torch.equal(weights(plain)[name], value) for name, value in weights(cached).items())
 
 
@@ -232,7 +224,7 @@ LEVERS = {
 
 def test_levers_that_round_nothing_learn_the_same(write_recipe, finished):
     path, output_dir = write_recipe(use_ema=True, **LEVERS)
-    launch(SCRIPT, path)
+    run_here(SCRIPT, "--config", path)
     assert metrics(output_dir) == metrics(finished[1])
     assert all(torch.equal(weights(output_dir)[name], value) for name, value in weights(finished[1]).items())
 
@@ -310,7 +302,9 @@ def test_bad_input_ends_with_one_message_before_anything_is_loaded(write_recipe,
     assert not output_dir.exists()
 
 
-def test_clips_that_break_while_training_are_replaced_counted_and_stop_the_run_above_the_limit(write_recipe, clips):
+def test_clips_that_break_while_training_are_replaced_counted_and_stop_the_run_above_the_limit(
+    write_recipe, clips, capsys
+):
     """The last two rows pass the check, since their headers are whole, but have lost their pictures."""
     import shutil
 
@@ -324,13 +318,12 @@ def test_clips_that_break_while_training_are_replaced_counted_and_stop_the_run_a
         (folder / "videos" / name).write_bytes(content)
     changes = {"dataset_base_path": str(folder / "videos"), "metadata_path": str(folder / "train.csv")}
     path, output_dir = write_recipe("some", **changes)
-    result = launch(SCRIPT, path)
-    assert (result.stdout + result.stderr).count("replaced a clip that does not decode") == 2
+    run_here(SCRIPT, "--config", path)
+    assert "".join(capsys.readouterr()).count("replaced a clip that does not decode") == 2
     assert sum(entry.get("num_bad_samples", 0) for entry in metrics(output_dir)) >= 2
     path, output_dir = write_recipe("many", **changes, max_bad_samples=1)
-    result = launch(SCRIPT, path, check=False)
-    assert result.returncode != 0
-    assert "at most max_bad_samples=1 clips may fail to decode, but 2 did" in result.stderr
+    with pytest.raises(ValueError, match="at most max_bad_samples=1 clips may fail to decode, but 2 did"):
+        run_here(SCRIPT, "--config", path)
 
 
 def test_help_is_grouped_by_owner():

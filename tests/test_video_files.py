@@ -82,6 +82,8 @@ def test_a_phone_held_upright_gives_upright_frames(tmp_path):
     assert frame.shape == (3, 80, 48)
     assert frame[:, :38].float().mean() > 250
     assert frame[:, 42:].float().mean() < 5
+    assert probe_video(path)[2:] == (48, 80)
+    assert probe_video(path, as_shown=True)[2:] == (80, 48)
 
 
 @pytest.mark.parametrize("ending", ["mkv", "avi", "ts", "mov"])
