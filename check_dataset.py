@@ -1,8 +1,8 @@
 """Reads every clip of a data set before anything is trained on it, and writes a report to look at.
 
-    python check_dataset.py --config examples/sketch/recipe.yaml --output_dir outputs/check
+    python check_dataset.py --dataset_base_path data/videos --metadata_path data/metadata.csv --output_dir outputs/check
 
-Takes a recipe of the training script and the same flags. In the output folder:
+Takes a recipe of the training script as well (`--config`), and its flags for data. In the output folder:
 
     dataset_report.html  usable and bad rows, histograms, duplicates, black and static clips, a contact sheet, advice
     contact_sheet.png    random rows as the model will see them
@@ -13,27 +13,33 @@ Takes a recipe of the training script and the same flags. In the output folder:
 Exit status: 0 if all rows can be used, 1 if some are bad, 2 if the settings or the table cannot be used.
 """
 
+import argparse
 import csv
 import os
 import random
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import torch
+import yaml
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from causal_wan.config import flat_dict, parse_config, user_errors
+from causal_wan.config import ALIASES, flat_dict, flat_fields, parse_config, user_errors
 from causal_wan.dataset_report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
 from causal_wan.dataset_survey import BLACK_LUMA, STATIC_MOTION, Survey, count_reason
+from causal_wan.memory import MemoryConfig
+from causal_wan.models import ModelConfig
+from causal_wan.regression import RegressionConfig
 from causal_wan.row_records import FACTS, NUM_LOOKS, WHOLE_FILE_BYTES, RecordFile, RowChecker, check_rows, hash_bytes
+from causal_wan.training import TrainingConfig
+from causal_wan.validation import ValidationConfig
 from causal_wan.video_files import describe_error, resolve_path
 from dataset_utils import (
     DataConfig,
@@ -75,6 +81,14 @@ class Config:
         for name in ("num_processes", "num_samples"):
             if (vars(self)[name] or 0) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {vars(self)[name]}.")
+
+
+# What a recipe of the training script may hold beside.
+TRAINING_SETTINGS = {"cache_latents", "dry_run"}.union(
+    name
+    for config in (ModelConfig, MemoryConfig, RegressionConfig, TrainingConfig, ValidationConfig)
+    for name, _ in flat_fields(config)
+).difference(name for name, _ in flat_fields(Config))
 
 
 def main(config: Config) -> int:
@@ -155,15 +169,13 @@ def measure_prompts(table: Sequence[dict[str, Any]], config: Config) -> tuple[np
     tokenizer = load_tokenizer(config)
     hashes, lengths = np.zeros(len(table), np.uint64), np.zeros(len(table), np.int64)
     for start in range(0, len(table), PROMPTS_AT_ONCE):
-        rows = [
-            prompts_of(table[index], config.data) for index in range(start, min(start + PROMPTS_AT_ONCE, len(table)))
-        ]
+        end = min(start + PROMPTS_AT_ONCE, len(table))
+        rows = [prompts_of(table[index], config.data) for index in range(start, end)]
         counts = iter(count_tokens([prompt for prompts in rows for prompt in prompts], tokenizer))
         for index, prompts in enumerate(rows, start):
             if prompts:
-                hashes[index] = hash_bytes(
-                    "\0".join(" ".join(text.split()) for text in prompts).encode(errors="replace")
-                )
+                text = "\0".join(" ".join(prompt.split()) for prompt in prompts)
+                hashes[index] = hash_bytes(text.encode(errors="replace"))
                 lengths[index] = max(next(counts) for _ in prompts)
     return hashes, lengths, "tokens" if tokenizer else "words"
 
@@ -253,15 +265,35 @@ def describe_figures(config: Config, unit: str) -> list[str]:
     """How the figures of the report were made."""
     megabytes = WHOLE_FILE_BYTES >> 20
     return [
-        f"Every clip was decoded to its end. Brightness and motion are of {NUM_LOOKS} frames, evenly spread, shrunk to "
-        "32 × 32 pixels.",
+        f"Every clip was decoded to its end. Brightness and motion are of {NUM_LOOKS} frames, evenly spread, shrunk "
+        "to 32 × 32 pixels.",
         f"Black: mean brightness below {BLACK_LUMA:g} of 255. Nearly static: from one of these frames to the next, "
         f"brightness changes by less than {STATIC_MOTION:g} of 255 in the mean.",
         f"Duplicate files have the same bytes; above {megabytes} MiB, the same size and the same first and last "
-        f"{megabytes // 4} MiB. Clips that were encoded anew are not found. Duplicate prompts differ in white space at most.",
+        f"{megabytes // 4} MiB. Clips that were encoded anew are not found. Duplicate prompts differ in "
+        "white space at most.",
         f"Prompts are measured in {unit}; of several prompts of a row, the longest counts.",
     ]
 
 
+def read_config(argv: Sequence[str] | None = None) -> Config:
+    """The config; settings of a recipe that belong to training alone are passed over."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    given, rest = parser.parse_known_args(argv)
+    if given.config is None or not given.config.is_file():
+        return parse_config(Config, argv, description=__doc__)
+    try:
+        recipe = yaml.safe_load(given.config.read_text())
+    except yaml.YAMLError:
+        return parse_config(Config, argv, description=__doc__)  # which says what is wrong with it
+    if isinstance(recipe, dict):
+        recipe = {key: value for key, value in recipe.items() if ALIASES.get(key, key) not in TRAINING_SETTINGS}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / given.config.name
+        path.write_text(yaml.safe_dump(recipe, allow_unicode=True))
+        return parse_config(Config, ["--config", str(path), *rest], description=__doc__)
+
+
 if __name__ == "__main__":
-    sys.exit(main(parse_config(Config, description=__doc__)))
+    sys.exit(main(read_config()))

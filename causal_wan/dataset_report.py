@@ -1,10 +1,11 @@
 """A survey of a data set as one HTML page that fetches nothing, and its contact sheet as a PNG.
 
-Paths and prompts may come from anyone: the template escapes all text, and the page forbids itself scripts and requests.
+Paths and prompts may come from anyone: all text is escaped, and the page forbids itself scripts and requests.
 """
 
 import base64
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 from PIL import Image, ImageDraw, ImageFont
 
 from causal_wan.dataset_survey import MAX_REASONS, Survey, histograms, suggest, summary
@@ -76,6 +78,11 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_PROMPT_CHARACTERS else text[:MAX_PROMPT_CHARACTERS] + "…"
 
 
+def mark_flags(text: str) -> Markup:
+    """Escaped text with its flags set as code."""
+    return Markup(re.sub(r"--[a-z_]+", r'<code class="flag">\g<0></code>', str(escape(text))))
+
+
 def first_groups(groups: Sequence[np.ndarray], show: Callable[[int], Entry]) -> list[dict[str, Any]]:
     """The largest groups of rows, and the first rows of each."""
     return [
@@ -111,6 +118,7 @@ def render(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    environment.filters["flags"] = mark_flags
     return environment.get_template("dataset_report.html.jinja").render(
         **summary(survey),
         suggestions=suggest(survey),

@@ -151,8 +151,7 @@ def histogram_of_numbers(
     labels = [f"{first + step * bar:g}" for bar in range(num_bars)]
     if top < high:
         labels[-1] += f" to {high:g}"
-    quartiles = np.quantile(values, [0, 0.5, 1])
-    note = "{:.4g} to {:.4g} {}, median {:.4g}".format(quartiles[0], quartiles[2], unit, quartiles[1])
+    note = f"{low:,.4g} to {high:,.4g} {unit}, median {np.median(values):,.4g}; {max(counts):,} in the highest bar"
     if mark is not None:
         place = (mark[0] - first) / step + 0.5 * np.issubdtype(values.dtype, np.integer)
         mark = (place, mark[1]) if 0 <= place <= num_bars else None
@@ -215,21 +214,20 @@ def suggest(survey: Survey) -> list[str]:
 
 
 def _suggest_for_bad_rows(survey: Survey) -> Iterator[str]:
-    config, num_bad = survey.config, int(survey.facts["is_bad"].sum())
-    if num_bad:
+    config = survey.config
+    if num_bad := int(survey.facts["is_bad"].sum()):
         yield (
-            f"{num_bad:,} {_rows(num_bad)} cannot be read: correct or remove them (bad_rows.csv lists all), or leave "
-            "them out with --on_bad_sample skip."
+            f"Bad rows: {num_bad:,}. Correct or remove them (bad_rows.csv lists all), or leave them out with "
+            "--on_bad_sample skip."
         )
     if num_short := int(survey.is_short.sum()):
-        frames = survey.readable["frames"]
         factor = config.time_division_factor
-        fits = (int(np.quantile(frames, 0.05)) - 1) // factor * factor + 1
-        shorter = f", or --num_frames {fits}, which 95 % of them have" if 1 < fits < config.num_frames else ""
+        fits = (int(np.quantile(survey.readable["frames"], 0.05)) - 1) // factor * factor + 1
+        shorter = f", or --num_frames {fits}, which 95 % of all clips have" if 1 < fits < config.num_frames else ""
         done = {"error": "stop a run", "skip": "are left out", "pad": "are padded"}[config.short_clips]
         yield (
-            f"{num_short:,} {_clips(num_short)} with too few frames {done}: use --short_clips pad (repeats the last "
-            f"frame, left out of the loss), --short_clips skip, or --frame_buckets{shorter}."
+            f"Clips with too few frames: {num_short:,}; they {done}. Use --short_clips pad (repeats the last frame, "
+            f"and leaves that out of the loss), --short_clips skip, or shorter --frame_buckets{shorter}."
         )
 
 
@@ -247,8 +245,8 @@ def _suggest_for_shape(survey: Survey) -> Iterator[str]:
     slow = int((facts["rate"] < 0.9 * config.frame_rate).sum())
     if config.frame_sampling != "uniform" and slow:
         yield (
-            f"{slow:,} {_clips(slow)} with fewer than {config.frame_rate:g} frames a second: their frames are shown "
-            "more than once; lower --frame_rate."
+            f"Clips with fewer than {config.frame_rate:g} frames a second: {slow:,}. Some of their frames are shown "
+            "twice; lower --frame_rate."
         )
     if not config.resolution_buckets:
         yield from _suggest_for_size(survey)
@@ -257,57 +255,45 @@ def _suggest_for_shape(survey: Survey) -> Iterator[str]:
 def _suggest_for_size(survey: Survey) -> Iterator[str]:
     facts, config = survey.readable, survey.config
     height, width = config.height, config.width
+    is_turned = np.sign(facts["height"] - facts["width"]) == -np.sign(height - width)
+    is_turned &= facts["height"] != facts["width"]
     scale = np.maximum(height / facts["height"], width / facts["width"])
     kept = height * width / (facts["height"] * facts["width"] * scale**2)
     if num_cropped := int((kept < 0.75).sum()):
-        turned = int((np.sign(facts["height"] - facts["width"]) == -np.sign(height - width)).sum())
-        what = "portrait" if height <= width else "landscape"
-        if turned > 0.9 * len(facts):
-            advice = f"use --height {width} --width {height}"
-        else:
-            advice = f"use --resolution_buckets {height}x{width} {width}x{height}"
-            if height == width:
-                advice = "use --resolution_buckets"
+        share = 100 * np.mean(is_turned)
+        kind = "portrait" if height <= width else "landscape"
+        sizes = f"{height}x{width} {width}x{height}" if height != width else "with several sizes"
+        advice = f"--height {width} --width {height}" if share > 90 else f"--resolution_buckets {sizes}"
         yield (
-            f"{num_cropped:,} {_clips(num_cropped)} lose more than a quarter of the picture to the crop; "
-            f"{100 * turned / len(facts):.0f} % of all clips are {what}: {advice}."
+            f"More than a quarter of the picture is lost to the crop: {num_cropped:,} of {len(facts):,} clips; "
+            f"{share:.0f} % of all are {kind}. Use {advice}."
         )
-    enlarged = int((scale > 1.2).sum())
-    if enlarged > 0.1 * len(facts):
+    targets = np.where(is_turned, [[width], [height]], [[height], [width]])  # as they would be if that advice is taken
+    scale = np.maximum(targets[0] / facts["height"], targets[1] / facts["width"])
+    if (num_small := int((scale > 1.2).sum())) > 0.1 * len(facts):
         yield (
-            f"{enlarged:,} {_clips(enlarged)} have to be enlarged, in the median {np.median(scale[scale > 1.2]):.1f} "
-            f"times, which blurs: use a smaller --height and --width than {height} x {width}."
+            f"Enlarging blurs: {num_small:,} of {len(facts):,} clips are smaller than {height} x {width}, in the "
+            f"median {np.median(scale[scale > 1.2]):.1f} times. Use a smaller --height and --width."
         )
 
 
 def _suggest_for_contents(survey: Survey) -> Iterator[str]:
     if num_cut := int(survey.is_cut.sum()):
         yield (
-            f"{num_cut:,} {_rows(num_cut)} with a prompt of more than {survey.max_sequence_length} tokens: the rest of "
-            "it is cut off, so say first what matters, or shorten."
+            f"Prompts that are cut at {survey.max_sequence_length} tokens: {num_cut:,}. Say first what matters, or "
+            "shorten them."
         )
     if extra := sum(len(group) - 1 for group in survey.duplicate_files()):
         yield (
-            f"{extra:,} {_rows(extra)} show a file that an earlier row shows: remove them, or, if the prompts differ, "
-            "give one row several prompts with --caption_column."
+            f"Rows that show a file of an earlier row: {extra:,}. Remove them, or, if the prompts differ, give one "
+            "row several prompts with --caption_column."
         )
     num_prompts = len(np.unique(survey.prompt_hashes[survey.prompt_hashes != 0]))
     if num_prompts == 1 < int(survey.usable.sum()):
         yield "All rows have the same prompt: a student learns to ignore it, and cannot be asked for anything."
-    for name, chosen, advice in (
-        ("black", survey.black, "remove them"),
-        ("nearly static", survey.static, "remove them, unless stillness is what is to be learned"),
-    ):
+    for name, chosen in (("Black", survey.black), ("Nearly static", survey.static)):
         if count := int(chosen.sum()):
-            yield f"{count:,} {_clips(count)} {'is' if count == 1 else 'are'} {name}: {advice}."
-
-
-def _rows(count: int) -> str:
-    return "row" if count == 1 else "rows"
-
-
-def _clips(count: int) -> str:
-    return "clip" if count == 1 else "clips"
+            yield f"{name} clips: {count:,}. Look at them below; a student learns to do nothing from them."
 
 
 def summary(survey: Survey) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from torchvision.transforms import v2
 
 from causal_wan.data_config import DataConfig
-from causal_wan.video_files import Video, decode_frames, describe_error, resolve_path
+from causal_wan.video_files import Video, VideoLimits, decode_frames, describe_error, resolve_path
 from dataset_utils import check_row
 
 
@@ -87,20 +87,21 @@ class RowChecker:
         except (ValueError, OSError) as error:
             state = [str(error)]
         has_prompt = any((values[column] or "").strip() for column in self.config.caption_column)
-        return hash_bytes(json.dumps([VERSION, str(self._base), str(video), state, has_prompt]).encode())
+        facts = [VERSION, str(self._base), str(video), state, has_prompt, vars(self.config.limits)]
+        return hash_bytes(json.dumps(facts).encode())
 
     def facts(self, number: int, values: dict[str, Any]) -> dict[str, Any]:
         """What is in the video of a row, or the error by which it cannot be used."""
         prompts = [values[column] for column in self.config.caption_column]
+        # The report tells which clips are short, and the size as shown is seen in decoding.
+        config = replace(self.config, short_clips="pad", resolution_buckets=())
         try:
-            row = check_row(
-                number, values[self.config.video_column], prompts, self._base, replace(self.config, short_clips="pad")
-            )
+            row = check_row(number, values[config.video_column], prompts, self._base, config)
             return {
                 "frames": row.num_frames,
                 "rate": round(row.frame_rate, 4),
                 **look_at_file(row.video),
-                **look_at_pictures(row.video, row.num_frames),
+                **look_at_pictures(row.video, row.num_frames, self.config.limits),
             }
         except (ValueError, OSError, av.FFmpegError) as error:
             return {"error": describe_error(error)}
@@ -146,7 +147,7 @@ def _hash_file(file: BinaryIO, count: int) -> int:
     return int.from_bytes(digest.digest())
 
 
-def look_at_pictures(video: Video, num_frames: int) -> dict[str, float]:
+def look_at_pictures(video: Video, num_frames: int, limits: VideoLimits) -> dict[str, float]:
     """Decodes a clip to its end, and describes a few of its frames: size as shown, brightness and motion."""
     sizes = []
 
@@ -155,7 +156,7 @@ def look_at_pictures(video: Video, num_frames: int) -> dict[str, float]:
         return v2.functional.resize(frame, [LOOK_SIZE, LOOK_SIZE], antialias=True)
 
     indices = torch.linspace(0, num_frames - 1, NUM_LOOKS, dtype=torch.float64).round().long()
-    looks = decode_frames(video, indices, shrink).float()
+    looks = decode_frames(video, indices, shrink, limits=limits).float()
     luma = (looks * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1)  # (T, 32, 32)
     height, width = sizes[0]
     return {
