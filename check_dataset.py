@@ -1,6 +1,7 @@
 """Reads every clip of a data set before anything is trained on it, and writes a report to look at.
 
-    python check_dataset.py --dataset_base_path data/videos --metadata_path data/metadata.csv --output_dir outputs/check
+    python check_dataset.py --dataset_base_path data/videos --metadata_path data/metadata.csv \\
+        --output_dir outputs/check
 
 Takes a recipe of the training script as well (`--config`), and its flags for data. In the output folder:
 
@@ -83,10 +84,9 @@ class Config:
 
 
 # What a recipe of the training script may hold beside.
-TRAINING_SETTINGS = names_of(
-    ModelConfig, MemoryConfig, RegressionConfig, TrainingConfig, ValidationConfig, CacheConfig
+TRAINING_SETTINGS = {"dry_run"} | names_of(
+    CacheConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig, ValidationConfig
 )
-TRAINING_SETTINGS |= {"dry_run"}
 
 
 def main(config: Config) -> int:

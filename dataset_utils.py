@@ -56,6 +56,8 @@ class Row:
     height: int
     width: int
     source: int = 0  # of several
+    name: str = ""  # of the video, as the table has it
+    content: str = ""  # SHA-256 of the file, if it is known
 
 
 class ShortClipError(ValueError):

@@ -1,15 +1,16 @@
 """The latents and prompt embeddings of a data set in a folder: what a run wants of them, what is there, what is not.
 
 `latents/` and `prompts/` hold tensors by key, `files.parquet` what is known of the video files, `models.json` which
-models encoded them. A latent is found by the content of its file and by all that shapes it, so a cache serves any number of
-runs and of tables, and changed files and settings are never mistaken for others.
+models encoded them. A latent is found by the content of its file and by all that shapes it, so a cache serves any
+number of runs and of tables, and changed files and settings are never mistaken for others.
 
 Shapes: C = latent channels, F = latent frames, H, W = latent height and width, S = prompt tokens, D = text dimension.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 from causal_wan.data_config import DataConfig
 from causal_wan.file_manifest import FileFacts, FileManifest, hash_content, stat_of
+from causal_wan.models import CheckpointConfig, find_part
 from causal_wan.sample_order import ClipShape
 from causal_wan.tensor_cache import CacheWriter, TensorCache, describe_differences, settings_key
 
@@ -28,6 +30,7 @@ LatentsDtype = Literal["bf16", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_SHOWN = 5
 PROMPT_SHARD_BYTES = 32 << 20
+MODEL_SUFFIXES = {".json", ".model", ".safetensors"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ class Encoders:
     vae: str
     text_encoder: str
     vae_dtype: str
+    vae_tiling: bool
     text_dtype: str
     max_sequence_length: int
 
@@ -81,6 +85,7 @@ class CachedData:
             "crop": "aspect kept, centre",
             "vae": self.encoders.vae,
             "vae_dtype": self.encoders.vae_dtype,
+            "vae_tiling": self.encoders.vae_tiling,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
@@ -101,13 +106,16 @@ class CachedData:
         """Of the embedding of a prompt."""
         return settings_key(self.prompt_settings, prompt)
 
-    def missing_clips(
-        self, rows: Sequence[Any], shapes: Callable[[Any], list[ClipShape]]
-    ) -> list[tuple[int, ClipShape]]:
-        """(index of a row, shape) of each latent that is not there; one of those that have the same key."""
+    def missing_clips(self, rows: Sequence[Any], shapes: Sequence[Sequence[ClipShape]]) -> list[tuple[int, ClipShape]]:
+        """(index of a row, shape) of each latent that is not there; one of those that have the same key.
+
+        Args:
+            rows: With `content`.
+            shapes: In which each row is wanted.
+        """
         missing: dict[bytes, tuple[int, ClipShape]] = {}
-        for index, row in enumerate(rows):
-            for shape in shapes(row):
+        for index, (row, wanted) in enumerate(zip(rows, shapes, strict=True)):
+            for shape in wanted:
                 key = self.latent_key(row.content, shape)
                 if not row.content or key not in self.latents:
                     missing.setdefault(key if row.content else index.to_bytes(8), (index, shape))
@@ -118,7 +126,7 @@ class CachedData:
         return sorted(prompt for prompt in set(prompts) if self.prompt_key(prompt) not in self.prompts)
 
     def check_complete(
-        self, rows: Sequence[Any], shapes: Callable[[Any], list[ClipShape]], prompts: Iterable[str]
+        self, rows: Sequence[Any], shapes: Sequence[Sequence[ClipShape]], prompts: Iterable[str]
     ) -> None:
         """Checks that all latents and embeddings are there.
 
@@ -140,12 +148,13 @@ class CachedData:
             "precompute_latents.py with the same settings, or add --cache_latents to encode them as training goes."
         )
 
-    def writers(self, *, eager: bool = False) -> tuple[CacheWriter, CacheWriter]:
-        """Of latents and of prompt embeddings."""
-        return (
-            CacheWriter(self.folder / "latents", eager=eager),
-            CacheWriter(self.folder / "prompts", shard_bytes=PROMPT_SHARD_BYTES),
-        )
+    def latent_writer(self, *, eager: bool = False) -> CacheWriter:
+        """Writes latents; `eager` is that of `CacheWriter`."""
+        return CacheWriter(self.latents.folder, eager=eager)
+
+    def prompt_writer(self) -> CacheWriter:
+        """Writes prompt embeddings."""
+        return CacheWriter(self.prompts.folder, shard_bytes=PROMPT_SHARD_BYTES)
 
 
 def check_can_be_cached(data: DataConfig) -> None:
@@ -246,21 +255,59 @@ def _content(row: Any, manifest: FileManifest) -> str:
     return known.content if known is not None else ""
 
 
-def read_identities(folder: str | Path) -> dict[str, str]:
-    """SHA-256 of each model that a cache was made with, by part and checkpoint: see `identity_name`."""
-    path = Path(folder) / "models.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def identify_encoders(
+    folder: str | Path,
+    checkpoint: CheckpointConfig,
+    manifest: FileManifest,
+    *,
+    vae_tiling: bool,
+    text_dtype: str,
+    download: bool,
+) -> Encoders:
+    """What encodes, told by the content of its weights, which are read unless the manifest knows the files.
+
+    Args:
+        folder: Of the cache. It remembers what its checkpoints are, for runs without VAE and text encoder at hand.
+        checkpoint: Where the encoders are, and the VAE's precision.
+        manifest: Of the folder.
+        vae_tiling: Whether the VAE encodes in tiles.
+        text_dtype: Precision of the text encoder, as in `DTYPES`.
+        download: Whether to fetch encoders from the hub; else those that are not at hand are remembered.
+
+    Raises:
+        ValueError: If encoders are neither at hand nor remembered.
+    """
+    name, path = checkpoint.pretrained_model_name_or_path, Path(folder) / "models.json"
+    name = str(Path(name).resolve()) if Path(name).is_dir() else f"{name} at {checkpoint.revision or 'main'}"
+    remembered = json.loads(path.read_text()) if path.is_file() else {}
+    contents = dict(remembered.get(name, {}))
+    for part, folders in {"vae": ["vae"], "text_encoder": ["text_encoder", "tokenizer"]}.items():
+        places = [
+            find_part(checkpoint.pretrained_model_name_or_path, each, revision=checkpoint.revision, download=download)
+            for each in folders
+        ]
+        if all(place is not None and place.is_dir() for place in places):
+            contents[part] = _content_of_part(places, manifest)
+        elif part not in contents:
+            raise ValueError(
+                f"latents_dir must be made with the checkpoint of the run, but {folder} does not know {name}; run "
+                "precompute_latents.py with it."
+            )
+    if download and remembered.get(name) != contents:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(remembered | {name: contents}, indent=1))
+        os.replace(partial, path)
+    return Encoders(
+        vae=contents["vae"],
+        text_encoder=contents["text_encoder"],
+        vae_dtype=checkpoint.vae_dtype,
+        vae_tiling=vae_tiling,
+        text_dtype=text_dtype,
+        max_sequence_length=checkpoint.max_sequence_length,
+    )
 
 
-def write_identities(folder: str | Path, identities: dict[str, str]) -> None:
-    """Adds to those of a folder. One process at a time."""
-    path = Path(folder) / "models.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(read_identities(folder) | identities, indent=1))
-    os.replace(partial, path)
-
-
-def identity_name(part: str, checkpoint: str, revision: str | None) -> str:
-    """How a part of a checkpoint is called in `models.json`."""
-    return f"{part} of {checkpoint}" + (f" at {revision}" if revision else "")
+def _content_of_part(folders: Sequence[Path], manifest: FileManifest) -> str:
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES]
+    return hashlib.sha256(str([(path.name, manifest.content(path)) for path in files]).encode()).hexdigest()

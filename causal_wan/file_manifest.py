@@ -6,7 +6,7 @@ With it a run need not open the files again, nor even have them: latents are fou
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -100,9 +100,7 @@ class FileManifest:
     def save(self) -> None:
         """Writes all facts, whole or not at all. One process at a time."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        columns = {
-            field.name: [getattr(fact, field.name) for fact in self.by_path.values()] for field in fields(FileFacts)
-        }
+        rows = [vars(facts) for facts in self.by_path.values()]
         partial = self.path.with_name(f".{NAME}.{os.getpid()}.partial")
-        pq.write_table(pa.table(columns, schema=pa.schema(SCHEMA.items())), partial)
+        pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(SCHEMA.items())), partial)
         os.replace(partial, self.path)

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -124,11 +124,17 @@ class TensorCache:
                 logger.warning("%s", error)
                 yield key
 
-    def drop(self, keys: Iterable[bytes]) -> None:
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Takes entries out of the index alone."""
+        for key in keys:
+            self._entries.pop(key, None)
+
+    def drop(self, keys: Sequence[bytes]) -> None:
         """Takes entries out of the index and out of their shards, which are written anew without them."""
         by_shard: dict[int, set[str]] = {}
         for key in keys:
-            by_shard.setdefault(self._entries.pop(key), set()).add(key.hex())
+            by_shard.setdefault(self._entries[key], set()).add(key.hex())
+        self.forget(keys)
         for number, dropped in by_shard.items():
             path = self.shards[number]
             with safe_open(path, framework="pt") as shard:
