@@ -1,7 +1,6 @@
 """Reads every clip of a data set before anything is trained on it, and writes a report to look at.
 
-    python check_dataset.py --dataset_base_path data/videos --metadata_path data/metadata.csv \\
-        --output_dir outputs/check
+    python check_dataset.py --dataset_base_path data/videos --metadata_path data/metadata.csv
 
 Takes a recipe of the training script as well (`--config`), and its flags for data. In the output folder:
 
@@ -266,7 +265,7 @@ def describe_figures(config: Config, unit: str) -> list[str]:
         f"Every clip was decoded to its end. Brightness and motion are of {NUM_LOOKS} frames, evenly spread, shrunk "
         "to 32 × 32 pixels.",
         f"Black: mean brightness below {BLACK_LUMA:g} of 255. Nearly static: from one of these frames to the next, "
-        f"brightness changes by less than {STATIC_MOTION:g} of 255 in the mean.",
+        f"no place changes by more than {STATIC_MOTION:g} of 255, in the mean over time.",
         f"Duplicate files have the same bytes; above {megabytes} MiB, the same size and the same first and last "
         f"{megabytes // 4} MiB. Clips that were encoded anew are not found. Duplicate prompts differ in "
         "white space at most.",

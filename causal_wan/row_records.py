@@ -45,7 +45,7 @@ FACTS = np.dtype(
         ("width", "i4"),
         ("bytes", "i8"),
         ("luma", "f4"),  # mean brightness, 0 to 255
-        ("motion", "f4"),  # mean change of brightness from look to look
+        ("motion", "f4"),  # change of brightness from look to look, where it is largest
         ("content", "u8"),  # hash of the file
     ]
 )
@@ -163,7 +163,7 @@ def look_at_pictures(video: Video, num_frames: int, limits: VideoLimits) -> dict
         "height": height,
         "width": width,
         "luma": round(float(luma.mean()), 3),
-        "motion": round(float(luma.diff(dim=0).abs().mean()), 4),
+        "motion": round(float(luma.diff(dim=0).abs().amax(dim=(1, 2)).mean()), 3),
     }
 
 

@@ -162,6 +162,7 @@ def _write_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         save_file(tensors, partial, metadata=metadata)
+        partial.chmod(0o644)  # safetensors lets nobody else read
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
