@@ -160,7 +160,7 @@ def test_duplicates_and_clips_that_show_nothing_are_found(folder):
     assert re.search("Black: 1 row 10 black.mp4", empty)
     assert re.search("Nearly static: 1 row 11 still.mp4", empty)
     shapes = report.section("What is in it")
-    assert re.search(r"32 × 48 8 48 × 32 2", shapes)
+    assert re.search(r"32 × 48 +9 +48 × 32 +2", shapes)
     assert re.search(r"2:3|9:16|3:4", shapes)
 
 
