@@ -13,7 +13,6 @@ Takes a recipe of the training script as well (`--config`), and its flags for da
 Exit status: 0 if all rows can be used, 1 if some are bad, 2 if the settings or the table cannot be used.
 """
 
-import argparse
 import csv
 import os
 import random
@@ -27,11 +26,11 @@ from typing import Any
 import av
 import numpy as np
 import torch
-import yaml
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from causal_wan.config import ALIASES, flat_dict, flat_fields, parse_config, user_errors
+from causal_wan.cached_data import CacheConfig
+from causal_wan.config import flat_dict, names_of, parse_config, user_errors
 from causal_wan.dataset_report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
 from causal_wan.dataset_survey import BLACK_LUMA, STATIC_MOTION, Survey, count_reason
 from causal_wan.memory import MemoryConfig
@@ -84,11 +83,9 @@ class Config:
 
 
 # What a recipe of the training script may hold beside.
-TRAINING_SETTINGS = {"cache_latents", "dry_run"}.union(
-    name
-    for config in (ModelConfig, MemoryConfig, RegressionConfig, TrainingConfig, ValidationConfig)
-    for name, _ in flat_fields(config)
-).difference(name for name, _ in flat_fields(Config))
+TRAINING_SETTINGS = {"dry_run"} | names_of(
+    CacheConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig, ValidationConfig
+)
 
 
 def main(config: Config) -> int:
@@ -276,24 +273,5 @@ def describe_figures(config: Config, unit: str) -> list[str]:
     ]
 
 
-def read_config(argv: Sequence[str] | None = None) -> Config:
-    """The config; settings of a recipe that belong to training alone are passed over."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    given, rest = parser.parse_known_args(argv)
-    if given.config is None or not given.config.is_file():
-        return parse_config(Config, argv, description=__doc__)
-    try:
-        recipe = yaml.safe_load(given.config.read_text())
-    except yaml.YAMLError:
-        return parse_config(Config, argv, description=__doc__)  # which says what is wrong with it
-    if isinstance(recipe, dict):
-        recipe = {key: value for key, value in recipe.items() if ALIASES.get(key, key) not in TRAINING_SETTINGS}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / given.config.name
-        path.write_text(yaml.safe_dump(recipe, allow_unicode=True))
-        return parse_config(Config, ["--config", str(path), *rest], description=__doc__)
-
-
 if __name__ == "__main__":
-    sys.exit(main(read_config()))
+    sys.exit(main(parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS)))

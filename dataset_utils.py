@@ -56,6 +56,8 @@ class Row:
     height: int
     width: int
     source: int = 0  # of several
+    name: str = ""  # of the video, as the table has it
+    content: str = ""  # SHA-256 of the file, if it is known
 
 
 class ShortClipError(ValueError):
@@ -445,11 +447,12 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Samples -> a batch.
 
     Returns:
-        clips: a list of videos, uint8 `(3, T, height, width)`, and latents, float `(C, F, H, W)`; prompts and errors:
-        lists; row_indices, sample_numbers and num_valid_frames: int64 `(B,)`.
+        clips: a list of videos, uint8 `(3, T, height, width)`, and latents, float `(C, F, H, W)`; cache_keys of videos
+        whose latents are to be kept, else None; prompts and errors: lists; row_indices, sample_numbers and num_valid_frames: int64 `(B,)`.
     """
     return {
         "clips": [sample["latents"] if "latents" in sample else sample["video"] for sample in samples],
+        "cache_keys": [sample.get("cache_key") for sample in samples],
         "prompts": [sample["prompt"] for sample in samples],
         "row_indices": torch.tensor([sample["row_index"] for sample in samples]),
         "sample_numbers": torch.tensor([sample["sample_number"] for sample in samples]),

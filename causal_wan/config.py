@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,19 +39,26 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, *, description: str = "") -> Config:
+def parse_config(
+    config_class: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str = "",
+    also_known: Collection[str] = (),
+) -> Config:
     """Builds a config from `--config recipe.yaml` and flags; bad input ends the program with status 2 and one message.
 
     Args:
         config_class: A dataclass; dataclass-valued fields become groups of flags.
         argv: The command line without the program's name; that of the process by default.
         description: Shown by `--help`.
+        also_known: Settings of another script, which the recipe may hold and which are passed over.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     with user_errors():
         argv = _canonical_flags(argv, config_class)
         argv, recipe_path = _pop_config_flag(argv)
-        recipe = read_recipe(recipe_path, config_class) if recipe_path else {}
+        recipe = read_recipe(recipe_path, config_class, also_known) if recipe_path else {}
         given = {_flag_name(token) for token in argv if token.startswith("--")}
         recipe_argv = [
             token
@@ -68,8 +75,8 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None, 
         )
 
 
-def read_recipe(path: str | Path, config_class: type) -> dict[str, Any]:
-    """Reads a flat YAML recipe, with aliases resolved.
+def read_recipe(path: str | Path, config_class: type, also_known: Collection[str] = ()) -> dict[str, Any]:
+    """Reads a flat YAML recipe, with aliases resolved, and without what is known to another script alone.
 
     Raises:
         ValueError: If the file is not there or no flat mapping, or has a key that is no flag; suggests the right one.
@@ -86,6 +93,8 @@ def read_recipe(path: str | Path, config_class: type) -> dict[str, Any]:
     recipe = {}
     for given_key, given_value in loaded.items():
         key, value = _canonical_setting(str(given_key), given_value)
+        if key not in fields and key in also_known:
+            continue
         if key not in fields:
             close = difflib.get_close_matches(key, [*fields, *ALIASES], n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see --help for all names."
@@ -104,6 +113,11 @@ def flat_fields(config_class: type) -> Iterator[tuple[str, Any]]:
             yield from flat_fields(hints[field.name])
         else:
             yield field.name, hints[field.name]
+
+
+def names_of(*config_classes: type) -> set[str]:
+    """Names of all settings of some dataclasses."""
+    return {name for config_class in config_classes for name, _ in flat_fields(config_class)}
 
 
 def flat_dict(config: Any) -> dict[str, Any]:

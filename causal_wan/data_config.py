@@ -4,9 +4,9 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from causal_wan.sample_order import ClipShape
 from causal_wan.video_files import DEFAULT_LIMITS, VideoLimits
@@ -122,6 +122,20 @@ class DataConfig:
                 "color_jitter must be four numbers in [0, 1), for brightness, contrast, saturation and hue (hue at "
                 f"most 0.5), got {' '.join(map(str, self.color_jitter))}; try 0.1 0.1 0.1 0.02."
             )
+
+    def for_validation(self) -> Self:
+        """The settings of clips to validate on: in the shape of the result, nothing random."""
+        return replace(
+            self,
+            frame_sampling="head" if self.frame_sampling == "random" else self.frame_sampling,
+            resolution_buckets=(),
+            frame_buckets=(),
+            frames_schedule=None,
+            resolution_schedule=None,
+            temporal_crop=1.0,
+            horizontal_flip=0.0,
+            color_jitter=(),
+        )
 
     @property
     def shape(self) -> ClipShape:

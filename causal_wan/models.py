@@ -13,6 +13,8 @@ import torch
 from diffusers import AutoencoderKLWan, BitsAndBytesConfig, WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.training_utils import cast_training_params
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
@@ -28,13 +30,27 @@ LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The checkpoint to start from, and which of its weights are trained."""
+class CheckpointConfig:
+    """The checkpoint to start from, and how it encodes clips and prompts."""
 
     pretrained_model_name_or_path: str
     """Diffusers folder or hub id of a WAN text-to-video pipeline, e.g. Wan-AI/Wan2.1-T2V-1.3B-Diffusers."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
+    max_sequence_length: int = 512
+    """Tokens that prompts are cut and padded to; 512 is what WAN was trained with."""
+    vae_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the VAE; bf16 rounds the latents."""
+
+    def __post_init__(self) -> None:
+        if self.max_sequence_length < 1:
+            raise ValueError(f"max_sequence_length must be 1 or more, got {self.max_sequence_length}; use 512.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(CheckpointConfig):
+    """The checkpoint to start from, and which of its weights are trained."""
+
     generator_ckpt: str | None = None
     """Start the student from these weights: a diffusers transformer folder, the result of a run, or a .safetensors."""
     lora_rank: int = 0
@@ -43,16 +59,11 @@ class ModelConfig:
     """Adapters are scaled by alpha / rank; None is the rank (scale 1)."""
     lora_target_modules: tuple[str, ...] = DEFAULT_LORA_TARGETS
     """Linear layers that get adapters, by the ends of their names."""
-    max_sequence_length: int = 512
-    """Tokens that prompts are cut and padded to; 512 is what WAN was trained with."""
-    vae_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the VAE; bf16 rounds the latents."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be 0 (train all weights) or more, got {self.lora_rank}.")
-        if self.max_sequence_length < 1:
-            raise ValueError(f"max_sequence_length must be 1 or more, got {self.max_sequence_length}; use 512.")
         if not self.lora_target_modules:
             raise ValueError(f"lora_target_modules must name linear layers, e.g. {' '.join(DEFAULT_LORA_TARGETS)}.")
 
@@ -187,6 +198,28 @@ def load_generator_file(transformer: CausalWanTransformer3DModel, path: str) -> 
     transformer.load_state_dict(weights)
 
 
+def find_part(checkpoint: str, part: str, *, revision: str | None = None, download: bool = True) -> Path | None:
+    """The folder of a part of a checkpoint, such as `vae`.
+
+    Args:
+        checkpoint: Diffusers folder or hub id.
+        part: Name of the folder in it.
+        revision: Of a hub repository.
+        download: Whether to fetch what is not there; else it is None.
+    """
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint) / part
+    patterns = [f"{part}/*.{ending}" for ending in ("json", "model", "safetensors")]
+    try:
+        folder = snapshot_download(
+            checkpoint, revision=revision, allow_patterns=patterns, local_files_only=not download
+        )
+    except LocalEntryNotFoundError:
+        return None
+    found = Path(folder) / part
+    return found if any(found.glob("*.safetensors")) or any(found.glob("*.model")) else None
+
+
 def load_vae(
     pretrained_model_name_or_path: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> AutoencoderKLWan:
@@ -195,6 +228,14 @@ def load_vae(
         pretrained_model_name_or_path, subfolder="vae", dtype=dtype, revision=revision, use_safetensors=True
     )
     return vae.requires_grad_(False).eval()
+
+
+def load_vae_config(pretrained_model_name_or_path: str, *, revision: str | None = None) -> AutoencoderKLWan:
+    """The VAE without weights, for what its config tells."""
+    with torch.device("meta"):
+        return AutoencoderKLWan.from_config(
+            AutoencoderKLWan.load_config(pretrained_model_name_or_path, subfolder="vae", revision=revision)
+        )
 
 
 def load_text_encoder(

@@ -18,10 +18,11 @@ from PIL import Image
 from test_video_files import write_video
 
 from causal_wan import row_records
+from causal_wan.config import parse_config
 from causal_wan.data_config import DataConfig
 from causal_wan.dataset_survey import Survey, generalize, histogram_of_numbers, suggest
 from causal_wan.row_records import FACTS
-from check_dataset import Config, main, read_config
+from check_dataset import TRAINING_SETTINGS, Config, main
 
 
 HOSTILE = '<script>alert(1)</script><img src="http://evil/x.png"> {{ 7 * 7 }} & "quotes"'
@@ -313,11 +314,12 @@ def test_a_file_that_kills_the_decoder_is_a_bad_row_and_the_others_are_checked(f
 
 def test_a_recipe_of_the_training_script_is_taken_and_typos_in_it_are_not(tmp_path, capsys):
     recipe = ROOT / "examples" / "sketch" / "recipe.yaml"
-    parsed = read_config(["--config", str(recipe), "--output_dir", "here", "--height", "48"])
+    argv = ["--config", str(recipe), "--output_dir", "here", "--height", "48"]
+    parsed = parse_config(Config, argv, also_known=TRAINING_SETTINGS)
     assert (parsed.data.num_frames, parsed.data.height, parsed.output_dir) == (81, 48, "here")
     (tmp_path / "typo.yaml").write_text(recipe.read_text() + "\nnum_frame: 81\nbatch_size: 3\n")
     with pytest.raises(SystemExit) as error:
-        read_config(["--config", str(tmp_path / "typo.yaml")])
+        parse_config(Config, ["--config", str(tmp_path / "typo.yaml")], also_known=TRAINING_SETTINGS)
     assert error.value.code == 2
     message = capsys.readouterr().err
     assert "'num_frame' is not a setting of this script" in message
@@ -404,7 +406,7 @@ def test_a_million_rows_take_little_memory(folder, tmp_path):
             )
     write_rows(folder, rows * 250_000)
     code = (
-        "import resource, sys; from check_dataset import *; status = main(read_config(sys.argv[1:])); "
+        "import resource, sys; from check_dataset import *; status = main(parse_config(Config)); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024); sys.exit(status)"
     )
     flags = ["--dataset_base_path", folder / "videos", "--metadata_path", folder / "rows.csv", "--output_dir"]

@@ -1,0 +1,313 @@
+"""The latents and prompt embeddings of a data set in a folder: what a run wants of them, what is there, what is not.
+
+`latents/` and `prompts/` hold tensors by key, `files.parquet` what is known of the video files, `models.json` which
+models encoded them. A latent is found by the content of its file and by all that shapes it, so a cache serves any
+number of runs and of tables, and changed files and settings are never mistaken for others.
+
+Shapes: C = latent channels, F = latent frames, H, W = latent height and width, S = prompt tokens, D = text dimension.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from causal_wan.data_config import DataConfig
+from causal_wan.file_manifest import FileFacts, FileManifest, hash_content, stat_of
+from causal_wan.models import CheckpointConfig, find_part
+from causal_wan.sample_order import ClipShape
+from causal_wan.tensor_cache import CacheWriter, TensorCache, describe_differences, settings_key
+
+
+LatentsDtype = Literal["bf16", "fp16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_SHOWN = 5
+PROMPT_SHARD_BYTES = 32 << 20
+MODEL_SUFFIXES = {".json", ".model", ".safetensors"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Latents and prompt embeddings on disk, in the place of VAE and text encoder."""
+
+    latents_dir: str | None = None
+    """Folder that precompute_latents.py has filled; nothing is encoded then."""
+    cache_latents: bool = False
+    """Keep latents as they are encoded, in latents_dir or else in `cache` of the output folder: each clip once."""
+    latents_dtype: LatentsDtype = "bf16"
+    """Precision that latents are kept in."""
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What encodes: SHA-256 of the weights of VAE and text encoder, and their precision."""
+
+    vae: str
+    text_encoder: str
+    vae_dtype: str
+    vae_tiling: bool
+    text_dtype: str
+    max_sequence_length: int
+
+
+class CachedData:
+    """The cache of a folder, as a run wants it.
+
+    Args:
+        folder: Need not exist.
+        data: Settings of the clips.
+        encoders: What encodes them.
+        dtype: Precision that latents are kept in.
+
+    Raises:
+        ValueError: If no two samples of a clip are the same, so that there is nothing to keep.
+    """
+
+    def __init__(self, folder: str | Path, data: DataConfig, encoders: Encoders, dtype: LatentsDtype) -> None:
+        check_can_be_cached(data)
+        self.folder, self.data, self.encoders, self.dtype = Path(folder), data, encoders, DTYPES[dtype]
+        self.latents, self.prompts = TensorCache(self.folder / "latents"), TensorCache(self.folder / "prompts")
+
+    # What a latent depends on beside the content of its file.
+    def latent_settings(self, shape: ClipShape) -> dict[str, Any]:
+        rate = {} if self.data.frame_sampling == "uniform" else {"frame_rate": self.data.frame_rate}
+        return {
+            **shape._asdict(),
+            "frame_sampling": self.data.frame_sampling,
+            **rate,
+            "crop": "aspect kept, centre",
+            "vae": self.encoders.vae,
+            "vae_dtype": self.encoders.vae_dtype,
+            "vae_tiling": self.encoders.vae_tiling,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def latent_key(self, content: str, shape: ClipShape) -> bytes:
+        """Of the latents of a file."""
+        return settings_key(self.latent_settings(shape), content)
+
+    @property
+    def prompt_settings(self) -> dict[str, Any]:
+        """What an embedding depends on beside the prompt."""
+        return {
+            "text_encoder": self.encoders.text_encoder,
+            "text_dtype": self.encoders.text_dtype,
+            "max_sequence_length": self.encoders.max_sequence_length,
+        }
+
+    def prompt_key(self, prompt: str) -> bytes:
+        """Of the embedding of a prompt."""
+        return settings_key(self.prompt_settings, prompt)
+
+    def missing_clips(self, rows: Sequence[Any], shapes: Sequence[Sequence[ClipShape]]) -> list[tuple[int, ClipShape]]:
+        """(index of a row, shape) of each latent that is not there; one of those that have the same key.
+
+        Args:
+            rows: With `content`.
+            shapes: In which each row is wanted.
+        """
+        missing: dict[bytes, tuple[int, ClipShape]] = {}
+        for index, (row, wanted) in enumerate(zip(rows, shapes, strict=True)):
+            for shape in wanted:
+                key = self.latent_key(row.content, shape)
+                if not row.content or key not in self.latents:
+                    missing.setdefault(key if row.content else index.to_bytes(8), (index, shape))
+        return list(missing.values())
+
+    def missing_prompts(self, prompts: Iterable[str]) -> list[str]:
+        """Distinct prompts whose embeddings are not there, sorted."""
+        return sorted(prompt for prompt in set(prompts) if self.prompt_key(prompt) not in self.prompts)
+
+    def check_complete(
+        self, rows: Sequence[Any], shapes: Sequence[Sequence[ClipShape]], prompts: Iterable[str]
+    ) -> None:
+        """Checks that all latents and embeddings are there.
+
+        Raises:
+            ValueError: If not; names the setting in which the cache differs, or the first rows.
+        """
+        prompts = set(prompts)
+        missing, missing_prompts = self.missing_clips(rows, shapes), self.missing_prompts(prompts)
+        if not missing and not missing_prompts:
+            return
+        wanted = self.latent_settings(missing[0][1]) if missing else self.prompt_settings
+        settings = self.latents.settings if missing else self.prompts.settings
+        difference = describe_differences(wanted, settings) if wanted not in settings else ""
+        first = ", ".join(f"row {rows[index].number}, {rows[index].video}" for index, _ in missing[:MAX_SHOWN])
+        reason = difference or (f"new or changed: {first}" if missing else f"first {missing_prompts[0]!r}")
+        raise ValueError(
+            f"latents_dir must hold latents and embeddings of all clips, but {self.folder} lacks {len(missing)} of "
+            f"{len(rows)} clips and {len(missing_prompts)} of {len(prompts)} prompts ({reason}). Run "
+            "precompute_latents.py with the same settings, or add --cache_latents to encode them as training goes."
+        )
+
+    def latent_writer(self, *, eager: bool = False) -> CacheWriter:
+        """Writes latents; `eager` is that of `CacheWriter`."""
+        return CacheWriter(self.latents.folder, eager=eager)
+
+    def prompt_writer(self) -> CacheWriter:
+        """Writes prompt embeddings."""
+        return CacheWriter(self.prompts.folder, shard_bytes=PROMPT_SHARD_BYTES)
+
+
+def check_can_be_cached(data: DataConfig) -> None:
+    """Checks that all samples of a clip are the same.
+
+    Raises:
+        ValueError: If not.
+    """
+    if data.random_views:
+        raise ValueError(
+            f"latents can be kept only if all samples of a clip are the same, but {' and '.join(data.random_views)} "
+            "makes each another; leave that out, or train without --cache_latents and --latents_dir."
+        )
+
+
+class CachedPrompts(Mapping[str, torch.Tensor]):
+    """Prompt -> embedding `(S, D)` of its true length, read when asked for."""
+
+    def __init__(self, cached: CachedData) -> None:
+        self.cached = cached
+
+    def __getitem__(self, prompt: str) -> torch.Tensor:
+        return self.cached.prompts.read(self.cached.prompt_key(prompt))[0]
+
+    def __len__(self) -> int:
+        return len(self.cached.prompts)
+
+    def __iter__(self) -> Iterator[str]:
+        raise TypeError("a cache knows the keys of prompts, not the prompts")
+
+
+class CachedClips:
+    """A data set that gives latents where the cache has them, and else videos with the key to keep latents under.
+
+    Args:
+        videos: The data set; with `rows` and `load`.
+        cached: Its cache.
+        fills: Whether missing and damaged latents are to be made anew; else they are errors.
+    """
+
+    def __init__(self, videos: Any, cached: CachedData, *, fills: bool) -> None:
+        self.videos, self.cached, self.fills = videos, cached, fills
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def load(self, index: int, generator: torch.Generator, shape: ClipShape) -> dict[str, Any]:
+        """One clip: latents `(C, F, H, W)`, or video and cache_key; and what the data set says of it.
+
+        Raises:
+            ValueError: If the latents are damaged, or the clip does not decode.
+        """
+        row, cache = self.videos.rows[index], self.cached.latents
+        key = self.cached.latent_key(row.content, shape)
+        if self.fills and key not in cache:
+            cache.refresh()  # another process may have made them
+        if key in cache:
+            try:
+                latents, facts = cache.read(key)
+                return {"latents": latents, "prompts": row.prompts, "row_index": index, **facts}
+            except ValueError:
+                if not self.fills:
+                    raise
+        return self.videos.load(index, generator, shape) | {"cache_key": key}
+
+
+# --- filling ---------------------------------------------------------------------------------------------------------
+
+
+def hash_rows(rows: Sequence[Any], indices: Sequence[int], *, show_progress: bool = False) -> list[FileFacts]:
+    """Reads the files of rows whose content is not known.
+
+    Args:
+        rows: With `video`, `name`, `content` and the facts of the file.
+        indices: Which of them to look at, so that processes can share the work.
+        show_progress: Whether to show a bar.
+    """
+
+    def facts(index: int) -> FileFacts:
+        row = rows[index]
+        path, size, mtime_ns = stat_of(row.video)
+        known = (row.num_frames, row.frame_rate, row.height, row.width)
+        return FileFacts(path, row.name, size, mtime_ns, hash_content(row.video), *known)
+
+    unknown = [index for index in indices if not rows[index].content]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(facts, unknown)
+        return list(tqdm(found, total=len(unknown), desc="reading files", delay=2, disable=not show_progress))
+
+
+def with_contents(rows: Sequence[Any], manifest: FileManifest) -> list[Any]:
+    """The rows with the content of their files, as far as the manifest knows it."""
+    return [row if row.content else replace(row, content=_content(row, manifest)) for row in rows]
+
+
+def _content(row: Any, manifest: FileManifest) -> str:
+    known = manifest.find(row.video)
+    return known.content if known is not None else ""
+
+
+def identify_encoders(
+    folder: str | Path,
+    checkpoint: CheckpointConfig,
+    manifest: FileManifest,
+    *,
+    vae_tiling: bool,
+    text_dtype: str,
+    download: bool,
+) -> Encoders:
+    """What encodes, told by the content of its weights, which are read unless the manifest knows the files.
+
+    Args:
+        folder: Of the cache. It remembers what its checkpoints are, for runs without VAE and text encoder at hand.
+        checkpoint: Where the encoders are, and the VAE's precision.
+        manifest: Of the folder.
+        vae_tiling: Whether the VAE encodes in tiles.
+        text_dtype: Precision of the text encoder, as in `DTYPES`.
+        download: Whether to fetch encoders from the hub; else those that are not at hand are remembered.
+
+    Raises:
+        ValueError: If encoders are neither at hand nor remembered.
+    """
+    name, path = checkpoint.pretrained_model_name_or_path, Path(folder) / "models.json"
+    name = str(Path(name).resolve()) if Path(name).is_dir() else f"{name} at {checkpoint.revision or 'main'}"
+    remembered = json.loads(path.read_text()) if path.is_file() else {}
+    contents = dict(remembered.get(name, {}))
+    for part, folders in {"vae": ["vae"], "text_encoder": ["text_encoder", "tokenizer"]}.items():
+        places = [
+            find_part(checkpoint.pretrained_model_name_or_path, each, revision=checkpoint.revision, download=download)
+            for each in folders
+        ]
+        if all(place is not None and place.is_dir() for place in places):
+            contents[part] = _content_of_part(places, manifest)
+        elif part not in contents:
+            raise ValueError(
+                f"latents_dir must be made with the checkpoint of the run, but {folder} does not know {name}; run "
+                "precompute_latents.py with it."
+            )
+    if download and remembered.get(name) != contents:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(remembered | {name: contents}, indent=1))
+        os.replace(partial, path)
+    return Encoders(
+        vae=contents["vae"],
+        text_encoder=contents["text_encoder"],
+        vae_dtype=checkpoint.vae_dtype,
+        vae_tiling=vae_tiling,
+        text_dtype=text_dtype,
+        max_sequence_length=checkpoint.max_sequence_length,
+    )
+
+
+def _content_of_part(folders: Sequence[Path], manifest: FileManifest) -> str:
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES]
+    return hashlib.sha256(str([(path.name, manifest.content(path)) for path in files]).encode()).hexdigest()

@@ -1,0 +1,381 @@
+"""Encodes clips and prompts once: a table of clips -> latents and prompt embeddings, from which training runs read.
+
+    accelerate launch precompute_latents.py --config examples/wan_1.3b_full.yaml --latents_dir data/latents
+
+    accelerate launch train_video_regression.py --config examples/wan_1.3b_full.yaml --latents_dir data/latents
+
+Takes the recipe of the training script; its other settings are passed over. Every process of the launch takes its
+share of the clips, on any number of GPUs and machines that see the folder. Latents are found by the content of their
+file and by all that shapes them (frames, size, sampling, VAE, precision): a second run does nothing, a new row is one
+clip's work, and so is a file that has changed. An interrupted run goes on where it was; damaged entries are made anew.
+
+Exit status: 0 if all is there, 1 if clips could not be decoded, 2 if settings or tables cannot be used, 75 if it was
+asked to stop (SIGTERM, SIGUSR1): run the same command again.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers import AutoencoderKLWan
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from causal_wan.cached_data import (
+    DTYPES,
+    CacheConfig,
+    CachedData,
+    Encoders,
+    LatentsDtype,
+    check_can_be_cached,
+    hash_rows,
+    identify_encoders,
+    with_contents,
+)
+from causal_wan.config import names_of, parse_config, user_errors
+from causal_wan.file_manifest import FileManifest
+from causal_wan.memory import MemoryConfig, cut_up_vae
+from causal_wan.models import (
+    CheckpointConfig,
+    ModelConfig,
+    encode_prompts,
+    encode_videos,
+    load_text_encoder,
+    load_vae,
+)
+from causal_wan.regression import RegressionConfig
+from causal_wan.sample_order import ClipShape
+from causal_wan.tensor_cache import CacheWriter, remove_stale_shards
+from causal_wan.training import EXIT_STOPPED, StopRequest, TrainingConfig
+from causal_wan.validation import ValidationConfig
+from dataset_utils import (
+    DataConfig,
+    Row,
+    VideoDataset,
+    clip_shapes,
+    describe_rows,
+    load_rows,
+    name_clips_of_dead_workers,
+    normalize_videos,
+)
+
+
+GIB = 2**30
+PROMPT_BYTES = 1 << 20  # about what an embedding of UMT5-XXL takes in 16 bits, of a prompt of 128 tokens
+PROMPTS_AT_ONCE = 64
+
+Work = tuple[int, ClipShape]  # index of a row, and a shape in which it is wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to encode, and where it goes."""
+
+    data: DataConfig
+    model: CheckpointConfig
+    validation: ValidationConfig
+    latents_dir: str
+    """Folder of the result; one may serve many tables and settings."""
+    latents_dtype: LatentsDtype = "bf16"
+    """Precision that latents are kept in."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the text encoder, that of training; what the launch says by default."""
+    encode_batch_size: int = 1
+    """Clips that the VAE encodes at once; more than one may change the last bits."""
+    dataloader_num_workers: int = 2
+    """Processes that decode ahead, for each process of the launch."""
+    vae_slicing: bool = False
+    """The VAE encodes the clips of a batch one after the other."""
+    vae_tiling: bool = False
+    """The VAE encodes in tiles: less memory, slightly other latents."""
+    verify: bool = False
+    """Read all that is there, and make anew what is damaged."""
+    dry_run: bool = False
+    """Say what is missing and how much disk it takes, and encode nothing."""
+
+    def __post_init__(self) -> None:
+        if self.encode_batch_size < 1:
+            raise ValueError(f"encode_batch_size must be 1 or more, got {self.encode_batch_size}.")
+        check_can_be_cached(self.data)
+
+
+# What a recipe of the training script may hold beside.
+TRAINING_SETTINGS = {"dry_run"} | names_of(CacheConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig)
+
+
+def main(config: Config) -> None:
+    """Finds what is missing, and encodes it."""
+    manifest = FileManifest(config.latents_dir)
+    with user_errors():
+        rows = load_rows(config.data, manifest)
+        validation_rows = load_validation_rows(config, manifest)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
+    all_rows = read_contents(accelerator, [*rows, *validation_rows], manifest)
+    with user_errors():
+        encoders = find_encoders(accelerator, config, manifest)
+        cached = CachedData(config.latents_dir, config.data, encoders, config.latents_dtype)
+    if config.verify:
+        drop_damaged(accelerator, cached)
+    shapes = [clip_shapes(row, config.data) for row in rows] + [[config.data.shape]] * len(validation_rows)
+    missing = sorted(cached.missing_clips(all_rows, shapes), key=lambda work: (work[1], work[0]))  # by shape
+    prompts = ["", *config.validation.validation_prompts, *(prompt for row in all_rows for prompt in row.prompts)]
+    missing_prompts = cached.missing_prompts(prompts)
+    if accelerator.is_main_process:
+        print(describe_work(config, all_rows, missing, missing_prompts))
+        with user_errors():
+            check_disk(config, missing, missing_prompts)
+    if config.dry_run:
+        return
+    accelerator.wait_for_everyone()  # all have seen what is missing before any writes
+    with StopRequest() as stop:
+        encode_missing_prompts(accelerator, config, cached, missing_prompts, stop)
+        errors = encode_missing_clips(accelerator, config, cached, all_rows, missing, stop)
+    stopped = any(gather_object([stop.received]))
+    errors = sorted(gather_object(errors))
+    accelerator.end_training()
+    if accelerator.is_main_process and not stopped:
+        for error in errors:
+            print(f"left out: {error}", file=sys.stderr)
+        print(f"{len(missing) - len(errors)} clips and {len(missing_prompts)} prompts encoded in {config.latents_dir}")
+    if stopped or errors:
+        sys.exit(EXIT_STOPPED if stopped else 1)
+
+
+def load_validation_rows(config: Config, manifest: FileManifest) -> list[Row]:
+    """The held-out rows that training measures."""
+    if config.validation.validation_metadata_path is None:
+        return []
+    path = config.validation.validation_metadata_path
+    data = replace(config.data.for_validation(), metadata_path=path)
+    return load_rows(data, manifest)[: config.validation.num_validation_samples]
+
+
+# --- what is missing -------------------------------------------------------------------------------------------------
+
+
+def read_contents(accelerator: Accelerator, rows: list[Row], manifest: FileManifest) -> list[Row]:
+    """The rows with the content of their files; each process reads its share of those that are not known."""
+    own = range(accelerator.process_index, len(rows), accelerator.num_processes)
+    manifest.add(gather_object(hash_rows(rows, own, show_progress=accelerator.is_main_process)))
+    if accelerator.is_main_process:
+        manifest.save()
+        for kind in ("latents", "prompts"):
+            remove_stale_shards(manifest.path.parent / kind)
+    return with_contents(rows, manifest)
+
+
+def find_encoders(accelerator: Accelerator, config: Config, manifest: FileManifest) -> Encoders:
+    """What encodes; the main process finds it out, which takes reading the weights once."""
+    found = [None]
+    if accelerator.is_main_process:
+        found = [
+            identify_encoders(
+                config.latents_dir,
+                config.model,
+                manifest,
+                vae_tiling=config.vae_tiling,
+                text_dtype="bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+                download=True,
+            )
+        ]
+        manifest.save()
+    return broadcast_object_list(found)[0]
+
+
+def drop_damaged(accelerator: Accelerator, cached: CachedData) -> None:
+    """Reads all entries, each process its share, and takes out those that are damaged."""
+    for cache in (cached.latents, cached.prompts):
+        keys = list(cache.in_order())[accelerator.process_index :: accelerator.num_processes]
+        bar = tqdm(keys, desc="verifying", disable=not accelerator.is_main_process)
+        damaged = gather_object(list(cache.corrupt_keys(bar)))
+        if accelerator.is_main_process:
+            print(f"{len(damaged)} of {len(cache)} entries of {cache.folder} are damaged")
+            cache.drop(damaged)
+        accelerator.wait_for_everyone()
+        cache.forget(damaged)
+
+
+def describe_work(config: Config, rows: list[Row], missing: list[Work], prompts: list[str]) -> str:
+    """What is there and what is going to be done."""
+    num_bytes, free = needed_bytes(config, missing, prompts), free_bytes(config.latents_dir)
+    shapes = sorted({shape for _, shape in missing})
+    listed = ", ".join(f"{frames} x {height} x {width}" for frames, height, width in shapes)
+    return "\n".join(
+        [
+            f"data        {describe_rows(rows)}",
+            f"missing     {len(missing)} clips" + (f" of {listed}" if shapes else "") + f", {len(prompts)} prompts",
+            f"disk        {num_bytes / GIB:.2f} GiB needed, {free / GIB:.1f} GiB free",
+            f"result      {config.latents_dir}",
+        ]
+    )
+
+
+def needed_bytes(config: Config, missing: list[Work], prompts: list[str]) -> int:
+    """Disk that the missing entries take; of the prompts, about."""
+    vae = AutoencoderKLWan.load_config(
+        config.model.pretrained_model_name_or_path, subfolder="vae", revision=config.model.revision
+    )
+    spatial, temporal = (
+        vae.get(f"scale_factor_{name}", default) for name, default in (("spatial", 8), ("temporal", 4))
+    )
+    latents = sum(
+        ((shape.num_frames - 1) // temporal + 1) * (shape.height // spatial) * (shape.width // spatial)
+        for _, shape in missing
+    )
+    return latents * vae["z_dim"] * DTYPES[config.latents_dtype].itemsize + len(prompts) * PROMPT_BYTES
+
+
+def free_bytes(folder: str) -> int:
+    """Disk that is free where a folder is or will be."""
+    path = Path(folder).absolute()
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
+
+
+def check_disk(config: Config, missing: list[Work], prompts: list[str]) -> None:
+    """Checks that what is missing fits.
+
+    Raises:
+        ValueError: If not.
+    """
+    num_bytes, free = needed_bytes(config, missing, prompts), free_bytes(config.latents_dir)
+    if num_bytes > free:
+        raise ValueError(
+            f"latents_dir must have room for {num_bytes / GIB:.2f} GiB, but {config.latents_dir} has "
+            f"{free / GIB:.2f} GiB; make room, use another folder, or --latents_dtype bf16."
+        )
+
+
+# --- encoding --------------------------------------------------------------------------------------------------------
+
+
+def encode_missing_prompts(
+    accelerator: Accelerator, config: Config, cached: CachedData, prompts: list[str], stop: StopRequest
+) -> None:
+    """Embeds this process's share of the prompts; the text encoder is freed on return."""
+    own = prompts[accelerator.process_index :: accelerator.num_processes]
+    if not own:
+        return
+    tokenizer, text_encoder = load_text_encoder(
+        config.model.pretrained_model_name_or_path,
+        dtype=DTYPES[cached.encoders.text_dtype],
+        revision=config.model.revision,
+        device=accelerator.device,
+    )
+    bar = tqdm(total=len(own), desc="prompts", unit="prompt", disable=not accelerator.is_main_process)
+    with cached.prompt_writer() as writer, bar:
+        for start in range(0, len(own), PROMPTS_AT_ONCE):
+            if stop.received:
+                return
+            batch = own[start : start + PROMPTS_AT_ONCE]
+            embeds = encode_prompts(tokenizer, text_encoder, batch, config.model.max_sequence_length)
+            for prompt, embed in zip(batch, embeds, strict=True):
+                writer.add(cached.prompt_key(prompt), embed, cached.prompt_settings)
+            bar.update(len(batch))
+
+
+class MissingClips(Dataset):
+    """Decodes the clips that are to be encoded.
+
+    Args:
+        videos: The data set.
+        work: What to decode.
+    """
+
+    def __init__(self, videos: VideoDataset, work: Sequence[Work]) -> None:
+        self.videos, self.work = videos, work
+
+    def __len__(self) -> int:
+        return len(self.work)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        index, shape = self.work[item]
+        try:
+            return {**self.videos.load(index, torch.Generator(), shape), "shape": shape}
+        except ValueError as error:
+            return {"error": str(error)}
+
+
+def batches_of_one_shape(work: Sequence[Work], batch_size: int) -> Iterator[list[int]]:
+    """Items of `work`, which is sorted by shape, in batches of one shape."""
+    batch: list[int] = []
+    for item, (_, shape) in enumerate(work):
+        if batch and (len(batch) == batch_size or work[batch[0]][1] != shape):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def encode_missing_clips(
+    accelerator: Accelerator,
+    config: Config,
+    cached: CachedData,
+    rows: list[Row],
+    missing: list[Work],
+    stop: StopRequest,
+) -> list[str]:
+    """Encodes this process's share of the clips, and returns what is wrong with those that do not decode.
+
+    Raises:
+        ValueError: If more than max_bad_samples do not; what was encoded stays.
+    """
+    work, errors = missing[accelerator.process_index :: accelerator.num_processes], []
+    if not work:
+        return errors
+    vae = load_vae(
+        config.model.pretrained_model_name_or_path,
+        dtype=DTYPES[config.model.vae_dtype],
+        revision=config.model.revision,
+    ).to(accelerator.device)
+    cut_up_vae(vae, MemoryConfig(vae_slicing=config.vae_slicing, vae_tiling=config.vae_tiling))
+    videos = VideoDataset(rows, config.data)
+    loader = DataLoader(
+        MissingClips(videos, work),
+        batch_sampler=list(batches_of_one_shape(work, config.encode_batch_size)),
+        collate_fn=list,
+        num_workers=config.dataloader_num_workers,
+    )
+    # The bar of the main process stands for all: they have equal shares.
+    bar = tqdm(total=len(missing), desc="clips", unit="clip", disable=not accelerator.is_main_process)
+    with name_clips_of_dead_workers(videos), cached.latent_writer() as writer, bar:
+        for batch in loader:
+            if stop.received:
+                break
+            samples = [sample for sample in batch if "error" not in sample]
+            errors += [sample["error"] for sample in batch if "error" in sample]
+            if len(errors) > config.data.max_bad_samples:
+                raise ValueError(
+                    f"at most max_bad_samples={config.data.max_bad_samples} clips may fail to decode, but "
+                    f"{len(errors)} did, last: {errors[-1]}. Repair or remove them, or raise --max_bad_samples; the "
+                    "others are kept."
+                )
+            if samples:
+                store(writer, cached, rows, samples, encode_samples(vae, samples))
+            bar.update(min(len(batch) * accelerator.num_processes, len(missing) - bar.n))
+    return errors
+
+
+def encode_samples(vae: Any, samples: list[dict[str, Any]]) -> torch.Tensor:
+    """Latents `(B, C, F, H, W)` of decoded clips."""
+    return encode_videos(vae, normalize_videos(torch.stack([sample["video"].to(vae.device) for sample in samples])))
+
+
+def store(
+    writer: CacheWriter, cached: CachedData, rows: list[Row], samples: list[dict[str, Any]], latents: torch.Tensor
+) -> None:
+    """Hands latents to the writer, each under its key."""
+    for sample, latent in zip(samples, latents, strict=True):
+        key = cached.latent_key(rows[sample["row_index"]].content, sample["shape"])
+        settings = cached.latent_settings(sample["shape"])
+        writer.add(key, latent.to(cached.dtype), settings, num_valid_frames=sample["num_valid_frames"])
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS))
