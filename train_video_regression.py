@@ -103,6 +103,7 @@ from dataset_utils import (
     name_clips_of_dead_workers,
     normalize_videos,
     order_samples,
+    source_weights,
 )
 
 
@@ -316,7 +317,8 @@ def load_validation_rows(config: Config) -> list[Row]:
     """The held-out rows that are used, checked like the training rows."""
     if config.validation.validation_metadata_path is None:
         return []
-    data = replace(as_shown(config.data), metadata_path=config.validation.validation_metadata_path)
+    path = config.validation.validation_metadata_path
+    data = replace(as_shown(config.data), metadata_path=path, dataset_config=None)
     return load_rows(data)[: config.validation.num_validation_samples]
 
 
@@ -342,6 +344,7 @@ def make_dataloader(
     order = order_samples(
         rows,
         config.data,
+        weights=source_weights(config.data),
         seed=config.training.seed,
         samples_per_step=config.training.samples_per_step(count_replicas(accelerator)),
         start_sample=start,
