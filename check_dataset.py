@@ -18,7 +18,6 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,18 +36,18 @@ from causal_wan.memory import MemoryConfig
 from causal_wan.models import ModelConfig
 from causal_wan.regression import RegressionConfig
 from causal_wan.row_records import FACTS, NUM_LOOKS, WHOLE_FILE_BYTES, RecordFile, RowChecker, check_rows, hash_bytes
+from causal_wan.tables import Tables
 from causal_wan.training import TrainingConfig
 from causal_wan.validation import ValidationConfig
-from causal_wan.tables import Tables
 from causal_wan.video_files import describe_error
 from dataset_utils import (
     DataConfig,
     Row,
     clip_shapes,
+    find_video,
     load_video,
     min_num_frames,
     num_sampleable_frames,
-    find_video,
     read_tables,
     seeded_generator,
 )

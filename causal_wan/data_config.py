@@ -25,7 +25,7 @@ class DataConfig:
     video_column: str = "video"
     """Column with the path of the video."""
     caption_column: tuple[str, ...] = ("prompt",)
-    """Column with the prompt or a list of them, or several columns; of several prompts of a clip, each sample draws one."""
+    """Column with the prompt or a list of prompts, or several columns; of several prompts, each sample draws one."""
     caption_dropout: float = 0.0
     """Share of the samples that get the empty prompt; classifier-free guidance needs a student that knows it."""
     num_frames: int = 81

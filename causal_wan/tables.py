@@ -4,52 +4,27 @@ A row names a video, or is one with its bytes, and has prompts. Videos are neith
 """
 
 import bisect
-import csv
-import dataclasses
-import difflib
-import glob
-import io
 import itertools
 import json
-import math
 import os
-import re
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-import yaml
-from datasets import Dataset, DatasetDict, Features, Value
-from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets import Dataset, DatasetDict, Value
+from datasets.exceptions import DatasetsError
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from causal_wan.video_files import EmbeddedVideo, resolve_path
+from causal_wan.table_files import read_csv, read_jsonl, read_pairs, read_parquet
+from causal_wan.table_sources import Source, check_captions, check_columns, is_hub_name, is_text
+from causal_wan.video_files import EmbeddedVideo
 
 
-FILE_SUFFIXES = {".csv", ".jsonl", ".ndjson", ".parquet"}
-VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 CHUNK_ROWS = 1024
-MAX_SHOWN = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A table, and how to read it."""
-
-    metadata_path: str
-    dataset_base_path: str | None = None
-    video_column: str = "video"
-    caption_column: tuple[str, ...] = ("prompt",)
-    weight: float | None = None
-    split: str = "train"
-    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +88,7 @@ class Table(Sequence[TableRow]):
             yield TableRow(number, video, prompts, self._base(video))
 
     def _videos(self, column: pa.ChunkedArray, start: int) -> list[str | EmbeddedVideo | None]:
-        if self.videos is None or _is_text(column.type):
+        if self.videos is None or is_text(column.type):
             return column.to_pylist()
         # Whether there are bytes is seen without reading them.
         content, paths = column, [None] * len(column)
@@ -181,7 +156,7 @@ def read_table(source: Source) -> Table:
     path = Path(source.metadata_path)
     if path.is_dir():
         is_saved = any((path / name).is_file() for name in SAVED_DATASET_FILES)
-        table = _read_data_set(_load_saved(source), source, []) if is_saved else _read_pairs(source)
+        table = _read_data_set(_load_saved(source), source, []) if is_saved else _read_folder(source)
     elif path.is_file():
         table = _read_file(source)
     elif is_hub_name(source.metadata_path):
@@ -196,236 +171,26 @@ def read_table(source: Source) -> Table:
     return table
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a name can be that of a data set on the hub, and none of a file."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and Path(name).suffix.lower() not in FILE_SUFFIXES
+def _read_folder(source: Source) -> Table:
+    """Videos with texts beside them; another base folder may be given only to find them from there."""
+    folder, base = source.metadata_path, source.dataset_base_path or source.metadata_path
+    source = replace(source, video_column="video", caption_column=("prompt",))
+    cells = read_pairs(Path(folder))
+    below = os.path.relpath(folder, base)
+    paths = [os.path.normpath(os.path.join(below, name)) for name in cells["video"].to_pylist()]
+    return Table(cells.set_column(0, "video", pa.array(paths, pa.string())), source, [base])
 
 
 def _read_file(source: Source) -> Table:
     path = Path(source.metadata_path)
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
+    readers = {".csv": read_csv, ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"a table must end in {', '.join(readers)}, got {path.name}; rename or convert it.")
     if source.dataset_base_path is None:
         raise ValueError(f"dataset_base_path must name the folder that the paths in {path} are relative to.")
     cells = reader(path, source)
-    return Table(cells, source, [source.dataset_base_path], has_json=reader is _read_csv)
-
-
-def _check_columns(names: Iterable[str], source: Source) -> None:
-    names = list(names)
-    if not {source.video_column, *source.caption_column} <= set(names):
-        raise ValueError(
-            f"{source.metadata_path} must have the columns {source.video_column} and "
-            f"{' and '.join(source.caption_column)}, but has {', '.join(names)}; name yours with --video_column and "
-            "--caption_column."
-        )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _check_captions(schema: pa.Schema, source: Source) -> None:
-    for name in source.caption_column:
-        kind = schema.field(name).type
-        if not _is_text(kind) and not (_is_list(kind) and _is_text(kind.value_type)):
-            raise ValueError(
-                f"{source.metadata_path} must hold text or lists of text in the column {name}, but holds {kind}; "
-                "convert it, or name another with --caption_column."
-            )
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _read_csv(path: Path, source: Source) -> Dataset:
-    """All values as text.
-
-    Raises:
-        ValueError: If the file is empty, no CSV, or lacks a column.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8 ({error}); save it as CSV UTF-8.") from None
-    if not text.strip():
-        raise ValueError(f"{path} must have a header and at least one row, but is empty.")
-    reader = csv.reader(io.StringIO(text))
-    try:
-        header, first_row = next(reader), next(reader, None)
-    except csv.Error as error:
-        raise ValueError(f"{path} is no CSV ({error}); a quote may be open.") from None
-    _check_columns(header, source)
-    if first_row is None:
-        raise ValueError(f"{path} must have at least one row below its header, but has none.")
-    if len(first_row) > len(header):  # pandas would take the first column for row names, and shift the others
-        raise ValueError(
-            f"{path} must have {len(header)} fields a row, but its first row has {len(first_row)}; put quotes around "
-            "prompts with commas."
-        )
-    # As text, and no word taken for a missing value: a prompt may be 123 or None. A cache of its own, so that a
-    # changed file is read anew and nothing has to be writable.
-    features = Features({name: Value("string") for name in header})
-    datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory() as cache_dir:
-        try:
-            table = datasets.load_dataset(
-                "csv",
-                data_files=glob.escape(str(path)),  # else rows[1].csv is not found, and rows*.csv several files
-                split="train",
-                features=features,
-                keep_default_na=False,
-                keep_in_memory=True,
-                cache_dir=cache_dir,
-            )
-        except DatasetGenerationError as error:
-            cause = str(error.__cause__).strip()
-            raise ValueError(
-                f"{path} must have {len(header)} fields a row ({cause}); put quotes around prompts with commas, and "
-                "close them."
-            ) from error
-    return table.select_columns([source.video_column, *source.caption_column]).with_format("arrow")
-
-
-def _read_jsonl(path: Path, source: Source) -> pa.Table:
-    """One object a line; Arrow's own reader would take texts that look like times for times."""
-    names, chunks = {}, []
-    schema = pa.schema(
-        {source.video_column: pa.string()} | dict.fromkeys(source.caption_column, pa.list_(pa.string()))
-    )
-    with path.open(encoding="utf-8-sig") as file:
-        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        try:
-            while batch := list(itertools.islice(lines, CHUNK_ROWS)):
-                rows = []
-                for number, line in batch:
-                    values = _parse_line(line, number, path)
-                    names.update(dict.fromkeys(values))
-                    rows.append(_pick_values(values, number, source))
-                chunks.append(pa.Table.from_pylist(rows, schema))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} must be text in UTF-8 ({error}).") from None
-    if chunks:
-        _check_columns(names, source)
-    return pa.concat_tables(chunks).combine_chunks() if chunks else schema.empty_table()
-
-
-def _parse_line(line: str, number: int, path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} must have a JSON object in each line, but line {number} is none ({error})."
-        ) from None
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{path} must have a JSON object in each line, but line {number} is of type {type(values).__name__}."
-        )
-    return values
-
-
-def _pick_values(values: dict[str, Any], number: int, source: Source) -> dict[str, Any]:
-    picked = {}
-    for name in (source.video_column, *source.caption_column):
-        value = values.get(name)
-        texts = value if isinstance(value, list) and name in source.caption_column else [value]
-        wrong = [text for text in texts if text is not None and not isinstance(text, str)]
-        if wrong:
-            wanted = "text" if name == source.video_column else "text or a list of texts"
-            raise ValueError(
-                f"{source.metadata_path}, line {number}: {name} must be {wanted}, but holds {wrong[0]!r:.100}; put "
-                "numbers in quotes."
-            )
-        try:
-            "".join(text or "" for text in texts).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{source.metadata_path}, line {number}: {name} is no Unicode text ({error}).") from None
-        picked[name] = value if name == source.video_column else texts
-    return picked
-
-
-def _read_parquet(path: Path, source: Source) -> pa.Table:
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            _check_columns(schema.names, source)
-            if not _is_text(schema.field(source.video_column).type):
-                raise ValueError(
-                    f"{path} must hold paths as text in the column {source.video_column}, but holds "
-                    f"{schema.field(source.video_column).type}; with videos in it, load it as a `datasets` data set and "
-                    "save that with save_to_disk."
-                )
-            _check_captions(schema, source)
-            return file.read(columns=[source.video_column, *source.caption_column]).combine_chunks()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no Parquet file that can be read ({error}).") from None
-
-
-# --- folders of videos and texts -------------------------------------------------------------------------------------
-
-
-def _read_pairs(source: Source) -> Table:
-    """`name.mp4` with `name.txt`, at any depth, in the order of their names.
-
-    Raises:
-        ValueError: If there are none, or one of two is missing; names them.
-    """
-    folder = Path(source.metadata_path)
-    videos, texts = [], set()
-    for name in sorted(_visible_files(folder)):
-        if Path(name).suffix.lower() in VIDEO_SUFFIXES:
-            videos.append(name)
-        elif Path(name).suffix.lower() == ".txt":
-            texts.add(name)
-    partner = {name: str(Path(name).with_suffix(".txt")) for name in videos}
-    alone = [f"{name} has no {text}" for name, text in partner.items() if text not in texts]
-    alone += [f"{name} has no video" for name in sorted(texts - set(partner.values()))]
-    if alone:
-        more = f", and {len(alone) - MAX_SHOWN} more" if len(alone) > MAX_SHOWN else ""
-        raise ValueError(
-            f"{folder} must have a text with the prompt beside each video, such as a.mp4 and a.txt: "
-            f"{', '.join(alone[:MAX_SHOWN])}{more}."
-        )
-    if not videos:
-        raise ValueError(
-            f"{folder} must hold videos with texts beside them, such as a.mp4 and a.txt, or a `datasets` data set, but "
-            f"has no video; name a table in it by its file."
-        )
-    base = source.dataset_base_path or str(folder)
-    below = os.path.relpath(folder, base)
-    cells = {
-        "video": pa.array([os.path.normpath(os.path.join(below, name)) for name in videos], pa.string()),
-        "prompt": pa.array([_read_text(text, folder) for text in partner.values()], pa.string()),
-    }
-    return Table(pa.table(cells), replace(source, video_column="video", caption_column=("prompt",)), [base])
-
-
-def _visible_files(folder: Path) -> Iterator[str]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):  # macOS leaves ._a.mp4 beside a.mp4
-                yield os.path.relpath(os.path.join(root, name), folder)
-
-
-def _read_text(name: str, folder: Path) -> str:
-    try:
-        return resolve_path(name, folder).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{folder / name} must be text in UTF-8 ({error}).") from None
-    except ValueError as error:
-        path = folder / name
-        if path.is_file() and not path.stat().st_size:
-            return ""  # found later, as a row without a prompt
-        raise ValueError(f"{path} must be a text below {folder}: {error}.") from None
+    return Table(cells, source, [source.dataset_base_path], has_json=reader is read_csv)
 
 
 # --- `datasets` ------------------------------------------------------------------------------------------------------
@@ -469,7 +234,7 @@ def _read_data_set(dataset: Dataset, source: Source, downloads: Sequence[str]) -
         source: Names the columns.
         downloads: Folders for paths, if the source names none.
     """
-    _check_columns(dataset.column_names, source)
+    check_columns(dataset.column_names, source)
     column = source.video_column
     feature = dataset.features[column]
     if isinstance(feature, datasets.Video):
@@ -484,75 +249,6 @@ def _read_data_set(dataset: Dataset, source: Source, downloads: Sequence[str]) -
             f"{feature}; name another with --video_column."
         )
     cells = dataset.select_columns([column, *source.caption_column]).with_format("arrow")
-    _check_captions(dataset.features.arrow_schema, source)
+    check_captions(dataset.features.arrow_schema, source)
     bases = downloads if source.dataset_base_path is None else [source.dataset_base_path]
     return Table(cells, source, bases, videos=dataset.select_columns([column]).with_format(None))
-
-
-# --- several tables --------------------------------------------------------------------------------------------------
-
-
-def read_sources(path: str) -> list[Source]:
-    """The tables that a YAML file lists; paths in it are relative to the file.
-
-    Raises:
-        ValueError: If it is not there or no list of mappings, if a key or value is none of `Source`, or if some tables
-            have weights and others have none.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"dataset_config must name a YAML file, but {path} does not exist.")
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be valid YAML: {error}") from None
-    if not isinstance(loaded, list) or not loaded or not all(isinstance(item, dict) for item in loaded):
-        raise ValueError(
-            f"{path} must be a list of tables, each a mapping that begins with `- metadata_path:`, got "
-            f"{type(loaded).__name__}."
-        )
-    sources = [_parse_source(item, number, path) for number, item in enumerate(loaded, 1)]
-    without = [number for number, source in enumerate(sources, 1) if source.weight is None]
-    if 0 < len(without) < len(sources):
-        raise ValueError(
-            f"{path} must give a weight to all tables or to none, but {', '.join(map(str, without))} of "
-            f"{len(sources)} have none."
-        )
-    return sources
-
-
-def _parse_source(item: dict[Any, Any], number: int, path: str) -> Source:
-    where, names = f"{path}, table {number}", [field.name for field in dataclasses.fields(Source)]
-    values = {}
-    for key, value in item.items():
-        if key not in names:
-            close = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}."
-            raise ValueError(f"{where}: {key!r} is not a setting of a table; {hint}")
-        values[key] = _parse_value(key, value, where)
-    if values.get("metadata_path") is None:
-        raise ValueError(f"{where}: metadata_path must be given.")
-    values = {key: value for key, value in values.items() if value is not None}
-    folder = Path(path).parent
-    beside = folder / values["metadata_path"]
-    if beside.exists() or not is_hub_name(values["metadata_path"]):
-        values["metadata_path"] = str(beside)
-    if "dataset_base_path" in values:
-        values["dataset_base_path"] = str(folder / values["dataset_base_path"])
-    return Source(**values)
-
-
-def _parse_value(key: str, value: Any, where: str) -> Any:
-    if value is None:
-        return None
-    if key == "weight":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{where}: weight must be a number above 0, got {value!r}; leave the table out instead.")
-        return float(value)
-    if key == "caption_column":
-        columns = value if isinstance(value, list) else [value]
-        if not columns or not all(isinstance(column, str) for column in columns):
-            raise ValueError(f"{where}: caption_column must be a name or a list of names, got {value!r}.")
-        return tuple(columns)
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {key} must be text, got {value!r}; put it in quotes.")
-    return value

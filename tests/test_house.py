@@ -27,7 +27,9 @@ ALLOWED = {
     "video_files": set(),
     "sample_order": set(),
     "data_config": {"sample_order", "video_files"},
-    "tables": {"video_files"},
+    "table_sources": set(),
+    "table_files": {"table_sources", "video_files"},
+    "tables": {"table_files", "table_sources", "video_files"},
     "file_manifest": {"video_files"},
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
     "dataset_survey": {"data_config"},
@@ -41,7 +43,7 @@ ALLOWED = {
 }
 
 # What knows files and samples, and no noise, models or devices.
-DATA = {"data_config", "file_manifest", "sample_order", "tables", "video_files"}
+DATA = {"data_config", "file_manifest", "sample_order", "table_sources", "tables", "video_files"}
 
 
 def imports(path):
