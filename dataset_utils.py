@@ -414,6 +414,7 @@ def name_clips_of_dead_workers(dataset: Loadable) -> Iterator[None]:
     except RuntimeError as error:
         found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
         dead = [int(process) for process in found[1].split(",")] if found else []
+        dataset = getattr(dataset, "videos", dataset)  # behind a cache
         if not dead or not isinstance(dataset, VideoDataset):
             raise
         rows = [dataset.rows[index] for process, index in dataset.loading.tolist() if process in dead]
@@ -480,8 +481,8 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Samples -> a batch.
 
     Returns:
-        clips: a list of videos, uint8 `(3, T, height, width)`, and latents, float `(C, F, H, W)`; cache_keys of videos
-        whose latents are to be kept, else None; prompts and errors: lists; row_indices, sample_numbers and
+        clips: a list of videos, uint8 `(3, T, height, width)`, and latents, float `(C, F, H, W)`; cache_keys: of
+        videos whose latents are to be kept, else None; prompts and errors: lists; row_indices, sample_numbers and
         num_valid_frames: int64 `(B,)`.
     """
     return {

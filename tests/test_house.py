@@ -30,7 +30,9 @@ ALLOWED = {
     "table_sources": set(),
     "table_files": {"table_sources", "video_files"},
     "tables": {"table_files", "table_sources", "video_files"},
+    "tensor_cache": set(),
     "file_manifest": {"video_files"},
+    "cached_data": {"data_config", "file_manifest", "models", "sample_order", "tensor_cache"},
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
     "dataset_survey": {"data_config"},
     "dataset_report": {"dataset_survey"},
@@ -144,7 +146,7 @@ def test_documented_commands_parse(script, arguments, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     module = importlib.import_module(script)
-    parse_config(module.Config, arguments)
+    parse_config(module.Config, arguments, also_known=getattr(module, "TRAINING_SETTINGS", ()))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("wan_*.yaml")), ids=lambda path: path.name)
