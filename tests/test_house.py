@@ -26,6 +26,9 @@ ALLOWED = {
     "regression": {"flow", "losses"},
     "video_files": set(),
     "sample_order": set(),
+    "sources": set(),
+    "text_tables": {"sources"},
+    "tables": {"sources", "text_tables", "video_files"},
     "data_config": {"sample_order", "video_files"},
     "row_records": {"data_config", "dataset_utils", "video_files"},
     "dataset_survey": {"data_config"},
@@ -39,7 +42,7 @@ ALLOWED = {
 }
 
 # What knows files and samples, and no noise, models or devices.
-DATA = {"data_config", "sample_order", "tables", "video_files"}
+DATA = {"data_config", "sample_order", "sources", "tables", "video_files"}
 
 
 def imports(path):
