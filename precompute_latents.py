@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKLWan
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -31,12 +30,10 @@ from causal_wan.cached_data import (
     DTYPES,
     CacheConfig,
     CachedData,
-    Encoders,
     LatentsDtype,
     check_can_be_cached,
-    hash_rows,
-    identify_encoders,
-    with_contents,
+    gather_lists,
+    open_cache,
 )
 from causal_wan.config import names_of, parse_config, user_errors
 from causal_wan.file_manifest import FileManifest
@@ -116,10 +113,20 @@ def main(config: Config) -> None:
         rows = load_rows(config.data, manifest)
         validation_rows = load_validation_rows(config, manifest)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
-    all_rows = read_contents(accelerator, [*rows, *validation_rows], manifest)
     with user_errors():
-        encoders = find_encoders(accelerator, config, manifest)
-        cached = CachedData(config.latents_dir, config.data, encoders, config.latents_dtype)
+        cached, all_rows = open_cache(
+            CacheConfig(latents_dir=config.latents_dir, latents_dtype=config.latents_dtype),
+            config.data,
+            config.model,
+            [*rows, *validation_rows],
+            manifest,
+            vae_tiling=config.vae_tiling,
+            text_dtype="bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+            encodes=True,
+        )
+    if accelerator.is_main_process:
+        for cache in (cached.latents, cached.prompts):
+            remove_stale_shards(cache.folder)
     if config.verify:
         drop_damaged(accelerator, cached)
     shapes = [clip_shapes(row, config.data) for row in rows] + [[config.data.shape]] * len(validation_rows)
@@ -136,8 +143,8 @@ def main(config: Config) -> None:
     with StopRequest() as stop:
         encode_missing_prompts(accelerator, config, cached, missing_prompts, stop)
         errors = encode_missing_clips(accelerator, config, cached, all_rows, missing, stop)
-    stopped = any(gather_object([stop.received]))
-    errors = sorted(gather_object(errors))
+    stopped = any(gather_lists([stop.received]))
+    errors = sorted(gather_lists(errors))
     accelerator.end_training()
     if accelerator.is_main_process and not stopped:
         for error in errors:
@@ -152,40 +159,11 @@ def load_validation_rows(config: Config, manifest: FileManifest) -> list[Row]:
     if config.validation.validation_metadata_path is None:
         return []
     path = config.validation.validation_metadata_path
-    data = replace(config.data.for_validation(), metadata_path=path)
+    data = replace(config.data.for_validation(), metadata_path=path, dataset_config=None)
     return load_rows(data, manifest)[: config.validation.num_validation_samples]
 
 
 # --- what is missing -------------------------------------------------------------------------------------------------
-
-
-def read_contents(accelerator: Accelerator, rows: list[Row], manifest: FileManifest) -> list[Row]:
-    """The rows with the content of their files; each process reads its share of those that are not known."""
-    own = range(accelerator.process_index, len(rows), accelerator.num_processes)
-    manifest.add(gather_object(hash_rows(rows, own, show_progress=accelerator.is_main_process)))
-    if accelerator.is_main_process:
-        manifest.save()
-        for kind in ("latents", "prompts"):
-            remove_stale_shards(manifest.path.parent / kind)
-    return with_contents(rows, manifest)
-
-
-def find_encoders(accelerator: Accelerator, config: Config, manifest: FileManifest) -> Encoders:
-    """What encodes; the main process finds it out, which takes reading the weights once."""
-    found = [None]
-    if accelerator.is_main_process:
-        found = [
-            identify_encoders(
-                config.latents_dir,
-                config.model,
-                manifest,
-                vae_tiling=config.vae_tiling,
-                text_dtype="bf16" if accelerator.mixed_precision == "bf16" else "fp32",
-                download=True,
-            )
-        ]
-        manifest.save()
-    return broadcast_object_list(found)[0]
 
 
 def drop_damaged(accelerator: Accelerator, cached: CachedData) -> None:
@@ -193,7 +171,7 @@ def drop_damaged(accelerator: Accelerator, cached: CachedData) -> None:
     for cache in (cached.latents, cached.prompts):
         keys = list(cache.in_order())[accelerator.process_index :: accelerator.num_processes]
         bar = tqdm(keys, desc="verifying", disable=not accelerator.is_main_process)
-        damaged = gather_object(list(cache.corrupt_keys(bar)))
+        damaged = gather_lists(list(cache.corrupt_keys(bar)))
         if accelerator.is_main_process:
             print(f"{len(damaged)} of {len(cache)} entries of {cache.folder} are damaged")
             cache.drop(damaged)

@@ -9,14 +9,16 @@ Shapes: C = latent channels, F = latent frames, H, W = latent height and width, 
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
+import torch.distributed
 from tqdm.auto import tqdm
 
 from causal_wan.data_config import DataConfig
@@ -25,6 +27,8 @@ from causal_wan.models import CheckpointConfig, find_part
 from causal_wan.sample_order import ClipShape
 from causal_wan.tensor_cache import CacheWriter, TensorCache, describe_differences, settings_key
 
+
+logger = logging.getLogger(__name__)
 
 LatentsDtype = Literal["bf16", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -186,6 +190,40 @@ class CachedPrompts(Mapping[str, torch.Tensor]):
         raise TypeError("a cache knows the keys of prompts, not the prompts")
 
 
+class LatentKeeper:
+    """Keeps latents as a run encodes them; where they cannot be kept, it says so once and the run goes on.
+
+    Args:
+        cached: Where they go.
+        writer: Writes them.
+    """
+
+    def __init__(self, cached: CachedData, writer: CacheWriter) -> None:
+        self.cached, self.writer = cached, writer
+        self.is_broken = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self.writer.flush()
+        except OSError as error:
+            logger.error("the last latents are not kept: %s", error)
+
+    def keep(self, key: bytes, latents: torch.Tensor, shape: ClipShape, num_valid_frames: int) -> torch.Tensor:
+        """Keeps the latents `(C, F, H, W)` of a clip, and returns them as they will be read, in float32."""
+        latents = latents.to(self.cached.dtype)
+        if not self.is_broken:
+            try:
+                settings = self.cached.latent_settings(shape)
+                self.writer.add(key, latents, settings, num_valid_frames=num_valid_frames)
+            except OSError as error:
+                self.is_broken = True
+                logger.error("latents are not kept any longer, the run goes on without: %s", error)
+        return latents.float()
+
+
 class CachedClips:
     """A data set that gives latents where the cache has them, and else videos with the key to keep latents under.
 
@@ -221,7 +259,76 @@ class CachedClips:
         return self.videos.load(index, generator, shape) | {"cache_key": key}
 
 
-# --- filling ---------------------------------------------------------------------------------------------------------
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def open_cache(
+    config: CacheConfig,
+    data: DataConfig,
+    checkpoint: CheckpointConfig,
+    rows: Sequence[Any],
+    manifest: FileManifest,
+    *,
+    vae_tiling: bool,
+    text_dtype: str,
+    encodes: bool,
+) -> tuple[CachedData, list[Any]]:
+    """A cache as a run wants it, and the run's rows with the content of their files. Called by every process.
+
+    Args:
+        config: Names the folder.
+        data: Settings of the clips.
+        checkpoint: Where the encoders are.
+        rows: Their files are read, split over the processes, unless the manifest knows them.
+        manifest: Of the folder; the main process writes what is new.
+        vae_tiling: Whether the VAE encodes in tiles.
+        text_dtype: Precision of the text encoder, as in `DTYPES`.
+        encodes: Whether the run may encode, and so needs the encoders at hand.
+
+    Raises:
+        ValueError: If the data cannot be cached, or the encoders cannot be told.
+    """
+    check_can_be_cached(data)
+    is_main = _process_index() == 0
+    own = range(_process_index(), len(rows), _num_processes())
+    found = gather_lists(hash_rows(rows, own, show_progress=is_main))
+    manifest.add(found)
+    rows = [row if row.content else replace(row, content=_content(row, manifest)) for row in rows]
+    encoders = None
+    if is_main:  # one reads the weights
+        try:
+            encoders = identify_encoders(
+                manifest.path.parent,
+                checkpoint,
+                manifest,
+                vae_tiling=vae_tiling,
+                text_dtype=text_dtype,
+                download=encodes,
+            )
+        except ValueError as error:
+            encoders = error
+        manifest.save()
+    (encoders,) = gather_lists([encoders] if is_main else [])
+    if isinstance(encoders, ValueError):
+        raise encoders
+    return CachedData(manifest.path.parent, data, encoders, config.latents_dtype), rows
+
+
+def gather_lists(items: list[Any]) -> list[Any]:
+    """The items of all processes, in their order."""
+    if not torch.distributed.is_initialized():
+        return items
+    parts: list[list[Any]] = [[] for _ in range(_num_processes())]
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def _process_index() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _num_processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def hash_rows(rows: Sequence[Any], indices: Sequence[int], *, show_progress: bool = False) -> list[FileFacts]:
@@ -243,11 +350,6 @@ def hash_rows(rows: Sequence[Any], indices: Sequence[int], *, show_progress: boo
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = pool.map(facts, unknown)
         return list(tqdm(found, total=len(unknown), desc="reading files", delay=2, disable=not show_progress))
-
-
-def with_contents(rows: Sequence[Any], manifest: FileManifest) -> list[Any]:
-    """The rows with the content of their files, as far as the manifest knows it."""
-    return [row if row.content else replace(row, content=_content(row, manifest)) for row in rows]
 
 
 def _content(row: Any, manifest: FileManifest) -> str:

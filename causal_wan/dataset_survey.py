@@ -15,7 +15,7 @@ from causal_wan.data_config import DataConfig
 
 
 BLACK_LUMA = 8.0  # of 255; darker clips are called black
-STATIC_MOTION = 0.3  # of 255; clips whose looks differ by less are called static
+STATIC_MOTION = 4.0  # of 255; clips whose looks differ by less everywhere are called static
 MAX_REASONS = 50
 NUM_BARS = 24
 ASPECTS = {"9:21": 9 / 21, "9:16": 9 / 16, "3:4": 3 / 4, "1:1": 1, "4:3": 4 / 3, "16:9": 16 / 9, "21:9": 21 / 9}
@@ -105,7 +105,7 @@ def group_equal(values: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
 
 def generalize(reason: str) -> str:
     """A reason without what differs from file to file, for counting; nothing of it grows with the rows."""
-    return re.sub(r"\d[\d.,]*", "…", re.sub(r"^/.*? (?=ends before)", "the file ", reason))[:200]
+    return re.sub(r"\d+([.,]\d+)*", "…", re.sub(r"^/.*? (?=ends before)", "the file ", reason))[:200]
 
 
 def count_reason(reasons: Counter, reason: str) -> None:

@@ -201,6 +201,7 @@ def plan_run(
     revision: str | None = None,
     vae_dtype: torch.dtype = torch.float32,
     text_dtype: torch.dtype = torch.bfloat16,
+    encodes: bool = True,
     **workload: Any,
 ) -> MemoryPlan:
     """The memory of a run that embeds prompts, then encodes clips and trains, from the checkpoint's configs alone.
@@ -213,6 +214,7 @@ def plan_run(
         revision: Of a hub repository.
         vae_dtype: Of the VAE.
         text_dtype: Of the text encoder.
+        encodes: Whether the run encodes clips and prompts itself.
         workload: Fields of `Workload` but for `architecture` and `latent_shape`.
     """
     architecture = load_transformer_config(checkpoint, generator_ckpt=generator_ckpt, revision=revision)
@@ -224,6 +226,8 @@ def plan_run(
     )
     latent_shape = (vae_config["z_dim"], (num_frames - 1) // temporal + 1, height // spatial, width // spatial)
     planned = Workload(architecture={**architecture, **causal_config}, latent_shape=latent_shape, **workload)
+    if not encodes:
+        return plan_training(planned)
     vae, encoding = plan_encoding(
         vae_config, (planned.batch_size, *video_shape), dtype=vae_dtype, memory=planned.memory
     )

@@ -230,6 +230,14 @@ def load_vae(
     return vae.requires_grad_(False).eval()
 
 
+def load_vae_config(pretrained_model_name_or_path: str, *, revision: str | None = None) -> AutoencoderKLWan:
+    """The VAE without weights, for what its config tells."""
+    with torch.device("meta"):
+        return AutoencoderKLWan.from_config(
+            AutoencoderKLWan.load_config(pretrained_model_name_or_path, subfolder="vae", revision=revision)
+        )
+
+
 def load_text_encoder(
     pretrained_model_name_or_path: str,
     *,

@@ -1,184 +1,254 @@
-"""Files and data sets -> rows of a table: which videos there are, and their prompts. No video is opened.
+"""Tables of clips: CSV, JSONL, Parquet, folders of videos and texts, and `datasets` data sets -> rows.
 
-CSV, JSON lines, Parquet, a folder of videos with texts beside them, WebDataset tars, and what `datasets` has saved or
-the hub holds.
+A row names a video, or is one with its bytes, and has prompts. Videos are neither opened nor looked for here.
 """
 
+import bisect
 import itertools
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
 
+import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from datasets import Dataset, config
+from datasets import Dataset, DatasetDict, Value
+from datasets.exceptions import DatasetsError
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from causal_wan.sources import (
-    JSON_SUFFIXES,
-    PlainRow,
-    Source,
-    as_prompts,
-    check_columns,
-    check_types,
-    is_binary,
-    is_text,
-    open_dataset,
-)
-from causal_wan.text_tables import csv_rows, json_rows, pair_rows
+from causal_wan.table_files import read_csv, read_jsonl, read_pairs, read_parquet
+from causal_wan.table_sources import Source, check_captions, check_columns, is_hub_name, is_text
 from causal_wan.video_files import EmbeddedVideo
 
 
-CHUNK_ROWS = 10_000
+SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
+CHUNK_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row as it is in the table, unchecked."""
-
-    number: int  # 1 is the first
-    video: str | EmbeddedVideo | None
-    prompts: tuple[str, ...]  # empty ones included
-
-
-class TableRows(Sequence[TableRow]):
-    """The rows of a table, kept as Arrow and made when asked for: a million take some hundred megabytes.
+    """A row, as the table has it.
 
     Args:
-        rows: As plain values.
-        base_path: Folder below which the paths of videos must lie; None if there are none.
-        dataset: Holds the videos of rows that are embedded,
-        video_column: in this column.
+        number: 1 is the first.
+        video: A path, or the video itself.
+        prompts: Those that are not blank, without white space around them.
+        base: Folder that a path is relative to and must not leave; None where no path is allowed.
     """
 
-    SCHEMA = pa.schema([("video", pa.string()), ("is_embedded", pa.bool_()), ("prompts", pa.list_(pa.string()))])
+    number: int
+    video: str | EmbeddedVideo | None
+    prompts: tuple[str, ...]
+    base: str | None = None
+
+
+class Table(Sequence[TableRow]):
+    """The rows of a table, made when they are asked for: what is kept is Arrow's, in memory or mapped from the disk.
+
+    Args:
+        cells: An Arrow table, or a `datasets` data set in the format arrow.
+        source: Names the columns.
+        bases: Folders that paths may lie in; with several, the first that a path is written below is that of its row.
+        videos: The data set again, giving Python's values, where it may hold the bytes of videos.
+        has_json: Whether a text that is a JSON list of texts stands for these.
+    """
 
     def __init__(
         self,
-        rows: Iterable[PlainRow],
+        cells: pa.Table | Dataset,
+        source: Source,
+        bases: Sequence[str],
         *,
-        base_path: Path | None,
-        dataset: Dataset | None = None,
-        video_column: str = "",
+        videos: Dataset | None = None,
+        has_json: bool = False,
     ) -> None:
-        self.base_path, self.dataset, self.video_column = base_path, dataset, video_column
-        rows, batches = iter(rows), []
-        while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-            columns = zip(zip(*chunk, strict=True), self.SCHEMA.types, strict=True)
-            batches.append(pa.record_batch([pa.array(*column) for column in columns], schema=self.SCHEMA))
-        self._table = pa.Table.from_batches(batches, self.SCHEMA)
+        self.cells, self.source, self.bases, self.videos, self.has_json = cells, source, bases, videos, has_json
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return len(self.cells)
 
-    @overload
-    def __getitem__(self, index: int) -> TableRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TableRow]: ...
-    def __getitem__(self, index: int | slice) -> TableRow | list[TableRow]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        return self._make_row(index, *(column[index].as_py() for column in self._table.columns))
+    def __getitem__(self, index: int) -> TableRow:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return next(self._rows(index, index + 1))
 
     def __iter__(self) -> Iterator[TableRow]:
-        index = itertools.count()
-        for batch in self._table.to_batches(CHUNK_ROWS):
-            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                yield self._make_row(next(index), *values)
+        for start in range(0, len(self), CHUNK_ROWS):
+            yield from self._rows(start, min(start + CHUNK_ROWS, len(self)))
 
-    def _make_row(self, index: int, path: str | None, is_embedded: bool, prompts: list[str]) -> TableRow:
-        video = EmbeddedVideo(self.dataset, index, self.video_column) if is_embedded else path
-        return TableRow(index + 1, video, tuple(prompts))
+    def _rows(self, start: int, end: int) -> Iterator[TableRow]:
+        cells = self.cells[start:end]
+        captions = zip(*(cells[name].to_pylist() for name in self.source.caption_column), strict=True)
+        videos = self._videos(cells[self.source.video_column], start)
+        for number, (video, texts) in enumerate(zip(videos, captions, strict=True), start + 1):
+            prompts = tuple(prompt for text in texts for prompt in _prompts(text, has_json=self.has_json))
+            yield TableRow(number, video, prompts, self._base(video))
 
-    @property
-    def has_paths(self) -> bool:
-        """Whether a row names a file."""
-        return any(isinstance(row.video, str) for row in self)
+    def _videos(self, column: pa.ChunkedArray, start: int) -> list[str | EmbeddedVideo | None]:
+        if self.videos is None or is_text(column.type):
+            return column.to_pylist()
+        # Whether there are bytes is seen without reading them.
+        content, paths = column, [None] * len(column)
+        if pa.types.is_struct(column.type):
+            content = pc.struct_field(column, "bytes")
+            if column.type.get_field_index("path") >= 0:
+                paths = pc.struct_field(column, "path").to_pylist()
+        return [
+            EmbeddedVideo(self.videos, index, self.source.video_column) if is_there else path
+            for index, (is_there, path) in enumerate(zip(content.is_valid().to_pylist(), paths, strict=True), start)
+        ]
+
+    def _base(self, video: str | EmbeddedVideo | None) -> str | None:
+        if not isinstance(video, str) or len(self.bases) < 2:
+            return self.bases[0] if self.bases else None
+        return next((base for base in self.bases if Path(video).is_relative_to(base)), self.bases[0])
 
 
-def read_table(source: Source) -> TableRows:
-    """The rows of a source, unchecked. Paths are to be looked up below the `base_path` of what comes back.
+class Tables(Sequence[TableRow]):
+    """The rows of several tables, one after another."""
+
+    def __init__(self, tables: Sequence[Table]) -> None:
+        self.tables = list(tables)
+        self.ends = list(itertools.accumulate(map(len, self.tables)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> TableRow:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = bisect.bisect_right(self.ends, index)
+        return self.tables[place][index - self.ends[place]]  # from its end
+
+    def name(self, index: int) -> str:
+        """What the table of a row is called."""
+        return self.tables[bisect.bisect_right(self.ends, index)].source.metadata_path
+
+    def __iter__(self) -> Iterator[TableRow]:
+        return itertools.chain.from_iterable(self.tables)
+
+
+def _prompts(cell: str | list[str | None] | None, *, has_json: bool) -> Iterator[str]:
+    if has_json and isinstance(cell, str) and cell.lstrip().startswith("["):
+        try:
+            parsed = json.loads(cell)
+        except ValueError:
+            parsed = None  # a prompt that begins with a bracket
+        if isinstance(parsed, list) and all(isinstance(text, str) for text in parsed):
+            cell = parsed
+    for text in [cell] if isinstance(cell, str) else cell or ():
+        if text and text.strip():
+            yield text.strip()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_table(source: Source) -> Table:
+    """The rows of a table of any kind: the kind is seen from `metadata_path`.
 
     Raises:
-        ValueError: If the source is not there, cannot be read, lacks a column, or holds other than text in one.
+        ValueError: If it is not there, is none, has no rows, or lacks a column.
     """
-    path = Path(source.name)
-    reader = {".csv": csv_rows, ".parquet": _parquet_rows, **dict.fromkeys(JSON_SUFFIXES, json_rows)}.get(path.suffix)
-    if source.metadata_path is None or (path.is_dir() and not _is_dataset_folder(source)):
-        rows = TableRows(pair_rows(path), base_path=path)
-    elif reader is None or path.is_dir() or "://" in source.name:
-        rows = _read_dataset(source)
-    elif not path.is_file():
-        raise ValueError(f"metadata_path must be a file, a folder or a data set, but {path} does not exist.")
-    elif reader is _parquet_rows and _embeds_videos(path, source):
-        rows = _read_dataset(source)
+    path = Path(source.metadata_path)
+    if path.is_dir():
+        is_saved = any((path / name).is_file() for name in SAVED_DATASET_FILES)
+        table = _read_data_set(_load_saved(source), source, []) if is_saved else _read_folder(source)
+    elif path.is_file():
+        table = _read_file(source)
+    elif is_hub_name(source.metadata_path):
+        table = _read_hub(source)
     else:
-        rows = TableRows(reader(path, source), base_path=source.base_folder())
-    if not len(rows):
-        raise ValueError(f"{source.name} must have at least one row, but has none.")
-    return rows
+        raise ValueError(
+            f"metadata_path must be a CSV, JSONL or Parquet file, a folder, or the name of a data set on the hub, but "
+            f"{path} does not exist."
+        )
+    if not len(table):
+        raise ValueError(f"{path} must have at least one row, but has none.")
+    return table
 
 
-def _is_dataset_folder(source: Source) -> bool:
-    patterns = ("*.tar", "*.parquet", "data/*.parquet")
-    return source.is_saved or any(next(Path(source.name).glob(pattern), None) is not None for pattern in patterns)
+def _read_folder(source: Source) -> Table:
+    """Videos with texts beside them; another base folder may be given only to find them from there."""
+    folder, base = source.metadata_path, source.dataset_base_path or source.metadata_path
+    source = replace(source, video_column="video", caption_column=("prompt",))
+    cells = read_pairs(Path(folder))
+    below = os.path.relpath(folder, base)
+    paths = [os.path.normpath(os.path.join(below, name)) for name in cells["video"].to_pylist()]
+    return Table(cells.set_column(0, "video", pa.array(paths, pa.string())), source, [base])
 
 
-def _embeds_videos(path: Path, source: Source) -> bool:
-    """Whether a Parquet file holds videos, not the paths of some.
+def _read_file(source: Source) -> Table:
+    path = Path(source.metadata_path)
+    readers = {".csv": read_csv, ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"a table must end in {', '.join(readers)}, got {path.name}; rename or convert it.")
+    if source.dataset_base_path is None:
+        raise ValueError(f"dataset_base_path must name the folder that the paths in {path} are relative to.")
+    cells = reader(path, source)
+    return Table(cells, source, [source.dataset_base_path], has_json=reader is read_csv)
 
-    Raises:
-        ValueError: If it is none, or its columns are not as they should be.
-    """
+
+# --- `datasets` ------------------------------------------------------------------------------------------------------
+
+
+def _load_saved(source: Source) -> Dataset:
     try:
-        schema = pq.read_schema(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} must be a Parquet file, but cannot be read as one ({error}).") from None
-    check_columns(schema.names, source)
-    check_types(schema, source)
-    return not is_text(schema.field(source.video_column).type)
+        loaded = datasets.load_from_disk(source.metadata_path)
+    except (OSError, ValueError, KeyError, TypeError, DatasetsError, pa.ArrowException) as error:
+        raise ValueError(f"{source.metadata_path} is no data set that `datasets` can load ({error}).") from None
+    if not isinstance(loaded, DatasetDict):
+        return loaded
+    if source.split not in loaded:
+        raise ValueError(
+            f"{source.metadata_path} must have the split {source.split}, but has {', '.join(loaded)}; name one with "
+            "split in --dataset_config."
+        )
+    return loaded[source.split]
 
 
-def _parquet_rows(path: Path, source: Source) -> Iterator[PlainRow]:
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(CHUNK_ROWS, columns=source.columns):
-            yield from _arrow_rows(pa.table(batch), source)
+def _read_hub(source: Source) -> Table:
+    """A data set of the hub: the bytes in it, or files that `datasets` has downloaded."""
+    name = source.metadata_path
+    try:
+        loaded = datasets.load_dataset(name, split=source.split, revision=source.revision)
+    except (OSError, ValueError, RuntimeError, DatasetsError, pa.ArrowException) as error:
+        raise ValueError(
+            f"metadata_path must be a file or folder that is there, or a data set on the hub, but {name} is not here, "
+            f"and loading the split {source.split} of it from the hub failed: {error}"
+        ) from error
+    # Where files of this repository alone are, and what came out of archives.
+    repository = os.path.join(HF_HUB_CACHE, "datasets--" + name.replace("/", "--"))
+    return _read_data_set(loaded, source, [repository, str(datasets.config.DOWNLOADED_DATASETS_PATH)])
 
 
-def _arrow_rows(table: pa.Table, source: Source) -> Iterator[PlainRow]:
-    """The rows of an Arrow table; the bytes of videos are not touched."""
-    videos = table[source.video_column]
-    if pa.types.is_struct(videos.type):
-        paths, bytes_there = pc.struct_field(videos, "path").to_pylist(), pc.struct_field(videos, "bytes").is_valid()
-    elif is_binary(videos.type):
-        paths, bytes_there = [None] * len(videos), videos.is_valid()
-    else:
-        paths, bytes_there = videos.to_pylist(), pa.array([False] * len(videos))
-    captions = [table[column].to_pylist() for column in source.caption_columns]
-    for path, is_embedded, *values in zip(paths, bytes_there.to_pylist(), *captions, strict=True):
-        yield path, is_embedded, [prompt for value in values for prompt in as_prompts(value)]
+def _read_data_set(dataset: Dataset, source: Source, downloads: Sequence[str]) -> Table:
+    """The rows of a data set whose column holds videos, as bytes or paths.
 
-
-def _read_dataset(source: Source) -> TableRows:
-    dataset = open_dataset(source)
-    batches = dataset.with_format("arrow").iter(CHUNK_ROWS)
-    rows = TableRows(
-        (row for batch in batches for row in _arrow_rows(batch, source)),
-        base_path=None,
-        dataset=dataset.select_columns([source.video_column]),
-        video_column=source.video_column,
-    )
-    if rows.has_paths:
-        rows.base_path = _cache_folder(rows) if source.is_on_hub else source.base_folder()
-    return rows
-
-
-def _cache_folder(rows: TableRows) -> Path:
-    """The folder in which `datasets` has put the files of a data set of the hub."""
-    hub, own = (Path(os.path.realpath(folder)) for folder in (HF_HUB_CACHE, config.HF_DATASETS_CACHE))
-    path = next(row.video for row in rows if isinstance(row.video, str))
-    return hub if Path(os.path.realpath(path)).is_relative_to(hub) else own
+    Args:
+        dataset: Loaded; nothing of it is decoded.
+        source: Names the columns.
+        downloads: Folders for paths, if the source names none.
+    """
+    check_columns(dataset.column_names, source)
+    column = source.video_column
+    feature = dataset.features[column]
+    if isinstance(feature, datasets.Video):
+        if feature.decode:
+            dataset = dataset.cast_column(column, datasets.Video(decode=False))
+    elif not (
+        (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary"))
+        or (isinstance(feature, dict) and "bytes" in feature)
+    ):
+        raise ValueError(
+            f"{source.metadata_path} must hold videos in the column {column}, as Video, bytes or paths, but holds "
+            f"{feature}; name another with --video_column."
+        )
+    cells = dataset.select_columns([column, *source.caption_column]).with_format("arrow")
+    check_captions(dataset.features.arrow_schema, source)
+    bases = downloads if source.dataset_base_path is None else [source.dataset_base_path]
+    return Table(cells, source, bases, videos=dataset.select_columns([column]).with_format(None))

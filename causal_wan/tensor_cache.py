@@ -162,6 +162,7 @@ def _write_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         save_file(tensors, partial, metadata=metadata)
+        partial.chmod(0o644)  # safetensors lets nobody else read
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -227,6 +228,6 @@ class CacheWriter:
 
 def remove_stale_shards(folder: str | Path) -> None:
     """Removes what killed processes left half-written."""
-    for path in Path(folder).glob(".*.partial"):
+    for path in Path(folder).glob(".*"):  # our names and those of safetensors
         if time.time() - path.stat().st_mtime > STALE_SECONDS:
             path.unlink(missing_ok=True)

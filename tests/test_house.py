@@ -26,11 +26,14 @@ ALLOWED = {
     "regression": {"flow", "losses"},
     "video_files": set(),
     "sample_order": set(),
-    "sources": set(),
-    "text_tables": {"sources"},
-    "tables": {"sources", "text_tables", "video_files"},
     "data_config": {"sample_order", "video_files"},
-    "row_records": {"data_config", "dataset_utils", "video_files"},
+    "tensor_cache": set(),
+    "cached_data": {"data_config", "file_manifest", "models", "sample_order", "tensor_cache"},
+    "table_sources": set(),
+    "table_files": {"table_sources", "video_files"},
+    "tables": {"table_files", "table_sources", "video_files"},
+    "file_manifest": {"video_files"},
+    "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
     "dataset_survey": {"data_config"},
     "dataset_report": {"dataset_survey"},
     "config": set(),
@@ -42,7 +45,7 @@ ALLOWED = {
 }
 
 # What knows files and samples, and no noise, models or devices.
-DATA = {"data_config", "sample_order", "sources", "tables", "video_files"}
+DATA = {"data_config", "file_manifest", "sample_order", "table_sources", "tables", "video_files"}
 
 
 def imports(path):
@@ -143,7 +146,7 @@ def test_documented_commands_parse(script, arguments, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     module = importlib.import_module(script)
-    parse_config(module.Config, arguments)
+    parse_config(module.Config, arguments, also_known=getattr(module, "TRAINING_SETTINGS", ()))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("wan_*.yaml")), ids=lambda path: path.name)

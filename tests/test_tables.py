@@ -1,412 +1,576 @@
+"""Tables of every kind give the same rows, keep text as it is, and let no path out of its folder."""
+
 import csv
-import io
 import json
 import os
-import tarfile
+from dataclasses import replace
+from pathlib import Path
 
+import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict, Video, config, load_dataset
+import yaml
+from datasets import Dataset, DatasetDict, Value, Video
+from test_video_files import write_video
 
-import causal_wan.sources
-from causal_wan.sources import Source, read_sources
-from causal_wan.tables import TableRow, read_table
-from causal_wan.video_files import EmbeddedVideo, resolve_path
+from causal_wan import tables
+from causal_wan.file_manifest import FileFacts, FileManifest, hash_content, stat_of
+from causal_wan.sample_order import SampleOrder
+from causal_wan.table_sources import Source, read_sources
+from causal_wan.tables import Tables, read_table
+from causal_wan.video_files import EmbeddedVideo
+from dataset_utils import DataConfig, find_video, load_rows, read_tables, source_weights, sources_of
+
+
+PROMPTS = ["123", "None", "NA", "2024-01-01 10:00:00"]
+SHAPE = {"num_frames": 9, "height": 32, "width": 48}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4").read_bytes()
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """With videos/ (whose content does not matter), and a cache of data sets of its own."""
+def folder(tmp_path, clip):
     (tmp_path / "videos").mkdir()
-    for number in range(3):
-        (tmp_path / "videos" / f"{number}.mp4").write_bytes(content(number))
-    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for number in range(4):
+        (tmp_path / "videos" / f"{number}.mp4").write_bytes(clip)
     return tmp_path
 
 
-def content(number):
-    return bytes([number]) * 100
+def source(path, **changes):
+    return Source(metadata_path=str(path), **{"dataset_base_path": str(path.parent / "videos"), **changes})
 
 
-def source(folder, name, text=None, **changes):
-    if text is not None:
-        (folder / name).write_text(text, encoding="utf-8")
-    return Source(metadata_path=str(folder / name), dataset_base_path=str(folder / "videos"), **changes)
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def plain(rows):
-    return [(row.number, row.video, row.prompts) for row in rows]
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
-# --- text ------------------------------------------------------------------------------------------------------------
-
-
-def test_csv_values_stay_text(folder):
-    text = 'prompt,video,note\n"one, two\nthree",0.mp4,x\n123,1.mp4,\nNone,2.mp4,\nNA,,\n,0.mp4,\n'
-    rows = read_table(source(folder, "rows.csv", text))
-    assert plain(rows) == [
-        (1, "0.mp4", ("one, two\nthree",)),
-        (2, "1.mp4", ("123",)),
-        (3, "2.mp4", ("None",)),
-        (4, "", ("NA",)),
-        (5, "0.mp4", ("",)),
-    ]
-    assert rows.base_path == folder / "videos"
-
-
-def test_a_cell_that_is_a_json_list_of_texts_is_several_prompts(folder):
-    cells = [json.dumps(["one", 'two, "three"']), "[a dog]", "[1, 2]", '["open', "no list"]
-    with (folder / "rows.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["video", "prompt"], *(["0.mp4", cell] for cell in cells)])
-    prompts = [row.prompts for row in read_table(source(folder, "rows.csv"))]
-    assert prompts == [("one", 'two, "three"'), ("[a dog]",), ("[1, 2]",), ('["open',), ("no list",)]
-
-
-def test_several_columns_are_several_prompts(folder):
-    captions = {"caption_columns": ("short", "long")}
-    csv_rows = read_table(
-        source(folder, "rows.csv", "video,long,short\n0.mp4,a long one,one\n1.mp4,,two\n", **captions)
-    )
-    assert [row.prompts for row in csv_rows] == [("one", "a long one"), ("two", "")]
-    text = '{"video": "0.mp4", "short": ["a", "b"], "long": "c"}\n{"video": "1.mp4", "long": "d"}\n'
-    assert [row.prompts for row in read_table(source(folder, "rows.jsonl", text, **captions))] == [
-        ("a", "b", "c"),
-        ("", "d"),
-    ]
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.json", "list.json"])
-def test_json_values_stay_text(folder, name):
-    entries = [
-        {"video": "0.mp4", "prompt": "2024-01-01", "other": 1},
-        {"video": "1.mp4", "prompt": ["123", "None"]},
-        {"prompt": None, "video": None},
-        {"video": "2.mp4", "prompt": ["ein Käfer", None]},
-    ]
-    text = json.dumps(entries) if name == "list.json" else "\n\n".join(map(json.dumps, entries)) + "\n"
-    assert plain(read_table(source(folder, name, text))) == [
-        (1, "0.mp4", ("2024-01-01",)),
-        (2, "1.mp4", ("123", "None")),
-        (3, None, ("",)),
-        (4, "2.mp4", ("ein Käfer", "")),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("rows.csv", "", "is empty"),
-        ("rows.csv", "video,prompt\n", "has none"),
-        ("rows.csv", "file,caption\n0,a\n", "has file, caption; name yours with --video_column and --caption_column"),
-        ("rows.csv", "video,prompt\n0.mp4,a dog, running\n", "2 fields a row, but its first row has 3; put quotes"),
-        ("rows.csv", "video,prompt\n0.mp4,a\n1.mp4,a dog, runs\n", "Expected 2 fields in line 3, saw 3.*put quotes"),
-        ("rows.csv", 'video,prompt\n0.mp4,a\n1.mp4,"b\n2.mp4,c\n', "must have 2 fields a row .*close them"),
-        ("rows.jsonl", "", "must have at least one row"),
-        ("rows.jsonl", '{"file": "0.mp4"}\n{"caption": "a"}\n', "columns video and prompt, but has file, caption"),
-        ("rows.jsonl", '{"video": "0.mp4", "prompt": 5}', r"row 1, prompt must be text or a list.*a number \(5\)"),
-        ("rows.jsonl", '{"video": "0.mp4", "prompt": ["a", {}]}', r"row 1, prompt must .*a mapping \(\{\}\)"),
-        ("rows.jsonl", '{"video": ["0.mp4"], "prompt": "a"}', "video must be the path of a file, got a list"),
-        ("rows.jsonl", '{"video": "0.mp4", "prompt": "a\\ud83d"}', "row 1, prompt must be text, but has half a char"),
-        (
-            "rows.jsonl",
-            '{"video": "0.mp4", "prompt": "a"}\n{"video": \n',
-            "one JSON object a line, but line 2: Expecting",
-        ),
-        ("rows.jsonl", '"a"\n', "line 1: got a text"),
-    ],
-)
-def test_unusable_text_is_refused(folder, name, text, message):
-    with pytest.raises(ValueError, match=message):
-        read_table(source(folder, name, text))
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
-def test_text_that_is_not_utf_8_is_refused_by_name(folder, name):
-    (folder / name).write_bytes("video,prompt\n0.mp4,café\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=f"{name} must be text in UTF-8"):
-        read_table(source(folder, name))
-
-
-@pytest.mark.parametrize("name", ["no.csv", "no.jsonl", "no.parquet", "no.tar", "no.xlsx", "nowhere"])
-def test_what_is_not_there_is_named(folder, name):
-    with pytest.raises(ValueError, match=f"metadata_path must be .*{name}.* does not exist"):
-        read_table(source(folder, name))
-
-
-def test_paths_need_a_folder(folder):
-    text = "video,prompt\n0.mp4,a\n"
-    with pytest.raises(ValueError, match="nowhere is not one"):
-        read_table(Source(metadata_path=source(folder, "rows.csv", text).name, dataset_base_path="nowhere"))
-    with pytest.raises(ValueError, match="--dataset_base_path must say below which folder"):
-        read_table(Source(metadata_path=str(folder / "rows.csv")))
-
-
-def test_rows_are_a_sequence_that_is_small(folder):
-    lines = (json.dumps({"video": f"{i}.mp4", "prompt": f"prompt {i}"}) for i in range(25_000))
-    rows = read_table(source(folder, "rows.jsonl", "\n".join(lines)))
-    assert len(rows) == 25_000
-    assert rows[-1] == TableRow(25_000, "24999.mp4", ("prompt 24999",))
-    assert rows[9_999:10_002] == [rows[i] for i in (9_999, 10_000, 10_001)] == list(rows)[9_999:10_002]
-    with pytest.raises(IndexError):
-        rows[25_000]
-    assert rows._table.nbytes < 100 * len(rows)
-
-
-# --- pairs -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_of_videos_with_texts_beside_them(folder):
-    videos = folder / "videos"
-    (videos / "sub").mkdir()
-    (videos / "sub" / "a.b.MOV").write_bytes(b"x")
-    (videos / "sub" / "a.b.TXT").write_text("below")
-    (videos / ".hidden.mp4").touch()
-    (videos / "notes.md").touch()
-    for number in range(3):
-        (videos / f"{number}.txt").write_text(f"prompt {number}\n")
-    expected = [(i + 1, f"{i}.mp4", (f"prompt {i}\n",)) for i in range(3)] + [(4, "sub/a.b.MOV", ("below",))]
-    rows = read_table(Source(metadata_path=str(videos)))
-    assert plain(rows) == plain(read_table(Source(dataset_base_path=str(videos)))) == expected
-    assert all(resolve_path(row.video, rows.base_path).is_file() for row in rows)
-
-
-def test_videos_and_texts_without_a_partner_are_all_named(folder):
-    videos = folder / "videos"
-    (videos / "1.txt").touch()
-    (videos / "lone.txt").touch()
-    (videos / "1.mov").touch()
-    with pytest.raises(ValueError) as error:
-        read_table(Source(metadata_path=str(videos)))
-    for problem in (
-        "0.mp4 has no text beside it",
-        "2.mp4 has no text beside it",
-        "lone.txt has no video beside it",
-        "1.mov and",
-    ):
-        assert problem in str(error.value)
-    (folder / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no videos"):
-        read_table(Source(metadata_path=str(folder / "empty")))
-
-
-def test_a_text_cannot_be_a_link_out_of_its_folder(folder):
-    for number in range(3):
-        (folder / "videos" / f"{number}.txt").write_text("a")
-    (folder / "secret.txt").write_text("secret")
-    (folder / "videos" / "0.txt").unlink()
-    os.symlink(folder / "secret.txt", folder / "videos" / "0.txt")
-    with pytest.raises(ValueError, match=r"0.txt must be a file below .*, symlinks resolved"):
-        read_table(Source(metadata_path=str(folder / "videos")))
-
-
-# --- Parquet and data sets -------------------------------------------------------------------------------------------
-
-
-def read_videos(rows):
-    assert all(isinstance(row.video, EmbeddedVideo) for row in rows)
-    return [row.video.open("rb").read() for row in rows]
-
-
-def embedded(prompts=("a", "b", "c")):
-    videos = [{"bytes": content(number), "path": f"{number}.mp4"} for number in range(3)]
-    return Dataset.from_dict({"video": videos, "prompt": list(prompts)}).cast_column("video", Video())
-
-
-def test_parquet_with_paths(folder):
-    columns = {"video": ["0.mp4", None], "prompt": [["a", "b"], None], "other": [1, 2]}
-    pq.write_table(pa.table(columns), folder / "rows.parquet")
-    rows = read_table(source(folder, "rows.parquet"))
-    assert plain(rows) == [(1, "0.mp4", ("a", "b")), (2, None, ("",))]
-    pq.write_table(
-        pa.table({"video": ["0.mp4"], "prompt": pa.array(["123"]).dictionary_encode()}), folder / "d.parquet"
-    )
-    assert plain(read_table(source(folder, "d.parquet"))) == [(1, "0.mp4", ("123",))]
-
-
-@pytest.mark.parametrize("kind", ["Video", "bytes"])
-def test_parquet_with_videos(folder, kind):
-    path = str(folder / "rows.parquet")
-    if kind == "Video":
-        embedded().to_parquet(path)
+def write_table(path, rows):
+    """Rows of values by name, as the suffix of the path says."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(
+                {name: json.dumps(v) if isinstance(v, list) else v for name, v in r.items()} for r in rows
+            )
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix:
+        write_jsonl(path, rows)
     else:
-        pq.write_table(pa.table({"video": [content(i) for i in range(3)], "prompt": ["a", "b", "c"]}), path)
-    rows = read_table(Source(metadata_path=path))
-    assert read_videos(rows) == [content(number) for number in range(3)]
-    assert [row.prompts for row in rows] == [("a",), ("b",), ("c",)]
-    assert rows.base_path is None
+        Dataset.from_list(rows).save_to_disk(path)
+    return path
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+KINDS = ["rows.csv", "rows.jsonl", "rows.ndjson", "rows.parquet", "saved"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_tables_of_all_kinds_give_the_same_rows_and_values_stay_text(tmp_path, name):
+    rows = [{"video": f"{n}.mp4", "note": 1, "prompt": f" {prompt}\n"} for n, prompt in enumerate(PROMPTS)]
+    table = read_table(source(write_table(tmp_path / name, rows)))
+    assert len(table) == 4
+    assert [row.number for row in table] == [1, 2, 3, 4]
+    assert [row.video for row in table] == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
+    assert [row.prompts for row in table] == [(prompt,) for prompt in PROMPTS]
+    assert [table[index] for index in range(4)] == list(table)
+    assert table[-1] == table[3]
+    with pytest.raises(IndexError):
+        table[4]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_several_prompts_come_from_a_column_of_lists_and_from_several_columns(tmp_path, name):
+    rows = [
+        {"video": "0.mp4", "short": "a", "long": ["b", " ", "c "]},
+        {"video": "1.mp4", "short": "", "long": ["d"]},
+        {"video": "2.mp4", "short": " ", "long": []},
+    ]
+    table = read_table(source(write_table(tmp_path / name, rows), caption_column=("short", "long")))
+    assert [row.prompts for row in table] == [("a", "b", "c"), ("d",), ()]
+
+
+def test_only_a_json_list_of_texts_in_a_csv_is_several_prompts(tmp_path):
+    prompts = ['["a", "b"]', "[wide shot] a dog", "[1, 2]", '["a", 2]', '{"a": 1}']
+    rows = [{"video": "0.mp4", "prompt": prompt} for prompt in prompts]
+    found = [row.prompts for row in read_table(source(write_table(tmp_path / "rows.csv", rows)))]
+    assert found == [("a", "b"), *((prompt,) for prompt in prompts[1:])]
+    found = [row.prompts for row in read_table(source(write_table(tmp_path / "rows.jsonl", rows)))]
+    assert found == [(prompt,) for prompt in prompts]
+
+
+def test_rows_may_lack_values(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": None}, {"video": "0.mp4", "prompt": ["a", None]}])
+    rows = list(read_table(source(tmp_path / "rows.jsonl")))
+    assert [(row.video, row.prompts) for row in rows] == [(None, ()), ("0.mp4", ("a",))]
+
+
+def test_long_tables_are_read_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "CHUNK_ROWS", 3)
+    rows = [{"video": f"{number}.mp4", "prompt": str(number)} for number in range(10)]
+    table = read_table(source(write_table(tmp_path / "rows.jsonl", rows)))
+    assert [(row.number, row.video) for row in table] == [(n + 1, f"{n}.mp4") for n in range(10)]
+
+
+def test_categories_of_pandas_are_text(tmp_path):
+    prompts = pa.array(["a", "b", "a"]).dictionary_encode()
+    pq.write_table(pa.table({"video": ["0.mp4", "1.mp4", "2.mp4"], "prompt": prompts}), tmp_path / "rows.parquet")
+    assert [row.prompts for row in read_table(source(tmp_path / "rows.parquet"))] == [("a",), ("b",), ("a",)]
+
+
+BAD_FILES = {
+    "columns.jsonl": ('{"file": "0.mp4", "prompt": "a"}', "has file, prompt; name yours with --video_column"),
+    "broken.jsonl": ('{"video": "0.mp4", "prompt": "a"}\n\n{"video"\n', "line 3 is none"),
+    "list.jsonl": ("[1]\n", "line 1 is of type list"),
+    "deep.jsonl": ("[" * 100_000, "line 1 is none"),
+    "number.jsonl": (
+        '{"video": "0.mp4", "prompt": "a"}\n{"video": "1.mp4", "prompt": 5}',
+        "line 2: prompt must be text",
+    ),
+    "numbers.jsonl": ('{"video": "0.mp4", "prompt": ["a", 5]}', "line 1: prompt must be text or a list of texts"),
+    "path.jsonl": ('{"video": ["0.mp4"], "prompt": "a"}', "line 1: video must be text, but holds .'0.mp4'.; put"),
+    "half.jsonl": ('{"video": "0.mp4", "prompt": "\\ud800"}', "line 1: prompt is no Unicode text"),
+    "empty.jsonl": ("\n", "must have at least one row"),
+    "fake.parquet": ("no parquet", "is no Parquet file that can be read"),
+    "rows.xlsx": ("", "must end in .csv, .jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_unusable_files_are_refused_with_the_reason(tmp_path, name):
+    text, message = BAD_FILES[name]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_table(source(tmp_path / name))
+
+
+def test_text_that_is_not_utf_8_is_refused_by_name(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes('{"video": "0.mp4", "prompt": "café"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"rows.jsonl must be text in UTF-8"):
+        read_table(source(tmp_path / "rows.jsonl"))
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"video": ["0.mp4"], "caption": ["a"]}, "columns video and prompt, but has video, caption; name yours"),
-        ({"video": ["0.mp4"], "prompt": [5]}, "the column prompt must hold text or lists of texts, but holds int64"),
-        ({"video": [5], "prompt": ["a"]}, "the column video must hold paths or videos, but holds int64"),
-        ({"video": [{"a": 1}], "prompt": ["a"]}, "the column video must hold paths or videos, but holds struct"),
+        ({"video": ["0.mp4"], "prompt": [5]}, "text or lists of text in the column prompt, but holds int64"),
+        ({"video": ["0.mp4"], "prompt": [[5]]}, "in the column prompt, but holds list"),
+        (
+            {"video": [b"0000"], "prompt": ["a"]},
+            "paths as text in the column video, but holds binary; .* save_to_disk",
+        ),
+        ({"video": ["0.mp4"], "text": ["a"]}, "has video, text; name yours with --video_column"),
         ({"video": pa.array([], pa.string()), "prompt": pa.array([], pa.string())}, "at least one row"),
-        (None, "must be a Parquet file"),
     ],
 )
-def test_unusable_parquet_is_refused(folder, columns, message):
-    path = folder / "rows.parquet"
-    if columns is None:
-        path.write_text("video,prompt\n")
-    else:
-        pq.write_table(pa.table(columns), path)
+def test_parquet_of_other_columns_is_refused(tmp_path, columns, message):
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match=message):
-        read_table(source(folder, "rows.parquet"))
+        read_table(source(tmp_path / "rows.parquet"))
 
 
-def test_a_saved_data_set(folder):
-    embedded([["a", "1"], ["b"], []]).save_to_disk(folder / "saved")
-    rows = read_table(Source(metadata_path=str(folder / "saved")))
-    assert read_videos(rows) == [content(number) for number in range(3)]
-    assert [row.prompts for row in rows] == [("a", "1"), ("b",), ()]
-    assert "row 2 of" in str(rows[1].video)
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet"])
+def test_files_need_a_folder_for_their_paths(tmp_path, name):
+    path = write_table(tmp_path / name, [{"video": "0.mp4", "prompt": "a"}])
+    with pytest.raises(ValueError, match="dataset_base_path must name the folder that the paths in"):
+        read_table(source(path, dataset_base_path=None))
 
 
-def test_the_splits_of_a_saved_data_set(folder):
-    DatasetDict(train=embedded(), test=embedded("xyz")).save_to_disk(folder / "saved")
-    assert [row.prompts[0] for row in read_table(Source(metadata_path=str(folder / "saved"), split="test"))] == [
-        *"xyz"
-    ]
-    with pytest.raises(ValueError, match="no split val, but train, test"):
-        read_table(Source(metadata_path=str(folder / "saved"), split="val"))
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_data_set_with_paths_needs_their_folder(folder):
-    paths = [str(folder / "videos" / "0.mp4"), "1.mp4", "/etc/passwd"]
-    Dataset.from_dict({"video": paths, "prompt": ["a", "b", "c"]}).save_to_disk(folder / "saved")
-    with pytest.raises(ValueError, match="names files, so --dataset_base_path must say below which folder"):
-        read_table(Source(metadata_path=str(folder / "saved")))
-    rows = read_table(source(folder, "saved"))
-    assert resolve_path(rows[0].video, rows.base_path) == resolve_path("0.mp4", folder / "videos")
-    assert resolve_path(rows[1].video, rows.base_path).name == "1.mp4"
+def test_a_folder_of_videos_and_texts_is_a_table(tmp_path, clip):
+    for name in ("b/0.mp4", "b/c.d/0.MKV", "a.v2.mp4"):
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(clip)
+        path.with_suffix(".txt").write_text(f" prompt of {name}\n")
+    (tmp_path / "set" / "._a.mp4").touch()
+    (tmp_path / "set" / ".hidden").mkdir()
+    (tmp_path / "set" / ".hidden" / "x.mp4").touch()
+    (tmp_path / "set" / "README.md").touch()
+    table = read_table(Source(metadata_path=str(tmp_path / "set")))
+    names = ["a.v2.mp4", "b/0.mp4", "b/c.d/0.MKV"]
+    assert [(row.video, row.prompts) for row in table] == [(name, (f"prompt of {name}",)) for name in names]
+    rows = load_rows(DataConfig(metadata_path=str(tmp_path / "set"), **SHAPE))
+    assert [row.video for row in rows] == [(tmp_path / "set" / name).resolve() for name in names]
+    above = DataConfig(metadata_path=str(tmp_path / "set"), dataset_base_path=str(tmp_path), **SHAPE)
+    assert [row.video for row in load_rows(above)] == [row.video for row in rows]
+    assert [row.name for row in load_rows(above)] == [f"set/{name}" for name in names]
+
+
+def test_videos_and_texts_without_partner_are_named(folder):
+    for number in (1, 2, 3):
+        (folder / "videos" / f"{number}.txt").write_text("a")
+    (folder / "videos" / "lost.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"0.mp4 has no 0.txt, lost.txt has no video\."):
+        read_table(Source(metadata_path=str(folder / "videos")))
+
+
+def test_a_folder_without_videos_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no video; name a table in it by its file"):
+        read_table(Source(metadata_path=str(tmp_path)))
+
+
+def test_a_text_is_not_read_from_outside_its_folder(tmp_path, clip):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "secret").write_text("password")
+    (tmp_path / "set" / "0.mp4").write_bytes(clip)
+    os.symlink(tmp_path / "secret", tmp_path / "set" / "0.txt")
+    with pytest.raises(ValueError, match=r"0.txt must be a text below .*set: the path leaves"):
+        read_table(Source(metadata_path=str(tmp_path / "set")))
+
+
+def test_an_empty_text_is_a_bad_row(tmp_path, clip):
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").write_bytes(clip)
+        (tmp_path / f"{name}.txt").write_text("a prompt" if name == "a" else "")
+    config = DataConfig(metadata_path=str(tmp_path), **SHAPE)
+    with pytest.raises(ValueError, match=r"row 2, b.mp4: the prompt is empty"):
+        load_rows(config)
+
+
+def test_a_text_that_is_not_utf_8_is_refused_by_name(tmp_path, clip):
+    (tmp_path / "a.mp4").write_bytes(clip)
+    (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a.txt must be text in UTF-8"):
+        read_table(Source(metadata_path=str(tmp_path)))
+
+
+# --- `datasets` ------------------------------------------------------------------------------------------------------
+
+
+def data_set(videos, feature=None, **columns):
+    prompts = [f"prompt {number}" for number in range(len(videos))]
+    features = datasets.Features({"video": feature or Video(), "prompt": Value("string")})
+    columns = {"video": videos, "prompt": prompts} | columns
+    return Dataset.from_dict({name: columns[name] for name in features}, features=features)
+
+
+@pytest.mark.parametrize("feature", [Video(), Video(decode=False), Value("binary"), Value("large_binary")], ids=str)
+def test_a_data_set_on_disk_gives_the_videos_in_it_without_torchcodec(tmp_path, clip, feature, monkeypatch):
+    monkeypatch.setattr(datasets.config, "TORCHCODEC_AVAILABLE", False)
+    data_set([clip, clip], feature).save_to_disk(tmp_path / "saved")
+    (first, second) = load_rows(DataConfig(metadata_path=str(tmp_path / "saved"), **SHAPE))
+    assert isinstance(second.video, EmbeddedVideo)
+    assert second.video.open("rb").read() == clip
+    assert (second.num_frames, second.prompts, second.number) == (24, ("prompt 1",), 2)
+    assert second.name == str(second.video)
+    assert first.name != second.name
+
+
+def test_whether_there_are_bytes_is_seen_without_reading_them(tmp_path, clip):
+    data_set([clip] * 3).save_to_disk(tmp_path / "saved")
+    table = read_table(Source(metadata_path=str(tmp_path / "saved")))
+    before = pa.total_allocated_bytes()
+    assert all(isinstance(row.video, EmbeddedVideo) for row in table)
+    assert pa.total_allocated_bytes() - before < len(clip)
+
+
+def test_a_split_of_a_saved_data_set_is_chosen_and_others_are_named(tmp_path, clip):
+    splits = {"train": data_set([clip]), "test": data_set([clip, clip])}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert len(read_table(Source(metadata_path=str(tmp_path / "saved")))) == 1
+    assert len(read_table(Source(metadata_path=str(tmp_path / "saved"), split="test"))) == 2
+    with pytest.raises(ValueError, match="must have the split dev, but has train, test"):
+        read_table(Source(metadata_path=str(tmp_path / "saved"), split="dev"))
+
+
+def test_paths_in_a_data_set_are_followed_only_below_a_folder_that_is_named(folder, clip):
+    write_video(folder / "outside.mp4")
+    paths = [str(folder / "videos" / "0.mp4"), "1.mp4", str(folder / "outside.mp4"), clip]
+    data_set(paths).save_to_disk(folder / "saved")
+    without = list(read_table(Source(metadata_path=str(folder / "saved"))))
+    for row in without[:3]:
+        with pytest.raises(ValueError, match=r"holds no bytes of the video, .* --dataset_base_path"):
+            find_video(row)
+    assert find_video(without[3])[0].open("rb").read() == clip
+    rows = list(read_table(source(folder / "saved")))
+    assert [find_video(row)[0].name for row in rows[:2]] == ["0.mp4", "1.mp4"]
     with pytest.raises(ValueError, match="the path leaves dataset_base_path"):
-        resolve_path(rows[2].video, rows.base_path)
-
-
-def test_webdataset_tars(folder, monkeypatch):
-    for shard in range(2):
-        members = {f"videos/{i}.{end}": data for i in (0, 1) for end, data in tar_member(2 * shard + i)}
-        write_tar(folder / "tars" / f"{shard}.tar", members)
-    monkeypatch.chdir(folder)  # where videos/0.mp4 is a file, too, that must not be taken for the member of the tar
-    columns = {"video_column": "mp4", "caption_columns": ("txt",)}
-    rows = read_table(Source(metadata_path=str(folder / "tars"), **columns))
-    assert read_videos(rows) == [content(number + 10) for number in range(4)]
-    assert [row.prompts for row in rows] == [(f"prompt {number}",) for number in range(4)]
-    one = read_table(Source(metadata_path=str(folder / "tars" / "1.tar"), **columns))
-    assert [row.prompts for row in one] == [("prompt 2",), ("prompt 3",)]
-    with pytest.raises(ValueError, match=r"has .*txt.*; name yours with --video_column and --caption_column"):
-        read_table(Source(metadata_path=str(folder / "tars")))
-
-
-def tar_member(number):
-    return ("mp4", content(number + 10)), ("txt", f"prompt {number}".encode())
-
-
-def test_damaged_tars_are_named(folder):
-    (folder / "tars").mkdir()
-    (folder / "tars" / "0.tar").write_bytes(b"no tar")
-    with pytest.raises(ValueError, match="tars could not be loaded as a data set: "):
-        read_table(Source(metadata_path=str(folder / "tars"), video_column="mp4", caption_columns=("txt",)))
-
-
-def test_a_data_set_of_the_hub(folder, monkeypatch):
-    (folder / "repo" / "data").mkdir(parents=True)
-    embedded().to_parquet(str(folder / "repo" / "data" / "train-00000-of-00001.parquet"))
-    asked = []
-
-    def load(path, **arguments):
-        asked.append((path, arguments.pop("revision", None)))
-        return load_dataset(str(folder / "repo") if path == "owner/clips" else path, **arguments)
-
-    monkeypatch.setattr(causal_wan.sources, "load_dataset", load)
-    rows = read_table(Source(metadata_path="owner/clips", revision="v1"))
-    assert set(asked) == {("owner/clips", "v1")}
-    assert read_videos(rows) == [content(number) for number in range(3)]
-    assert plain(read_table(Source(metadata_path=str(folder / "repo"))))[0][2] == ("a",)  # a clone of it
-    with pytest.raises(ValueError, match=r"owner/clips could not be loaded as a data set: .*nosuch"):
-        read_table(Source(metadata_path="owner/clips", split="nosuch"))
-
-
-def test_files_of_a_data_set_of_the_hub_lie_in_the_cache(folder, monkeypatch):
-    (folder / "cache").mkdir()
-    inside = folder / "cache" / "0.mp4"
-    inside.write_bytes(content(0))
-    paths = Dataset.from_dict({"video": [str(inside), str(folder / "videos" / "1.mp4")], "prompt": ["a", "b"]})
-    monkeypatch.setattr(causal_wan.sources, "load_dataset", lambda *_, **__: paths.cast_column("video", Video()))
-    rows = read_table(Source(metadata_path="owner/clips", dataset_base_path=str(folder)))
-    assert resolve_path(rows[0].video, rows.base_path) == inside.resolve()
-    with pytest.raises(ValueError, match="leaves"):
-        resolve_path(rows[1].video, rows.base_path)
-
-
-def test_a_data_set_that_the_hub_does_not_give_is_named(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="owner/no-such-clips could not be loaded as a data set: "):
-        read_table(Source(metadata_path="owner/no-such-clips"))
-
-
-# --- several sources -------------------------------------------------------------------------------------------------
-
-
-def write_config(folder, text):
-    (folder / "mix.yaml").write_text(text)
-    return folder / "mix.yaml"
-
-
-def test_a_list_of_sources_is_relative_to_its_file(folder, monkeypatch):
-    (folder / "a.csv").write_text("video,prompt\n0.mp4,a\n")
-    monkeypatch.chdir("/")
-    sources = read_sources(
-        write_config(
-            folder,
-            "- metadata_path: a.csv\n  dataset_base_path: videos\n  weight: 2\n"
-            "- metadata_path: owner/clips\n  caption_columns: [short, long]\n  split: test\n  weight: 0.5\n"
-            "- dataset_base_path: videos\n  caption_column: text\n  weight: 1\n",
-        )
-    )
-    first, second, third = sources
-    assert read_table(first)[0].prompts == ("a",)
-    assert (second.metadata_path, second.caption_columns, second.split) == ("owner/clips", ("short", "long"), "test")
-    assert second.is_on_hub
-    assert (third.metadata_path, third.dataset_base_path) == (None, str(folder / "videos"))
-    assert third.caption_columns == ("text",)
-    assert [source.weight for source in sources] == [2, 0.5, 1]
+        find_video(rows[2])
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("columns", "message"),
     [
-        ("metadata_path: a.csv", "must be a list of sources"),
-        ("", "must be a list of sources"),
-        ("- [", "must be valid YAML"),
-        ("- a.csv", "source 1: a source must be a mapping, got 'a.csv'"),
-        ("- metadata_pth: a.csv", "source 1: 'metadata_pth' is no setting of a source; did you mean metadata_path?"),
-        ("- metadata_path: a.csv\n  zzz: 1", "'zzz' is no setting of a source; there are metadata_path, "),
-        ("- metadata_path: 5", "metadata_path must be text, got 5"),
-        ("- metadata_path: a.csv\n  weight: heavy", "weight must be a number, got 'heavy'"),
-        ("- metadata_path: a.csv\n  weight: 0", "weight must be above 0 and finite, got 0"),
-        ("- metadata_path: a.csv\n  weight: .nan", "weight must be above 0 and finite"),
-        ("- metadata_path: a.csv\n  caption_columns: [1]", "caption_columns must be a name or a list of names"),
-        ("- metadata_path: a.csv\n  caption_columns: []", "caption_columns must name at least one column"),
-        ("- weight: 1", "must have a metadata_path, or a dataset_base_path"),
-        ("- metadata_path: a.csv\n  weight: 1\n- metadata_path: b.csv", "or none, but source 2 has none"),
+        ({"clip": ["0.mp4"], "prompt": ["a"]}, "has clip, prompt; name yours"),
+        ({"video": [5], "prompt": ["a"]}, "as Video, bytes or paths, but holds Value"),
+        ({"video": ["0.mp4"], "prompt": [5]}, "text or lists of text in the column prompt, but holds int64"),
     ],
 )
-def test_mistakes_in_a_list_of_sources_are_named(folder, text, message):
+def test_data_sets_of_other_columns_are_refused(tmp_path, columns, message):
+    Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=message):
-        read_sources(write_config(folder, text))
+        read_table(source(tmp_path / "saved"))
+
+
+def test_a_broken_data_set_is_refused(tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no data set that `datasets` can load"):
+        read_table(source(tmp_path))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What `load_dataset` is called with, and gives."""
+    calls = {}
+
+    def load(name, *, split, revision):
+        calls.update(name=name, split=split, revision=revision)
+        if isinstance(calls["gives"], Exception):
+            raise calls["gives"]
+        return calls["gives"]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return calls
+
+
+def test_a_data_set_of_the_hub_is_loaded_by_name_split_and_revision(hub, clip):
+    hub["gives"] = data_set([clip])
+    (row,) = read_table(Source(metadata_path="owner/name", split="test", revision="v2"))
+    assert (hub["name"], hub["split"], hub["revision"]) == ("owner/name", "test", "v2")
+    assert row.video.open("rb").read() == clip
+
+
+def test_paths_in_a_data_set_of_the_hub_stay_in_what_was_downloaded(hub, tmp_path, clip, monkeypatch):
+    monkeypatch.setattr(tables, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "downloads")
+    places = [
+        tmp_path / "hub/datasets--owner--name/snapshots/0/0.mp4",
+        tmp_path / "downloads/extracted/0.mp4",
+        tmp_path / "hub/datasets--owner--other/0.mp4",
+        tmp_path / "0.mp4",
+    ]
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(clip)
+    hub["gives"] = data_set([*map(str, places), f"{tmp_path}/downloads/../0.mp4", "hf://datasets/a/b/0.mp4"])
+    rows = list(read_table(Source(metadata_path="owner/name")))
+    assert [find_video(row)[0] for row in rows[:2]] == [place.resolve() for place in places[:2]]
+    for row in rows[2:]:
+        with pytest.raises(ValueError, match=r"leaves dataset_base_path|not a URL or protocol"):
+            find_video(row)
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("no such data set"), ConnectionError("offline"), ValueError("no")]
+)
+def test_a_data_set_that_cannot_be_had_is_named(hub, error):
+    hub["gives"] = error
+    with pytest.raises(ValueError, match=f"owner/name is not here, and loading the split train .*{error}"):
+        read_table(Source(metadata_path="owner/name"))
+
+
+@pytest.mark.parametrize("name", ["data/rows.csv", "data/rows.parquet", "https://host/rows", "/nowhere", "s3://a/b"])
+def test_names_of_files_and_addresses_are_no_data_sets_of_the_hub(hub, name):
     with pytest.raises(ValueError, match="does not exist"):
-        read_sources(folder / "no.yaml")
+        read_table(Source(metadata_path=name))
+    assert "name" not in hub
+
+
+# --- several tables --------------------------------------------------------------------------------------------------
+
+
+def write_list(folder, items):
+    (folder / "tables.yaml").write_text(yaml.safe_dump(items))
+    return str(folder / "tables.yaml")
+
+
+def test_a_list_of_tables_is_read_relative_to_its_file(folder):
+    (folder / "rows.csv").touch()
+    path = write_list(
+        folder,
+        [
+            {"metadata_path": "rows.csv", "dataset_base_path": "videos", "weight": 3},
+            {"metadata_path": "owner/name", "weight": 0.5, "split": "test", "caption_column": ["a", "b"]},
+            {"metadata_path": "videos", "weight": 1, "video_column": "clip", "caption_column": "text"},
+        ],
+    )
+    first, second, third = read_sources(path)
+    assert first.metadata_path == str(folder / "rows.csv")
+    assert first.dataset_base_path == str(folder / "videos")
+    assert (first.weight, first.caption_column) == (3.0, ("prompt",))
+    assert (second.metadata_path, second.split, second.caption_column) == ("owner/name", "test", ("a", "b"))
+    assert third.metadata_path == str(folder / "videos")
+    assert third.caption_column == ("text",)
+    assert source_weights(DataConfig(dataset_config=path)) == [3.0, 0.5, 1.0]
+
+
+BAD_LISTS = [
+    ({"metadata_path": "a.csv"}, "must be a list of tables"),
+    ([], "must be a list of tables"),
+    (["a.csv"], "must be a list of tables"),
+    ([{"metadata_pth": "a.csv"}], "table 1: 'metadata_pth' is not a setting of a table; did you mean 'metadata_path'"),
+    ([{"metadata_path": "a.csv"}, {"weight": 1}], "table 2: metadata_path must be given"),
+    ([{"metadata_path": "a.csv", "weight": 1}, {"metadata_path": "b.csv"}], "all tables or to none, but 2 of 2"),
+    ([{"metadata_path": "a.csv", "weight": 0}], "weight must be a number above 0, got 0"),
+    ([{"metadata_path": "a.csv", "weight": float("nan")}], "weight must be a number above 0, got nan"),
+    ([{"metadata_path": "a.csv", "weight": True}], "weight must be a number above 0, got True"),
+    ([{"metadata_path": "a.csv", "revision": 1.0}], "revision must be text, got 1.0; put it in quotes"),
+    ([{"metadata_path": "a.csv", "caption_column": []}], "caption_column must be a name or a list of names"),
+]
+
+
+@pytest.mark.parametrize(("items", "message"), BAD_LISTS)
+def test_unusable_lists_are_refused(tmp_path, items, message):
+    with pytest.raises(ValueError, match=message):
+        read_sources(write_list(tmp_path, items))
+
+
+def test_a_list_that_is_missing_or_no_yaml_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.yaml does not exist"):
+        read_sources(str(tmp_path / "nowhere.yaml"))
+    (tmp_path / "tables.yaml").write_text("- [")
+    with pytest.raises(ValueError, match=r"tables.yaml must be valid YAML"):
+        read_sources(str(tmp_path / "tables.yaml"))
+
+
+def test_one_table_or_a_list_must_be_given():
+    with pytest.raises(ValueError, match="exactly one of metadata_path and dataset_config must be given, got neither"):
+        DataConfig()
+    with pytest.raises(ValueError, match="got both"):
+        DataConfig(metadata_path="a.csv", dataset_config="b.yaml")
+
+
+def test_files_of_a_list_may_share_a_folder_and_folders_have_their_own(folder):
+    path = write_list(folder, [{"metadata_path": "rows.csv"}, {"metadata_path": "videos"}])
+    first, second = sources_of(DataConfig(dataset_config=path, dataset_base_path="shared"))
+    assert (first.dataset_base_path, second.dataset_base_path) == ("shared", None)
+
+
+@pytest.fixture
+def three_tables(folder, clip):
+    """A table, a folder and a data set, with one bad row in the table."""
+    rows = [{"video": "0.mp4", "prompt": "a"}, {"video": "no.mp4", "prompt": "b"}]
+    write_table(folder / "rows.csv", rows)
+    for number in range(4):
+        (folder / "videos" / f"{number}.txt").write_text("c")
+    data_set([clip]).save_to_disk(folder / "saved")
+    items = [
+        {"metadata_path": "rows.csv", "dataset_base_path": "videos", "weight": 2},
+        {"metadata_path": "videos", "weight": 1},
+        {"metadata_path": "saved", "weight": 1},
+    ]
+    return DataConfig(dataset_config=write_list(folder, items), **SHAPE)
+
+
+def test_bad_rows_of_several_tables_are_listed_with_their_table(three_tables, folder):
+    with pytest.raises(ValueError) as error:
+        load_rows(three_tables)
+    assert "1 of 7 rows of" in str(error.value)
+    assert f"{folder}/rows.csv, row 2, no.mp4: the file does not exist" in str(error.value)
+
+
+def test_rows_know_their_table_and_weights_are_shares_of_samples(three_tables, folder):
+    write_table(folder / "rows.csv", [{"video": "0.mp4", "prompt": "a"}])
+    rows = load_rows(three_tables)
+    assert [(row.source, row.number) for row in rows] == [(0, 1), (1, 1), (1, 2), (1, 3), (1, 4), (2, 1)]
+    order = SampleOrder(
+        [0] * 6, [row.source for row in rows], weights=source_weights(three_tables), seed=0, samples_per_step=1
+    )
+    shown = [rows[next(order.candidates(number))].source for number in range(400)]
+    assert np.bincount(shown) == pytest.approx([200, 100, 100], abs=2)
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_a_table_without_usable_rows_leaves_its_share_to_the_others(empty):
+    sources = [source for source in range(3) if source != empty]
+    order = SampleOrder([0, 0], sources, weights=[1.0, 1.0, 1.0], seed=0, samples_per_step=1)
+    assert np.bincount([next(order.candidates(number)) for number in range(100)]).tolist() == [50, 50]
+
+
+def test_it_is_said_when_a_table_has_no_usable_row(three_tables, folder, caplog):
+    write_table(folder / "rows.csv", [{"video": "no.mp4", "prompt": "a"}])
+    rows = load_rows(replace(three_tables, on_bad_sample="skip"))
+    assert {row.source for row in rows} == {1, 2}
+    assert "rows.csv has no usable row: the other tables fill its share" in caplog.text
+
+
+def test_several_tables_are_one_sequence(three_tables):
+    table = Tables(read_tables(three_tables))
+    assert len(table) == 7
+    assert [table[index] for index in range(7)] == list(table)
+    assert [Path(table.name(index)).name for index in range(7)] == ["rows.csv"] * 2 + ["videos"] * 4 + ["saved"]
+    with pytest.raises(IndexError):
+        table[7]
+
+
+# --- what is known of files ------------------------------------------------------------------------------------------
+
+
+def facts_of(row, **changes):
+    path, size, mtime_ns = stat_of(row.video)
+    known = {"num_frames": 17, "frame_rate": 8.0, "height": 480, "width": 832}
+    return FileFacts(path, row.name, size, mtime_ns, hash_content(row.video), **{**known, **changes})
+
+
+@pytest.fixture
+def one_clip(folder):
+    write_table(folder / "rows.csv", [{"video": "0.mp4", "prompt": "a"}])
+    base = str(folder / "videos")
+    return DataConfig(metadata_path=str(folder / "rows.csv"), dataset_base_path=base, **SHAPE)
+
+
+def test_facts_of_a_manifest_take_the_place_of_opening_files(one_clip, folder, monkeypatch):
+    manifest = FileManifest(folder / "cache")
+    (row,) = load_rows(one_clip, manifest)
+    assert (row.name, row.content, row.num_frames) == ("0.mp4", "", 24)
+    manifest.add([facts_of(row)])
+    monkeypatch.setattr("dataset_utils.probe_video", None)
+    (known,) = load_rows(one_clip, manifest)
+    assert (known.num_frames, known.frame_rate, known.height, known.width) == (17, 8.0, 480, 832)
+    assert (known.content, known.video) == (hash_content(row.video), row.video)
+
+
+def test_a_file_that_has_changed_or_is_known_as_no_video_is_opened(one_clip, folder):
+    (row,) = load_rows(one_clip)
+    manifest = FileManifest(folder / "cache")
+    manifest.add([facts_of(row, num_frames=0)])
+    assert load_rows(one_clip, manifest)[0].num_frames == 24
+    manifest.add([facts_of(row)])
+    os.utime(row.video, (1, 1))
+    (again,) = load_rows(one_clip, manifest)
+    assert (again.num_frames, again.content) == (24, "")
+
+
+def test_videos_that_are_elsewhere_are_known_by_name(one_clip, folder):
+    (row,) = load_rows(one_clip)
+    manifest = FileManifest(folder / "cache")
+    manifest.add([facts_of(row)])
+    (folder / "videos").rename(folder / "elsewhere")
+    (known,) = load_rows(one_clip, manifest)
+    assert (known.num_frames, known.content) == (17, hash_content(folder / "elsewhere" / "0.mp4"))
+    write_table(folder / "rows.csv", [{"video": "0.mp4", "prompt": "a"}, {"video": "5.mp4", "prompt": "b"}])
+    with pytest.raises(ValueError, match=r"row 2, 5.mp4: the file does not exist"):
+        load_rows(one_clip, manifest)
+    with pytest.raises(ValueError, match="dataset_base_path must be a folder"):
+        load_rows(one_clip)
+
+
+def test_a_name_in_a_manifest_lets_no_path_out_of_its_folder(one_clip, folder):
+    (row,) = load_rows(one_clip)
+    manifest = FileManifest(folder / "cache")
+    names = ["../gone.mp4", "/gone.mp4", "http://host/gone.mp4"]
+    manifest.add(FileFacts(name, name, 1, 1, row.content, 24, 8.0, 48, 80) for name in names)
+    write_table(folder / "rows.csv", [{"video": name, "prompt": "a"} for name in names[:2]])
+    with pytest.raises(ValueError, match=r"(?s)2 of 2 .*gone.mp4: the path leaves.*gone.mp4: the path leaves"):
+        load_rows(one_clip, manifest)
+
+
+def test_embedded_videos_are_known_by_data_set_and_row(tmp_path, clip):
+    data_set([clip, clip]).save_to_disk(tmp_path / "saved")
+    config, manifest = DataConfig(metadata_path=str(tmp_path / "saved"), **SHAPE), FileManifest(tmp_path / "cache")
+    rows = load_rows(config, manifest)
+    manifest.add([facts_of(rows[1])])
+    again = load_rows(config, manifest)
+    assert [row.num_frames for row in again] == [24, 17]
+    assert [bool(row.content) for row in again] == [False, True]
