@@ -31,6 +31,8 @@ ALLOWED = {
     "cached_data": {"data_config", "file_manifest", "models", "sample_order", "tensor_cache"},
     "table_sources": set(),
     "table_files": {"table_sources", "video_files"},
+    "stream_sources": {"table_sources", "video_files"},
+    "streaming": {"sample_order", "stream_sources", "video_files"},
     "tables": {"table_files", "table_sources", "video_files"},
     "file_manifest": {"video_files"},
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
