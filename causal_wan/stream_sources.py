@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 from datasets import (
+    Dataset,
     DatasetDict,
     Features,
     IterableDataset,
@@ -25,6 +26,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetsError
+from huggingface_hub import HfFileSystem
 
 from causal_wan.table_sources import Source, check_captions, check_columns, is_text
 from causal_wan.video_files import resolve_path
@@ -142,11 +144,18 @@ class Stream:
         video, path = columns[self.source.video_column], None
         if isinstance(video, dict):
             path, video = video.get("path"), video.get("bytes")
+            if video is None and path and self._is_own_file(path):
+                video = HfFileSystem().cat_file(path)
         name = f"row {row + 1} of file {file + 1} of {self.source.metadata_path}"
         if path:
             name += f" ({os.path.basename(path)})"
         prompts = tuple(prompt for column in self.source.caption_column for prompt in _prompts(columns[column]))
         return StreamedRow(file, row, name, path if video is None else video, prompts)
+
+    def _is_own_file(self, path: str) -> bool:
+        """Whether a path is a file in the hub's repository of this data set; no other address is opened."""
+        start = f"hf://datasets/{self.source.metadata_path}@"
+        return path.startswith(start) and not {"..", "."} & set(path.split("/")) and "::" not in path
 
 
 def _prompts(cell: str | Sequence[str | None] | None) -> Iterator[str]:
@@ -172,12 +181,7 @@ def open_stream(source: Source) -> Stream:
     is_saved = any((Path(source.metadata_path) / name).is_file() for name in SAVED_DATASET_FILES)
     arguments = {} if is_saved else _loading_arguments(source)
     try:
-        if is_saved:
-            dataset = _load_saved(source)
-        else:
-            dataset = load_dataset(**arguments, streaming=True)
-            if dataset.features and {"__key__", "__url__"} <= dataset.features.keys():
-                dataset = load_dataset(**arguments, features=_undecoded(dataset.features), streaming=True)
+        dataset = _load_saved(source) if is_saved else load_undecoded(arguments, streaming=True)
     except LOADING_ERRORS as error:
         causes = f"{error} {error.__cause__ or ''}".strip()
         raise ValueError(f"{source.metadata_path} could not be opened as a stream: {causes}") from error
@@ -190,15 +194,18 @@ def open_stream(source: Source) -> Stream:
     return Stream(source, dataset.select_columns(list(columns)))
 
 
-def _undecoded(features: Features) -> Features:
-    """Columns of tars with videos as plain bytes.
+def load_undecoded(arguments: dict[str, Any], *, streaming: bool) -> Dataset | IterableDataset:
+    """What `load_dataset` gives, but the videos in WebDataset tars as plain bytes.
 
-    As `Video`, `datasets` would drop the bytes of any clip whose name in the tar is also that of a file below the
-    current folder, and go by that file.
+    As `Video`, it would drop the bytes of any clip whose name in the tar is also that of a file below the current
+    folder, and go by that file.
     """
-    return Features(
-        {name: Value("binary") if isinstance(feature, Video) else feature for name, feature in features.items()}
-    )
+    stream = load_dataset(**arguments, streaming=True)  # reads no more than the columns take
+    features = stream.features or Features()
+    if {"__key__", "__url__"} <= features.keys():
+        plain = {name: Value("binary") for name, feature in features.items() if isinstance(feature, Video)}
+        return load_dataset(**arguments, features=Features({**features, **plain}), streaming=streaming)
+    return stream if streaming else load_dataset(**arguments)
 
 
 def _check_video(kind: pa.DataType, source: Source) -> None:

@@ -207,7 +207,8 @@ class StreamedClips(Dataset):
         num_slots: Processes that get different batches, times the workers of each (at least 1).
         weights: Share of each stream in the samples, in any unit.
         buffer_rows: Rows that are shuffled among each other, at most.
-        buffer_bytes: That a worker holds of each stream, about.
+        buffer_bytes: That a lane holds of each stream, about; a worker has one lane, or more if a run goes on with
+            fewer workers.
 
     Raises:
         ValueError: If a setting cannot work.

@@ -33,7 +33,7 @@ ALLOWED = {
     "table_files": {"table_sources", "video_files"},
     "stream_sources": {"table_sources", "video_files"},
     "streaming": {"sample_order", "stream_sources", "video_files"},
-    "tables": {"table_files", "table_sources", "video_files"},
+    "tables": {"stream_sources", "table_files", "table_sources", "video_files"},
     "file_manifest": {"video_files"},
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
     "dataset_survey": {"data_config"},

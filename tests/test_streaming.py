@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import io
 import json
@@ -5,6 +6,7 @@ import tarfile
 import time
 import tracemalloc
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,10 +16,13 @@ from conftest import write_clip
 from datasets import Dataset, DatasetDict, Video
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+import dataset_utils
+from causal_wan.sample_order import CLIP_STREAM, seeded_generator
 from causal_wan.stream_sources import StreamedVideo, open_stream
 from causal_wan.streaming import LaneStates, StreamedClips, collate_streamed
 from causal_wan.table_sources import Source
-from causal_wan.video_files import decode_frames
+from causal_wan.video_files import decode_frames, probe_video
+from dataset_utils import DataConfig, Row, load_video
 
 
 COLUMNS = {"video_column": "mp4", "caption_column": ("txt",)}
@@ -386,6 +391,44 @@ def test_every_format_gives_the_same_clips(tmp_path, monkeypatch):
         assert clips_of(open_stream(source)) == expected, source
 
 
+def test_clips_of_a_stream_are_seen_as_those_of_a_table(tmp_path):
+    contents = write_videos(tmp_path / "videos")
+    write_tar(tmp_path / "0.tar", [("0.mp4", contents[0]), ("0.txt", b"a")])
+    config = DataConfig(metadata_path="", num_frames=5, height=16, width=32, horizontal_flip=0.5, temporal_crop=0.5)
+
+    def decode(video, prompts, number):
+        generator = seeded_generator(0, CLIP_STREAM, number)
+        row = Row(1, video, prompts, *probe_video(video, limits=config.limits))
+        clip, num_valid = load_video(row, config.shape_at(0, 0), config, generator)
+        return {"video": clip, "prompt": prompts[0], "num_valid_frames": num_valid}
+
+    stream = open_stream(Source(metadata_path=str(tmp_path / "0.tar"), **COLUMNS))
+    clips = StreamedClips([stream], LaneStates(), decode, seed=0, start=0, end=6, batch_size=1, num_slots=1)
+    path = tmp_path / "videos" / "0.mp4"
+    for number in range(6):
+        expected = decode(path, ("a",), number)
+        sample = clips[number]
+        assert sample["video"].equal(expected["video"])
+        assert (sample["prompt"], sample["sample_number"]) == ("a", number)
+    batch = collate_streamed(dataset_utils.collate, [sample])
+    assert batch["prompts"] == ["a"] and batch["lane_states"] == [(0, 0, 6, 0, 0, 0)]
+
+
+def test_files_in_the_repository_of_a_hub_data_set_are_read_and_no_others(tars, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfFileSystem.cat_file", lambda self, path: path.encode())
+    stream = dataclasses.replace(tars, source=Source(metadata_path="owner/clips"))
+
+    def video(path):
+        columns = {"video": {"path": path, "bytes": None}, "prompt": "a"}
+        return stream._make_row(0, 0, columns).find_video(None).open("rb").read().decode()
+
+    own = "hf://datasets/owner/clips@0123/videos/0.mp4"
+    assert video(own) == own
+    for other in ("hf://datasets/owner/other@0123/0.mp4", "hf://datasets/owner/clips@0/../../other/0.mp4", "/0.mp4"):
+        with pytest.raises(ValueError, match="no file may be opened"):
+            video(other)
+
+
 def test_paths_stay_below_their_folder(tmp_path):
     write_videos(tmp_path / "videos")
     paths = ["../rows.jsonl", "/etc/passwd", "http://host/a.mp4", "0.mp4"]
@@ -428,6 +471,20 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, name, message):
     pq.write_table(pa.table({"mp4": [0], "txt": ["a"]}), tmp_path / "types.parquet")
     with pytest.raises(ValueError, match=message):
         open_stream(Source(metadata_path=str(tmp_path / name), **COLUMNS))
+
+
+def test_a_data_set_of_the_hub_is_streamed_by_name_split_and_revision(tmp_path, monkeypatch):
+    write_tars(tmp_path / "repo" / "data", [2, 2])
+    asked = []
+
+    def load(path, *, revision=None, **arguments):
+        asked.append((path, revision, arguments["split"], arguments["streaming"]))
+        return datasets.load_dataset(str(tmp_path / "repo"), **{**arguments, "split": "train"})
+
+    monkeypatch.setattr("causal_wan.stream_sources.load_dataset", load)
+    stream = open_stream(Source(metadata_path="owner/clips", revision="v1", split="test", **COLUMNS))
+    assert set(asked) == {("owner/clips", "v1", "test", True)}
+    assert sorted(order(run(stream, end=4))) == [0, 1, 2, 3]
 
 
 def test_a_data_set_that_the_hub_does_not_give_is_named(monkeypatch):
