@@ -460,16 +460,57 @@ class SampleStream(Dataset):
             except ValueError as error:
                 errors.append(str(error))
                 continue
-            prompt = self._choose(sample.pop("prompts"), number)
+            prompt = choose_prompt(sample.pop("prompts"), self.config, seed=self.order.seed, number=number)
             return {**sample, "prompt": prompt, "sample_number": number, "errors": errors}
         raise ValueError(f"{len(errors)} clips in a row did not decode; the last: {errors[-1]}")
 
-    def _choose(self, prompts: Sequence[str], number: int) -> str:
-        if len(prompts) == 1 and not self.config.caption_dropout:
-            return prompts[0]
-        generator = seeded_generator(self.order.seed, CAPTION_STREAM, number)
-        drop, choice = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-        return "" if drop < self.config.caption_dropout else prompts[int(choice * len(prompts))]
+
+def choose_prompt(prompts: Sequence[str], config: DataConfig, *, seed: int, number: int) -> str:
+    """The prompt of a sample, one of several, or the empty one."""
+    if len(prompts) == 1 and not config.caption_dropout:
+        return prompts[0]
+    drop, choice = torch.rand(
+        2, generator=seeded_generator(seed, CAPTION_STREAM, number), dtype=torch.float64
+    ).tolist()
+    return "" if drop < config.caption_dropout else prompts[int(choice * len(prompts))]
+
+
+@dataclass(frozen=True)
+class StreamDecoder:
+    """Rows of a stream -> clips as the model sees them, like those of a table.
+
+    Args:
+        config: Settings of the clips.
+        seed: Of the run.
+        samples_per_step: Samples of an optimizer step, all processes together.
+        start_sample: A sample that begins a step,
+        start_step: and the number of that step.
+    """
+
+    config: DataConfig
+    seed: int
+    samples_per_step: int
+    start_sample: int = 0
+    start_step: int = 0
+
+    def __call__(self, video: Any, prompts: tuple[str, ...], number: int) -> dict[str, Any] | None:
+        """One clip; None if it is short and to be left out.
+
+        Raises:
+            ValueError, OSError, av.FFmpegError: If it cannot be used.
+        """
+        if not prompts:
+            raise ValueError("the prompt is empty")
+        row = Row(0, video, prompts, *probe_video(video, limits=self.config.limits))
+        shape = self.config.shape_at(0, self.start_step + (number - self.start_sample) // self.samples_per_step)
+        available = num_sampleable_frames(row.num_frames, row.frame_rate, self.config)
+        if available < shape.num_frames and self.config.short_clips == "skip":
+            return None
+        if available < shape.num_frames and self.config.short_clips == "error":
+            raise ShortClipError(f"{available} frames, fewer than num_frames={shape.num_frames} (see --short_clips)")
+        clip, num_valid = load_video(row, shape, self.config, seeded_generator(self.seed, CLIP_STREAM, number))
+        prompt = choose_prompt(prompts, self.config, seed=self.seed, number=number)
+        return {"video": clip, "prompt": prompt, "num_valid_frames": num_valid}
 
 
 def order_samples(rows: Sequence[Row], config: DataConfig, **settings: Any) -> SampleOrder:

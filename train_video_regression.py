@@ -28,22 +28,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKLWan
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from causal_wan.cached_data import (
     CacheConfig,
-    CachedClips,
     CachedData,
     CachedPrompts,
-    LatentKeeper,
     check_can_be_cached,
     gather_lists,
-    open_cache,
 )
 from causal_wan.checkpoints import check_output_dir
 from causal_wan.config import flat_dict, parse_config, user_errors, write_recipe
-from causal_wan.file_manifest import FileManifest
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.losses import frame_losses, level_statistics, masked_sum_over_count
 from causal_wan.memory import (
@@ -57,6 +52,7 @@ from causal_wan.memory import (
 from causal_wan.memory_plan import describe_shortage, plan_run
 from causal_wan.models import (
     ModelConfig,
+    PromptEncoder,
     add_lora,
     causal_settings,
     check_generator_ckpt,
@@ -77,6 +73,7 @@ from causal_wan.regression import (
     num_valid_latent_frames,
     summarize_levels,
 )
+from causal_wan.run_data import RunData, load_run_data
 from causal_wan.sample_order import ClipShape
 from causal_wan.strategies import (
     context_mesh,
@@ -103,21 +100,11 @@ from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.validation import Validation, ValidationConfig, share
 from dataset_utils import (
     DataConfig,
-    Loadable,
-    Row,
-    SampleStream,
-    VideoDataset,
-    clip_shapes,
-    collate,
     describe_flip,
-    describe_rows,
     describe_shapes,
     describe_speed_up,
-    load_rows,
     name_clips_of_dead_workers,
     normalize_videos,
-    order_samples,
-    source_weights,
 )
 
 
@@ -180,7 +167,7 @@ class VideoRegression:
     vae: AutoencoderKLWan
     device: torch.device
     seed: int
-    keeper: LatentKeeper | None = None
+    data: RunData
 
     def __post_init__(self) -> None:
         self.levels = self.config.method.levels()
@@ -190,6 +177,8 @@ class VideoRegression:
     def prepare_batch(self, batch: Batch) -> Batch:
         """Clips of the data loader -> latents noised block by block."""
         self.count_bad_samples(batch["errors"])
+        if "lane_states" in batch:
+            self.data.lane_states.update(batch)
         latents = self.find_latents(batch)
         noisy = draw_noisy_batch(
             latents,
@@ -213,12 +202,12 @@ class VideoRegression:
     def find_latents(self, batch: Batch) -> torch.Tensor:
         """Latents `(B, C, F, H, W)` of a batch of clips, some of which may be latents already."""
         clips = [clip.to(self.device) for clip in batch["clips"]]
-        if self.keeper is None and not clips[0].is_floating_point():
+        if self.data.keeper is None and not clips[0].is_floating_point():
             return self.encode(torch.stack(clips))
         for number, (clip, key) in enumerate(zip(clips, batch["cache_keys"], strict=True)):
             if not clip.is_floating_point():  # encoded on its own: what is kept does not depend on the batch
                 shape, num_valid = ClipShape(*clip.shape[1:]), int(batch["num_valid_frames"][number])
-                clips[number] = self.keeper.keep(key, self.encode(clip[None])[0], shape, num_valid)
+                clips[number] = self.data.keeper.keep(key, self.encode(clip[None])[0], shape, num_valid)
         return torch.stack([clip.float() for clip in clips])
 
     def encode(self, videos: torch.Tensor) -> torch.Tensor:
@@ -281,16 +270,20 @@ def main(config: Config) -> None:
     with user_errors():
         check_generator_ckpt(config.model.generator_ckpt)
         check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
-        manifest = FileManifest(config.cache_dir) if config.cache_dir is not None else None
-        rows = load_rows(config.data, manifest)
-        validation_rows = load_validation_rows(config, manifest)
+        data = load_run_data(
+            config.data,
+            validation_metadata_path=config.validation.validation_metadata_path,
+            num_validation_samples=config.validation.num_validation_samples,
+            cache_dir=config.cache_dir,
+        )
+        data.check_stream(config.training.seed)
     if config.dry_run:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(), mixed_precision=config.training.mixed_precision
         )
         config = with_checkpointing_of_launch(config, accelerator)
         if accelerator.is_main_process:
-            print(describe_plan(config, rows, count_replicas(accelerator)))
+            print(describe_plan(config, data, count_replicas(accelerator)))
             try:
                 print(describe_memory(config, accelerator))
             except OSError as error:  # the checkpoint is on the hub, and the hub out of reach
@@ -301,15 +294,22 @@ def main(config: Config) -> None:
     config = with_checkpointing_of_launch(config, accelerator)
     if accelerator.is_main_process:
         write_recipe(with_absolute_paths(config), Path(config.training.output_dir) / "config.yaml")
-        print(describe_plan(config, rows, count_replicas(accelerator)))
+        print(describe_plan(config, data, count_replicas(accelerator)))
         with user_errors():
             print(describe_memory(config, accelerator))
-    validation_prompts = [row.prompts[0] for row in validation_rows] + list(config.validation.validation_prompts)
-    prompts = [prompt for row in rows for prompt in row.prompts] + validation_prompts
-    prompts += [""] if config.data.caption_dropout else []
+    validation_prompts = [row.prompts[0] for row in data.validation_rows] + list(config.validation.validation_prompts)
+    prompts = [*data.prompts, *validation_prompts]
     with user_errors():
-        cached, rows, validation_rows = find_cached(config, accelerator, manifest, rows, validation_rows, prompts)
-    prompt_embeds = embed_prompts(accelerator, config.model, prompts, cached)
+        check_streaming(config, accelerator)
+        data.open_cache(
+            config.cache,
+            config.model,
+            prompts,
+            vae_tiling=config.memory.vae_tiling,
+            text_dtype="bf16" if text_dtype(accelerator) == torch.bfloat16 else "fp32",
+            encodes=config.encodes,
+        )
+    prompt_embeds = embed_prompts(accelerator, config, prompts, data.cached)
     with user_errors():
         transformer = make_student(config, accelerator)
     vae = make_vae(config, accelerator.device, is_needed=config.encodes or bool(validation_prompts))
@@ -317,11 +317,10 @@ def main(config: Config) -> None:
         for shape in config.data.all_shapes():
             check_video_size(*shape, vae=vae, transformer=transformer)
 
-    keeper = None
-    if cached is not None and config.encodes:
-        keeper = LatentKeeper(cached, cached.latent_writer(eager=True))
-    method = VideoRegression(config, prompt_embeds, vae, accelerator.device, config.training.seed, keeper)
-    dataset = make_dataset(config, rows, config.data, cached)
+    method = VideoRegression(config, prompt_embeds, vae, accelerator.device, config.training.seed, data)
+    dataset = data.dataset()
+    if data.streams:
+        accelerator.register_for_checkpointing(data.lane_states)
     with user_errors():
         run = prepare_run(accelerator, config.training, transformer)
     validate = Validation(
@@ -329,17 +328,28 @@ def main(config: Config) -> None:
         method,
         output_dir=config.training.output_dir,
         prompts=validation_prompts,
-        batches=validation_batches(accelerator, method, validation_rows, cached),
+        batches=validation_batches(accelerator, method),
         latent_shape=latent_shape(config, vae),
     )
-    with name_clips_of_dead_workers(dataset), keeper or contextlib.nullcontext():
+    make_loader = partial(
+        data.make_loader,
+        dataset,
+        seed=config.training.seed,
+        samples_per_step=config.training.samples_per_step(run.num_replicas),
+        batch_size=config.training.train_batch_size,
+        num_workers=config.training.dataloader_num_workers,
+        num_processes=accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    with name_clips_of_dead_workers(dataset), data.keeper or contextlib.nullcontext():
         complete = train(
             run,
-            make_dataloader=partial(make_dataloader, config, dataset, rows, accelerator),
+            make_dataloader=make_loader,
             prepare_batch=method.prepare_batch,
             compute_loss=method.compute_loss,
             summarize=method.summarize,
             validate=validate if validate.prompts else None,
+            before_checkpoint=data.gather_lane_states if data.streams else None,
         )
     if not complete:
         accelerator.end_training()
@@ -353,72 +363,14 @@ def main(config: Config) -> None:
     accelerator.end_training()
 
 
-def load_validation_rows(config: Config, manifest: FileManifest | None) -> list[Row]:
-    """The held-out rows that are used, checked like the training rows."""
-    path = config.validation.validation_metadata_path
-    if path is None:
-        return []
-    data = replace(config.data.for_validation(), metadata_path=path, dataset_config=None)
-    return load_rows(data, manifest)[: config.validation.num_validation_samples]
-
-
-def find_cached(
-    config: Config,
-    accelerator: Accelerator,
-    manifest: FileManifest | None,
-    rows: list[Row],
-    validation_rows: list[Row],
-    prompts: list[str],
-) -> tuple[CachedData | None, list[Row], list[Row]]:
-    """The cache of the run, if it has one, and the rows with what finds them in it.
+def check_streaming(config: Config, accelerator: Accelerator) -> None:
+    """Checks that each process may read clips of its own.
 
     Raises:
-        ValueError: If the run is to read all from the cache, and something is not in it.
+        ValueError: If groups of processes share clips.
     """
-    if manifest is None:
-        return None, rows, validation_rows
-    cached, all_rows = open_cache(
-        config.cache,
-        config.data,
-        config.model,
-        [*rows, *validation_rows],
-        manifest,
-        vae_tiling=config.memory.vae_tiling,
-        text_dtype="bf16" if text_dtype(accelerator) == torch.bfloat16 else "fp32",
-        encodes=config.encodes,
-    )
-    if not config.encodes:
-        shapes = [clip_shapes(row, config.data) for row in rows] + [[config.data.shape]] * len(validation_rows)
-        cached.check_complete(all_rows, shapes, prompts)
-    return cached, all_rows[: len(rows)], all_rows[len(rows) :]
-
-
-def make_dataset(config: Config, rows: list[Row], data: DataConfig, cached: CachedData | None) -> Loadable:
-    """Clips as videos, or as latents where there is a cache."""
-    videos = VideoDataset(rows, data)
-    return videos if cached is None else CachedClips(videos, cached, fills=config.encodes)
-
-
-def make_dataloader(
-    config: Config, dataset: Loadable, rows: list[Row], accelerator: Accelerator, *, start: int, end: int, step: int
-) -> DataLoader:
-    """The batches of the run's samples from `start`, the first of a step, to `end`, in order."""
-    order = order_samples(
-        rows,
-        config.data,
-        weights=source_weights(config.data),
-        seed=config.training.seed,
-        samples_per_step=config.training.samples_per_step(count_replicas(accelerator)),
-        start_sample=start,
-        start_step=step,
-    )
-    return DataLoader(
-        SampleStream(dataset, order, config.data, start=start, end=end),
-        batch_size=config.training.train_batch_size,
-        collate_fn=collate,
-        num_workers=config.training.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    if config.data.streaming and count_replicas(accelerator) != accelerator.num_processes:
+        raise ValueError("--streaming gives each process clips of its own; launch without context parallelism.")
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -510,28 +462,32 @@ def save_student(transformer: CausalWanTransformer3DModel, weights: dict[str, to
 
 
 def embed_prompts(
-    accelerator: Accelerator, config: ModelConfig, prompts: list[str], cached: CachedData | None
+    accelerator: Accelerator, config: Config, prompts: list[str], cached: CachedData | None
 ) -> Mapping[str, torch.Tensor]:
     """Embeds each distinct prompt once, split over the processes; the text encoder is freed on return.
 
     Returns:
-        Prompt -> `(S, D)` of its true length S, on the CPU; read from the cache if there is one.
+        Prompt -> `(S, D)` of its true length S, on the CPU; read from the cache if there is one; encoded when needed
+        if clips are streamed, since their prompts are not known beforehand.
     """
+    model = config.model
     missing = sorted(set(prompts)) if cached is None else cached.missing_prompts(prompts)
     own = missing[accelerator.process_index :: accelerator.num_processes]
     embeds = []
-    if missing:
+    if missing or config.data.streaming:
         tokenizer, text_encoder = load_text_encoder(
-            config.pretrained_model_name_or_path,
+            model.pretrained_model_name_or_path,
             dtype=text_dtype(accelerator),
-            revision=config.revision,
+            revision=model.revision,
             device=accelerator.device,
         )
+        if config.data.streaming:
+            return PromptEncoder(tokenizer, text_encoder, model.max_sequence_length)
         embeds = encode_prompts(
             tokenizer,
             text_encoder,
             own,
-            config.max_sequence_length,
+            model.max_sequence_length,
             show_progress=accelerator.is_main_process,
         )
     if cached is None:
@@ -555,27 +511,29 @@ def latent_shape(config: Config, vae: AutoencoderKLWan) -> tuple[int, int, int, 
     )
 
 
-def describe_plan(config: Config, rows: list[Row], num_replicas: int) -> str:
+def describe_plan(config: Config, run_data: RunData, num_replicas: int) -> str:
     """What is going to happen, in numbers."""
-    training, method, data = config.training, config.method, config.data
+    training, method, data, rows = config.training, config.method, config.data, run_data.rows
     lengths = method.block_lengths(config.num_latent_frames(data.shape))
     samples_per_step = training.samples_per_step(num_replicas)
+    num_samples = training.max_train_steps * samples_per_step
     weights = f"LoRA of rank {config.model.lora_rank}" if config.model.lora_rank else "all weights"
     levels = " ".join(f"{level:g}" for level in method.levels().tolist())
     lines = [
         f"checkpoint  {config.model.pretrained_model_name_or_path}"
         + (f", weights of {config.model.generator_ckpt}" if config.model.generator_ckpt else ""),
-        f"data        {describe_rows(rows)}",
+        f"data        {run_data.describe()}",
         f"clips       {data.num_frames} frames of {data.height} x {data.width}, {data.frame_sampling} sampling: "
         f"{sum(lengths)} latent frames in {len(lengths)} block(s) of {' '.join(map(str, sorted(set(lengths))))}",
         *describe_shapes(rows, data),
         f"method      {method.generator_task}, levels {levels}, {method.loss_type} of {method.loss_space}",
         f"training    {weights}, {training.max_train_steps} steps of {samples_per_step} clips "
         f"({training.train_batch_size} x {training.gradient_accumulation_steps} accumulated x {num_replicas} "
-        f"process(es)) = {training.max_train_steps * samples_per_step / len(rows):.1f} passes over the data",
+        f"process(es))" + (f" = {num_samples / len(rows):.1f} passes over the data" if rows else ""),
         f"result      {training.output_dir}",
     ]
-    notes = [note for note in (describe_speed_up(rows, data), describe_flip(rows, data)) if note]
+    speed_up = describe_speed_up(rows, data) if rows else None
+    notes = [note for note in (speed_up, describe_flip(rows, data)) if note]
     return "\n".join(lines + [f"note        {note}" for note in notes])
 
 
@@ -601,26 +559,18 @@ def describe_memory(config: Config, accelerator: Accelerator) -> str:
         optimizer=training.optimizer,
         use_ema=training.use_ema,
         encodes=config.encodes,
+        keeps_text_encoder=config.data.streaming,
         **sharding(accelerator),
     )
     shortage = describe_shortage(plan, free_memory(accelerator))
     return f"memory      {plan}" + (f"\nwarning     {shortage}" if shortage else "")
 
 
-def validation_batches(
-    accelerator: Accelerator, method: VideoRegression, rows: list[Row], cached: CachedData | None
-) -> list[tuple[Batch, bool]]:
+def validation_batches(accelerator: Accelerator, method: VideoRegression) -> list[tuple[Batch, bool]]:
     """This process's share of the held-out clips, encoded and noised once: the same draws at every validation."""
-    data = method.config.data.for_validation()
-    dataset = make_dataset(method.config, rows, data, cached)
-
-    def prepare(number: int) -> Batch:
-        sample = dataset.load(number, torch.Generator(), data.shape)
-        prompt = sample.pop("prompts")[0]
-        return method.prepare_batch(collate([sample | {"prompt": prompt, "sample_number": number, "errors": []}]))
-
-    numbers = share(len(rows), accelerator.process_index, accelerator.num_processes)
-    return [(prepare(number), counts) for number, counts in numbers]
+    data, dataset = method.data, method.data.dataset(held_out=True)
+    numbers = share(len(dataset), accelerator.process_index, accelerator.num_processes)
+    return [(method.prepare_batch(data.validation_batch(dataset, number)), counts) for number, counts in numbers]
 
 
 if __name__ == "__main__":

@@ -167,6 +167,8 @@ def check_can_be_cached(data: DataConfig) -> None:
     Raises:
         ValueError: If not.
     """
+    if data.streaming:
+        raise ValueError("latents of a stream are not kept; leave out --latents_dir and --cache_latents.")
     if data.random_views:
         raise ValueError(
             f"latents can be kept only if all samples of a clip are the same, but {' and '.join(data.random_views)} "

@@ -46,6 +46,12 @@ class DataConfig:
     """Rows that cannot be used: stop and list them, or list them and go on without."""
     max_bad_samples: int = 10
     """Clips that may fail to decode while training, before the run stops."""
+    streaming: bool = False
+    """Read tars, Parquet, JSON lines or a hub data set as training goes, without a copy or a count of the rows."""
+    shuffle_buffer_size: int = 256
+    """Rows of a stream that are shuffled among each other, in each process that decodes."""
+    shuffle_buffer_bytes: int = 2**28
+    """Bytes of a stream that each process that decodes holds, about."""
     resolution_buckets: tuple[str, ...] = ()
     """Sizes such as 480x832 832x480 640x640 (height x width): each clip takes that of the nearest aspect ratio."""
     frame_buckets: tuple[int, ...] = ()
@@ -82,6 +88,11 @@ class DataConfig:
             raise ValueError(f"max_bad_samples must be 0 or more, got {self.max_bad_samples}.")
         if not self.caption_column:
             raise ValueError("caption_column must name at least one column.")
+        if self.streaming and (self.resolution_buckets or self.frame_buckets):
+            raise ValueError(
+                "--streaming does not go with buckets, which have to know all clips beforehand; use schedules, or a "
+                "table."
+            )
         self._check_shapes()
         self._check_augmentation()
 
@@ -135,6 +146,7 @@ class DataConfig:
         """The settings of clips to validate on: in the shape of the result, nothing random."""
         return replace(
             self,
+            streaming=False,
             frame_sampling="head" if self.frame_sampling == "random" else self.frame_sampling,
             resolution_buckets=(),
             frame_buckets=(),

@@ -116,7 +116,7 @@ class MemoryPlan:
         passes: Gradients, activations and weights that are gathered or cast, at the worst moment of a step.
         vae: Weights of the VAE while a step runs.
         encoding: What encoding a batch takes on top of all that waits meanwhile.
-        text_encoder: Before the transformer is loaded.
+        text_encoder: Before the transformer is loaded, and while a step runs if it is kept.
     """
 
     workload: Workload
@@ -126,11 +126,12 @@ class MemoryPlan:
     vae: int = 0
     encoding: int = 0
     text_encoder: int = 0
+    keeps_text_encoder: bool = False
 
     @property
     def peak(self) -> int:
         """The worst moment of the run."""
-        waiting = self.weights + self.optimizer + self.vae
+        waiting = self.weights + self.optimizer + self.vae + self.keeps_text_encoder * self.text_encoder
         return max(waiting + self.passes, waiting + self.encoding, self.text_encoder)
 
     def __str__(self) -> str:
@@ -140,6 +141,8 @@ class MemoryPlan:
             "gradients and activations": self.passes,
             "VAE": self.vae,
         }
+        if self.keeps_text_encoder:
+            parts["text encoder"] = self.text_encoder
         listed = ", ".join(f"{name} {num_bytes / GIB:.1f}" for name, num_bytes in parts.items())
         return f"{self.peak / GIB:.1f} GiB a GPU at most ({listed}; encoding clips {self.encoding / GIB:.1f})"
 
@@ -202,6 +205,7 @@ def plan_run(
     vae_dtype: torch.dtype = torch.float32,
     text_dtype: torch.dtype = torch.bfloat16,
     encodes: bool = True,
+    keeps_text_encoder: bool = False,
     **workload: Any,
 ) -> MemoryPlan:
     """The memory of a run that embeds prompts, then encodes clips and trains, from the checkpoint's configs alone.
@@ -215,6 +219,7 @@ def plan_run(
         vae_dtype: Of the VAE.
         text_dtype: Of the text encoder.
         encodes: Whether the run encodes clips and prompts itself.
+        keeps_text_encoder: Whether the text encoder stays, for prompts that are not known beforehand.
         workload: Fields of `Workload` but for `architecture` and `latent_shape`.
     """
     architecture = load_transformer_config(checkpoint, generator_ckpt=generator_ckpt, revision=revision)
@@ -237,6 +242,7 @@ def plan_run(
         vae=0 if waits_on_the_host else vae,
         encoding=encoding + (vae if waits_on_the_host else 0),
         text_encoder=text_encoder_bytes(text_config, text_dtype),
+        keeps_text_encoder=keeps_text_encoder,
     )
 
 

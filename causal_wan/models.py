@@ -4,7 +4,8 @@ Shapes: B = batch, T = video frames, height, width in pixels, C = latent channel
 height and width, S = prompt tokens, D = text dimension.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -299,6 +300,40 @@ def encode_prompts(
         # Cloned: a view would keep the padding in memory.
         embeds += [states[:length].clone() for states, length in zip(hidden_states, lengths, strict=True)]
     return embeds
+
+
+class PromptEncoder(Mapping[str, torch.Tensor]):
+    """Prompt -> embedding `(S, D)` of its true length, encoded when it is asked for; the last ones are remembered.
+
+    Args:
+        tokenizer: Of the checkpoint.
+        text_encoder: Of the checkpoint; stays where it is.
+        max_sequence_length: Tokens at most.
+        num_remembered: Embeddings that are kept.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: UMT5EncoderModel,
+        max_sequence_length: int,
+        num_remembered: int = 256,
+    ) -> None:
+        self.text_encoder = text_encoder
+
+        def encode(prompt: str) -> torch.Tensor:
+            return encode_prompts(tokenizer, text_encoder, [prompt], max_sequence_length)[0]
+
+        self._encode = functools.lru_cache(num_remembered)(encode)
+
+    def __getitem__(self, prompt: str) -> torch.Tensor:
+        return self._encode(prompt)
+
+    def __len__(self) -> int:
+        return self._encode.cache_info().currsize
+
+    def __iter__(self) -> Iterator[str]:
+        raise TypeError("any prompt can be encoded; there is no list of them")
 
 
 def pad_prompt_embeds(embeds: Sequence[torch.Tensor], max_sequence_length: int = 512) -> torch.Tensor:

@@ -423,6 +423,7 @@ def train(
     compute_loss: Callable[[torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]],
     summarize: Callable[[Sums], dict[str, float]],
     validate: Callable[[torch.nn.Module, int], tuple[dict[str, float], dict[str, Path]]] | None = None,
+    before_checkpoint: Callable[[], None] | None = None,
 ) -> bool:
     """Trains until `max_train_steps`. The result is in the model, or in the average: see `ema_weights`.
 
@@ -437,6 +438,7 @@ def train(
         summarize: Sums over processes and steps -> metrics.
         validate: (unwrapped model with the weights of the result, step) -> (metrics, mp4 files by name). Called
             on every process.
+        before_checkpoint: Called on every process before a checkpoint is written, to gather what goes into it.
 
     Returns:
         Whether the run is complete; after SIGTERM or SIGUSR1 to any process it stops early, with a checkpoint.
@@ -479,6 +481,8 @@ def train(
                 run.model.train()
             if stop.agreed or is_due(state.step, config.checkpointing_steps, config):
                 run.metrics.reduce_to_main(run.accelerator)
+                if before_checkpoint is not None:
+                    before_checkpoint()
                 limit = config.checkpoints_total_limit
                 save_checkpoint(run.accelerator, config.output_dir, state.step, ema=run.ema, total_limit=limit)
     return state.step == config.max_train_steps

@@ -35,6 +35,10 @@ ALLOWED = {
     "streaming": {"sample_order", "stream_sources", "video_files"},
     "tables": {"stream_sources", "table_files", "table_sources", "video_files"},
     "file_manifest": {"video_files"},
+    "run_data": {
+        *("cached_data", "data_config", "dataset_utils", "file_manifest", "models"),
+        *("stream_sources", "streaming", "video_files"),
+    },
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
     "dataset_survey": {"data_config"},
     "dataset_report": {"dataset_survey"},

@@ -1,7 +1,9 @@
 """Training on clips of several shapes, sources and captions: processes stay in step, resuming stays exact."""
 
 import csv
+import io
 import shutil
+import tarfile
 
 import pytest
 import torch
@@ -77,3 +79,76 @@ def test_the_plan_counts_buckets_and_stages(write_recipe, mixed, capsys):
     shown = capsys.readouterr().out
     assert "frames: 9 from step 0, 17 from step 3" in shown
     assert "resolution: 16 x 32 from step 0, 32 x 48 from step 2" in shown
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tars(clips, tmp_path_factory):
+    """The clips as WebDataset tars, two clips a tar."""
+    folder = tmp_path_factory.mktemp("tars")
+    for number in range(3):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for seed in (2 * number, 2 * number + 1):
+                tar.add(clips / "videos" / f"{seed}.mp4", f"{seed}.mp4")
+                prompt = f"a ball, number {seed}, crosses the field".encode()
+                info = tarfile.TarInfo(f"{seed}.txt")
+                info.size = len(prompt)
+                tar.addfile(info, io.BytesIO(prompt))
+    return {
+        "streaming": True,
+        "dataset_base_path": None,
+        "metadata_path": str(folder),
+        "video_column": "mp4",
+        "caption_column": "txt",
+        "validation_metadata_path": None,
+        "lr_scheduler": "constant",
+        "max_train_steps": 6,
+        "shuffle_buffer_size": 2,
+        "frames_schedule": "0:9,3:17",
+    }
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_streamed_run_goes_on_from_a_checkpoint_to_the_last_bit(write_recipe, tars, num_workers):
+    settings = {**tars, "dataloader_num_workers": num_workers}
+    path, whole = write_recipe("whole", **settings)
+    run_here(SCRIPT, "--config", path)
+    path, resumed = write_recipe("resumed", **settings, resume_from_checkpoint="latest")
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    shutil.copy(whole / "metrics.jsonl", resumed)
+    run_here(SCRIPT, "--config", path)
+    expected = weights(whole)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(resumed).items())
+    assert metrics(resumed) == metrics(whole)
+
+
+def test_two_processes_stream_and_resume(write_recipe, tars):
+    settings = {**tars, "train_batch_size": 1, "max_train_steps": 4}
+    path, whole = write_recipe("whole", **settings)
+    launch(SCRIPT, path, num_processes=2)
+    path, resumed = write_recipe("resumed", **settings, resume_from_checkpoint="latest")
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    launch(SCRIPT, path, num_processes=2)
+    expected = weights(whole)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(resumed).items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution_buckets": ["32x48", "48x32"]}, "--streaming does not go with buckets"),
+        ({"cache_latents": True}, "latents of a stream are not kept"),
+        ({"video_column": "mov"}, "mov"),
+        ({"num_frames": 81, "frames_schedule": None}, "must be a clip that can be used, but"),
+    ],
+)
+def test_streams_that_cannot_work_are_refused_before_anything_is_loaded(write_recipe, tars, changes, message, capsys):
+    path, _ = write_recipe(**{**tars, **changes})
+    with pytest.raises(SystemExit):
+        run_here(SCRIPT, "--config", path, "--dry_run")
+    captured = capsys.readouterr()
+    assert message in " ".join((captured.out + captured.err).replace("│", " ").split())
