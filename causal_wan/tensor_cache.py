@@ -69,10 +69,9 @@ class TensorCache:
 
     def refresh(self) -> None:
         """Takes in the shards that were written since; those that are damaged are reported and left out."""
-        names = {path.name for path in self.folder.glob("*.safetensors")} - self._known
-        self._known |= names
-        for name in sorted(names):
-            path = self.folder / name
+        new = [path for path in self.folder.glob("*.safetensors") if path.name not in self._known]
+        self._known |= {path.name for path in new}
+        for path in sorted(new, key=_time_of):  # of several entries with a key the last counts
             try:
                 with safe_open(path, framework="pt") as shard:
                     metadata, keys = shard.metadata() or {}, list(shard.keys())
@@ -162,6 +161,13 @@ def _read_entry(path: Path, name: str) -> tuple[torch.Tensor, dict[str, Any]]:
         content = bytearray(file.read(end - start))
     tensor = torch.frombuffer(content, dtype=DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
     return tensor, json.loads(header["__metadata__"]["facts"])[name]
+
+
+def _time_of(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # another process has just taken it away
+        return 0
 
 
 def _corrupt(path: Path, name: str, reason: str) -> str:

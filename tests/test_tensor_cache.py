@@ -145,6 +145,15 @@ def test_truncated_and_foreign_files_are_reported_and_left_out(tmp_path, caplog)
         assert f"{name}.safetensors" in caplog.text
 
 
+def test_of_two_entries_with_a_key_the_last_counts(tmp_path):
+    write(tmp_path, [1])
+    (damaged,) = tmp_path.glob("*.safetensors")
+    flip_bit(damaged, -1)
+    os.utime(damaged, (0, 0))
+    write(tmp_path, [1])
+    assert torch.equal(TensorCache(tmp_path).read(key(1))[0], tensor(1))
+
+
 def test_new_shards_of_others_are_found(tmp_path):
     reader = TensorCache(tmp_path / "later")
     assert len(reader) == 0
