@@ -448,8 +448,8 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Samples -> a batch.
 
     Returns:
-        clips: a list of videos, uint8 `(3, T, height, width)`, and latents, float `(C, F, H, W)`; cache_keys: of videos
-        whose latents are to be kept, else None; prompts and errors: lists; row_indices, sample_numbers and
+        clips: a list of videos, uint8 `(3, T, height, width)`, and latents, float `(C, F, H, W)`; cache_keys: of
+        videos whose latents are to be kept, else None; prompts and errors: lists; row_indices, sample_numbers and
         num_valid_frames: int64 `(B,)`.
     """
     return {

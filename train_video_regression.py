@@ -17,21 +17,33 @@ Regression learns a conditional mean: where the prompt and the past do not deter
 Source: CausVid, arXiv 2412.07772, section 4.3, with (clip, fresh noise) in the place of ODE pairs.
 """
 
+import contextlib
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import AutoencoderKLWan
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from causal_wan.cached_data import (
+    CacheConfig,
+    CachedClips,
+    CachedData,
+    CachedPrompts,
+    LatentKeeper,
+    check_can_be_cached,
+    gather_lists,
+    open_cache,
+)
 from causal_wan.checkpoints import check_output_dir
 from causal_wan.config import flat_dict, parse_config, user_errors, write_recipe
+from causal_wan.file_manifest import FileManifest
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.losses import frame_losses, level_statistics, masked_sum_over_count
 from causal_wan.memory import (
@@ -54,6 +66,7 @@ from causal_wan.models import (
     load_text_encoder,
     load_transformer,
     load_vae,
+    load_vae_config,
     pad_prompt_embeds,
     save_lora,
     save_transformer,
@@ -94,6 +107,7 @@ from dataset_utils import (
     Row,
     SampleStream,
     VideoDataset,
+    clip_shapes,
     collate,
     describe_flip,
     describe_rows,
@@ -116,16 +130,15 @@ class Config:
     method: RegressionConfig
     training: TrainingConfig
     validation: ValidationConfig
-    cache_latents: bool = False
-    """Encode every clip once, before the first step, and keep the latents in RAM; not with random frame sampling."""
+    cache: CacheConfig
     dry_run: bool = False
     """Resolve the config, check the data, print the plan and the memory it takes, and stop; loads no weights."""
 
     def __post_init__(self) -> None:
         for shape in self.data.all_shapes():
             self.method.block_lengths(self.num_latent_frames(shape))
-        if self.cache_latents and self.data.frame_sampling == "random":
-            raise ValueError("cache_latents needs frames that never change; use --frame_sampling uniform or head.")
+        if self.cache_dir is not None:
+            check_can_be_cached(self.data)
         if self.memory.quantize_base and not self.model.lora_rank:
             raise ValueError(
                 f"quantize_base {self.memory.quantize_base} freezes the base, so something else must be trained; add "
@@ -136,6 +149,18 @@ class Config:
     def vae_dtype(self) -> torch.dtype:
         """Of the VAE's weights and passes."""
         return torch.bfloat16 if self.model.vae_dtype == "bf16" else torch.float32
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """Folder of latents and prompt embeddings, if there is one."""
+        if self.cache.latents_dir is not None:
+            return Path(self.cache.latents_dir)
+        return Path(self.training.output_dir) / "cache" if self.cache.cache_latents else None
+
+    @property
+    def encodes(self) -> bool:
+        """Whether clips and prompts may have to be encoded, rather than read."""
+        return self.cache_dir is None or self.cache.cache_latents
 
     def num_latent_frames(self, shape: ClipShape) -> int:
         """F, latent frames of a clip."""
@@ -150,10 +175,11 @@ class VideoRegression:
     """The loss, and what it needs beside the transformer."""
 
     config: Config
-    prompt_embeds: dict[str, torch.Tensor]
+    prompt_embeds: Mapping[str, torch.Tensor]
     vae: AutoencoderKLWan
     device: torch.device
     seed: int
+    keeper: LatentKeeper | None = None
 
     def __post_init__(self) -> None:
         self.levels = self.config.method.levels()
@@ -163,8 +189,7 @@ class VideoRegression:
     def prepare_batch(self, batch: Batch) -> Batch:
         """Clips of the data loader -> latents noised block by block."""
         self.count_bad_samples(batch["errors"])
-        clips = torch.stack(batch["clips"]).to(self.device)
-        latents = clips if clips.is_floating_point() else self.encode(clips)
+        latents = self.find_latents(batch)
         noisy = draw_noisy_batch(
             latents,
             self.levels,
@@ -183,6 +208,17 @@ class VideoRegression:
             "num_items": noisy.mask.sum(),
             "num_tokens": latents[:, 0].numel() // 4,  # patches of 1 x 2 x 2
         }
+
+    def find_latents(self, batch: Batch) -> torch.Tensor:
+        """Latents `(B, C, F, H, W)` of a batch of clips, some of which may be latents already."""
+        clips = [clip.to(self.device) for clip in batch["clips"]]
+        if self.keeper is None and not clips[0].is_floating_point():
+            return self.encode(torch.stack(clips))
+        for number, (clip, key) in enumerate(zip(clips, batch["cache_keys"], strict=True)):
+            if not clip.is_floating_point():  # encoded on its own: what is kept does not depend on the batch
+                shape, num_valid = ClipShape(*clip.shape[1:]), int(batch["num_valid_frames"][number])
+                clips[number] = self.keeper.keep(key, self.encode(clip[None])[0], shape, num_valid)
+        return torch.stack([clip.float() for clip in clips])
 
     def encode(self, videos: torch.Tensor) -> torch.Tensor:
         """Latents `(B, C, F, H, W)` of uint8 videos `(B, 3, T, height, width)`."""
@@ -244,8 +280,9 @@ def main(config: Config) -> None:
     with user_errors():
         check_generator_ckpt(config.model.generator_ckpt)
         check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
-        rows = load_rows(config.data)
-        validation_rows = load_validation_rows(config)
+        manifest = FileManifest(config.cache_dir) if config.cache_dir is not None else None
+        rows = load_rows(config.data, manifest)
+        validation_rows = load_validation_rows(config, manifest)
     if config.dry_run:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(), mixed_precision=config.training.mixed_precision
@@ -269,18 +306,21 @@ def main(config: Config) -> None:
     validation_prompts = [row.prompts[0] for row in validation_rows] + list(config.validation.validation_prompts)
     prompts = [prompt for row in rows for prompt in row.prompts] + validation_prompts
     prompts += [""] if config.data.caption_dropout else []
-    prompt_embeds = embed_prompts(accelerator, config.model, prompts)
+    with user_errors():
+        cached, rows, validation_rows = find_cached(config, accelerator, manifest, rows, validation_rows, prompts)
+    prompt_embeds = embed_prompts(accelerator, config.model, prompts, cached)
     with user_errors():
         transformer = make_student(config, accelerator)
-    vae = make_vae(config, accelerator.device)
+    vae = make_vae(config, accelerator.device, is_needed=config.encodes or bool(validation_prompts))
     with user_errors():
         for shape in config.data.all_shapes():
             check_video_size(*shape, vae=vae, transformer=transformer)
 
-    dataset: VideoDataset | CachedLatents = VideoDataset(rows, config.data)
-    method = VideoRegression(config, prompt_embeds, vae, accelerator.device, config.training.seed)
-    if config.cache_latents:
-        dataset = encode_dataset(accelerator, dataset, method)
+    keeper = None
+    if cached is not None and config.encodes:
+        keeper = LatentKeeper(cached, cached.latent_writer(eager=True))
+    method = VideoRegression(config, prompt_embeds, vae, accelerator.device, config.training.seed, keeper)
+    dataset = make_dataset(config, rows, config.data, cached)
     with user_errors():
         run = prepare_run(accelerator, config.training, transformer)
     validate = Validation(
@@ -288,10 +328,10 @@ def main(config: Config) -> None:
         method,
         output_dir=config.training.output_dir,
         prompts=validation_prompts,
-        batches=validation_batches(accelerator, method, validation_rows, config.data),
+        batches=validation_batches(accelerator, method, validation_rows, cached),
         latent_shape=latent_shape(config, vae),
     )
-    with name_clips_of_dead_workers(dataset):
+    with name_clips_of_dead_workers(dataset), keeper or contextlib.nullcontext():
         complete = train(
             run,
             make_dataloader=partial(make_dataloader, config, dataset, rows, accelerator),
@@ -312,27 +352,50 @@ def main(config: Config) -> None:
     accelerator.end_training()
 
 
-def load_validation_rows(config: Config) -> list[Row]:
+def load_validation_rows(config: Config, manifest: FileManifest | None) -> list[Row]:
     """The held-out rows that are used, checked like the training rows."""
-    if config.validation.validation_metadata_path is None:
+    path = config.validation.validation_metadata_path
+    if path is None:
         return []
-    data = replace(as_shown(config.data), metadata_path=config.validation.validation_metadata_path)
-    return load_rows(data)[: config.validation.num_validation_samples]
+    data = replace(config.data.for_validation(), metadata_path=path)
+    return load_rows(data, manifest)[: config.validation.num_validation_samples]
 
 
-def as_shown(data: DataConfig) -> DataConfig:
-    """The settings of clips to validate on: in the shape of the result, nothing random."""
-    return replace(
-        data,
-        frame_sampling="head" if data.frame_sampling == "random" else data.frame_sampling,
-        resolution_buckets=(),
-        frame_buckets=(),
-        frames_schedule=None,
-        resolution_schedule=None,
-        temporal_crop=1.0,
-        horizontal_flip=0.0,
-        color_jitter=(),
+def find_cached(
+    config: Config,
+    accelerator: Accelerator,
+    manifest: FileManifest | None,
+    rows: list[Row],
+    validation_rows: list[Row],
+    prompts: list[str],
+) -> tuple[CachedData | None, list[Row], list[Row]]:
+    """The cache of the run, if it has one, and the rows with what finds them in it.
+
+    Raises:
+        ValueError: If the run is to read all from the cache, and something is not in it.
+    """
+    if manifest is None:
+        return None, rows, validation_rows
+    cached, all_rows = open_cache(
+        config.cache,
+        config.data,
+        config.model,
+        [*rows, *validation_rows],
+        manifest,
+        vae_tiling=config.memory.vae_tiling,
+        text_dtype="bf16" if text_dtype(accelerator) == torch.bfloat16 else "fp32",
+        encodes=config.encodes,
     )
+    if not config.encodes:
+        shapes = [clip_shapes(row, config.data) for row in rows] + [[config.data.shape]] * len(validation_rows)
+        cached.check_complete(all_rows, shapes, prompts)
+    return cached, all_rows[: len(rows)], all_rows[len(rows) :]
+
+
+def make_dataset(config: Config, rows: list[Row], data: DataConfig, cached: CachedData | None) -> Loadable:
+    """Clips as videos, or as latents where there is a cache."""
+    videos = VideoDataset(rows, data)
+    return videos if cached is None else CachedClips(videos, cached, fills=config.encodes)
 
 
 def make_dataloader(
@@ -351,7 +414,7 @@ def make_dataloader(
         SampleStream(dataset, order, config.data, start=start, end=end),
         batch_size=config.training.train_batch_size,
         collate_fn=collate,
-        num_workers=0 if config.cache_latents else config.training.dataloader_num_workers,
+        num_workers=config.training.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
 
@@ -426,13 +489,12 @@ def make_student(config: Config, accelerator: Accelerator) -> CausalWanTransform
     return transformer
 
 
-def make_vae(config: Config, device: torch.device) -> AutoencoderKLWan:
-    """The VAE where it waits between uses, cut up as the config says."""
-    vae = load_vae(
-        config.model.pretrained_model_name_or_path,
-        dtype=config.vae_dtype,
-        revision=config.model.revision,
-    )
+def make_vae(config: Config, device: torch.device, *, is_needed: bool) -> AutoencoderKLWan:
+    """The VAE where it waits between uses, cut up as the config says; its config alone where it is not needed."""
+    name, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    if not is_needed:
+        return load_vae_config(name, revision=revision)
+    vae = load_vae(name, dtype=config.vae_dtype, revision=revision)
     cut_up_vae(vae, config.memory)
     return vae if config.memory.offload_vae else vae.to(device)
 
@@ -445,29 +507,39 @@ def save_student(transformer: CausalWanTransformer3DModel, weights: dict[str, to
         save_transformer(transformer, weights, Path(config.training.output_dir) / "transformer")
 
 
-def embed_prompts(accelerator: Accelerator, config: ModelConfig, prompts: list[str]) -> dict[str, torch.Tensor]:
+def embed_prompts(
+    accelerator: Accelerator, config: ModelConfig, prompts: list[str], cached: CachedData | None
+) -> Mapping[str, torch.Tensor]:
     """Embeds each distinct prompt once, split over the processes; the text encoder is freed on return.
 
     Returns:
-        Prompt -> `(S, D)` of its true length S, on the CPU.
+        Prompt -> `(S, D)` of its true length S, on the CPU; read from the cache if there is one.
     """
-    distinct = sorted(set(prompts))
-    own = distinct[accelerator.process_index :: accelerator.num_processes]
-    tokenizer, text_encoder = load_text_encoder(
-        config.pretrained_model_name_or_path,
-        dtype=text_dtype(accelerator),
-        revision=config.revision,
-        device=accelerator.device,
-    )
-    embeds = encode_prompts(
-        tokenizer,
-        text_encoder,
-        own,
-        config.max_sequence_length,
-        show_progress=accelerator.is_main_process,
-    )
-    pairs = list(zip(own, [embed.cpu() for embed in embeds], strict=True))
-    return dict(gather_object(pairs))
+    missing = sorted(set(prompts)) if cached is None else cached.missing_prompts(prompts)
+    own = missing[accelerator.process_index :: accelerator.num_processes]
+    embeds = []
+    if missing:
+        tokenizer, text_encoder = load_text_encoder(
+            config.pretrained_model_name_or_path,
+            dtype=text_dtype(accelerator),
+            revision=config.revision,
+            device=accelerator.device,
+        )
+        embeds = encode_prompts(
+            tokenizer,
+            text_encoder,
+            own,
+            config.max_sequence_length,
+            show_progress=accelerator.is_main_process,
+        )
+    if cached is None:
+        return dict(gather_lists([(prompt, embed.cpu()) for prompt, embed in zip(own, embeds, strict=True)]))
+    with cached.prompt_writer() as writer:
+        for prompt, embed in zip(own, embeds, strict=True):
+            writer.add(cached.prompt_key(prompt), embed, cached.prompt_settings)
+    accelerator.wait_for_everyone()
+    cached.prompts.refresh()
+    return CachedPrompts(cached)
 
 
 def latent_shape(config: Config, vae: AutoencoderKLWan) -> tuple[int, int, int, int]:
@@ -526,42 +598,19 @@ def describe_memory(config: Config, accelerator: Accelerator) -> str:
         memory=config.memory,
         optimizer=training.optimizer,
         use_ema=training.use_ema,
+        encodes=config.encodes,
         **sharding(accelerator),
     )
     shortage = describe_shortage(plan, free_memory(accelerator))
     return f"memory      {plan}" + (f"\nwarning     {shortage}" if shortage else "")
 
 
-class CachedLatents:
-    """A data set of latents in RAM, to be streamed like the videos that they were encoded from."""
-
-    def __init__(self, samples: list[dict]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def load(self, index: int, generator: torch.Generator, shape: ClipShape) -> dict:
-        """The sample of a row; nothing about it is random."""
-        return dict(self.samples[index])
-
-
-def encode_dataset(accelerator: Accelerator, dataset: VideoDataset, method: VideoRegression) -> CachedLatents:
-    """Encodes each clip once, split over the processes, every process keeping all latents."""
-    own = []
-    indices = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    for index in tqdm(indices, desc="latents", disable=not accelerator.is_local_main_process):
-        sample = dataset.load(index, torch.Generator(), method.config.data.shape)
-        own.append(sample | {"latents": method.encode(sample.pop("video")[None])[0].cpu()})
-    return CachedLatents(sorted(gather_object(own), key=lambda sample: sample["row_index"]))
-
-
 def validation_batches(
-    accelerator: Accelerator, method: VideoRegression, rows: list[Row], data: DataConfig
+    accelerator: Accelerator, method: VideoRegression, rows: list[Row], cached: CachedData | None
 ) -> list[tuple[Batch, bool]]:
     """This process's share of the held-out clips, encoded and noised once: the same draws at every validation."""
-    data = as_shown(data)
-    dataset = VideoDataset(rows, data)
+    data = method.config.data.for_validation()
+    dataset = make_dataset(method.config, rows, data, cached)
 
     def prepare(number: int) -> Batch:
         sample = dataset.load(number, torch.Generator(), data.shape)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed
@@ -201,6 +201,15 @@ class LatentKeeper:
     def __init__(self, cached: CachedData, writer: CacheWriter) -> None:
         self.cached, self.writer = cached, writer
         self.is_broken = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self.writer.flush()
+        except OSError as error:
+            logger.error("the last latents are not kept: %s", error)
 
     def keep(self, key: bytes, latents: torch.Tensor, shape: ClipShape, num_valid_frames: int) -> torch.Tensor:
         """Keeps the latents `(C, F, H, W)` of a clip, and returns them as they will be read, in float32."""

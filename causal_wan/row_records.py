@@ -106,7 +106,7 @@ class RowChecker:
         except (ValueError, OSError, av.FFmpegError) as error:
             return {"error": describe_error(error)}
 
-    @property
+    @functools.cached_property
     def _base(self) -> Path:
         return Path(self.config.dataset_base_path).resolve()
 
@@ -182,6 +182,7 @@ class RecordFile:
         self._file = path.open("r+b")
         self._known = np.fromiter(self._read(), FACTS)
         self._known = self._known[np.argsort(self._known["key"], kind="stable")]
+        self._keys = self._known["key"].copy()  # contiguous, or every search would copy them
 
     def _read(self) -> Iterator[tuple]:
         end = 0
@@ -195,11 +196,11 @@ class RecordFile:
 
     def save_keys(self, path: Path) -> None:
         """Writes the keys of all records, sorted, for `RowChecker`."""
-        np.save(path, self._known["key"])
+        np.save(path, self._keys)
 
     def find(self, key: int) -> np.void:
         """The facts of a record that was there at the start."""
-        return self._known[np.searchsorted(self._known["key"], np.uint64(key))]
+        return self._known[np.searchsorted(self._keys, np.uint64(key))]
 
     def add(self, record: dict[str, Any]) -> tuple:
         """Appends a record; returns its facts."""

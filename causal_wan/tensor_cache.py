@@ -228,6 +228,6 @@ class CacheWriter:
 
 def remove_stale_shards(folder: str | Path) -> None:
     """Removes what killed processes left half-written."""
-    for path in Path(folder).glob(".*.partial"):
+    for path in Path(folder).glob(".*"):  # our names and those of safetensors
         if time.time() - path.stat().st_mtime > STALE_SECONDS:
             path.unlink(missing_ok=True)

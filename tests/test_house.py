@@ -143,7 +143,7 @@ def test_documented_commands_parse(script, arguments, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     module = importlib.import_module(script)
-    parse_config(module.Config, arguments)
+    parse_config(module.Config, arguments, also_known=getattr(module, "TRAINING_SETTINGS", ()))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("wan_*.yaml")), ids=lambda path: path.name)

@@ -179,7 +179,9 @@ def test_lora_trains_resumes_and_loads_in_the_stock_pipeline(write_recipe, check
 def test_cached_latents_give_the_same_numbers(write_recipe):
     path, plain = write_recipe("plain", max_train_steps=2, train_batch_size=1)
     run_here(SCRIPT, "--config", path, "--dataloader_num_workers", 2)
-    path, cached = write_recipe("cached", max_train_steps=2, train_batch_size=1, cache_latents=True)
+    path, cached = write_recipe(
+        "cached", max_train_steps=2, train_batch_size=1, cache_latents=True, latents_dtype="fp32"
+    )
     run_here(SCRIPT, "--config", path)
     assert all(torch.equal(weights(plain)[name], value) for name, value in weights(cached).items())
 
@@ -285,7 +287,8 @@ output_dir: {tmp_path / "run"}
         (["--quantize_base", "nf4"], "add --lora_rank 64, or leave it out"),
         (["--offload_activations"], "add --gradient_checkpointing"),
         (["--gradient_checkpointing_interval", "0"], "must be 1 (every layer) or more, got 0"),
-        (["--cache_latents", "--frame_sampling", "random"], "use --frame_sampling uniform or head"),
+        (["--cache_latents", "--frame_sampling", "random"], "--frame_sampling random makes each another"),
+        (["--latents_dir", "x", "--horizontal_flip", "0.5"], "--horizontal_flip makes each another"),
         (["--denoising_step_list", "0", "500"], "must begin with a timestep above 0"),
         (["--learning_rte", "1"], "--learning_rate"),
     ],
