@@ -18,7 +18,6 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,17 +36,19 @@ from causal_wan.memory import MemoryConfig
 from causal_wan.models import ModelConfig
 from causal_wan.regression import RegressionConfig
 from causal_wan.row_records import FACTS, NUM_LOOKS, WHOLE_FILE_BYTES, RecordFile, RowChecker, check_rows, hash_bytes
+from causal_wan.tables import Tables
 from causal_wan.training import TrainingConfig
 from causal_wan.validation import ValidationConfig
-from causal_wan.video_files import describe_error, resolve_path
+from causal_wan.video_files import describe_error
 from dataset_utils import (
     DataConfig,
     Row,
     clip_shapes,
+    find_video,
     load_video,
     min_num_frames,
     num_sampleable_frames,
-    read_table,
+    read_tables,
     seeded_generator,
 )
 
@@ -91,7 +92,7 @@ TRAINING_SETTINGS = {"dry_run"} | names_of(
 def main(config: Config) -> int:
     """Checks all rows and writes the report; returns the exit status."""
     with user_errors():
-        table = read_table(config.data)
+        table = Tables(read_tables(config.data))
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     records = RecordFile(folder / "records.jsonl")
@@ -105,7 +106,7 @@ def main(config: Config) -> int:
     write_contact_sheet(sheet, folder / "contact_sheet.png")
     page = render(
         survey,
-        show=lambda index: entry(table, index, config.data),
+        show=lambda index: entry(table, index),
         bad_entries=bad_entries,
         contact_sheet=sheet,
         black=strips(table, survey, np.flatnonzero(survey.black)[:6], config),
@@ -123,7 +124,7 @@ def main(config: Config) -> int:
 # --- facts -----------------------------------------------------------------------------------------------------------
 
 
-def collect_facts(table: Sequence[dict[str, Any]], records: RecordFile, config: Config) -> np.ndarray:
+def collect_facts(table: Tables, records: RecordFile, config: Config) -> np.ndarray:
     """`FACTS` of every row: from the records that are there, and for the others from the files."""
     facts = np.zeros(len(table), FACTS)
     num_processes = len(os.sched_getaffinity(0)) if config.num_processes is None else config.num_processes
@@ -155,19 +156,13 @@ def find_short(facts: np.ndarray, config: DataConfig) -> np.ndarray:
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def prompts_of(values: dict[str, Any], config: DataConfig) -> list[str]:
-    """The prompts of a row that are not empty."""
-    texts = ((values[column] or "").strip() for column in config.caption_column)
-    return [text for text in texts if text]
-
-
-def measure_prompts(table: Sequence[dict[str, Any]], config: Config) -> tuple[np.ndarray, np.ndarray, str]:
+def measure_prompts(table: Tables, config: Config) -> tuple[np.ndarray, np.ndarray, str]:
     """Hashes of each row's prompts, the length of the longest of them, and the unit of the lengths."""
     tokenizer = load_tokenizer(config)
     hashes, lengths = np.zeros(len(table), np.uint64), np.zeros(len(table), np.int64)
     for start in range(0, len(table), PROMPTS_AT_ONCE):
         end = min(start + PROMPTS_AT_ONCE, len(table))
-        rows = [prompts_of(table[index], config.data) for index in range(start, end)]
+        rows = [table[index].prompts for index in range(start, end)]
         counts = iter(count_tokens([prompt for prompts in rows for prompt in prompts], tokenizer))
         for index, prompts in enumerate(rows, start):
             if prompts:
@@ -201,14 +196,14 @@ def count_tokens(prompts: list[str], tokenizer: PreTrainedTokenizerBase | None) 
 # --- rows to show ----------------------------------------------------------------------------------------------------
 
 
-def entry(table: Sequence[dict[str, Any]], index: int, config: DataConfig, **more: Any) -> Entry:
+def entry(table: Tables, index: int, **more: Any) -> Entry:
     """A row as it is shown."""
-    values = table[index]
-    prompt = shorten(" | ".join(prompts_of(values, config)))
-    return Entry(index + 1, str(values[config.video_column] or ""), prompt, **more)
+    row = table[index]
+    name = f"{table.name(index)}: " if len(table.tables) > 1 else ""
+    return Entry(row.number, f"{name}{row.video or ''}", shorten(" | ".join(row.prompts)), **more)
 
 
-def write_bad_rows(table: Sequence[dict[str, Any]], survey: Survey, records: RecordFile, path: Path) -> list[Entry]:
+def write_bad_rows(table: Tables, survey: Survey, records: RecordFile, path: Path) -> list[Entry]:
     """Lists all bad rows in a CSV, counts their reasons, and returns the first of them."""
     first = []
     with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
@@ -221,7 +216,7 @@ def write_bad_rows(table: Sequence[dict[str, Any]], survey: Survey, records: Rec
             else:
                 available = num_sampleable_frames(int(facts["frames"]), float(facts["rate"]), survey.config)
                 reason = f"{available} frames, fewer than num_frames={min_num_frames(survey.config)}"
-            bad = entry(table, int(index), survey.config, note=reason)
+            bad = entry(table, int(index), note=reason)
             writer.writerow([bad.number, bad.path, reason])
             count_reason(survey.reasons, reason)
             if len(first) < MAX_BAD_ROWS_SHOWN:
@@ -229,32 +224,31 @@ def write_bad_rows(table: Sequence[dict[str, Any]], survey: Survey, records: Rec
     return first
 
 
-def contact_sheet(table: Sequence[dict[str, Any]], survey: Survey, config: Config) -> list[Entry]:
+def contact_sheet(table: Tables, survey: Survey, config: Config) -> list[Entry]:
     """Random usable rows, with strips."""
     usable = np.flatnonzero(survey.usable)
     chosen = random.Random(config.seed).sample(range(len(usable)), min(config.num_samples, len(usable)))
     return strips(table, survey, usable[sorted(chosen)], config)
 
 
-def strips(table: Sequence[dict[str, Any]], survey: Survey, indices: np.ndarray, config: Config) -> list[Entry]:
+def strips(table: Tables, survey: Survey, indices: np.ndarray, config: Config) -> list[Entry]:
     """Rows with a few of their frames, as the model sees them."""
     entries = []
     for index in map(int, indices):
-        facts, values = survey.facts[index], table[index]
+        facts, table_row = survey.facts[index], table[index]
         try:
-            path = resolve_path(values[config.data.video_column], Path(config.data.dataset_base_path).resolve())
+            video, _ = find_video(table_row)
             shown = {name: facts[name].item() for name in ("height", "width")}
-            prompts = tuple(prompts_of(values, config.data))
-            row = Row(index + 1, path, prompts, int(facts["frames"]), float(facts["rate"]), **shown)
+            row = Row(table_row.number, video, table_row.prompts, int(facts["frames"]), float(facts["rate"]), **shown)
             shape = clip_shapes(row, config.data)[-1]
-            video, _ = load_video(row, shape, config.data, seeded_generator(config.seed, 0, index))
+            clip, _ = load_video(row, shape, config.data, seeded_generator(config.seed, 0, index))
         except (ValueError, OSError, av.FFmpegError) as error:  # it was removed or changed meanwhile
-            entries.append(entry(table, index, config.data, note=describe_error(error)))
+            entries.append(entry(table, index, note=describe_error(error)))
             continue
-        places = torch.linspace(0, video.shape[1] - 1, NUM_STRIP_FRAMES).round().long()
-        frames = video[:, places].permute(1, 2, 3, 0).numpy()
+        places = torch.linspace(0, clip.shape[1] - 1, NUM_STRIP_FRAMES).round().long()
+        frames = clip[:, places].permute(1, 2, 3, 0).numpy()
         note = f"{row.num_frames} frames of {row.height} × {row.width} → {shape[0]} of {shape[1]} × {shape[2]}"
-        entries.append(entry(table, index, config.data, note=note, strip=film_strip(frames)))
+        entries.append(entry(table, index, note=note, strip=film_strip(frames)))
     return entries
 
 

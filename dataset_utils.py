@@ -7,33 +7,30 @@ Shapes: B = batch, T = video frames, height, width in pixels.
 """
 
 import contextlib
-import csv
-import glob
-import io
 import itertools
 import logging
 import math
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import av
 import torch
-from datasets import Features, Value, disable_progress_bars, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from causal_wan.data_config import DataConfig
+from causal_wan.file_manifest import FileFacts, FileManifest
 from causal_wan.sample_order import CAPTION_STREAM, CLIP_STREAM, ClipShape, SampleOrder, seeded_generator
+from causal_wan.table_sources import FILE_SUFFIXES, Source, read_sources
+from causal_wan.tables import Table, TableRow, read_table
 from causal_wan.video_files import EmbeddedVideo, decode_frames, describe_error, probe_video, resolve_path
 
 
@@ -60,6 +57,14 @@ class Row:
     content: str = ""  # SHA-256 of the file, if it is known
 
 
+class BadRow(NamedTuple):
+    """A row that cannot be used: the name of its table, the row, and why."""
+
+    table: str
+    row: TableRow
+    error: Exception
+
+
 class ShortClipError(ValueError):
     """A clip has fewer frames than are sampled."""
 
@@ -67,112 +72,106 @@ class ShortClipError(ValueError):
 # --- checking rows ---------------------------------------------------------------------------------------------------
 
 
-def load_rows(config: DataConfig, manifest: Any = None) -> list[Row]:
-    """Reads the CSV and checks every row by opening its file, without decoding.
-
-    Returns:
-        The rows that can be used, in the order of the file.
+def sources_of(config: DataConfig) -> list[Source]:
+    """The tables of a config: its own, or those that `dataset_config` lists.
 
     Raises:
-        ValueError: If the CSV cannot be used, if rows are bad (all of them are found, the first 20 listed), or if no
+        ValueError: If that list cannot be used.
+    """
+    if config.dataset_config is None:
+        own = {name: vars(config)[name] for name in ("metadata_path", "dataset_base_path")}
+        return [Source(**own, video_column=config.video_column, caption_column=config.caption_column)]
+    return [
+        replace(source, dataset_base_path=config.dataset_base_path)
+        if source.dataset_base_path is None and Path(source.metadata_path).suffix.lower() in FILE_SUFFIXES
+        else source
+        for source in read_sources(config.dataset_config)
+    ]
+
+
+def source_weights(config: DataConfig) -> list[float] | None:
+    """The share of each table in the samples, in any unit; None is in proportion to their rows."""
+    weights = [source.weight for source in sources_of(config)]
+    return None if None in weights else weights
+
+
+def read_tables(config: DataConfig, *, need_files: bool = True) -> list[Table]:
+    """The rows of each table, unchecked.
+
+    Args:
+        config: Names the tables.
+        need_files: Whether the folders of their videos must be there.
+
+    Raises:
+        ValueError: If a table cannot be used, or such a folder is not there.
+    """
+    tables = []
+    for source in sources_of(config):
+        tables.append(read_table(source))
+        if need_files and source.dataset_base_path is not None and not Path(source.dataset_base_path).is_dir():
+            raise ValueError(f"dataset_base_path must be a folder, but {source.dataset_base_path} is not one.")
+    return tables
+
+
+def load_rows(config: DataConfig, manifest: FileManifest | None = None) -> list[Row]:
+    """Reads the tables and checks every row by opening its file, without decoding.
+
+    Args:
+        config: Names the tables, and says what is too short.
+        manifest: Facts of files, which are then not opened; and need not be there, if the manifest knows their names.
+
+    Returns:
+        The rows that can be used, in the order of the tables.
+
+    Raises:
+        ValueError: If a table cannot be used, if rows are bad (all of them are found, the first 20 listed), or if no
             row is left.
     """
-    table = read_table(config)
-    base = Path(config.dataset_base_path).resolve()
+    tables = read_tables(config, need_files=manifest is None)
+    names = [source.metadata_path for source in sources_of(config)]
 
-    def check(item: tuple[int, dict[str, str | None]]) -> Row | tuple[int, str, Exception]:
-        number, values = item
-        prompts = [values[column] for column in config.caption_column]
+    def check(item: tuple[int, TableRow]) -> Row | BadRow:
+        source, row = item
         try:
-            return check_row(number, values[config.video_column], prompts, base, config)
+            return check_row(row, config, source=source, manifest=manifest)
         except (ValueError, OSError, av.FFmpegError) as error:
-            return number, values[config.video_column] or "", error
+            return BadRow(names[source], row, error)
 
+    items = ((source, row) for source, table in enumerate(tables) for row in table)
+    total = sum(map(len, tables))
     with ThreadPoolExecutor(8) as pool:
-        results = list(
-            tqdm(pool.map(check, enumerate(table, 1)), total=len(table), desc="checking clips", delay=2, leave=False)
-        )
+        results = list(tqdm(pool.map(check, items), total=total, desc="checking clips", delay=2, leave=False))
     rows = [result for result in results if isinstance(result, Row)]
-    bad = [result for result in results if not isinstance(result, Row)]
+    bad = [result for result in results if isinstance(result, BadRow)]
     if config.short_clips == "skip":
-        long_enough = [result for result in bad if not isinstance(result[2], ShortClipError)]
+        long_enough = [result for result in bad if not isinstance(result.error, ShortClipError)]
         if num_skipped := len(bad) - len(long_enough):
             logger.warning("left out %d clip(s) with too few frames", num_skipped)
         bad = long_enough
+    place = names[0] if len(names) == 1 else f"{config.dataset_config}"
     if bad:
-        listed = [f"  row {number}, {path or 'no path'}: {describe_error(error)}" for number, path, error in bad]
-        hidden = len(listed) - MAX_ERRORS_SHOWN
-        more = [f"  and {hidden} more"] if hidden > 0 else []
-        headline = f"{len(bad)} of {len(table)} rows of {config.metadata_path} cannot be used:"
-        report = "\n".join([headline, *listed[:MAX_ERRORS_SHOWN], *more])
+        report = _list_bad_rows(bad, place, total, name_tables=len(names) > 1)
         if config.on_bad_sample == "error":
             raise ValueError(report + "\nCorrect or remove them, or leave them out with --on_bad_sample skip.")
         logger.warning(report)
     if not rows:
-        raise ValueError(f"{config.metadata_path} must have at least one usable row; none of {len(table)} is left.")
+        raise ValueError(f"{place} must have at least one usable row; none of {total} is left.")
+    left = {row.source for row in rows}
+    for name in (name for source, name in enumerate(names) if source not in left):
+        logger.warning("%s has no usable row: the other tables fill its share", name)
     return rows
 
 
-def read_table(config: DataConfig) -> list[dict[str, str | None]]:
-    """The rows of the CSV, all values as text.
-
-    Raises:
-        ValueError: If the file is missing, empty, no CSV, or lacks a column.
-    """
-    path = Path(config.metadata_path)
-    if not path.is_file():
-        raise ValueError(f"metadata_path must be a CSV file, but {path} does not exist.")
-    if not Path(config.dataset_base_path).is_dir():
-        raise ValueError(f"dataset_base_path must be a folder, but {config.dataset_base_path} is not one.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8 ({error}); save it as CSV UTF-8.") from None
-    if not text.strip():
-        raise ValueError(f"{path} must have a header and at least one row, but is empty.")
-    reader = csv.reader(io.StringIO(text))
-    try:
-        header, first_row = next(reader), next(reader, None)
-    except csv.Error as error:
-        raise ValueError(f"{path} is no CSV ({error}); a quote may be open.") from None
-    missing = [name for name in (config.video_column, *config.caption_column) if name not in header]
-    if missing:
-        raise ValueError(
-            f"{path} must have the columns {config.video_column} and {' and '.join(config.caption_column)}, but has "
-            f"{', '.join(header)}; name yours with --video_column and --caption_column."
-        )
-    if first_row is None:
-        raise ValueError(f"{path} must have at least one row below its header, but has none.")
-    if len(first_row) > len(header):  # pandas would take the first column for row names, and shift the others
-        raise ValueError(
-            f"{path} must have {len(header)} fields a row, but its first row has {len(first_row)}; put quotes around "
-            "prompts with commas."
-        )
-    # As text, and no word taken for a missing value: a prompt may be 123 or None. A cache of its own, so that a
-    # changed file is read anew and nothing has to be writable.
-    features = Features({name: Value("string") for name in header})
-    disable_progress_bars()
-    with tempfile.TemporaryDirectory() as cache_dir:
-        try:
-            table = load_dataset(
-                "csv",
-                data_files=glob.escape(str(path)),  # else rows[1].csv is not found, and rows*.csv several files
-                split="train",
-                features=features,
-                keep_default_na=False,
-                keep_in_memory=True,
-                cache_dir=cache_dir,
-            )
-        except DatasetGenerationError as error:
-            cause = str(error.__cause__).strip()
-            raise ValueError(
-                f"{path} must have {len(header)} fields a row ({cause}); put quotes around prompts with commas, and "
-                "close them."
-            ) from error
-        return list(table.select_columns([config.video_column, *config.caption_column]))
+def _list_bad_rows(bad: Sequence[BadRow], place: str, total: int, *, name_tables: bool) -> str:
+    lines = [f"{len(bad)} of {total} rows of {place} cannot be used:"]
+    for name, row, error in bad[:MAX_ERRORS_SHOWN]:
+        table = f"{name}, " if name_tables else ""
+        lines.append(f"  {table}row {row.number}, {row.video or 'no path'}: {describe_error(error)}")
+    hidden = len(bad) - MAX_ERRORS_SHOWN
+    return "\n".join([*lines, f"  and {hidden} more"] if hidden > 0 else lines)
 
 
-def check_row(number: int, video: str | None, prompts: Sequence[str | None], base: Path, config: DataConfig) -> Row:
+def check_row(row: TableRow, config: DataConfig, *, source: int = 0, manifest: FileManifest | None = None) -> Row:
     """One row, checked.
 
     Raises:
@@ -180,18 +179,52 @@ def check_row(number: int, video: str | None, prompts: Sequence[str | None], bas
         OSError: If the file cannot be read.
         av.FFmpegError: If it is no video.
     """
-    path = resolve_path(video, base)
-    prompts = tuple(prompt.strip() for prompt in prompts if (prompt or "").strip())
-    if not prompts:
+    video, known = find_video(row, manifest)
+    if not row.prompts:
         raise ValueError("the prompt is empty")
-    row = Row(
-        number, path, prompts, *probe_video(path, limits=config.limits, as_shown=len(config.resolution_buckets) > 1)
-    )
-    available, wanted = num_sampleable_frames(row.num_frames, row.frame_rate, config), min_num_frames(config)
+    if known is not None:
+        facts = known.num_frames, known.frame_rate, known.height, known.width
+    else:
+        # A manifest serves runs with buckets, too, which need the size as shown.
+        as_shown = manifest is not None or len(config.resolution_buckets) > 1
+        facts = probe_video(video, limits=config.limits, as_shown=as_shown)
+    content = known.content if known is not None else ""
+    checked = Row(row.number, video, row.prompts, *facts, source=source, name=str(row.video), content=content)
+    available, wanted = num_sampleable_frames(checked.num_frames, checked.frame_rate, config), min_num_frames(config)
     if available < wanted and config.short_clips != "pad":
         rate = "" if config.frame_sampling == "uniform" else f" at {config.frame_rate:g} frames a second"
         raise ShortClipError(f"{available} frames{rate}, fewer than num_frames={wanted} (see --short_clips)")
-    return row
+    return checked
+
+
+def find_video(row: TableRow, manifest: FileManifest | None = None) -> tuple[Path | EmbeddedVideo, FileFacts | None]:
+    """The video of a row, and what the manifest knows of it.
+
+    Raises:
+        ValueError: If there is none; of a file that is not there, if the manifest does not know its name either.
+    """
+    known = None
+    if isinstance(row.video, EmbeddedVideo):
+        video = row.video
+        known = manifest.find(video) if manifest is not None else None
+    elif row.video and row.base is None:
+        raise ValueError(
+            "the data set holds no bytes of the video, and no file may be opened; name the folder of its files with "
+            "--dataset_base_path"
+        )
+    else:
+        try:
+            video = resolve_path(row.video, Path(row.base or ""))
+            known = manifest.find(video) if manifest is not None else None
+        except ValueError:
+            known = manifest.by_name.get(row.video) if manifest is not None else None
+            if known is None or not known.num_frames:
+                raise
+            base = os.path.realpath(row.base)
+            video = Path(os.path.realpath(os.path.join(base, row.video)))
+            if os.path.lexists(video) or not video.is_relative_to(base):
+                raise
+    return video, known if known is not None and known.num_frames else None
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def load_validation_rows(config: Config, manifest: FileManifest) -> list[Row]:
     if config.validation.validation_metadata_path is None:
         return []
     path = config.validation.validation_metadata_path
-    data = replace(config.data.for_validation(), metadata_path=path)
+    data = replace(config.data.for_validation(), metadata_path=path, dataset_config=None)
     return load_rows(data, manifest)[: config.validation.num_validation_samples]
 
 

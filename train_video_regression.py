@@ -117,6 +117,7 @@ from dataset_utils import (
     name_clips_of_dead_workers,
     normalize_videos,
     order_samples,
+    source_weights,
 )
 
 
@@ -357,7 +358,7 @@ def load_validation_rows(config: Config, manifest: FileManifest | None) -> list[
     path = config.validation.validation_metadata_path
     if path is None:
         return []
-    data = replace(config.data.for_validation(), metadata_path=path)
+    data = replace(config.data.for_validation(), metadata_path=path, dataset_config=None)
     return load_rows(data, manifest)[: config.validation.num_validation_samples]
 
 
@@ -405,6 +406,7 @@ def make_dataloader(
     order = order_samples(
         rows,
         config.data,
+        weights=source_weights(config.data),
         seed=config.training.seed,
         samples_per_step=config.training.samples_per_step(count_replicas(accelerator)),
         start_sample=start,

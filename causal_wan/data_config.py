@@ -16,14 +16,16 @@ from causal_wan.video_files import DEFAULT_LIMITS, VideoLimits
 class DataConfig:
     """The clips: where they are, and what the model sees of them."""
 
-    dataset_base_path: str
-    """Folder that the paths in the CSV are relative to; they cannot leave it."""
-    metadata_path: str
-    """CSV with a row a clip."""
+    dataset_base_path: str | None = None
+    """Folder that the paths in the table are relative to; they cannot leave it. Folders and data sets need none."""
+    metadata_path: str | None = None
+    """CSV, JSONL or Parquet with a row a clip, folder with a.mp4 and a.txt, or `datasets` folder or hub name."""
+    dataset_config: str | None = None
+    """YAML list of several tables with weights; in the place of metadata_path."""
     video_column: str = "video"
     """Column with the path of the video."""
     caption_column: tuple[str, ...] = ("prompt",)
-    """Column with the prompt, or several; of several prompts of a clip, each sample draws one."""
+    """Column with the prompt or a list of prompts, or several columns; of several prompts, each sample draws one."""
     caption_dropout: float = 0.0
     """Share of the samples that get the empty prompt; classifier-free guidance needs a student that knows it."""
     num_frames: int = 81
@@ -61,6 +63,12 @@ class DataConfig:
     limits: VideoLimits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
+        if (self.metadata_path is None) == (self.dataset_config is None):
+            given = "neither" if self.metadata_path is None else "both"
+            raise ValueError(
+                f"exactly one of metadata_path and dataset_config must be given, got {given}; --metadata_path names "
+                "one table, --dataset_config a YAML list of several."
+            )
         if self.time_division_factor < 1:
             raise ValueError(
                 f"time_division_factor must be 1 or more, got {self.time_division_factor}; 4 is the WAN VAE's."

@@ -23,8 +23,10 @@ import torch
 from torchvision.transforms import v2
 
 from causal_wan.data_config import DataConfig
-from causal_wan.video_files import Video, VideoLimits, decode_frames, describe_error, resolve_path
-from dataset_utils import check_row
+from causal_wan.file_manifest import stat_of
+from causal_wan.tables import TableRow
+from causal_wan.video_files import Video, VideoLimits, decode_frames, describe_error
+from dataset_utils import check_row, find_video
 
 
 VERSION = 1  # of the records; those of another version are made anew
@@ -50,7 +52,7 @@ FACTS = np.dtype(
     ]
 )
 
-TableRow = tuple[int, dict[str, Any]]  # 1 is the first
+NumberedRow = tuple[int, TableRow]  # 1 is the first of all tables together
 
 
 # --- making records --------------------------------------------------------------------------------------------------
@@ -68,47 +70,39 @@ class RowChecker:
     config: DataConfig
     known_keys: str | None = None
 
-    def __call__(self, rows: Sequence[TableRow]) -> list[dict[str, Any]]:
+    def __call__(self, rows: Sequence[NumberedRow]) -> list[dict[str, Any]]:
         """A record a row; of those that are known already, row and key alone."""
         records = []
-        for number, values in rows:
-            record = {"row": number, "key": self.key(values)}
+        for number, row in rows:
+            record = {"row": number, "key": self.key(row)}
             if not (self.known_keys and _contains(_load_keys(self.known_keys), record["key"])):
-                record |= self.facts(number, values)
+                record |= self.facts(row)
             records.append(record)
         return records
 
-    def key(self, values: dict[str, Any]) -> int:
+    def key(self, row: TableRow) -> int:
         """Identifies what a record depends on: the file with its size and time, and whether there is a prompt."""
-        video = values[self.config.video_column]
         try:
-            file = resolve_path(video, self._base).stat()
-            state = [file.st_size, file.st_mtime_ns]
+            state = stat_of(find_video(row)[0])
         except (ValueError, OSError) as error:
             state = [str(error)]
-        has_prompt = any((values[column] or "").strip() for column in self.config.caption_column)
-        facts = [VERSION, str(self._base), str(video), state, has_prompt, vars(self.config.limits)]
+        facts = [VERSION, row.base, str(row.video), state, bool(row.prompts), vars(self.config.limits)]
         return hash_bytes(json.dumps(facts).encode())
 
-    def facts(self, number: int, values: dict[str, Any]) -> dict[str, Any]:
+    def facts(self, row: TableRow) -> dict[str, Any]:
         """What is in the video of a row, or the error by which it cannot be used."""
-        prompts = [values[column] for column in self.config.caption_column]
         # The report tells which clips are short, and the size as shown is seen in decoding.
         config = replace(self.config, short_clips="pad", resolution_buckets=())
         try:
-            row = check_row(number, values[config.video_column], prompts, self._base, config)
+            checked = check_row(row, config)
             return {
-                "frames": row.num_frames,
-                "rate": round(row.frame_rate, 4),
-                **look_at_file(row.video),
-                **look_at_pictures(row.video, row.num_frames, self.config.limits),
+                "frames": checked.num_frames,
+                "rate": round(checked.frame_rate, 4),
+                **look_at_file(checked.video),
+                **look_at_pictures(checked.video, checked.num_frames, self.config.limits),
             }
         except (ValueError, OSError, av.FFmpegError) as error:
             return {"error": describe_error(error)}
-
-    @functools.cached_property
-    def _base(self) -> Path:
-        return Path(self.config.dataset_base_path).resolve()
 
 
 @functools.cache
@@ -236,7 +230,7 @@ def _to_facts(record: dict[str, Any], offset: int) -> tuple:
 # --- making many -----------------------------------------------------------------------------------------------------
 
 
-def check_rows(rows: Iterable[TableRow], checker: RowChecker, num_processes: int) -> Iterator[list[dict[str, Any]]]:
+def check_rows(rows: Iterable[NumberedRow], checker: RowChecker, num_processes: int) -> Iterator[list[dict[str, Any]]]:
     """Records of rows, chunk by chunk as they are done; few chunks are held at a time.
 
     Args:
@@ -249,7 +243,7 @@ def check_rows(rows: Iterable[TableRow], checker: RowChecker, num_processes: int
     if not num_processes:
         yield from map(checker, chunks)
         return
-    lost: list[TableRow] = []  # in the hands of processes when one of them died
+    lost: list[NumberedRow] = []  # in the hands of processes when one of them died
     while True:
         yield from _check_until_death(chunks, checker, num_processes, lost)
         if not lost:
@@ -260,10 +254,10 @@ def check_rows(rows: Iterable[TableRow], checker: RowChecker, num_processes: int
 
 
 def _check_until_death(
-    chunks: Iterator[list[TableRow]], checker: RowChecker, num_processes: int, lost: list[TableRow]
+    chunks: Iterator[list[NumberedRow]], checker: RowChecker, num_processes: int, lost: list[NumberedRow]
 ) -> Iterator[list[dict[str, Any]]]:
     """Runs until there are no chunks, or a process dies; the rows without a record are then in `lost`."""
-    running: dict[Future, list[TableRow]] = {}
+    running: dict[Future, list[NumberedRow]] = {}
     with ProcessPoolExecutor(num_processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         while not lost:
             for chunk in itertools.islice(chunks, 2 * num_processes - len(running)):
@@ -283,7 +277,7 @@ def _check_until_death(
             lost += running[future]
 
 
-def _check_alone(row: TableRow, checker: RowChecker) -> dict[str, Any]:
+def _check_alone(row: NumberedRow, checker: RowChecker) -> dict[str, Any]:
     """The record of one row, made in a process of its own."""
     with ProcessPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:

@@ -92,7 +92,8 @@ class SampleOrder:
         self.seed, self.samples_per_step = seed, samples_per_step
         self.start_sample, self.start_step = start_sample, start_step
         buckets, sources = np.asarray(buckets), np.asarray(sources)
-        rows_of_source = np.bincount(sources)
+        # A source may have no rows.
+        rows_of_source = np.bincount(sources, minlength=0 if weights is None else len(weights))
         per_row = (
             np.ones(len(rows_of_source)) if weights is None else np.asarray(weights) / np.maximum(rows_of_source, 1)
         )

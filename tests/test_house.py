@@ -28,9 +28,12 @@ ALLOWED = {
     "sample_order": set(),
     "data_config": {"sample_order", "video_files"},
     "tensor_cache": set(),
-    "file_manifest": {"video_files"},
     "cached_data": {"data_config", "file_manifest", "models", "sample_order", "tensor_cache"},
-    "row_records": {"data_config", "dataset_utils", "video_files"},
+    "table_sources": set(),
+    "table_files": {"table_sources", "video_files"},
+    "tables": {"table_files", "table_sources", "video_files"},
+    "file_manifest": {"video_files"},
+    "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
     "dataset_survey": {"data_config"},
     "dataset_report": {"dataset_survey"},
     "config": set(),
@@ -42,7 +45,7 @@ ALLOWED = {
 }
 
 # What knows files and samples, and no noise, models or devices.
-DATA = {"data_config", "sample_order", "tables", "video_files"}
+DATA = {"data_config", "file_manifest", "sample_order", "table_sources", "tables", "video_files"}
 
 
 def imports(path):
