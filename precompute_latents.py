@@ -13,6 +13,7 @@ Exit status: 0 if all is there, 1 if clips could not be decoded, 2 if settings o
 asked to stop (SIGTERM, SIGUSR1): run the same command again.
 """
 
+import logging
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -108,6 +109,7 @@ TRAINING_SETTINGS = {"dry_run"} | names_of(CacheConfig, MemoryConfig, ModelConfi
 
 def main(config: Config) -> None:
     """Finds what is missing, and encodes it."""
+    logging.basicConfig(format="%(levelname)s %(message)s")
     manifest = FileManifest(config.latents_dir)
     with user_errors():
         rows = load_rows(config.data, manifest)

@@ -8,26 +8,41 @@ little.
 """
 
 import csv
+import itertools
+import json
+import math
+import os
+import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
 import torch
 import tyro
+from diffusers import AutoencoderKLWan
 
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from causal_wan.cached_data import CachedClips, CachedData, Encoders
+from causal_wan.models import encode_videos, load_vae
+from causal_wan.regression import draw_noisy_batch
 from causal_wan.sample_order import ClipShape
-from dataset_utils import DataConfig, Row, load_rows, load_video
+from causal_wan.tensor_cache import CacheWriter, TensorCache
+from dataset_utils import DataConfig, Row, VideoDataset, load_rows, load_video, normalize_videos
+
+
+SHAPES = {"small": ClipShape(81, 64, 112), "1.3b": ClipShape(81, 480, 832)}
+NUM_CACHED = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +118,149 @@ def benchmark_decoding(folder: Path, config: Config) -> list[str]:
     return lines
 
 
-def one_row(path: Path) -> tuple[Row, DataConfig]:
+def one_row(path: Path, **settings: Any) -> tuple[Row, DataConfig]:
     """A table of one clip."""
     table = path.with_suffix(".csv")
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([["video", "prompt"], [path.name, "a moving pattern"]])
-    settings = DataConfig(dataset_base_path=str(path.parent), metadata_path=str(table))
-    return load_rows(settings)[0], settings
+    data = DataConfig(dataset_base_path=str(path.parent), metadata_path=str(table), **settings)
+    return load_rows(data)[0], data
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def benchmark_cache(folder: Path, config: Config) -> list[str]:
+    """What a clip costs beside the transformer: decoded and encoded, or read."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape, vae = SHAPES[config.size], load_benchmark_vae(config.size).to(device)
+    rows, data = [], None
+    for number in range(NUM_CACHED):
+        path = folder / f"cached{number}.mp4"
+        write_clip(path, shape, seed=number)
+        row, data = one_row(path, num_frames=shape.num_frames, height=shape.height, width=shape.width)
+        rows.append(replace(row, content=str(number)))
+    encoders = Encoders("vae", "text", "fp32", False, "fp32", 512)
+    cached = CachedData(folder / "cache", data, encoders, "bf16")
+    videos, turns = VideoDataset(rows, data), itertools.count()
+
+    def encode(index: int) -> torch.Tensor:
+        video = videos.load(index, torch.Generator(), shape)["video"].to(device)
+        return encode_videos(vae, normalize_videos(video[None]))[0]
+
+    with cached.latent_writer() as writer:
+        for index, row in enumerate(rows):
+            key, settings = cached.latent_key(row.content, shape), cached.latent_settings(shape)
+            writer.add(key, encode(index).to(cached.dtype), settings, num_valid_frames=shape.num_frames)
+    cached.latents.refresh()
+    clips = CachedClips(videos, cached, fills=False)
+
+    def noise(latents: torch.Tensor) -> None:
+        levels, number = torch.tensor([1000.0, 757.0, 522.0, 0.0]), next(turns)
+        lengths, count = [latents.shape[1]], latents.shape[1]
+        draw_noisy_batch(
+            latents[None].float(), levels, lengths, seed=0, sample_numbers=[number], num_valid_frames=[count]
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def read(index: int) -> torch.Tensor:
+        return clips.load(index, torch.Generator(), shape)["latents"].to(device)
+
+    seconds = measure(
+        {
+            "decoded, encoded and noised": lambda: noise(encode(next(turns) % NUM_CACHED)),
+            "decoded alone (workers do that ahead)": lambda: videos.load(
+                next(turns) % NUM_CACHED, torch.Generator(), shape
+            ),
+            "read from the cache and noised": lambda: noise(read(next(turns) % NUM_CACHED)),
+        },
+        config.num_repeats,
+    )
+    size = f"{shape.num_frames} x {shape.height} x {shape.width}"
+    on_the_fly, decoding, reading = seconds.values()
+    workers = decoding / (on_the_fly - decoding)
+    return [
+        f"| a clip of {size}, {device.type} | time, of the first |",
+        "|---|---:|",
+        *relative(seconds),
+        "",
+        f"From the cache a clip costs {on_the_fly / reading:.0f} times less beside the transformer.",
+        f"Decoding a clip takes {workers:.2f} of the time of encoding it: without a cache, {math.ceil(workers)} "
+        "worker(s) a GPU keep up even with one that does nothing but encode.",
+    ]
+
+
+def benchmark_reading(folder: Path, config: Config) -> list[str]:
+    """Bytes that come from a cold disk for a clip, over those of its latents."""
+    lines = ["| latents of a clip | bytes read from a cold disk, of its latents |", "|---|---:|"]
+    for name, (num_frames, height, width) in SHAPES.items():
+        cache, latents = folder / f"{name}-latents", torch.zeros(16, (num_frames + 3) // 4, height // 8, width // 8)
+        with CacheWriter(cache) as writer:
+            for number in range(NUM_CACHED):
+                writer.add(bytes([number]), latents.bfloat16(), {})
+        reader = TensorCache(cache)
+        for path in reader.shards:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = _bytes_from_disk()
+        needed = sum(reader.read(bytes([number]))[0].nbytes for number in range(0, NUM_CACHED, 3))
+        read = _bytes_from_disk() - before
+        lines.append(f"| {latents.nbytes // 2 / 2**20:.2f} MiB | {f'{read / needed:.2f}' if read else 'not told'} |")
+    return lines
+
+
+def _bytes_from_disk() -> int:
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["read_bytes"])
+
+
+def load_benchmark_vae(size: str) -> AutoencoderKLWan:
+    """The embedded checkpoint's VAE, or WAN 2.1's with random weights."""
+    if size == "small":
+        return load_vae(str(ROOT / "examples" / "sketch" / "tiny-wan"))
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return AutoencoderKLWan().to(dtype).requires_grad_(False).eval()
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def benchmark_training(folder: Path, config: Config) -> list[str]:
+    """Share of the time of a step of the embedded checkpoint that is spent waiting for data."""
+    make_dataset = ROOT / "examples" / "sketch" / "make_dataset.py"
+    run([make_dataset, "--output_dir", folder / "data", "--kinds", "bird", "--num_clips", 24, "--num_heldout", 1])
+    recipe = ["--config", ROOT / "examples" / "sketch" / "recipe.yaml"]
+    recipe += ["--dataset_base_path", folder / "data" / "videos", "--metadata_path", folder / "data" / "train.csv"]
+    data = [*recipe, "--validation_metadata_path", "None"]
+    run([ROOT / "precompute_latents.py", *data, "--latents_dir", folder / "latents"])
+    training = [*data, "--max_train_steps", 12, "--train_batch_size", 2, "--logging_steps", 1, "--no_cache_latents"]
+    lines = ["| the embedded checkpoint, 2 clips a step | waiting for data, of a step | a step, of the first |"]
+    lines, first = [*lines, "|---|---:|---:|"], None
+    for name, flags in {
+        "encoded as training goes, 1 worker": ["--dataloader_num_workers", 1],
+        "encoded as training goes, 2 workers": ["--dataloader_num_workers", 2],
+        "from the cache, no worker": ["--dataloader_num_workers", 0, "--latents_dir", folder / "latents"],
+        "from the cache, 1 worker": ["--dataloader_num_workers", 1, "--latents_dir", folder / "latents"],
+    }.items():
+        output_dir = folder / name.replace(" ", "-")
+        run([ROOT / "train_video_regression.py", *training, *flags, "--output_dir", output_dir])
+        entries = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+        steps = [entry for entry in entries if "generator_loss" in entry][2:]
+        seconds = statistics.median(entry["seconds_per_step"] for entry in steps)
+        waiting = statistics.median(entry["data_seconds_per_step"] for entry in steps)
+        first = first or seconds
+        lines.append(f"| {name} | {100 * waiting / seconds:.1f} % | {seconds / first:.2f} |")
+    return lines
+
+
+def run(command: list[object]) -> None:
+    """A script of this repository, with one thread, which is what a process among several has."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    )
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -135,8 +286,11 @@ def relative(seconds: dict[str, float]) -> list[str]:
 
 def main(config: Config) -> None:
     """Prints the tables."""
+    torch.set_num_threads(1)  # as in a worker of a data loader
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread, {config.size}\n")
     with tempfile.TemporaryDirectory() as folder:
-        print("\n".join(benchmark_decoding(Path(folder), config)))
+        for benchmark in (benchmark_decoding, benchmark_cache, benchmark_reading, benchmark_training):
+            print("\n".join(benchmark(Path(folder), config)), "\n", sep="", flush=True)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class CacheConfig:
     latents_dir: str | None = None
     """Folder that precompute_latents.py has filled; nothing is encoded then."""
     cache_latents: bool = False
-    """Keep latents as they are encoded, in latents_dir or else in `cache` of the output folder: each clip once."""
+    """Keep latents as they are encoded, in latents_dir else in `cache` of the output folder, and read them after."""
     latents_dtype: LatentsDtype = "bf16"
     """Precision that latents are kept in."""
 

@@ -5,7 +5,6 @@ Values stay text, whatever they look like: a prompt may be 123, None or a date.
 
 import csv
 import glob
-import io
 import itertools
 import json
 import os
@@ -39,16 +38,17 @@ def read_csv(path: Path, source: Source) -> Dataset:
         ValueError: If the file is empty, no CSV, or lacks a column.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = (row for row in csv.reader(file) if row)
+            header, first_row = next(reader, None), next(reader, None)
+            while file.read(1 << 20):  # that all of it is text
+                pass
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be text in UTF-8 ({error}); save it as CSV UTF-8.") from None
-    if not text.strip():
-        raise ValueError(f"{path} must have a header and at least one row, but is empty.")
-    reader = csv.reader(io.StringIO(text))
-    try:
-        header, first_row = next(reader), next(reader, None)
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV ({error}); a quote may be open.") from None
+    if header is None:
+        raise ValueError(f"{path} must have a header and at least one row, but is empty.")
     check_columns(header, source)
     if first_row is None:
         raise ValueError(f"{path} must have at least one row below its header, but has none.")

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 << 20
 FORMAT = "causal-wan tensor cache 1"
+EAGER_SECONDS = 1.0  # at least between the shards of an eager writer
 STALE_SECONDS = 3600  # after which a half-written shard is nobody's
 
 
@@ -204,7 +205,7 @@ class CacheWriter:
         self._num_bytes += tensor.nbytes
         now = time.monotonic()
         if self._num_bytes >= self.shard_bytes or (
-            self.eager and now - self._last > max(1.0, (now - self._start) / 10)
+            self.eager and now - self._last >= max(EAGER_SECONDS, (now - self._start) / 10)
         ):
             self.flush()
 

@@ -154,7 +154,8 @@ def run_here(script, *flags):
 
     AcceleratorState._reset_state(reset_partial_state=True)
     module = importlib.import_module(script.removesuffix(".py"))
-    module.main(parse_config(module.Config, list(map(str, flags))))
+    also_known = getattr(module, "TRAINING_SETTINGS", ())
+    module.main(parse_config(module.Config, list(map(str, flags)), also_known=also_known))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import yaml
 from datasets import Dataset, DatasetDict, Value, Video
 from test_video_files import write_video
 
+import check_dataset
 from causal_wan import tables
 from causal_wan.file_manifest import FileFacts, FileManifest, hash_content, stat_of
 from causal_wan.sample_order import SampleOrder
@@ -284,10 +285,11 @@ def test_a_split_of_a_saved_data_set_is_chosen_and_others_are_named(tmp_path, cl
         read_table(Source(metadata_path=str(tmp_path / "saved"), split="dev"))
 
 
-def test_paths_in_a_data_set_are_followed_only_below_a_folder_that_is_named(folder, clip):
+def test_paths_in_a_data_set_are_followed_only_below_a_folder_that_is_named(folder, clip, monkeypatch):
     write_video(folder / "outside.mp4")
     paths = [str(folder / "videos" / "0.mp4"), "1.mp4", str(folder / "outside.mp4"), clip]
-    data_set(paths).save_to_disk(folder / "saved")
+    data_set([clip]).save_to_disk(folder / "saved")
+    monkeypatch.setattr(datasets, "load_from_disk", lambda path: data_set(paths))  # what is saved has its bytes
     without = list(read_table(Source(metadata_path=str(folder / "saved"))))
     for row in without[:3]:
         with pytest.raises(ValueError, match=r"holds no bytes of the video, .* --dataset_base_path"):
@@ -574,3 +576,21 @@ def test_embedded_videos_are_known_by_data_set_and_row(tmp_path, clip):
     again = load_rows(config, manifest)
     assert [row.num_frames for row in again] == [24, 17]
     assert [bool(row.content) for row in again] == [False, True]
+
+
+# --- the check of a data set -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_several_tables_are_checked_together_and_bad_rows_named_with_theirs(three_tables, tmp_path, num_processes):
+    config = check_dataset.Config(
+        data=three_tables, output_dir=str(tmp_path / "out"), num_processes=num_processes, num_samples=7
+    )
+    assert check_dataset.main(config) == 1
+    (bad,) = csv.DictReader((tmp_path / "out" / "bad_rows.csv").open())
+    assert bad["row"] == "2"
+    assert bad["video"].endswith("rows.csv: no.mp4")
+    records = (tmp_path / "out" / "records.jsonl").read_text()
+    assert len(records.splitlines()) == 7
+    assert check_dataset.main(config) == 1
+    assert (tmp_path / "out" / "records.jsonl").read_text() == records

@@ -1,0 +1,267 @@
+"""precompute_latents.py and training from what it makes."""
+
+import csv
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import launch, run_here, write_clip
+from test_train_video_regression import metrics, weights
+
+import precompute_latents
+from causal_wan.file_manifest import FileManifest
+from causal_wan.tensor_cache import TensorCache
+
+
+SCRIPT = "precompute_latents.py"
+TRAINING = "train_video_regression.py"
+
+
+@pytest.fixture
+def own_clips(clips, tmp_path):
+    """Clips that a test may change, and the settings that name them."""
+    folder = tmp_path / "own"
+    shutil.copytree(clips, folder)
+    return folder, {
+        "dataset_base_path": str(folder / "videos"),
+        "metadata_path": str(folder / "train.csv"),
+        "validation_metadata_path": str(folder / "heldout.csv"),
+    }
+
+
+def entries(folder):
+    """Everything in a cache, by key."""
+    return {
+        kind: {key: cache.read(key)[0].clone() for key in cache.in_order()}
+        for kind, cache in (("latents", TensorCache(folder / "latents")), ("prompts", TensorCache(folder / "prompts")))
+    }
+
+
+def said(capsys):
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+def add_row(folder, name, prompt):
+    with (folder / "train.csv").open("a", newline="") as file:
+        csv.writer(file).writerow([name, prompt])
+
+
+def test_a_second_run_does_nothing_and_changes_redo_just_what_they_touch(own_clips, write_recipe, tmp_path, capsys):
+    folder, data = own_clips
+    path, _ = write_recipe(**data)
+    cache = tmp_path / "cache"
+    command = [SCRIPT, "--config", path, "--latents_dir", cache]
+    run_here(*command)
+    assert "missing     8 clips of 17 x 32 x 48, 9 prompts" in said(capsys)  # 6 + 2 held out, and the empty prompt
+    first = entries(cache)
+    assert (len(first["latents"]), len(first["prompts"])) == (8, 9)
+    assert {tensor.dtype for tensor in first["latents"].values()} == {torch.bfloat16}
+    assert {tuple(tensor.shape) for tensor in first["latents"].values()} == {(16, 5, 4, 6)}
+
+    run_here(*command)
+    output = said(capsys)
+    assert "missing     0 clips, 0 prompts" in output
+    assert "Loading weights" not in output
+
+    os.utime(folder / "videos" / "0.mp4")  # touched, not changed
+    write_clip(folder / "videos" / "1.mp4", seed=100)
+    write_clip(folder / "videos" / "new.mp4", seed=101)
+    add_row(folder, "new.mp4", "a new ball")
+    run_here(*command)
+    assert "missing     2 clips of 17 x 32 x 48, 1 prompts" in said(capsys)
+    assert entries(cache)["latents"].keys() > first["latents"].keys()
+
+    run_here(*command, "--height", 48)
+    assert "missing     9 clips of 17 x 48 x 48, 0 prompts" in said(capsys)
+    shutil.copy(folder / "videos" / "0.mp4", folder / "videos" / "copy.mp4")
+    add_row(folder, "copy.mp4", "a new ball")
+    run_here(*command, "--dry_run")
+    assert "missing     0 clips, 0 prompts" in said(capsys)
+
+
+def test_two_processes_make_the_same_entries_as_one(write_recipe, tmp_path):
+    path, _ = write_recipe(frame_buckets=[9, 17], resolution_buckets=["32x48", "32x32"])
+    run_here(SCRIPT, "--config", path, "--latents_dir", tmp_path / "one")
+    result = launch(SCRIPT, path, "--latents_dir", tmp_path / "two", num_processes=2)
+    assert "8 clips and 9 prompts encoded" in result.stdout
+    one, two = entries(tmp_path / "one"), entries(tmp_path / "two")
+    for kind in one:
+        assert one[kind].keys() == two[kind].keys()
+        assert all(torch.equal(two[kind][key], tensor) for key, tensor in one[kind].items())
+    assert len(TensorCache(tmp_path / "two" / "latents").shards) >= 2
+
+
+def test_damaged_entries_are_found_and_made_anew(write_recipe, tmp_path, capsys, caplog):
+    path, _ = write_recipe()
+    cache = tmp_path / "cache"
+    command = [SCRIPT, "--config", path, "--latents_dir", cache]
+    run_here(*command)
+    whole = entries(cache)
+    (shard,) = (cache / "latents").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    run_here(*command, "--verify")
+    output = said(capsys)
+    assert f"1 of 8 entries of {cache / 'latents'} are damaged" in output
+    assert "missing     1 clips" in output
+    assert all(torch.equal(entries(cache)["latents"][key], tensor) for key, tensor in whole["latents"].items())
+    (cache / "latents" / shard.name).write_bytes(b"cut")
+    run_here(*command)  # a shard that cannot be read needs no looking for
+    assert f"{shard.name} is damaged and left out" in caplog.text
+    assert entries(cache)["latents"].keys() == whole["latents"].keys()
+
+
+def test_a_clip_that_breaks_is_named_and_the_others_are_kept(own_clips, write_recipe, tmp_path, capsys):
+    folder, data = own_clips
+    path, _ = write_recipe(**data)
+    content = bytearray((folder / "videos" / "2.mp4").read_bytes())
+    start = content.index(b"mdat") + 4
+    end = content.index(b"moov") - 4 if content.index(b"moov") > start else len(content)
+    last = end - (end - start) // 8  # the first frames decode: it passes the check of rows
+    content[last:end] = bytes(end - last)
+    (folder / "videos" / "2.mp4").write_bytes(content)
+    with pytest.raises(SystemExit) as exit_info:
+        run_here(SCRIPT, "--config", path, "--latents_dir", tmp_path / "cache")
+    assert exit_info.value.code == 1
+    assert "left out: row 3, " in said(capsys)
+    assert len(entries(tmp_path / "cache")["latents"]) == 7
+    with pytest.raises(ValueError, match="at most max_bad_samples=0 clips"):
+        run_here(SCRIPT, "--config", path, "--latents_dir", tmp_path / "cache", "--max_bad_samples", 0)
+
+
+def test_a_plan_that_does_not_fit_the_disk_is_refused(write_recipe, tmp_path, capsys, monkeypatch):
+    path, _ = write_recipe()
+    monkeypatch.setattr(precompute_latents, "free_bytes", lambda folder: 1000)
+    with pytest.raises(SystemExit):
+        run_here(SCRIPT, "--config", path, "--latents_dir", tmp_path / "cache")
+    assert "latents_dir must have room for" in said(capsys)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--frame_sampling", "random"], "--frame_sampling random makes each another"),
+        (["--encode_batch_size", "0"], "encode_batch_size must be 1 or more"),
+        (["--latents_dtype", "int8"], "invalid choice"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(write_recipe, tmp_path, capsys, flags, message):
+    path, _ = write_recipe()
+    with pytest.raises(SystemExit) as exit_info:
+        run_here(SCRIPT, "--config", path, "--latents_dir", tmp_path / "cache", *flags)
+    assert exit_info.value.code == 2
+    assert message in " ".join(said(capsys).replace("│", " ").split())
+
+
+# --- training from it ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def filled(recipe, tmp_path_factory):
+    """The cache of the recipe of the tests."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("filled")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "output_dir": "unused"}))
+    run_here(SCRIPT, "--config", folder / "recipe.yaml", "--latents_dir", folder / "cache")
+    return folder / "cache"
+
+
+def losses(output_dir):
+    return [entry["generator_loss"] for entry in metrics(output_dir) if "generator_loss" in entry]
+
+
+def test_training_from_a_cache_loads_no_encoder_and_needs_no_videos(write_recipe, filled, monkeypatch, capsys, clips):
+    path, plain = write_recipe("plain")
+    run_here(TRAINING, "--config", path)
+    moved = clips / "elsewhere"
+    (clips / "videos").rename(moved)
+    try:
+        for loader in ("load_vae", "load_text_encoder"):
+            monkeypatch.delattr(f"train_video_regression.{loader}")
+        nothing = {"validation_metadata_path": None}
+        path, cached = write_recipe("cached", latents_dir=str(filled), dataloader_num_workers=2, **nothing)
+        run_here(TRAINING, "--config", path)
+    finally:
+        moved.rename(clips / "videos")
+    assert losses(cached) == pytest.approx(losses(plain), rel=2e-2)
+    assert losses(cached) != losses(plain)  # rounded to bf16
+
+
+def test_filling_reading_and_resuming_give_the_same_numbers(write_recipe, filled, capsys):
+    path, reading = write_recipe("reading", latents_dir=str(filled), max_train_steps=6)
+    run_here(TRAINING, "--config", path)
+    path, filling = write_recipe("filling", cache_latents=True, max_train_steps=6)
+    run_here(TRAINING, "--config", path)
+    assert all(torch.equal(weight, weights(reading)[name]) for name, weight in weights(filling).items())
+    # As a kill after step 2, in the first epoch, would leave it.
+    path, resumed = write_recipe(
+        "resumed", cache_latents=True, max_train_steps=6, resume_from_checkpoint="latest", latents_dir=str(filled)
+    )
+    resumed.mkdir()
+    shutil.copytree(filling / "checkpoint-2", resumed / "checkpoint-2")
+    run_here(TRAINING, "--config", path)
+    assert all(torch.equal(weight, weights(reading)[name]) for name, weight in weights(resumed).items())
+
+
+def test_clips_are_encoded_in_the_first_epoch_alone(write_recipe, monkeypatch):
+    import train_video_regression
+
+    encoded, encode = [], train_video_regression.encode_videos
+
+    def count(vae, videos):
+        encoded.append(len(videos))
+        return encode(vae, videos)
+
+    monkeypatch.setattr(train_video_regression, "encode_videos", count)
+    monkeypatch.setattr("causal_wan.tensor_cache.EAGER_SECONDS", 0.0)
+    path, output_dir = write_recipe(cache_latents=True, max_train_steps=12)  # four epochs
+    run_here(TRAINING, "--config", path)
+    assert 8 <= sum(encoded) <= 12  # 6, 2 held out, and those that came again before their shard was written
+    assert len(entries(output_dir / "cache")["latents"]) == 8
+    assert len(FileManifest(output_dir / "cache").by_path) >= 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": 48}, "lacks 8 of 8 clips and 0 of 8 prompts (height is 32 in the cache, 48 in this run)"),
+        ({"latents_dtype": "fp16"}, "dtype is bfloat16 in the cache, float16 in this run"),
+        ({"vae_dtype": "bf16"}, "vae_dtype is fp32 in the cache, bf16 in this run"),
+        ({"frame_sampling": "head"}, "frame_sampling is uniform in the cache, head in this run"),
+        ({"max_sequence_length": 64}, "max_sequence_length is 512 in the cache, 64 in this run"),
+        ({"mixed_precision": "bf16"}, "text_dtype is fp32 in the cache, bf16 in this run"),
+    ],
+)
+def test_a_cache_of_other_settings_is_refused_with_the_difference(write_recipe, filled, capsys, changes, message):
+    path, output_dir = write_recipe(latents_dir=str(filled), **changes)
+    with pytest.raises(SystemExit):
+        run_here(TRAINING, "--config", path)
+    assert message in said(capsys)
+    assert not (output_dir / "transformer").exists()
+
+
+def test_changed_and_new_clips_are_named(own_clips, write_recipe, filled, capsys):
+    folder, data = own_clips
+    write_clip(folder / "videos" / "1.mp4", seed=100)
+    path, _ = write_recipe(latents_dir=str(filled), **data)
+    with pytest.raises(SystemExit):
+        run_here(TRAINING, "--config", path)
+    output = said(capsys)
+    assert "lacks 1 of 8 clips and 0 of 8 prompts (new or changed: row 2, " in output
+    assert "1.mp4). Run precompute_latents.py with the same settings" in output
+
+
+def test_another_checkpoint_is_refused(write_recipe, filled, checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "other")
+    (tmp_path / "other" / "vae" / "config.json").write_text(
+        (checkpoint / "vae" / "config.json").read_text().replace("}", " }")
+    )
+    path, _ = write_recipe(latents_dir=str(filled), pretrained_model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(SystemExit):
+        run_here(TRAINING, "--config", path)
+    assert "vae is " in said(capsys)
