@@ -181,8 +181,8 @@ def test_a_kill_at_any_moment_leaves_whole_shards_alone(tmp_path, caplog):
         writer = FORK.Process(target=write_on_and_on, args=(tmp_path, 1_000_000 * attempt))
         writer.start()
         time.sleep(0.05 * moments.random())
-        while attempt % 2 and set(tmp_path.glob(".*")) <= known:  # every second one while it writes a shard
-            pass
+        while attempt % 2 and writer.is_alive() and set(tmp_path.glob(".*")) <= known:
+            pass  # every second one is killed while it writes a shard
         os.kill(writer.pid, signal.SIGKILL)
         writer.join(60)
         counts.append(len(TensorCache(tmp_path)))
