@@ -271,19 +271,6 @@ def test_a_cut_off_shard_is_reported_and_its_entries_are_missing(tmp_path, caplo
     assert_holds(cache, range(3, 6))
 
 
-def test_a_shard_that_is_cut_off_or_removed_while_it_is_in_use_is_an_error_that_names_it(tmp_path):
-    cache = write(tmp_path, range(3))
-    (path,) = shards(tmp_path)
-    content = path.read_bytes()
-    path.unlink()
-    path.write_bytes(content[:-10])
-    with pytest.raises(CorruptTensorError, match=str(path)):
-        cache.read(key(0))
-    path.unlink()
-    with pytest.raises(CorruptTensorError, match=str(path)):
-        cache.read(key(0))
-
-
 def test_files_of_others_are_left_out_and_left_alone(tmp_path, caplog):
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors at all")
