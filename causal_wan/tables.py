@@ -4,6 +4,7 @@ A row names a video, or is one with its bytes, and has prompts. Videos are neith
 """
 
 import bisect
+import glob
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from datasets import Dataset, DatasetDict, Value
 from datasets.exceptions import DatasetsError
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from causal_wan.stream_sources import LOADING_ERRORS, load_undecoded
 from causal_wan.table_files import read_csv, read_jsonl, read_pairs, read_parquet
 from causal_wan.table_sources import Source, check_captions, check_columns, is_hub_name, is_text
 from causal_wan.video_files import EmbeddedVideo
@@ -156,7 +158,12 @@ def read_table(source: Source) -> Table:
     path = Path(source.metadata_path)
     if path.is_dir():
         is_saved = any((path / name).is_file() for name in SAVED_DATASET_FILES)
-        table = _read_data_set(_load_saved(source), source, []) if is_saved else _read_folder(source)
+        if is_saved:
+            table = _read_data_set(_load_saved(source), source, [])
+        else:
+            table = _read_tars(source) if any(path.glob("*.tar")) else _read_folder(source)
+    elif path.is_file() and path.suffix.lower() == ".tar":
+        table = _read_tars(source)
     elif path.is_file():
         table = _read_file(source)
     elif is_hub_name(source.metadata_path):
@@ -209,6 +216,19 @@ def _load_saved(source: Source) -> Dataset:
             "split in --dataset_config."
         )
     return loaded[source.split]
+
+
+def _read_tars(source: Source) -> Table:
+    """WebDataset tars, one or all in a folder; `datasets` keeps a copy of what is in them in its cache."""
+    path = Path(source.metadata_path)
+    files = glob.escape(str(path)) + ("/*.tar" if path.is_dir() else "")
+    arguments = {"path": "webdataset", "data_files": files, "split": "train"}
+    try:
+        loaded = load_undecoded(arguments, streaming=False)
+    except LOADING_ERRORS as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"{path} must be WebDataset tars, but cannot be read as such ({reason}).") from error
+    return _read_data_set(loaded, source, [])
 
 
 def _read_hub(source: Source) -> Table:

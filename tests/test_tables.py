@@ -1,8 +1,10 @@
 """Tables of every kind give the same rows, keep text as it is, and let no path out of its folder."""
 
 import csv
+import io
 import json
 import os
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -377,6 +379,34 @@ def test_names_of_files_and_addresses_are_no_data_sets_of_the_hub(hub, name):
     with pytest.raises(ValueError, match="does not exist"):
         read_table(Source(metadata_path=name))
     assert "name" not in hub
+
+
+def write_tars(folder, clip):
+    folder.mkdir()
+    for file in range(2):
+        with tarfile.open(folder / f"{file}.tar", "w") as tar:
+            for name, content in ((f"videos/{file}.mp4", clip), (f"videos/{file}.txt", b"prompt %d" % file)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def test_tars_of_clips_and_texts_are_web_data_sets(folder, clip, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    write_tars(folder / "tars", clip)
+    columns = {"video_column": "mp4", "caption_column": ("txt",)}
+    monkeypatch.chdir(folder)  # where videos/0.mp4 is a file, too, that must not be taken for the member of the tar
+    (folder / "videos" / "0.mp4").write_bytes(b"another")
+    rows = load_rows(DataConfig(metadata_path="tars", **columns, **SHAPE))
+    assert [(row.number, row.prompts) for row in rows] == [(1, ("prompt 0",)), (2, ("prompt 1",))]
+    assert [row.video.open("rb").read() for row in rows] == [clip, clip]
+    (row,) = load_rows(DataConfig(metadata_path="tars/1.tar", **columns, **SHAPE))
+    assert row.prompts == ("prompt 1",)
+    with pytest.raises(ValueError, match=r"but has .*txt.*; name yours with --video_column and --caption_column"):
+        read_table(Source(metadata_path="tars"))
+    (folder / "tars" / "0.tar").write_bytes(b"no tar")
+    with pytest.raises(ValueError, match="tars must be WebDataset tars, but cannot be read as such"):
+        read_table(Source(metadata_path="tars", **columns))
 
 
 # --- several tables --------------------------------------------------------------------------------------------------
