@@ -3,15 +3,22 @@
 import csv
 import os
 import shutil
+import signal
 
 import pytest
 import torch
+import yaml
 from conftest import launch, run_here, write_clip
 from test_train_video_regression import metrics, weights
 
 import precompute_latents
+from causal_wan import cached_data, models
+from causal_wan.config import parse_config
 from causal_wan.file_manifest import FileManifest
+from causal_wan.models import encode_prompts, encode_videos, load_text_encoder, load_vae
+from causal_wan.sample_order import ClipShape
 from causal_wan.tensor_cache import TensorCache
+from dataset_utils import DataConfig, VideoDataset, load_rows, normalize_videos
 
 
 SCRIPT = "precompute_latents.py"
@@ -265,3 +272,199 @@ def test_another_checkpoint_is_refused(write_recipe, filled, checkpoint, tmp_pat
     with pytest.raises(SystemExit):
         run_here(TRAINING, "--config", path)
     assert "vae is " in said(capsys)
+
+
+# --- what is done, and what is not -----------------------------------------------------------------------------------
+
+
+NUM_CLIPS, NUM_PROMPTS = 8, 9  # 6 rows to train on, 2 held out; and the empty prompt
+
+
+class Work:
+    """What a run of the script loads and encodes."""
+
+    def __init__(self):
+        self.loaded, self.shapes, self.prompts = [], [], []
+
+    @property
+    def nothing(self):
+        return not (self.loaded or self.shapes or self.prompts)
+
+
+@pytest.fixture
+def run(write_recipe, tmp_path, monkeypatch):
+    """Runs the script on the recipe with changes, calls `interrupt` before clip number `after`; returns its work."""
+
+    def run(latents_dir=tmp_path / "latents", after=None, interrupt=None, **changes):
+        work = Work()
+
+        def note(name, action):
+            original = getattr(models, name)
+
+            def noted(*arguments, **options):
+                action(*arguments)
+                return original(*arguments, **options)
+
+            monkeypatch.setattr(precompute_latents, name, noted)
+
+        def encoding(vae, videos):
+            work.shapes += [tuple(video.shape[1:]) for video in videos]
+            if after is not None and len(work.shapes) >= after:
+                interrupt()
+
+        note("load_vae", lambda *arguments: work.loaded.append("vae"))
+        note("load_text_encoder", lambda *arguments: work.loaded.append("text_encoder"))
+        note("encode_videos", encoding)
+        note("encode_prompts", lambda tokenizer, text_encoder, prompts, *rest: work.prompts.extend(prompts))
+        path, _ = write_recipe(**changes)
+        run_here(SCRIPT, "--config", path, "--latents_dir", latents_dir)
+        return work
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def encoded(recipe, tmp_path_factory):
+    """A folder that the script has filled with the recipe's clips and prompts."""
+    folder = tmp_path_factory.mktemp("encoded")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run_here(SCRIPT, "--config", folder / "recipe.yaml", "--latents_dir", folder / "latents")
+    return folder / "latents"
+
+
+@pytest.fixture
+def latents(encoded, tmp_path):
+    """A copy of `encoded` that may be changed."""
+    return shutil.copytree(encoded, tmp_path / "latents")
+
+
+def assert_same(folder, other):
+    ours, theirs = entries(folder), entries(other)
+    for kind, tensors in ours.items():
+        assert tensors.keys() == theirs[kind].keys()
+        assert all(torch.equal(theirs[kind][key], tensor) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_latents_and_embeddings_are_those_that_training_computes(run, recipe, checkpoint, tmp_path, dtype):
+    run(latents_dtype=dtype)
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    vae = load_vae(str(checkpoint))
+    cached = entries(tmp_path / "latents")
+    found = cached["latents"].values()
+    assert len(found) == NUM_CLIPS
+    prompts = [""]
+    for name in ("metadata_path", "validation_metadata_path"):
+        sizes = {size: recipe[size] for size in ("dataset_base_path", "num_frames", "height", "width")}
+        config = DataConfig(metadata_path=recipe[name], **sizes)
+        videos = VideoDataset(load_rows(config), config)
+        for index, row in enumerate(videos.rows):
+            video = videos.load(index, torch.Generator(), config.shape)["video"]
+            expected = encode_videos(vae, normalize_videos(video[None]))[0].to(torch_dtype)
+            assert sum(torch.equal(expected, latent) for latent in found) == 1
+            prompts += row.prompts
+
+    embeds = encode_prompts(*load_text_encoder(str(checkpoint)), prompts)
+    found = cached["prompts"].values()
+    assert len(found) == len(prompts) == NUM_PROMPTS
+    for expected in embeds:
+        assert sum(torch.equal(expected, embed) for embed in found) == 1
+    assert len({embed.shape[0] for embed in embeds}) > 1  # their own lengths
+
+
+def test_batches_of_clips_change_no_more_than_rounding(run, tmp_path):
+    run(latents_dtype="fp32", latents_dir=tmp_path / "one")
+    run(latents_dtype="fp32", latents_dir=tmp_path / "three", encode_batch_size=3)
+    one, three = entries(tmp_path / "one")["latents"], entries(tmp_path / "three")["latents"]
+    assert one.keys() == three.keys()
+    for key, expected in one.items():
+        torch.testing.assert_close(three[key], expected, rtol=0, atol=1e-5)
+
+
+def test_every_shape_of_a_schedule_and_of_buckets_is_made(run, tmp_path):
+    work = run(frames_schedule="0:5,2:17", validation_metadata_path=None)
+    assert sorted(work.shapes) == [(5, 32, 48)] * 6 + [(17, 32, 48)] * 6
+    work = run(resolution_buckets=["32x48", "48x32"], encode_batch_size=4)
+    assert work.shapes == [(17, 32, 48)] * 2  # the rest is there: those held out
+    shapes = {tuple(latents.shape[1:]) for latents in entries(tmp_path / "latents")["latents"].values()}
+    assert shapes == {(2, 4, 6), (5, 4, 6)}
+
+
+def test_files_that_are_known_are_not_read_again(run, latents, monkeypatch):
+    def read(video):
+        raise AssertionError(f"{video} was read")
+
+    monkeypatch.setattr(cached_data, "hash_content", read)
+    assert run().nothing
+
+
+def test_data_that_moved_and_files_that_were_touched_are_no_work(run, latents, own_clips):
+    folder, data = own_clips
+    for path in (folder / "videos").iterdir():
+        os.utime(path)
+    assert run(**data).nothing
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_clips", "num_prompts"),
+    [
+        ({"num_frames": 5}, NUM_CLIPS, 0),
+        ({"height": 48}, NUM_CLIPS, 0),
+        ({"frame_sampling": "head"}, NUM_CLIPS, 0),
+        ({"vae_dtype": "bf16"}, NUM_CLIPS, 0),
+        ({"latents_dtype": "fp16"}, NUM_CLIPS, 0),
+        ({"max_sequence_length": 64}, 0, NUM_PROMPTS),
+        ({"validation_prompts": ["one more"]}, 0, 1),
+        ({"num_validation_samples": 1}, 0, 0),
+        ({"learning_rate": 0.5, "num_frame_per_block": 5, "lora_rank": 4, "seed": 7}, 0, 0),
+        ({"encode_batch_size": 3, "dataloader_num_workers": 1}, 0, 0),
+    ],
+    ids=str,
+)
+def test_a_changed_setting_redoes_what_it_shapes(run, latents, changes, num_clips, num_prompts):
+    work = run(**changes)
+    assert (len(work.shapes), len(work.prompts)) == (num_clips, num_prompts)
+    assert run(**changes).nothing
+    assert run().nothing  # what was there stays
+
+
+def test_another_vae_redoes_the_latents_alone(run, latents, checkpoint, tmp_path):
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    assert run(pretrained_model_name_or_path=str(other)).nothing  # a copy is the same
+    vae = load_vae(str(other))
+    with torch.no_grad():
+        next(vae.parameters()).add_(1)
+    vae.save_pretrained(other / "vae")
+    work = run(pretrained_model_name_or_path=str(other))
+    assert (len(work.shapes), work.prompts) == (NUM_CLIPS, [])
+
+
+def test_what_was_encoded_before_an_error_is_kept(run, encoded, tmp_path):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(after=4, interrupt=fail)
+    work = run()
+    assert (len(work.shapes), work.prompts) == (NUM_CLIPS - 3, [])
+    assert_same(tmp_path / "latents", encoded)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_with_status_75_and_the_same_command_goes_on(run, encoded, tmp_path, number):
+    with pytest.raises(SystemExit) as stopped:
+        run(after=2, interrupt=lambda: os.kill(os.getpid(), number))
+    assert stopped.value.code == 75
+    work = run()
+    assert 0 < len(work.shapes) < NUM_CLIPS
+    assert work.prompts == []
+    assert_same(tmp_path / "latents", encoded)
+
+
+def test_the_disk_that_is_announced_is_that_which_is_taken(encoded, write_recipe):
+    path, _ = write_recipe()
+    arguments = ["--config", str(path), "--latents_dir", str(encoded)]
+    known = precompute_latents.TRAINING_SETTINGS
+    config = parse_config(precompute_latents.Config, arguments, also_known=known)
+    announced = precompute_latents.needed_bytes(config, [(0, ClipShape(17, 32, 48))] * NUM_CLIPS, [])
+    assert announced == sum(tensor.nbytes for tensor in entries(encoded)["latents"].values())
