@@ -18,11 +18,13 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoencoderKLWan
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -67,6 +69,9 @@ from dataset_utils import (
 GIB = 2**30
 PROMPT_BYTES = 1 << 20  # about what an embedding of UMT5-XXL takes in 16 bits, of a prompt of 128 tokens
 PROMPTS_AT_ONCE = 64
+# Processes wait for each other at the start, while one downloads and reads the encoders, and then not until their
+# shares are done, which may be hours apart: NCCL would give up after ten minutes.
+PATIENCE = timedelta(days=7)
 
 Work = tuple[int, ClipShape]  # index of a row, and a shape in which it is wanted
 
@@ -114,7 +119,11 @@ def main(config: Config) -> None:
     with user_errors():
         rows = load_rows(config.data, manifest)
         validation_rows = load_validation_rows(config, manifest)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     with user_errors():
         cached, all_rows = open_cache(
             CacheConfig(latents_dir=config.latents_dir, latents_dtype=config.latents_dtype),
@@ -132,16 +141,19 @@ def main(config: Config) -> None:
     if config.verify:
         drop_damaged(accelerator, cached)
     shapes = [clip_shapes(row, config.data) for row in rows] + [[config.data.shape]] * len(validation_rows)
-    missing = sorted(cached.missing_clips(all_rows, shapes), key=lambda work: (work[1], work[0]))  # by shape
-    prompts = ["", *config.validation.validation_prompts, *(prompt for row in all_rows for prompt in row.prompts)]
-    missing_prompts = cached.missing_prompts(prompts)
+    found = []
+    if accelerator.is_main_process:  # for all: on a shared disk, others may not see the newest shards yet
+        missing = sorted(cached.missing_clips(all_rows, shapes), key=lambda work: (work[1], work[0]))  # by shape
+        prompts = ["", *config.validation.validation_prompts, *(prompt for row in all_rows for prompt in row.prompts)]
+        found = [(missing, cached.missing_prompts(prompts))]
+    ((missing, missing_prompts),) = gather_lists(found)
     if accelerator.is_main_process:
         print(describe_work(config, all_rows, missing, missing_prompts))
         with user_errors():
             check_disk(config, missing, missing_prompts)
     if config.dry_run:
         return
-    accelerator.wait_for_everyone()  # all have seen what is missing before any writes
+    accelerator.wait_for_everyone()  # until the disk is checked
     with StopRequest() as stop:
         encode_missing_prompts(accelerator, config, cached, missing_prompts, stop)
         errors = encode_missing_clips(accelerator, config, cached, all_rows, missing, stop)

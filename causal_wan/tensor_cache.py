@@ -4,6 +4,8 @@ A cache is a folder of safetensors files. A tensor lies in one piece in its file
 shards can be read one by one from front to back. Any number of processes may write at once, each to files of its own.
 """
 
+import contextlib
+import contextlib
 import hashlib
 import json
 import logging
@@ -23,8 +25,9 @@ from safetensors.torch import save_file
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 << 20
+MAX_SHARD_ENTRIES = 512  # the header is read with each entry: thousands of small ones would cost more than they are
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # as safetensors calls them
-FORMAT = "causal-wan tensor cache 1"
+FORMAT = "causal-wan tensor cache 2"
 EAGER_SECONDS = 1.0  # at least between the shards of an eager writer
 STALE_SECONDS = 3600  # after which a half-written shard is nobody's
 
@@ -68,23 +71,26 @@ class TensorCache:
         self.refresh()
 
     def refresh(self) -> None:
-        """Takes in the shards that were written since; those that are damaged are reported and left out."""
+        """Takes in the shards that were written since; those that are damaged are reported and left out.
+
+        Of entries with one key, the one that was written last counts: it was made because another is damaged.
+        """
         new = [path for path in self.folder.glob("*.safetensors") if path.name not in self._known]
         self._known |= {path.name for path in new}
-        for path in sorted(new, key=_time_of):  # of several entries with a key the last counts
+        for path in sorted(new, key=_when_written):
             try:
                 with safe_open(path, framework="pt") as shard:
-                    metadata, keys = shard.metadata() or {}, list(shard.keys())
-            except (OSError, SafetensorError) as error:
+                    metadata, names = shard.metadata() or {}, list(shard.keys())
+                if metadata.get("format") != FORMAT:
+                    logger.warning("%s is no shard of this cache and left out", path)
+                    continue
+                settings, keys = json.loads(metadata["settings"]), [bytes.fromhex(name) for name in names]
+            except (OSError, SafetensorError, KeyError, ValueError) as error:
                 logger.warning("%s is damaged and left out (%s); its entries will be made anew", path, error)
                 continue
-            if metadata.get("format") != FORMAT:
-                logger.warning("%s is no shard of this cache and left out", path)
-                continue
-            settings = json.loads(metadata["settings"])
             if settings not in self.settings:
                 self.settings.append(settings)
-            self._entries |= dict.fromkeys(map(bytes.fromhex, keys), len(self.shards))
+            self._entries |= dict.fromkeys(keys, len(self.shards))
             self.shards.append(path)
 
     def __len__(self) -> int:
@@ -102,10 +108,11 @@ class TensorCache:
         """
         path, name = self.shards[self._entries[key]], key.hex()
         try:
-            tensor, facts = _read_entry(path, name)
-        except (OSError, ValueError, KeyError) as error:
+            tensor, stored = _read_entry(path, name)
+            facts, expected = stored["facts"], stored["checksum"]
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise CorruptTensorError(_corrupt(path, name, str(error))) from error
-        if facts.pop("checksum") != checksum(tensor):
+        if checksum(tensor, facts) != expected:
             raise CorruptTensorError(_corrupt(path, name, "its checksum is another"))
         return tensor, facts
 
@@ -152,31 +159,40 @@ def _read_entry(path: Path, name: str) -> tuple[torch.Tensor, dict[str, Any]]:
     """A tensor of a safetensors file and its facts, reading no more than the header and its bytes.
 
     The library maps files into memory, by which disks read ahead: up to ten times the bytes (`benchmarks/data.py`).
+
+    Raises:
+        ValueError: If the file has changed since the library has checked its header.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > os.fstat(file.fileno()).st_size:
+            raise ValueError("its header is cut off")
         header = json.loads(file.read(length))
         start, end = header[name]["data_offsets"]
         file.seek(8 + length + start)
         content = bytearray(file.read(end - start))
+    if len(content) != end - start:
+        raise ValueError("it is cut off")
     tensor = torch.frombuffer(content, dtype=DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
     return tensor, json.loads(header["__metadata__"]["facts"])[name]
 
 
-def _time_of(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:  # another process has just taken it away
-        return 0
-
-
 def _corrupt(path: Path, name: str, reason: str) -> str:
-    return f"entry {name} of {path} is damaged ({reason}); precompute_latents.py makes it anew"
+    return f"entry {name} of {path} is damaged ({reason}); precompute_latents.py --verify makes it anew"
 
 
-def checksum(tensor: torch.Tensor) -> str:
-    """Of a tensor's bytes."""
-    return xxhash.xxh3_128_hexdigest(tensor.contiguous().flatten().view(torch.uint8).numpy())
+def _when_written(path: Path) -> tuple[int, str]:
+    try:
+        return path.stat().st_mtime_ns, path.name
+    except OSError:  # another process has just removed it
+        return 0, path.name
+
+
+def checksum(tensor: torch.Tensor, facts: dict[str, Any]) -> str:
+    """Of a tensor's bytes, type and shape, and of what is known of it."""
+    known = xxhash.xxh3_128(json.dumps([str(tensor.dtype), list(tensor.shape), facts], sort_keys=True).encode())
+    known.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return known.hexdigest()
 
 
 def _write_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -222,12 +238,11 @@ class CacheWriter:
         """
         tensor = tensor.detach().cpu().contiguous()
         own = self._pending.setdefault(json.dumps(settings, sort_keys=True), {})
-        own[key.hex()] = tensor, {**facts, "checksum": checksum(tensor)}
+        own[key.hex()] = tensor, {"facts": facts, "checksum": checksum(tensor, facts)}
         self._num_bytes += tensor.nbytes
         now = time.monotonic()
-        if self._num_bytes >= self.shard_bytes or (
-            self.eager and now - self._last >= max(EAGER_SECONDS, (now - self._start) / 10)
-        ):
+        is_full = self._num_bytes >= self.shard_bytes or len(own) >= MAX_SHARD_ENTRIES
+        if is_full or (self.eager and now - self._last >= max(EAGER_SECONDS, (now - self._start) / 10)):
             self.flush()
 
     def flush(self) -> None:
@@ -249,7 +264,8 @@ class CacheWriter:
 
 
 def remove_stale_shards(folder: str | Path) -> None:
-    """Removes what killed processes left half-written."""
-    for path in Path(folder).glob(".*"):  # our names and those of safetensors
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
-            path.unlink(missing_ok=True)
+    """Removes what killed processes left half-written: ours, and those of safetensors, which writes beside as well."""
+    for path in [*Path(folder).glob(".*.partial"), *Path(folder).glob(".tmp*")]:
+        with contextlib.suppress(FileNotFoundError):  # its process was done after all
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()

@@ -8,6 +8,7 @@ import pickle
 import random
 import signal
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from causal_wan.data_config import DataConfig
 from causal_wan.file_manifest import FileManifest, hash_content
 from causal_wan.sample_order import ClipShape
 from causal_wan.tensor_cache import (
+    MAX_SHARD_ENTRIES,
     STALE_SECONDS,
     CacheWriter,
     CorruptTensorError,
@@ -253,6 +255,56 @@ def test_a_flipped_bit_is_found_and_named_and_the_other_entries_stay(tmp_path):
     assert_holds(TensorCache(tmp_path), range(3))
 
 
+def test_no_flipped_bit_anywhere_in_a_shard_gives_something_else_or_stops_a_run(tmp_path):
+    write(tmp_path, range(3))
+    (path,) = shards(tmp_path)
+    content, outcomes = path.read_bytes(), Counter()
+    for position in range(len(content)):
+        path.write_bytes(content)
+        flip_bit(path, position, bit=position % 8)
+        cache = TensorCache(tmp_path)
+        for number in range(3):
+            if key(number) not in cache:
+                outcomes["missing"] += 1
+                continue
+            try:
+                found, facts = cache.read(key(number))
+            except CorruptTensorError:
+                outcomes["damaged"] += 1
+                continue
+            outcomes["whole"] += 1
+            assert found.dtype == torch.bfloat16
+            assert torch.equal(found, tensor(number))
+            assert facts == {"num_valid_frames": number}
+    assert outcomes["damaged"] >= sum(tensor(number).nbytes for number in range(3))
+    assert outcomes["whole"]
+
+
+def test_of_two_entries_with_one_key_the_newest_counts(tmp_path):
+    write(tmp_path, [0])
+    for number in range(8):  # names are random
+        time.sleep(0.01)
+        with CacheWriter(tmp_path) as writer:
+            writer.add(key(0), torch.full((3,), float(number)), SETTINGS)
+        assert torch.equal(TensorCache(tmp_path).read(key(0))[0], torch.full((3,), float(number)))
+    assert len(shards(tmp_path)) == 9
+
+
+def test_halves_that_safetensors_leaves_are_removed_too(tmp_path):
+    half = tmp_path / ".tmpa1B2c3"
+    half.touch()
+    os.utime(half, (0, 0))
+    remove_stale_shards(tmp_path)
+    assert not half.exists()
+
+
+def test_small_entries_do_not_share_a_header_of_thousands(tmp_path):
+    with CacheWriter(tmp_path) as writer:
+        for number in range(MAX_SHARD_ENTRIES + 1):
+            writer.add(key(number), torch.zeros(1), SETTINGS)
+    assert len(shards(tmp_path)) == 2
+
+
 def test_a_shard_with_nothing_whole_in_it_is_removed(tmp_path):
     cache = write(tmp_path, [0])
     cache.drop([key(0)])
@@ -269,6 +321,20 @@ def test_a_cut_off_shard_is_reported_and_its_entries_are_missing(tmp_path, caplo
     assert key(0) not in cache
     assert f"{cut} is damaged and left out" in caplog.text
     assert_holds(cache, range(3, 6))
+
+
+def test_a_shard_that_is_cut_off_or_removed_while_it_is_in_use_is_an_error_that_names_it(tmp_path):
+    cache = write(tmp_path, range(3))
+    (path,) = shards(tmp_path)
+    content, last = path.read_bytes(), list(cache.in_order())[-1]
+    for size in (len(content) - 10, header_length(path), header_length(path) - 10, 8, 0):
+        path.unlink()
+        path.write_bytes(content[:size])
+        with pytest.raises(CorruptTensorError, match=str(path)):
+            cache.read(last)
+    path.unlink()
+    with pytest.raises(CorruptTensorError, match=str(path)):
+        cache.read(last)
 
 
 def test_files_of_others_are_left_out_and_left_alone(tmp_path, caplog):

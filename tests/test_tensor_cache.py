@@ -122,7 +122,7 @@ def test_a_flipped_bit_is_found_and_the_others_kept(tmp_path):
     cache = TensorCache(tmp_path)
     flip_bit(cache.shards[0], -1)  # of the last tensor
     (damaged,) = cache.corrupt_keys()
-    with pytest.raises(CorruptTensorError, match=r"safetensors is damaged .* precompute_latents.py makes it anew"):
+    with pytest.raises(CorruptTensorError, match=r"is damaged .* precompute_latents.py --verify makes it anew"):
         cache.read(damaged)
     cache.drop([damaged])
     again = TensorCache(tmp_path)
