@@ -154,7 +154,7 @@ def main(config: Config) -> None:
     if config.dry_run:
         return
     accelerator.wait_for_everyone()  # until the disk is checked
-    with StopRequest() as stop:
+    with StopRequest() as stop, user_errors():
         encode_missing_prompts(accelerator, config, cached, missing_prompts, stop)
         errors = encode_missing_clips(accelerator, config, cached, all_rows, missing, stop)
     stopped = any(gather_lists([stop.received]))

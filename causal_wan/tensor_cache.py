@@ -5,7 +5,6 @@ shards can be read one by one from front to back. Any number of processes may wr
 """
 
 import contextlib
-import contextlib
 import hashlib
 import json
 import logging

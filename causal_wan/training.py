@@ -290,7 +290,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        logger.warning("received %s: stopping after this step, with a checkpoint", signal.Signals(number).name)
+        logger.warning("received %s: stopping as soon as what is done can be kept", signal.Signals(number).name)
         self.received = True
 
 

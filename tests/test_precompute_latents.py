@@ -135,7 +135,7 @@ def test_a_clip_that_breaks_is_named_and_the_others_are_kept(own_clips, write_re
     assert exit_info.value.code == 1
     assert "left out: row 3, " in said(capsys)
     assert len(entries(tmp_path / "cache")["latents"]) == 7
-    with pytest.raises(ValueError, match="at most max_bad_samples=0 clips"):
+    with pytest.raises(SystemExit):
         run_here(SCRIPT, "--config", path, "--latents_dir", tmp_path / "cache", "--max_bad_samples", 0)
 
 
