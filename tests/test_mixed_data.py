@@ -7,6 +7,7 @@ import tarfile
 
 import pytest
 import torch
+import yaml
 from conftest import launch, run_here, write_clip
 from safetensors.torch import load_file
 from test_train_video_regression import SCRIPT, metrics, weights
@@ -42,11 +43,11 @@ STAGES = {"frames_schedule": "0:9,3:17", "resolution_schedule": "0:16x32,2:32x48
 VARIED = {"temporal_crop": 0.7, "horizontal_flip": 0.5, "color_jitter": [0.1, 0.1, 0.1, 0.02]}
 
 
-@pytest.mark.parametrize("settings", [BUCKETS | VARIED, STAGES], ids=["buckets", "schedule"])
-def test_a_run_of_several_shapes_goes_on_from_a_checkpoint_to_the_last_bit(write_recipe, mixed, settings):
-    path, whole = write_recipe("whole", **mixed, **settings)
+def check_resume(write_recipe, **settings):
+    """A run that goes on from step 2 ends as the whole one, to the last bit."""
+    path, whole = write_recipe("whole", **settings)
     run_here(SCRIPT, "--config", path)
-    path, resumed = write_recipe("resumed", **mixed, **settings, resume_from_checkpoint="latest")
+    path, resumed = write_recipe("resumed", **settings, resume_from_checkpoint="latest")
     resumed.mkdir()
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     shutil.copy(whole / "metrics.jsonl", resumed)
@@ -54,6 +55,28 @@ def test_a_run_of_several_shapes_goes_on_from_a_checkpoint_to_the_last_bit(write
     expected = weights(whole)
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(resumed).items())
     assert metrics(resumed) == metrics(whole)
+
+
+@pytest.mark.parametrize("settings", [BUCKETS | VARIED, STAGES], ids=["buckets", "schedule"])
+def test_a_run_of_several_shapes_goes_on_from_a_checkpoint_to_the_last_bit(write_recipe, mixed, settings):
+    check_resume(write_recipe, **mixed, **settings)
+
+
+def test_a_mix_of_tables_trains_by_weight_and_goes_on_exactly(write_recipe, mixed, clips, tmp_path, capsys):
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    for seed in range(2):
+        write_clip(pairs / f"{seed}.mp4", seed=50 + seed)
+        (pairs / f"{seed}.txt").write_text(f"a ball of the pair {seed}")
+    tables = [
+        {"metadata_path": mixed["metadata_path"], "dataset_base_path": mixed["dataset_base_path"], "weight": 1},
+        {"metadata_path": "pairs", "weight": 3},
+    ]
+    (tmp_path / "tables.yaml").write_text(yaml.safe_dump(tables))
+    settings = {**mixed, "metadata_path": None, "dataset_base_path": None, "caption_column": "prompt"}
+    settings |= {"dataset_config": str(tmp_path / "tables.yaml"), "short_clips": "skip", "cache_latents": True}
+    check_resume(write_recipe, **settings)
+    assert "10 clips" in capsys.readouterr().out
 
 
 def test_two_processes_take_steps_of_the_same_shapes_as_one(write_recipe, mixed):
@@ -112,17 +135,7 @@ def tars(clips, tmp_path_factory):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_streamed_run_goes_on_from_a_checkpoint_to_the_last_bit(write_recipe, tars, num_workers):
-    settings = {**tars, "dataloader_num_workers": num_workers}
-    path, whole = write_recipe("whole", **settings)
-    run_here(SCRIPT, "--config", path)
-    path, resumed = write_recipe("resumed", **settings, resume_from_checkpoint="latest")
-    resumed.mkdir()
-    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
-    shutil.copy(whole / "metrics.jsonl", resumed)
-    run_here(SCRIPT, "--config", path)
-    expected = weights(whole)
-    assert all(torch.equal(weight, expected[name]) for name, weight in weights(resumed).items())
-    assert metrics(resumed) == metrics(whole)
+    check_resume(write_recipe, **tars, dataloader_num_workers=num_workers)
 
 
 def test_two_processes_stream_and_resume(write_recipe, tars):
