@@ -309,7 +309,12 @@ def open_cache(
             )
         except ValueError as error:
             encoders = error
-        manifest.save()
+        try:
+            manifest.save()
+        except OSError as error:  # others may only read the folder
+            if encodes:
+                raise
+            logger.info("what was found out about files is not kept: %s", error)
     (encoders,) = gather_lists([encoders] if is_main else [])
     if isinstance(encoders, ValueError):
         raise encoders

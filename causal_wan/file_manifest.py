@@ -4,6 +4,7 @@ With it a run need not open the files again, nor even have them: latents are fou
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import pyarrow.parquet as pq
 
 from causal_wan.video_files import EmbeddedVideo, Video
 
+
+logger = logging.getLogger(__name__)
 
 NAME = "files.parquet"
 SCHEMA = {
@@ -73,12 +76,17 @@ class FileManifest:
         self.by_path: dict[str, FileFacts] = {}
         self.by_name: dict[str, FileFacts] = {}
         if self.path.is_file():
-            self.add(FileFacts(**row) for row in pq.read_table(self.path).to_pylist())
+            try:
+                self.add(FileFacts(**row) for row in pq.read_table(self.path).to_pylist())
+            except (OSError, pa.ArrowException, TypeError) as error:
+                logger.warning("%s is damaged, so files are read anew: %s", self.path, error)
+        self.is_changed = False
 
     def add(self, facts: Iterable[FileFacts]) -> None:
         """Takes in facts, in the place of older ones of the same paths."""
         for fact in facts:
             self.by_path[fact.path] = self.by_name[fact.name] = fact
+            self.is_changed = True
 
     def find(self, video: Video) -> FileFacts | None:
         """The facts of a file, if it is as it was."""
@@ -95,12 +103,20 @@ class FileManifest:
         if known is None:
             known = FileFacts(*stat_of(path)[:1], path.name, *stat_of(path)[1:], hash_content(path))
             self.by_path[known.path] = known
+            self.is_changed = True
         return known.content
 
     def save(self) -> None:
-        """Writes all facts, whole or not at all. One process at a time."""
+        """Writes all facts, whole or not at all, if there are new ones. One process at a time.
+
+        Raises:
+            OSError: If they cannot be written.
+        """
+        if not self.is_changed:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = [vars(facts) for facts in self.by_path.values()]
         partial = self.path.with_name(f".{NAME}.{os.getpid()}.partial")
         pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(SCHEMA.items())), partial)
         os.replace(partial, self.path)
+        self.is_changed = False

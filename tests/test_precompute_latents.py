@@ -199,6 +199,27 @@ def test_training_from_a_cache_loads_no_encoder_and_needs_no_videos(write_recipe
     assert losses(cached) != losses(plain)  # rounded to bf16
 
 
+def test_a_cache_that_may_only_be_read_serves_files_that_were_moved(own_clips, write_recipe, filled, monkeypatch):
+    _, data = own_clips  # copies: other paths and times, the same contents
+
+    def refuse(manifest):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(FileManifest, "save", refuse)
+    path, output_dir = write_recipe(latents_dir=str(filled), max_train_steps=1, **data)
+    run_here(TRAINING, "--config", path)
+    assert (output_dir / "transformer").is_dir()
+
+
+def test_a_damaged_manifest_is_made_anew(write_recipe, tmp_path, caplog):
+    path, _ = write_recipe()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "files.parquet").write_bytes(b"cut")
+    run_here(SCRIPT, "--config", path, "--latents_dir", tmp_path / "cache")
+    assert "files.parquet is damaged, so files are read anew" in caplog.text
+    assert len(FileManifest(tmp_path / "cache").by_name) >= 8
+
+
 def test_filling_reading_and_resuming_give_the_same_numbers(write_recipe, filled, capsys):
     path, reading = write_recipe("reading", latents_dir=str(filled), max_train_steps=6)
     run_here(TRAINING, "--config", path)
