@@ -25,6 +25,7 @@ ALLOWED = {
     "pipeline": {"flow", "models", "transformer"},
     "regression": {"flow", "losses"},
     "video_files": set(),
+    "video_metrics": set(),
     "sample_order": set(),
     "data_config": {"sample_order", "video_files"},
     "tensor_cache": set(),
