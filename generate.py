@@ -14,24 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from tqdm.auto import tqdm
 
 from causal_wan.config import parse_config, user_errors
-from causal_wan.flow import training_timesteps
-from causal_wan.models import (
-    LORA_WEIGHTS_NAME,
-    causal_settings,
-    check_video_size,
-    decode_latents,
-    encode_prompts,
-    load_transformer,
-    load_vae,
-    pad_prompt_embeds,
-)
-from causal_wan.pipeline import DEFAULT_STEP_LIST, CausalWanPipeline
+from causal_wan.models import check_video_size, decode_latents, encode_prompts, pad_prompt_embeds
 from causal_wan.regression import sample_generator
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.student import load_student, read_run, resolve_settings
 from causal_wan.validation import FRAME_RATE, write_video
 
 
@@ -73,17 +61,6 @@ class Config:
             raise ValueError("give either --prompt or --prompts_file, and not both.")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the run says and the flags override."""
-
-    num_frames: int
-    height: int
-    width: int
-    timesteps: list[float]
-    max_sequence_length: int
-
-
 def main(config: Config) -> None:
     """Loads the checkpoint, samples each prompt and writes mp4 files."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,8 +69,14 @@ def main(config: Config) -> None:
     with user_errors():
         prompts = read_prompts(config)
         run = read_run(config.checkpoint)
-        settings = resolve_settings(config, run)
-        pipeline = load_pipeline(config, run, dtype)
+        settings = resolve_settings(
+            run,
+            num_frames=config.num_frames,
+            height=config.height,
+            width=config.width,
+            denoising_step_list=config.denoising_step_list,
+        )
+        pipeline = load_student(config.checkpoint, run, dtype, num_frame_per_block=config.num_frame_per_block)
         size = (settings.num_frames, settings.height, settings.width)
         check_video_size(*size, vae=pipeline.vae, transformer=pipeline.transformer)
     pipeline.to(device)
@@ -146,65 +129,6 @@ def read_csv_prompts(path: str) -> list[str]:
     if rows and "prompt" not in rows[0]:
         raise ValueError(f"{path} must have a column named prompt, got {', '.join(rows[0])}.")
     return [row["prompt"] or "" for row in rows]
-
-
-def read_run(checkpoint: str) -> dict:
-    """The resolved config of a run's output folder; empty for a plain diffusers folder or hub id.
-
-    Raises:
-        ValueError: If a local folder holds neither.
-    """
-    folder = Path(checkpoint)
-    if not folder.is_dir() or (folder / "model_index.json").is_file():
-        return {}
-    has_result = (folder / "transformer").is_dir() or (folder / LORA_WEIGHTS_NAME).is_file()
-    if not ((folder / "config.yaml").is_file() and has_result):
-        raise ValueError(
-            f"checkpoint must be the output folder of a finished run (config.yaml and transformer/ or "
-            f"{LORA_WEIGHTS_NAME}) or a diffusers folder (model_index.json), got {checkpoint}, which has neither."
-        )
-    return yaml.safe_load((folder / "config.yaml").read_text())
-
-
-def resolve_settings(config: Config, run: dict) -> Settings:
-    """Flags, else the run's settings, else WAN's own."""
-    if config.denoising_step_list is not None or not run:
-        timesteps = training_timesteps(config.denoising_step_list or DEFAULT_STEP_LIST)
-    else:
-        timesteps = training_timesteps(
-            run["denoising_step_list"],
-            warp_denoising_step=run["warp_denoising_step"],
-            timestep_shift=run["timestep_shift"],
-        )
-    return Settings(
-        num_frames=config.num_frames or run.get("num_frames", 81),
-        height=config.height or run.get("height", 480),
-        width=config.width or run.get("width", 832),
-        timesteps=timesteps.tolist(),
-        max_sequence_length=run.get("max_sequence_length", 512),
-    )
-
-
-def load_pipeline(config: Config, run: dict, dtype: torch.dtype) -> CausalWanPipeline:
-    """The base checkpoint's pipeline with the run's transformer or LoRA in it."""
-    base = run.get("pretrained_model_name_or_path", config.checkpoint)
-    causal = {} if config.num_frame_per_block is None else {"num_frame_per_block": config.num_frame_per_block}
-    parts = {"vae": load_vae(base, revision=run.get("revision")), "dtype": dtype}  # the VAE stays in float32
-    if not run:
-        return CausalWanPipeline.from_pretrained(base, **parts, **causal)
-    folder = Path(config.checkpoint)
-    if (folder / "transformer").is_dir():
-        transformer = CausalWanTransformer3DModel.from_pretrained(
-            folder, subfolder="transformer", dtype=dtype, use_safetensors=True, **causal
-        )
-        return CausalWanPipeline.from_pretrained(base, transformer=transformer, **parts)
-    causal = {**causal_settings(run), **causal}
-    transformer = load_transformer(
-        base, generator_ckpt=run["generator_ckpt"], revision=run["revision"], dtype=dtype, **causal
-    )
-    pipeline = CausalWanPipeline.from_pretrained(base, transformer=transformer, **parts)
-    pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME)
-    return pipeline
 
 
 def output_paths(config: Config, count: int) -> list[Path]:

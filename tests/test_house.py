@@ -24,6 +24,7 @@ ALLOWED = {
     "memory_plan": {"memory", "models", "transformer"},
     "pipeline": {"flow", "models", "transformer"},
     "regression": {"flow", "losses"},
+    "student": {"flow", "models", "pipeline", "transformer"},
     "video_files": set(),
     "video_metrics": set(),
     "sample_order": set(),
