@@ -541,7 +541,7 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def describe_rows(rows: Sequence[Row]) -> str:
-    """Rows, prompts, lengths, rates and sizes in one line."""
+    """Rows, prompts, lengths, rates, sizes and duration in one line."""
     frames = [row.num_frames for row in rows]
     (height, width), _ = Counter((row.height, row.width) for row in rows).most_common(1)[0]
     sizes = len({(row.height, row.width) for row in rows})
@@ -550,6 +550,7 @@ def describe_rows(rows: Sequence[Row]) -> str:
         f"{len(rows)} clips, {num_prompts} prompts; {min(frames)} to {max(frames)} frames "
         f"(median {median(frames):g}) at {median(row.frame_rate for row in rows):g} a second, {height} x {width}"
         + (f" and {sizes - 1} other sizes" if sizes > 1 else "")
+        + f"; {sum(row.num_frames / row.frame_rate for row in rows) / 60:.1f} minutes in all"
     )
 
 

@@ -52,6 +52,7 @@ FIGURES = {
     "motion_ratio": ("motion, of the clip's", "mean change from frame to frame"),
     "border_flicker": ("flicker at borders of blocks", "jolts there, of those inside blocks; compare with the clip's"),
     "frames_per_second": ("frames a second", "sampling and decoding, without loading and text"),
+    "peak_memory_gib": ("peak memory [GiB]", "of the GPU, while sampling and decoding"),
     "first_block_seconds": ("first block [s]", "until the latents of the first block are there"),
 }
 
@@ -183,13 +184,14 @@ def sample_student(
         _wait_for(device)
         ends.append(time.perf_counter())
 
+    _reset_peak_memory(device)
     start = time.perf_counter()
     latents = pipeline.sample_latents(prompt_embeds, noise, settings.timesteps, on_block_end=note_time)
     video = decode_latents(pipeline.vae, latents)[0]
     _wait_for(device)
     seconds = time.perf_counter() - start
     timed = {"frames_per_second": video.shape[1] / seconds, "first_block_seconds": ends[0] - start}
-    return _as_target(video), timed
+    return _as_target(video), timed | _peak_memory(device)
 
 
 def load_base(checkpoint: str, run: dict[str, Any], dtype: torch.dtype) -> WanPipeline:
@@ -204,6 +206,7 @@ def load_base(checkpoint: str, run: dict[str, Any], dtype: torch.dtype) -> WanPi
 
 def sample_base(settings: SamplingSettings, config: Config, pipeline: WanPipeline, number: int, prompt: str) -> Sample:
     """A video in many steps, as stock diffusers makes it."""
+    _reset_peak_memory(pipeline.transformer.device)
     start = time.perf_counter()
     video = pipeline(
         prompt,
@@ -216,7 +219,8 @@ def sample_base(settings: SamplingSettings, config: Config, pipeline: WanPipelin
         output_type="pt",
     ).frames[0]
     _wait_for(pipeline.transformer.device)
-    return video.float().cpu(), {"frames_per_second": len(video) / (time.perf_counter() - start)}
+    timed = {"frames_per_second": len(video) / (time.perf_counter() - start)}
+    return video.float().cpu(), timed | _peak_memory(pipeline.transformer.device)
 
 
 def _as_target(video: torch.Tensor) -> torch.Tensor:
@@ -227,6 +231,16 @@ def _as_target(video: torch.Tensor) -> torch.Tensor:
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_memory(device: torch.device) -> dict[str, float]:
+    """On a GPU alone: a process on the CPU shares its memory with all that it has loaded."""
+    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -319,7 +333,8 @@ def table(measured: dict[str, Any]) -> list[dict[str, Any]]:
     for key, (title, note) in FIGURES.items():
         values = {name: figures["mean"].get(key, math.nan) for name, figures in measured.items()}
         texts = {name: "" if math.isnan(value) else f"{value:.3g}" for name, value in values.items()}
-        lines.append({"title": title, "note": note, "values": texts})
+        if any(texts.values()):
+            lines.append({"title": title, "note": note, "values": texts})
     return lines
 
 

@@ -539,4 +539,4 @@ def test_mirroring_warns_of_prompts_that_know_sides(folder):
 
 def test_rows_are_described_in_numbers():
     text = describe_rows(rows_of([2.0, 4.0, 4.0]))
-    assert "3 clips, 2 prompts; 32 to 64 frames (median 64) at 16 a second, 48 x 80" in text
+    assert "3 clips, 2 prompts; 32 to 64 frames (median 64) at 16 a second, 48 x 80; 0.2 minutes in all" in text
