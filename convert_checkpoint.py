@@ -1,10 +1,15 @@
-"""Makes the result of a run out of one of its checkpoints, without the machines that wrote it.
+"""Makes the result of a run out of one of its checkpoints; turns WAN's own names of weights into diffusers', or back.
 
     python convert_checkpoint.py --input outputs/my-wan/checkpoint-500 --output outputs/my-wan-500
+    python convert_checkpoint.py --input self_forcing_dmd.pt --output outputs/self-forcing
+    python convert_checkpoint.py --input outputs/my-wan --output my-wan.pt --to original
 
-Whatever the strategy (one GPU, DDP, FSDP2, DeepSpeed), the output folder is what the run would have left had it ended
+Whatever the strategy (one GPU, DDP, FSDP2, DeepSpeed), the first makes what the run would have left had it ended
 there: `transformer/` in diffusers format or the LoRA file, and `config.yaml`. `generate.py --checkpoint` takes it.
-Checkpoints hold files in pickle format: convert only those that you wrote.
+Checkpoints of runs hold files in pickle format: convert only those that you wrote.
+
+The others read a safetensors file, a `.pt` of CausVid or Self Forcing (as tensors alone), or a folder with weights in
+diffusers format, and change names only. A `.pt` with WAN's names is what Self Forcing's own inference reads.
 """
 
 import shutil
@@ -13,11 +18,14 @@ from pathlib import Path
 
 import torch
 import yaml
+from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
 
 from causal_wan.checkpoints import read_weights
 from causal_wan.config import parse_config, user_errors
 from causal_wan.models import add_lora, causal_settings, load_transformer, save_lora, save_transformer
 from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.wan_names import COMFYUI_PREFIX, Names, infer_architecture, read_state, to_diffusers, to_original
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +33,78 @@ class Config:
     """What to convert."""
 
     input: str
-    """`checkpoint-STEP` in the output folder of a run."""
+    """`checkpoint-STEP` in the output folder of a run; or weights: a file, or a folder in diffusers format."""
     output: str
-    """New folder."""
+    """New folder; with `to` original or comfyui a new .safetensors, or .pt."""
+    to: Names = "diffusers"
+    """Names of the weights in the output."""
     use_ema: bool = True
     """Take the moving average if the checkpoint has one."""
+    attention_head_dim: int = 128
+    """Of the transformer that weights in a file are of; 128 in all WAN models."""
 
 
 def main(config: Config) -> None:
+    """Converts a checkpoint of a run, or weights."""
+    if Path(config.input).name.startswith("checkpoint-") and Path(config.input).is_dir():
+        convert_checkpoint(config)
+    else:
+        with user_errors():
+            convert_weights(config)
+
+
+def convert_weights(config: Config) -> None:
+    """Reads weights in any names, and writes them in those that are wanted.
+
+    Raises:
+        ValueError: If input or output cannot be used.
+    """
+    output = Path(config.output)
+    suffixes = ("",) if config.to == "diffusers" else (".safetensors", ".pt")
+    if output.exists() or output.suffix not in suffixes:
+        wanted = "folder" if config.to == "diffusers" else f"file that ends in {' or '.join(suffixes)}"
+        raise ValueError(f"output must be a new {wanted}, got {output}" + (", which exists." * output.exists() or "."))
+    state = to_diffusers(read_weights_of(Path(config.input), average=config.use_ema))
+    if config.to == "diffusers":
+        architecture = infer_architecture(state, config.attention_head_dim)
+        with torch.device("meta"):
+            transformer = WanTransformer3DModel(**architecture)
+        transformer.load_state_dict(state, assign=True)
+        transformer.save_pretrained(output / "transformer")
+    else:
+        prefix = COMFYUI_PREFIX if config.to == "comfyui" else ""
+        state = {prefix + name: weight.contiguous() for name, weight in to_original(state).items()}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.suffix == ".pt":
+            torch.save({"generator": {f"model.{name}": weight for name, weight in state.items()}}, output)
+        else:
+            save_file(state, output, metadata={"format": "pt"})
+    print(f"saved: {output}")
+
+
+def read_weights_of(path: Path, *, average: bool) -> dict[str, torch.Tensor]:
+    """The weights in a file, or in a folder in diffusers format.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if path.is_file():
+        return read_state(path, average=average)
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    if not files:
+        raise ValueError(
+            "input must be a checkpoint-STEP folder of a run, a .safetensors or .pt file, or a folder with weights in "
+            f"diffusers format, got {path}."
+        )
+    return {name: weight for file in files for name, weight in read_state(file).items()}
+
+
+def convert_checkpoint(config: Config) -> None:
     """Reads the run's settings and the checkpoint's weights, and writes them as a result."""
     with user_errors():
+        if config.to != "diffusers":
+            raise ValueError("a checkpoint of a run goes to diffusers first; convert the result with --to after that.")
         checkpoint, run = Path(config.input), read_run(config.input)
         if Path(config.output).exists():
             raise ValueError(f"output must be a new folder, but {config.output} exists.")

@@ -4,6 +4,7 @@ Shapes: B = batch, T = video frames, height, width in pixels, C = latent channel
 height and width, S = prompt tokens, D = text dimension.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,12 @@ from diffusers.training_utils import cast_training_params
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from causal_wan.context_parallel import check_divides_by_group
 from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.wan_names import read_state, strip_prefixes, to_diffusers
 
 
 # Attention projections and feed-forward of every layer; what WAN LoRAs are commonly trained on.
@@ -53,7 +54,8 @@ class ModelConfig(CheckpointConfig):
     """The checkpoint to start from, and which of its weights are trained."""
 
     generator_ckpt: str | None = None
-    """Start the student from these weights: a diffusers transformer folder, the result of a run, or a .safetensors."""
+    """Start the student from these weights: a diffusers folder, the result of a run, a .safetensors, or a .pt of
+    CausVid or Self Forcing, in diffusers' names or WAN's own."""
     lora_rank: int = 0
     """Train LoRA adapters of this rank; 0 trains all weights."""
     lora_alpha: float | None = None
@@ -171,21 +173,24 @@ def check_generator_ckpt(generator_ckpt: str | None) -> None:
     path = Path(generator_ckpt)
     if path.is_dir() and any((path / sub / "config.json").is_file() for sub in ("", "transformer")):
         return
-    if not (path.is_file() and path.suffix == ".safetensors"):
+    if not (path.is_file() and path.suffix in (".safetensors", ".pt", ".pth")):
         raise ValueError(
             "generator_ckpt must be a diffusers transformer folder (with config.json, or with transformer/config.json "
-            f"in it) or a .safetensors file, got {generator_ckpt!r}"
+            f"in it) or a .safetensors or .pt file, got {generator_ckpt!r}"
             + (", which does not exist." if not path.exists() else ".")
         )
 
 
 def load_generator_file(transformer: CausalWanTransformer3DModel, path: str) -> None:
-    """Loads a safetensors file in diffusers' names into a transformer, all keys or none.
+    """Loads a file of weights in diffusers' or WAN's names into a transformer, all keys or none.
 
     Raises:
         ValueError: If keys or shapes differ; names the first of them.
     """
-    weights, expected = load_file(path), transformer.state_dict()
+    weights, expected = strip_prefixes(read_state(path)), transformer.state_dict()
+    if weights.keys() != expected.keys():
+        with contextlib.suppress(ValueError):  # names that are nobody's are reported below
+            weights = to_diffusers(weights)
     unexpected = [key for key in weights if key not in expected]
     missing = [key for key in expected if key not in weights]
     reshaped = [key for key in weights if key in expected and weights[key].shape != expected[key].shape]

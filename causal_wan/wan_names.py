@@ -1,0 +1,167 @@
+"""Names of a WAN transformer's weights: WAN's own, which CausVid, Self Forcing and ComfyUI keep to, and diffusers'.
+
+Renaming changes no tensor and loses none, so both ways are exact. Text-to-video transformers only.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+
+
+State = dict[str, torch.Tensor]
+Names = Literal["diffusers", "original", "comfyui"]
+
+# WAN's name -> diffusers', of what lies outside of layers and inside of them.
+OUTSIDE = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+INSIDE = {
+    **{
+        f"{own}.{part}": f"{theirs}.{name}"
+        for own, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for part, name in (
+            *(("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")),
+            *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
+        )
+    },
+    "norm3": "norm2",  # before cross-attention; the other two have no weights
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "modulation": "scale_shift_table",
+}
+LAYER = re.compile(r"(blocks\.\d+\.)(.+)")
+WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module)(?=\.)")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+CONTAINERS = ("generator_ema", "generator", "model", "state_dict")
+COMFYUI_PREFIX = "diffusion_model."
+MAX_SHOWN = 5
+
+
+def to_diffusers(state: Mapping[str, torch.Tensor]) -> State:
+    """Weights in WAN's or diffusers' names, with whatever prefix -> in diffusers' names.
+
+    Raises:
+        ValueError: If a name is neither's; names the first.
+    """
+    state = strip_prefixes(state)
+    if state and all(_rename(name, _inverse(OUTSIDE), _inverse(INSIDE)) is not None for name in state):
+        return dict(state)
+    return _rename_all(state, OUTSIDE, INSIDE, "WAN's or diffusers'")
+
+
+def to_original(state: Mapping[str, torch.Tensor]) -> State:
+    """Weights in diffusers' names -> in WAN's.
+
+    Raises:
+        ValueError: If a name is not diffusers'; names the first.
+    """
+    return _rename_all(state, _inverse(OUTSIDE), _inverse(INSIDE), "diffusers'")
+
+
+def strip_prefixes(state: Mapping[str, torch.Tensor]) -> State:
+    """Weights without what wrappers put before their names: FSDP's, torch.compile's, DDP's, `model.`."""
+    stripped = {}
+    for name, weight in state.items():
+        name = WRAPPERS.sub("", name).lstrip(".")
+        for prefix in PREFIXES:
+            name = name.removeprefix(prefix)
+        stripped[name] = weight
+    return stripped
+
+
+def _rename_all(state: Mapping[str, torch.Tensor], outside: dict, inside: dict, whose: str) -> State:
+    names = {name: _rename(name, outside, inside) for name in state}
+    unexpected = [name for name, new in names.items() if new is None]
+    if unexpected or not names:
+        raise ValueError(
+            f"weights must have the names of a WAN text-to-video transformer, {whose}, but {len(unexpected)} of "
+            f"{len(names)} have others, first {', '.join(unexpected[:MAX_SHOWN]) or 'none at all'}."
+        )
+    return {new: state[name] for name, new in names.items()}
+
+
+def _rename(name: str, outside: dict[str, str], inside: dict[str, str]) -> str | None:
+    found = LAYER.fullmatch(name)
+    prefix, rest, table = (found[1], found[2], inside) if found else ("", name, outside)
+    if rest in table:  # a parameter of its own
+        return prefix + table[rest]
+    module, _, parameter = rest.rpartition(".")
+    return f"{prefix}{table[module]}.{parameter}" if module in table else None
+
+
+def _inverse(table: dict[str, str]) -> dict[str, str]:
+    return {theirs: own for own, theirs in table.items()}
+
+
+def infer_architecture(state: Mapping[str, torch.Tensor], attention_head_dim: int = 128) -> dict[str, Any]:
+    """The configuration of the transformer that weights in diffusers' names are of.
+
+    Args:
+        state: All weights.
+        attention_head_dim: Which the shapes do not tell; 128 in all WAN models.
+
+    Raises:
+        ValueError: If weights are missing, or the width is no multiple of the head's.
+    """
+    try:
+        patches = state["patch_embedding.weight"].shape  # (D, C, 1, 2, 2)
+        width, in_channels, patch_size = patches[0], patches[1], tuple(patches[2:])
+        layers = {int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name))}
+        config = {
+            "patch_size": patch_size,
+            "num_attention_heads": width // attention_head_dim,
+            "attention_head_dim": attention_head_dim,
+            "in_channels": in_channels,
+            "out_channels": state["proj_out.weight"].shape[0] // (patch_size[0] * patch_size[1] * patch_size[2]),
+            "text_dim": state["condition_embedder.text_embedder.linear_1.weight"].shape[1],
+            "freq_dim": state["condition_embedder.time_embedder.linear_1.weight"].shape[1],
+            "ffn_dim": state["blocks.0.ffn.net.0.proj.weight"].shape[0],
+            "num_layers": max(layers) + 1,
+            "cross_attn_norm": "blocks.0.norm2.weight" in state,
+        }
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"weights must be those of a whole WAN transformer, but lack {error}.") from None
+    if width % attention_head_dim:
+        raise ValueError(
+            f"the width of a transformer must be a multiple of its attention_head_dim, got {width} and "
+            f"{attention_head_dim}; name the right one with --attention_head_dim."
+        )
+    return config
+
+
+def read_state(path: str | Path, *, average: bool = True) -> State:
+    """The weights in a file: safetensors, or a torch checkpoint such as CausVid's and Self Forcing's.
+
+    Args:
+        path: `.safetensors`, `.pt` or `.pth`; the latter are read as tensors alone (`weights_only`), never as objects.
+        average: Whether to take `generator_ema` where there is one beside `generator`.
+
+    Raises:
+        ValueError: If it cannot be read, or holds no weights.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of many kinds, and some of them long
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} must be a torch checkpoint that holds tensors alone: {reason}") from None
+    for name in CONTAINERS if average else (*CONTAINERS[1:], CONTAINERS[0]):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+            break
+    if not isinstance(content, dict) or not all(isinstance(weight, torch.Tensor) for weight in content.values()):
+        raise ValueError(f"{path} must hold weights by name, alone or under {', '.join(CONTAINERS)}.")
+    return content
