@@ -379,8 +379,13 @@ def encode_videos(vae: AutoencoderKLWan, videos: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """Decodes normalised latents `(B, C, F, H, W)` to videos in [-1, 1], `(B, 3, T, height, width)`."""
+    return vae.decode(denormalize_latents(vae, latents).to(vae.device, vae.dtype), return_dict=False)[0]
+
+
+def denormalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised latents `(B, C, F, H, W)` -> as the VAE's decoder takes them, float32."""
     mean, std = _latents_mean_std(vae, latents)
-    return vae.decode((latents.float() * std + mean).to(vae.device, vae.dtype), return_dict=False)[0]
+    return latents.float() * std + mean
 
 
 def check_video_size(

@@ -6,7 +6,7 @@ fresh noise, to the next level; then one pass on the clean block at timestep 0 w
 Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, N = sampling steps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from causal_wan.flow import add_noise, latents_from_velocity, sampling_timesteps, sigmas_from_timesteps
 from causal_wan.models import check_video_size, decode_latents, encode_prompts, pad_prompt_embeds
+from causal_wan.streaming_vae import StreamingDecoder
 from causal_wan.transformer import CausalWanTransformer3DModel, KVCache
 
 
@@ -78,6 +79,24 @@ class CausalWanPipeline(WanPipeline):
         Raises:
             ValueError: If the noise does not have one entry a step, or F does not divide into blocks.
         """
+        blocks = []
+        for number, block in enumerate(self.sample_blocks(prompt_embeds, noise, denoising_step_list)):
+            blocks.append(block)
+            if on_block_end is not None:
+                on_block_end(number, block)
+        return torch.cat(blocks, dim=2)
+
+    @torch.no_grad()
+    def sample_blocks(
+        self,
+        prompt_embeds: torch.Tensor,
+        noise: torch.Tensor,
+        denoising_step_list: Sequence[float] = DEFAULT_STEP_LIST,
+    ) -> Iterator[torch.Tensor]:
+        """Samples clean latents, and gives each block `(B, C, f, H, W)` as soon as it exists.
+
+        Arguments and errors are those of `sample_latents`.
+        """
         timesteps = sampling_timesteps(denoising_step_list).to(noise.device)
         if noise.ndim != 6 or noise.shape[0] != len(timesteps):
             raise ValueError(
@@ -92,17 +111,14 @@ class CausalWanPipeline(WanPipeline):
             cache = self.transformer.make_cache(
                 batch_size, num_frames, height, width, device=noise.device, dtype=prompt_embeds.dtype
             )
-        blocks, start = [], 0
-        for number, length in enumerate(block_lengths):
+        start = 0
+        for length in block_lengths:
             block_noise = noise[:, :, :, start : start + length]
             block = self._sample_block(prompt_embeds, block_noise, timesteps, cache, start)
-            blocks.append(block)
+            yield block
             start += length
             if cache is not None and start < num_frames:
                 self._predict(block, timesteps.new_zeros(()), prompt_embeds, cache, start - length)
-            if on_block_end is not None:
-                on_block_end(number, block)
-        return torch.cat(blocks, dim=2)
 
     def _sample_block(
         self,
@@ -176,9 +192,73 @@ class CausalWanPipeline(WanPipeline):
         Raises:
             ValueError: If sizes do not fit the VAE, the patches or the blocks, or there is no prompt.
         """
+        prompt_embeds, noise = self._prepare(
+            prompt,
+            (num_frames, height, width),
+            denoising_step_list,
+            generator=generator,
+            prompt_embeds=prompt_embeds,
+            noise=noise,
+            max_sequence_length=max_sequence_length,
+        )
+        latents = self.sample_latents(prompt_embeds, noise, denoising_step_list)
+        video = latents
+        if output_type != "latent":
+            video = self.video_processor.postprocess_video(decode_latents(self.vae, latents), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return WanPipelineOutput(frames=video) if return_dict else (video,)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: str | list[str] | None = None,
+        num_frames: int = 81,
+        height: int = 480,
+        width: int = 832,
+        denoising_step_list: Sequence[float] = DEFAULT_STEP_LIST,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        *,
+        prompt_embeds: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        output_type: str = "np",
+        max_sequence_length: int = 512,
+    ) -> Iterator[Any]:
+        """Generates videos from prompts, and gives the frames of each block as soon as they are decoded.
+
+        Arguments, errors and the format of the frames are those of `__call__`; together they are its video. Decoding
+        takes no more memory for a longer clip.
+        """
+        prompt_embeds, noise = self._prepare(
+            prompt,
+            (num_frames, height, width),
+            denoising_step_list,
+            generator=generator,
+            prompt_embeds=prompt_embeds,
+            noise=noise,
+            max_sequence_length=max_sequence_length,
+        )
+        decoder = StreamingDecoder(self.vae)
+        for block in self.sample_blocks(prompt_embeds, noise, denoising_step_list):
+            if output_type == "latent":
+                yield block
+            else:
+                yield self.video_processor.postprocess_video(decoder.decode(block), output_type=output_type)
+
+    def _prepare(
+        self,
+        prompt: str | list[str] | None,
+        size: tuple[int, int, int],
+        denoising_step_list: Sequence[float],
+        *,
+        generator: torch.Generator | list[torch.Generator] | None,
+        prompt_embeds: torch.Tensor | None,
+        noise: torch.Tensor | None,
+        max_sequence_length: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings and noise where they are needed, checked."""
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds, and not both.")
-        check_video_size(num_frames, height, width, vae=self.vae, transformer=self.transformer)
+        check_video_size(*size, vae=self.vae, transformer=self.transformer)
         device, dtype = self._execution_device, self.transformer.dtype
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -186,15 +266,8 @@ class CausalWanPipeline(WanPipeline):
             prompt_embeds = pad_prompt_embeds(embeds, max_sequence_length)
         prompt_embeds = prompt_embeds.to(device, dtype)
         if noise is None:
-            noise = self.draw_noise(
-                len(prompt_embeds), num_frames, height, width, denoising_step_list, generator=generator
-            )
-        latents = self.sample_latents(prompt_embeds, noise.to(device), denoising_step_list)
-        video = latents
-        if output_type != "latent":
-            video = self.video_processor.postprocess_video(decode_latents(self.vae, latents), output_type=output_type)
-        self.maybe_free_model_hooks()
-        return WanPipelineOutput(frames=video) if return_dict else (video,)
+            noise = self.draw_noise(len(prompt_embeds), *size, denoising_step_list, generator=generator)
+        return prompt_embeds, noise.to(device)
 
     def draw_noise(
         self,
