@@ -15,8 +15,8 @@ from causal_wan.models import denormalize_latents
 class StreamingDecoder:
     """Decodes the blocks of a video in their order, each as soon as it exists.
 
-    What comes out is what decoding the whole clip at once gives, to the last bit on a CPU, in memory that does not grow
-    with the clip. What is remembered is the decoder's own: several may use one VAE in turn. Tiling is not used.
+    What comes out is what decoding the whole clip at once gives, to the last bit on a CPU, in memory that does not
+    grow with the clip. What is remembered is the decoder's own: several may use one VAE in turn. No tiling.
 
     Args:
         vae: Its dtype and device are used.
