@@ -128,7 +128,7 @@ def load_rows(config: DataConfig, manifest: FileManifest | None = None) -> list[
             row is left.
     """
     tables = read_tables(config, need_files=manifest is None)
-    names = [source.metadata_path for source in sources_of(config)]
+    names = [table.source.metadata_path for table in tables]
 
     def check(item: tuple[int, TableRow]) -> Row | BadRow:
         source, row = item
@@ -190,11 +190,20 @@ def check_row(row: TableRow, config: DataConfig, *, source: int = 0, manifest: F
         facts = probe_video(video, limits=config.limits, as_shown=as_shown)
     content = known.content if known is not None else ""
     checked = Row(row.number, video, row.prompts, *facts, source=source, name=str(row.video), content=content)
-    available, wanted = num_sampleable_frames(checked.num_frames, checked.frame_rate, config), min_num_frames(config)
+    check_length(checked, min_num_frames(config), config)
+    return checked
+
+
+def check_length(row: Row, wanted: int, config: DataConfig) -> None:
+    """Checks that a clip has so many frames, unless short ones are padded.
+
+    Raises:
+        ShortClipError: If not.
+    """
+    available = num_sampleable_frames(row.num_frames, row.frame_rate, config)
     if available < wanted and config.short_clips != "pad":
         rate = "" if config.frame_sampling == "uniform" else f" at {config.frame_rate:g} frames a second"
         raise ShortClipError(f"{available} frames{rate}, fewer than num_frames={wanted} (see --short_clips)")
-    return checked
 
 
 def find_video(row: TableRow, manifest: FileManifest | None = None) -> tuple[Path | EmbeddedVideo, FileFacts | None]:
@@ -503,11 +512,12 @@ class StreamDecoder:
             raise ValueError("the prompt is empty")
         row = Row(0, video, prompts, *probe_video(video, limits=self.config.limits))
         shape = self.config.shape_at(0, self.start_step + (number - self.start_sample) // self.samples_per_step)
-        available = num_sampleable_frames(row.num_frames, row.frame_rate, self.config)
-        if available < shape.num_frames and self.config.short_clips == "skip":
-            return None
-        if available < shape.num_frames and self.config.short_clips == "error":
-            raise ShortClipError(f"{available} frames, fewer than num_frames={shape.num_frames} (see --short_clips)")
+        try:
+            check_length(row, shape.num_frames, self.config)
+        except ShortClipError:
+            if self.config.short_clips == "skip":
+                return None
+            raise
         clip, num_valid = load_video(row, shape, self.config, seeded_generator(self.seed, CLIP_STREAM, number))
         prompt = choose_prompt(prompts, self.config, seed=self.seed, number=number)
         return {"video": clip, "prompt": prompt, "num_valid_frames": num_valid}

@@ -28,7 +28,7 @@ from causal_wan.models import check_video_size, decode_latents, encode_prompts, 
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
 from causal_wan.sample_order import ClipShape
-from causal_wan.student import SamplingSettings, load_student, read_run, resolve_settings
+from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
 from causal_wan.validation import FRAME_RATE, write_video
 from causal_wan.video_metrics import (
     border_flicker,
@@ -108,9 +108,7 @@ Sample = tuple[torch.Tensor, dict[str, float]]  # video in [0, 1], (T, 3, height
 
 def main(config: Config) -> None:
     """Samples every prompt, measures, and writes the report."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = config.dtype or ("fp32" if device == "cpu" else "bf16")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    device, dtype = choose_device(config.device, config.dtype)
     with user_errors():
         run = read_run(config.checkpoint)
         settings = resolve_settings(

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from tqdm.auto import tqdm
 
 from causal_wan.config import parse_config, user_errors
 from causal_wan.models import check_video_size, decode_latents, encode_prompts, pad_prompt_embeds
 from causal_wan.regression import sample_generator
-from causal_wan.student import load_student, read_run, resolve_settings
+from causal_wan.student import choose_device, load_student, read_run, resolve_settings
 from causal_wan.validation import FRAME_RATE, write_video
 
 
@@ -63,9 +62,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Loads the checkpoint, samples each prompt and writes mp4 files."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = config.dtype or ("fp32" if device == "cpu" else "bf16")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    device, dtype = choose_device(config.device, config.dtype)
     with user_errors():
         prompts = read_prompts(config)
         run = read_run(config.checkpoint)

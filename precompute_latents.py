@@ -17,7 +17,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from causal_wan.cached_data import (
-    DTYPES,
     CacheConfig,
     CachedData,
     LatentsDtype,
@@ -39,9 +38,9 @@ from causal_wan.cached_data import (
     open_cache,
 )
 from causal_wan.config import names_of, parse_config, user_errors
-from causal_wan.file_manifest import FileManifest
 from causal_wan.memory import MemoryConfig, cut_up_vae
 from causal_wan.models import (
+    DTYPES,
     CheckpointConfig,
     ModelConfig,
     encode_prompts,
@@ -50,6 +49,7 @@ from causal_wan.models import (
     load_vae,
 )
 from causal_wan.regression import RegressionConfig
+from causal_wan.run_data import load_run_data
 from causal_wan.sample_order import ClipShape
 from causal_wan.tensor_cache import CacheWriter, remove_stale_shards
 from causal_wan.training import EXIT_STOPPED, StopRequest, TrainingConfig
@@ -58,9 +58,7 @@ from dataset_utils import (
     DataConfig,
     Row,
     VideoDataset,
-    clip_shapes,
     describe_rows,
-    load_rows,
     name_clips_of_dead_workers,
     normalize_videos,
 )
@@ -115,22 +113,25 @@ TRAINING_SETTINGS = {"dry_run"} | names_of(CacheConfig, MemoryConfig, ModelConfi
 def main(config: Config) -> None:
     """Finds what is missing, and encodes it."""
     logging.basicConfig(format="%(levelname)s %(message)s")
-    manifest = FileManifest(config.latents_dir)
     with user_errors():
-        rows = load_rows(config.data, manifest)
-        validation_rows = load_validation_rows(config, manifest)
+        data = load_run_data(
+            config.data,
+            validation_metadata_path=config.validation.validation_metadata_path,
+            num_validation_samples=config.validation.num_validation_samples,
+            cache_dir=Path(config.latents_dir),
+        )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     with user_errors():
-        cached, all_rows = open_cache(
+        cached, rows = open_cache(
             CacheConfig(latents_dir=config.latents_dir, latents_dtype=config.latents_dtype),
             config.data,
             config.model,
-            [*rows, *validation_rows],
-            manifest,
+            [*data.rows, *data.validation_rows],
+            data.manifest,
             vae_tiling=config.vae_tiling,
             text_dtype="bf16" if accelerator.mixed_precision == "bf16" else "fp32",
             encodes=True,
@@ -140,23 +141,24 @@ def main(config: Config) -> None:
             remove_stale_shards(cache.folder)
     if config.verify:
         drop_damaged(accelerator, cached)
-    shapes = [clip_shapes(row, config.data) for row in rows] + [[config.data.shape]] * len(validation_rows)
     found = []
     if accelerator.is_main_process:  # for all: on a shared disk, others may not see the newest shards yet
-        missing = sorted(cached.missing_clips(all_rows, shapes), key=lambda work: (work[1], work[0]))  # by shape
-        prompts = ["", *config.validation.validation_prompts, *(prompt for row in all_rows for prompt in row.prompts)]
+        missing = cached.missing_clips(rows, data.wanted_shapes())
+        missing.sort(key=lambda work: (work[1], work[0]))  # by shape
+        prompts = ["", *config.validation.validation_prompts, *data.prompts]
         found = [(missing, cached.missing_prompts(prompts))]
     ((missing, missing_prompts),) = gather_lists(found)
     if accelerator.is_main_process:
-        print(describe_work(config, all_rows, missing, missing_prompts))
+        num_bytes = needed_bytes(config, missing, missing_prompts)
+        print(describe_work(config, rows, missing, missing_prompts, num_bytes))
         with user_errors():
-            check_disk(config, missing, missing_prompts)
+            check_disk(config, num_bytes)
     if config.dry_run:
         return
     accelerator.wait_for_everyone()  # until the disk is checked
     with StopRequest() as stop, user_errors():
         encode_missing_prompts(accelerator, config, cached, missing_prompts, stop)
-        errors = encode_missing_clips(accelerator, config, cached, all_rows, missing, stop)
+        errors = encode_missing_clips(accelerator, config, cached, rows, missing, stop)
     stopped = any(gather_lists([stop.received]))
     errors = sorted(gather_lists(errors))
     accelerator.end_training()
@@ -166,15 +168,6 @@ def main(config: Config) -> None:
         print(f"{len(missing) - len(errors)} clips and {len(missing_prompts)} prompts encoded in {config.latents_dir}")
     if stopped or errors:
         sys.exit(EXIT_STOPPED if stopped else 1)
-
-
-def load_validation_rows(config: Config, manifest: FileManifest) -> list[Row]:
-    """The held-out rows that training measures."""
-    if config.validation.validation_metadata_path is None:
-        return []
-    path = config.validation.validation_metadata_path
-    data = replace(config.data.for_validation(), metadata_path=path, dataset_config=None)
-    return load_rows(data, manifest)[: config.validation.num_validation_samples]
 
 
 # --- what is missing -------------------------------------------------------------------------------------------------
@@ -193,9 +186,9 @@ def drop_damaged(accelerator: Accelerator, cached: CachedData) -> None:
         cache.forget(damaged)
 
 
-def describe_work(config: Config, rows: list[Row], missing: list[Work], prompts: list[str]) -> str:
+def describe_work(config: Config, rows: list[Row], missing: list[Work], prompts: list[str], num_bytes: int) -> str:
     """What is there and what is going to be done."""
-    num_bytes, free = needed_bytes(config, missing, prompts), free_bytes(config.latents_dir)
+    free = free_bytes(config.latents_dir)
     shapes = sorted({shape for _, shape in missing})
     listed = ", ".join(f"{frames} x {height} x {width}" for frames, height, width in shapes)
     return "\n".join(
@@ -229,13 +222,13 @@ def free_bytes(folder: str) -> int:
     return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
 
 
-def check_disk(config: Config, missing: list[Work], prompts: list[str]) -> None:
-    """Checks that what is missing fits.
+def check_disk(config: Config, num_bytes: int) -> None:
+    """Checks that there is so much room.
 
     Raises:
         ValueError: If not.
     """
-    num_bytes, free = needed_bytes(config, missing, prompts), free_bytes(config.latents_dir)
+    free = free_bytes(config.latents_dir)
     if num_bytes > free:
         raise ValueError(
             f"latents_dir must have room for {num_bytes / GIB:.2f} GiB, but {config.latents_dir} has "

@@ -51,6 +51,7 @@ from causal_wan.memory import (
 )
 from causal_wan.memory_plan import describe_shortage, plan_run
 from causal_wan.models import (
+    DTYPES,
     ModelConfig,
     PromptEncoder,
     add_lora,
@@ -136,7 +137,7 @@ class Config:
     @property
     def vae_dtype(self) -> torch.dtype:
         """Of the VAE's weights and passes."""
-        return torch.bfloat16 if self.model.vae_dtype == "bf16" else torch.float32
+        return DTYPES[self.model.vae_dtype]
 
     @property
     def cache_dir(self) -> Path | None:
@@ -396,7 +397,7 @@ def with_checkpointing_of_launch(config: Config, accelerator: Accelerator) -> Co
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     """What weights that are not trained are kept in, and passes computed in."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    return DTYPES.get(accelerator.mixed_precision, torch.float32)
 
 
 def text_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from causal_wan.data_config import DataConfig
 from causal_wan.file_manifest import FileFacts, FileManifest, hash_content, stat_of
-from causal_wan.models import CheckpointConfig, find_part
+from causal_wan.models import DTYPES, CheckpointConfig, find_part
 from causal_wan.sample_order import ClipShape
 from causal_wan.tensor_cache import CacheWriter, TensorCache, describe_differences, settings_key
 
@@ -31,7 +31,6 @@ from causal_wan.tensor_cache import CacheWriter, TensorCache, describe_differenc
 logger = logging.getLogger(__name__)
 
 LatentsDtype = Literal["bf16", "fp16", "fp32"]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_SHOWN = 5
 PROMPT_SHARD_BYTES = 32 << 20
 MODEL_SUFFIXES = {".json", ".model", ".safetensors"}
@@ -79,8 +78,8 @@ class CachedData:
         self.folder, self.data, self.encoders, self.dtype = Path(folder), data, encoders, DTYPES[dtype]
         self.latents, self.prompts = TensorCache(self.folder / "latents"), TensorCache(self.folder / "prompts")
 
-    # What a latent depends on beside the content of its file.
     def latent_settings(self, shape: ClipShape) -> dict[str, Any]:
+        """What a latent depends on beside the content of its file."""
         rate = {} if self.data.frame_sampling == "uniform" else {"frame_rate": self.data.frame_rate}
         return {
             **shape._asdict(),
@@ -284,7 +283,7 @@ def open_cache(
         rows: Their files are read, split over the processes, unless the manifest knows them.
         manifest: Of the folder; the main process writes what is new.
         vae_tiling: Whether the VAE encodes in tiles.
-        text_dtype: Precision of the text encoder, as in `DTYPES`.
+        text_dtype: Precision of the text encoder, as in `causal_wan.models.DTYPES`.
         encodes: Whether the run may encode, and so needs the encoders at hand.
 
     Raises:
@@ -380,7 +379,7 @@ def identify_encoders(
         checkpoint: Where the encoders are, and the VAE's precision.
         manifest: Of the folder.
         vae_tiling: Whether the VAE encodes in tiles.
-        text_dtype: Precision of the text encoder, as in `DTYPES`.
+        text_dtype: Precision of the text encoder, as in `causal_wan.models.DTYPES`.
         download: Whether to fetch encoders from the hub; else those that are not at hand are remembered.
 
     Raises:

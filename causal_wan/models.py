@@ -26,6 +26,8 @@ from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.wan_names import read_state, strip_prefixes, to_diffusers
 
 
+# Precisions by the names of flags.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Attention projections and feed-forward of every layer; what WAN LoRAs are commonly trained on.
 DEFAULT_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"

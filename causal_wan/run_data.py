@@ -25,6 +25,7 @@ from causal_wan.cached_data import (
 from causal_wan.data_config import DataConfig
 from causal_wan.file_manifest import FileManifest
 from causal_wan.models import CheckpointConfig
+from causal_wan.sample_order import ClipShape
 from causal_wan.stream_sources import Stream, open_stream
 from causal_wan.streaming import LaneStates, StreamedClips, collate_streamed
 from causal_wan.video_files import describe_error
@@ -74,6 +75,11 @@ class RunData:
         prompts = [prompt for row in [*self.rows, *self.validation_rows] for prompt in row.prompts]
         return prompts + ([""] if self.config.caption_dropout else [])
 
+    def wanted_shapes(self) -> list[list[ClipShape]]:
+        """In which shapes a run shows each of `rows` and `validation_rows`."""
+        shapes = [clip_shapes(row, self.config) for row in self.rows]
+        return shapes + [[self.config.shape]] * len(self.validation_rows)
+
     def open_cache(
         self, cache: CacheConfig, checkpoint: CheckpointConfig, prompts: Iterable[str], **encoding: Any
     ) -> None:
@@ -95,9 +101,7 @@ class RunData:
         if encoding["encodes"]:
             self.keeper = LatentKeeper(self.cached, self.cached.latent_writer(eager=True))
         else:
-            shapes = [clip_shapes(row, self.config) for row in self.rows]
-            shapes += [[self.config.shape]] * len(self.validation_rows)
-            self.cached.check_complete(rows, shapes, prompts)
+            self.cached.check_complete(rows, self.wanted_shapes(), prompts)
         self.rows, self.validation_rows = rows[: len(self.rows)], rows[len(self.rows) :]
 
     def dataset(self, *, held_out: bool = False) -> Loadable:

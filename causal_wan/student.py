@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from causal_wan.flow import training_timesteps
-from causal_wan.models import LORA_WEIGHTS_NAME, causal_settings, load_transformer, load_vae
+from causal_wan.models import DTYPES, LORA_WEIGHTS_NAME, causal_settings, load_transformer, load_vae
 from causal_wan.pipeline import DEFAULT_STEP_LIST, CausalWanPipeline
 from causal_wan.transformer import CausalWanTransformer3DModel
 
@@ -40,6 +40,12 @@ def read_run(checkpoint: str) -> dict[str, Any]:
             f"{LORA_WEIGHTS_NAME}) or a diffusers folder (model_index.json), got {checkpoint}, which has neither."
         )
     return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def choose_device(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
+    """What is given, else the GPU if there is one; and else bf16 on a GPU, fp32 on a CPU."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, DTYPES[dtype or ("fp32" if device == "cpu" else "bf16")]
 
 
 def resolve_settings(

@@ -139,6 +139,11 @@ def _pick_values(values: dict[str, Any], number: int, source: Source) -> dict[st
 
 
 def read_parquet(path: Path, source: Source) -> pa.Table:
+    """The columns of a Parquet file that a source names.
+
+    Raises:
+        ValueError: If the file cannot be read, or a column is missing or holds something else.
+    """
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow

@@ -30,6 +30,11 @@ class Source:
 
 
 def check_columns(names: Iterable[str], source: Source) -> None:
+    """Checks that a table has the columns that its source names.
+
+    Raises:
+        ValueError: If not; names those there are.
+    """
     names = list(names)
     if not {source.video_column, *source.caption_column} <= set(names):
         raise ValueError(
@@ -40,16 +45,23 @@ def check_columns(names: Iterable[str], source: Source) -> None:
 
 
 def is_text(kind: pa.DataType) -> bool:
+    """Whether values of a type are texts, or all missing."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
 
 
 def is_list(kind: pa.DataType) -> bool:
+    """Whether values of a type are lists."""
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def check_captions(schema: pa.Schema, source: Source) -> None:
+    """Checks that the columns of prompts hold texts, or lists of them.
+
+    Raises:
+        ValueError: If not; names the column.
+    """
     for name in source.caption_column:
         kind = schema.field(name).type
         if not is_text(kind) and not (is_list(kind) and is_text(kind.value_type)):

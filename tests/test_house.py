@@ -41,7 +41,7 @@ ALLOWED = {
     "file_manifest": {"video_files"},
     "run_data": {
         *("cached_data", "data_config", "dataset_utils", "file_manifest", "models"),
-        *("stream_sources", "streaming", "video_files"),
+        *("sample_order", "stream_sources", "streaming", "video_files"),
     },
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
     "dataset_survey": {"data_config"},
