@@ -24,7 +24,8 @@ from diffusers import WanPipeline
 from tqdm.auto import tqdm
 
 from causal_wan.config import parse_config, user_errors
-from causal_wan.models import check_video_size, decode_latents, encode_prompts, load_vae, pad_prompt_embeds
+from causal_wan.encoding import check_video_size, decode_latents, encode_prompts, pad_prompt_embeds
+from causal_wan.models import load_vae
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
 from causal_wan.sample_order import ClipShape

@@ -16,7 +16,7 @@ from typing import Literal
 from tqdm.auto import tqdm
 
 from causal_wan.config import parse_config, user_errors
-from causal_wan.models import check_video_size, decode_latents, encode_prompts, pad_prompt_embeds
+from causal_wan.encoding import check_video_size, decode_latents, encode_prompts, pad_prompt_embeds
 from causal_wan.regression import sample_generator
 from causal_wan.student import choose_device, load_student, read_run, resolve_settings
 from causal_wan.validation import FRAME_RATE, write_video

@@ -38,16 +38,9 @@ from causal_wan.cached_data import (
     open_cache,
 )
 from causal_wan.config import names_of, parse_config, user_errors
+from causal_wan.encoding import encode_prompts, encode_videos
 from causal_wan.memory import MemoryConfig, cut_up_vae
-from causal_wan.models import (
-    DTYPES,
-    CheckpointConfig,
-    ModelConfig,
-    encode_prompts,
-    encode_videos,
-    load_text_encoder,
-    load_vae,
-)
+from causal_wan.models import DTYPES, CheckpointConfig, ModelConfig, load_text_encoder, load_vae
 from causal_wan.regression import RegressionConfig
 from causal_wan.run_data import load_run_data
 from causal_wan.sample_order import ClipShape

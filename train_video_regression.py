@@ -39,6 +39,7 @@ from causal_wan.cached_data import (
 )
 from causal_wan.checkpoints import check_output_dir
 from causal_wan.config import flat_dict, parse_config, user_errors, write_recipe
+from causal_wan.encoding import PromptEncoder, check_video_size, encode_prompts, encode_videos, pad_prompt_embeds
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.losses import frame_losses, level_statistics, masked_sum_over_count
 from causal_wan.memory import (
@@ -53,18 +54,13 @@ from causal_wan.memory_plan import describe_shortage, plan_run
 from causal_wan.models import (
     DTYPES,
     ModelConfig,
-    PromptEncoder,
     add_lora,
     causal_settings,
     check_generator_ckpt,
-    check_video_size,
-    encode_prompts,
-    encode_videos,
     load_text_encoder,
     load_transformer,
     load_vae,
     load_vae_config,
-    pad_prompt_embeds,
     save_lora,
     save_transformer,
 )

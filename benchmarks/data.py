@@ -34,7 +34,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from causal_wan.cached_data import CachedClips, CachedData, Encoders
-from causal_wan.models import encode_videos, load_vae
+from causal_wan.encoding import encode_videos
+from causal_wan.models import load_vae
 from causal_wan.regression import draw_noisy_batch
 from causal_wan.sample_order import ClipShape
 from causal_wan.tensor_cache import CacheWriter, TensorCache

@@ -26,6 +26,7 @@ from transformers import UMT5Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from causal_wan.encoding import encode_videos
 from causal_wan.memory import (
     MemoryConfig,
     cut_up_vae,
@@ -44,7 +45,7 @@ from causal_wan.memory_plan import (
     plan_training,
     text_encoder_bytes,
 )
-from causal_wan.models import add_lora, encode_videos, load_transformer
+from causal_wan.models import add_lora, load_transformer
 from causal_wan.training import TrainingConfig, make_optimizer, trainable_parameters
 from causal_wan.transformer import CausalWanTransformer3DModel
 

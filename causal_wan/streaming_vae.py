@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from causal_wan.models import denormalize_latents
+from causal_wan.encoding import denormalize_latents
 
 
 class StreamingDecoder:
@@ -36,16 +37,23 @@ class StreamingDecoder:
         Returns:
             Video in [-1, 1], `(B, 3, t, height, width)`: t = 4 f, but 4 (f - 1) + 1 for the first block.
         """
-        vae = self.vae
-        hidden = vae.post_quant_conv(denormalize_latents(vae, latents).to(vae.device, vae.dtype))
-        frames = []
-        for latent_frame in hidden.split(1, dim=2):
-            first = {"first_chunk": True} if self._features is None else {}
-            if self._features is None:
-                vae.clear_cache()  # which knows how many convolutions there are
-                self._features = [None] * len(vae._feat_map)
-            frames.append(vae.decoder(latent_frame, feat_cache=self._features, feat_idx=[0], **first))
-        video = torch.cat(frames, dim=2)
-        if vae.config.patch_size is not None:
-            video = unpatchify(video, patch_size=vae.config.patch_size)
+        video, self._features = _decode(self.vae, latents, self._features)
         return video.clamp(-1, 1)
+
+
+@apply_forward_hook  # weights that `enable_model_cpu_offload` keeps elsewhere come, as they do for `vae.decode`
+def _decode(
+    vae: AutoencoderKLWan, latents: torch.Tensor, features: list[Any] | None
+) -> tuple[torch.Tensor, list[Any]]:
+    hidden = vae.post_quant_conv(denormalize_latents(vae, latents).to(vae.device, vae.dtype))
+    frames = []
+    for latent_frame in hidden.split(1, dim=2):
+        first = {"first_chunk": True} if features is None else {}
+        if features is None:
+            vae.clear_cache()  # which knows how many convolutions there are
+            features = [None] * len(vae._feat_map)
+        frames.append(vae.decoder(latent_frame, feat_cache=features, feat_idx=[0], **first))
+    video = torch.cat(frames, dim=2)
+    if vae.config.patch_size is not None:
+        video = unpatchify(video, patch_size=vae.config.patch_size)
+    return video, features

@@ -21,6 +21,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.utils import apply_lora_scale
@@ -28,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from causal_wan.context_parallel import ContextParallel, check_divides_by_group
 from causal_wan.flow import frame_block_lengths
+from causal_wan.kv_cache import KVCache, LayerCache
 
 
 @dataclass(frozen=True)
@@ -61,94 +63,33 @@ def block_causal_spans(block_lengths: list[int], frame_tokens: int, local_attn_s
     return spans
 
 
-class KVCache:
-    """Keys (after rope) and values of the frames generated so far, in buffers of fixed size.
-
-    Frames enter block by block with `reserve`; a block may be written any number of times until the next one starts.
-    When the buffers are full, the oldest frames after the first `sink_size` make room: the cache then holds
-    `capacity` frames, the sink, and the most recent ones, the current block included.
-
-    Attributes:
-        keys, values: `(num_layers, B, capacity * T, N, E)`.
-        num_frames: Latent frames of the clip seen so far, those that left the cache included.
-
-    Source: Self Forcing, arXiv 2506.08009, section 3.4 (rolling cache).
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, *, frame_tokens: int, sink_size: int) -> None:
-        self.keys, self.values = keys, values
-        self.frame_tokens, self.sink_size = frame_tokens, sink_size
-        self.capacity = keys.shape[2] // frame_tokens
-        self.num_frames = 0
-        self._num_held = 0  # latent frames in the buffers, always at their front
-        self._block = (0, 0)  # first frame and length of the current block
-
-    def reserve(self, start_frame: int, num_frames: int) -> int:
-        """Makes room for a block and returns how many tokens of the buffers are in use, the block included.
-
-        Args:
-            start_frame: The block's first latent frame in the whole clip: either just after the frames seen so far,
-                or that of the current block, which is then overwritten.
-            num_frames: Latent frames in the block.
-
-        Raises:
-            ValueError: If the block neither continues nor repeats, or is longer than the cache.
-        """
-        if (start_frame, num_frames) == self._block and num_frames > 0:
-            return self._num_held * self.frame_tokens
-        if start_frame != self.num_frames:
-            raise ValueError(
-                f"a block must begin at latent frame {self.num_frames} (the next) or repeat the current one "
-                f"{self._block}, got start_frame={start_frame}; run the blocks in order, or make a new cache."
-            )
-        if self.sink_size + num_frames > self.capacity:
-            raise ValueError(
-                f"the cache must hold the sink and one block, {self.sink_size} + {num_frames} latent frames, but has "
-                f"room for {self.capacity}; raise local_attn_size or num_frames of make_cache."
-            )
-        overflow = self._num_held + num_frames - self.capacity
-        if overflow > 0:
-            self._evict(overflow)
-        self._num_held += num_frames
-        self._block = (start_frame, num_frames)
-        self.num_frames = start_frame + num_frames
-        return self._num_held * self.frame_tokens
-
-    def _evict(self, num_frames: int) -> None:
-        sink = self.sink_size * self.frame_tokens
-        end, gone = self._num_held * self.frame_tokens, num_frames * self.frame_tokens
-        for buffer in (self.keys, self.values):
-            buffer[:, :, sink : end - gone] = buffer[:, :, sink + gone : end].clone()
-        self._num_held -= num_frames
-
-    def update(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, end: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the block's keys and values `(B, l, N, E)` before token `end`; returns all that the block may see."""
-        self.keys[layer, :, end - key.shape[1] : end] = key.to(self.keys.dtype)
-        self.values[layer, :, end - key.shape[1] : end] = value.to(self.values.dtype)
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
-
-
 @dataclass
 class AttentionContext:
     """What self-attention needs beside its tokens. Travels to the layers in the place of the rotary embedding.
 
     Attributes:
         rotary_emb: cos and sin, each `(1, L, 1, E)`.
-        spans: Dense calls of block-causal attention; None with a cache, whose prefix is seen whole.
+        spans: Dense calls of block-causal attention; None with a cache, whose content is seen whole.
         parallel: How processes share the clip, or None.
-        cache: Keys and values of earlier blocks, or None.
-        cache_end: Tokens of the cache in use, the current block included.
-        layer: Which layer is running.
+        cache: What the layer remembers of earlier blocks, or None.
+        places: Where in the cache the block belongs, `(L,)`.
+        num_held: Tokens of the cache in use, the current block included.
     """
 
     rotary_emb: tuple[torch.Tensor, torch.Tensor]
     spans: list[TokenSpan] | None = None
     parallel: ContextParallel | None = None
-    cache: KVCache | None = None
-    cache_end: int = 0
-    layer: int = 0
+    cache: LayerCache | None = None
+    places: torch.Tensor | None = None
+    num_held: int = 0
+
+
+@dataclass
+class KeptText:
+    """Embedded prompts `(B, S, D)` of a rollout, and where a layer keeps their keys and values."""
+
+    states: torch.Tensor
+    cache: LayerCache
 
 
 def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -192,8 +133,7 @@ class CausalWanSelfAttnProcessor:
         query, key = apply_rotary_emb(query, cos, sin), apply_rotary_emb(key, cos, sin)
 
         if context.cache is not None:
-            key, value = context.cache.update(context.layer, key, value, context.cache_end)
-            out = self._attend(query, key.type_as(query), value.type_as(query))
+            out = self._attend(query, *context.cache.update(key, value, context.places, context.num_held))
         else:
             out = torch.cat(
                 [
@@ -218,18 +158,33 @@ class CausalWanSelfAttnProcessor:
 
 
 class FoldedCrossAttnProcessor(WanAttnProcessor):
-    """The stock processor (text, image, fused projections) over tokens whose frames are folded into the batch."""
+    """The stock processor (text, image, fused projections) over tokens whose frames are folded into the batch.
+
+    In a rollout the prompt's keys and values are computed once.
+    """
 
     def __call__(
         self,
         attn: torch.nn.Module,
         hidden_states: torch.Tensor,  # (B G, L / G, D)
-        encoder_hidden_states: torch.Tensor,  # (B, S, D)
+        encoder_hidden_states: torch.Tensor | KeptText,  # (B, S, D)
         attention_mask: None = None,
         rotary_emb: None = None,
     ) -> torch.Tensor:
-        unfolded = hidden_states.reshape(encoder_hidden_states.shape[0], -1, hidden_states.shape[-1])
-        return super().__call__(attn, unfolded, encoder_hidden_states).reshape(hidden_states.shape)
+        kept = isinstance(encoder_hidden_states, KeptText)
+        text = encoder_hidden_states.states if kept else encoder_hidden_states
+        unfolded = hidden_states.reshape(text.shape[0], -1, hidden_states.shape[-1])
+        if not kept:
+            return super().__call__(attn, unfolded, text).reshape(hidden_states.shape)
+        cache = encoder_hidden_states.cache
+        if cache.text is None:
+            key, value = (
+                attn.to_kv(text).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(text), attn.to_v(text))
+            )
+            cache.text = (attn.norm_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1)))
+        query = attn.norm_q(attn.to_q(unfolded)).unflatten(2, (attn.heads, -1))
+        out = dispatch_attention_fn(query, *cache.text, backend=self._attention_backend)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query))).reshape(hidden_states.shape)
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -293,10 +248,41 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         _check_causal_config(num_frame_per_block, local_attn_size, sink_size)
         if patch_size[0] != 1:
             raise ValueError(f"patch_size must be 1 in time so that frames have own timesteps, got {patch_size}.")
+        self._set_processors()
+        self.context_mesh: DeviceMesh | None = None
+
+    def _set_processors(self) -> None:
         for layer in self.blocks:
             layer.attn1.set_processor(CausalWanSelfAttnProcessor())
             layer.attn2.set_processor(FoldedCrossAttnProcessor())
-        self.context_mesh: DeviceMesh | None = None
+
+    @classmethod
+    def from_stock(
+        cls, transformer: WanTransformer3DModel, **causal_config: int | bool | None
+    ) -> "CausalWanTransformer3DModel":
+        """A causal transformer of the very layers of a stock one, which is not to be used afterwards.
+
+        Args:
+            transformer: Its config may hold the causal settings, as that of a saved causal transformer does.
+            causal_config: `num_frame_per_block`, `local_attn_size`, `sink_size`, `independent_first_frame`.
+        """
+        with torch.device("meta"):
+            causal = cls.from_config(transformer.config, **causal_config)
+        for name, module in transformer.named_children():
+            setattr(causal, name, module)
+        causal.scale_shift_table = transformer.scale_shift_table
+        causal._set_processors()
+        return causal.train(transformer.training)
+
+    def set_causal_config(self, **settings: int | bool | None) -> None:
+        """Changes `num_frame_per_block`, `local_attn_size`, `sink_size` or `independent_first_frame`.
+
+        Raises:
+            ValueError: If they do not go together.
+        """
+        config = {name: self.config[name] for name in ("num_frame_per_block", "local_attn_size", "sink_size")}
+        _check_causal_config(**config | {name: value for name, value in settings.items() if name in config})
+        self.register_to_config(**settings)
 
     def enable_context_parallel(self, mesh: DeviceMesh | None) -> None:
         """Lets the processes of `mesh` share the tokens of each clip while the model trains; None changes nothing.
@@ -346,15 +332,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if self.config.local_attn_size != -1:
             capacity = min(capacity, self.config.local_attn_size)
         frame_tokens = (height // self.config.patch_size[1]) * (width // self.config.patch_size[2])
-        shape = (
-            self.config.num_layers,
-            batch_size,
-            capacity * frame_tokens,
-            self.config.num_attention_heads,
-            self.config.attention_head_dim,
-        )
-        keys = torch.zeros(shape, device=device or self.device, dtype=dtype or self.dtype)
-        return KVCache(keys, torch.zeros_like(keys), frame_tokens=frame_tokens, sink_size=self.config.sink_size)
+        heads = (self.config.num_attention_heads, self.config.attention_head_dim)
+
+        def buffer() -> torch.Tensor:
+            shape = (batch_size, capacity * frame_tokens, *heads)
+            return torch.zeros(shape, device=device or self.device, dtype=dtype or self.dtype)
+
+        layers = [LayerCache(buffer(), buffer()) for _ in range(self.config.num_layers)]
+        return KVCache(layers, frame_tokens=frame_tokens, sink_size=self.config.sink_size)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -378,15 +363,15 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             return_dict: False returns a tuple.
             attention_kwargs: May hold `scale`, the LoRA scale, as in diffusers.
             cache: Keys and values of the earlier blocks (from `make_cache`). Without one the whole clip is given and
-                attention is block-causal.
+                attention is block-causal. The prompt's are kept as long as the same tensor of embeddings comes.
             start_frame: The block's first latent frame in the whole clip; only with a cache.
 
         Returns:
             `.sample`: velocity `(B, C, F, H, W)`.
 
         Raises:
-            ValueError: If F does not divide into blocks, the timestep's shape fits none of the above, positions leave
-                the rotary table, or the tokens with a common timestep do not divide among the processes of a clip.
+            ValueError: If F does not divide into blocks, the timestep's shape fits none of the above, or the tokens
+                with a common timestep do not divide among the processes of a clip.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
         _, p_h, p_w = self.config.patch_size
@@ -397,7 +382,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             spans = block_causal_spans(self.block_lengths(num_frames), frame_tokens, self.config.local_attn_size)
             context = replace(context, spans=spans)
         else:
-            context = replace(context, cache=cache, cache_end=cache.reserve(start_frame, num_frames))
+            cache.reserve(start_frame, num_frames)
+            cache.keep_prompt(encoder_hidden_states)
+            context = replace(context, places=cache.places, num_held=cache.num_held)
 
         dtype = self.patch_embedding.weight.dtype  # of the weights; under autocast, layers choose for themselves
         tokens = self.patch_embedding(hidden_states.to(dtype)).flatten(2).transpose(1, 2)  # (B, L, D)
@@ -423,7 +410,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if parallel is not None:
             tokens = parallel.split(tokens)
         for index, layer in enumerate(self.blocks):
-            inputs = (tokens, encoder_hidden_states, timestep_proj, replace(context, layer=index))
+            text, own = encoder_hidden_states, context
+            if cache is not None:
+                own = replace(context, cache=cache.layers[index])
+                text = KeptText(text, cache.layers[index]) if encoder_hidden_states_image is None else text
+            inputs = (tokens, text, timestep_proj, own)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(layer, *inputs)
             else:
@@ -439,18 +430,30 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _rotary_emb(self, hidden_states: torch.Tensor, start_frame: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin `(1, L, 1, E)` of the frames from `start_frame` on; positions are those of the whole clip."""
+        """cos and sin `(1, L, 1, E)` of the frames from `start_frame` on; positions are those of the whole clip.
+
+        Beyond the stock table of `rope_max_seq_len` frames, the same formula goes on.
+        """
         _, _, num_frames, height, width = hidden_states.shape
-        end_frame = start_frame + num_frames
-        if end_frame > self.config.rope_max_seq_len:
-            raise ValueError(
-                f"a clip may have at most rope_max_seq_len={self.config.rope_max_seq_len} latent frames, got "
-                f"{end_frame}; generate fewer frames."
-            )
-        whole_clip = torch.empty((1, 1, end_frame, height, width), device="meta")  # only its shape is read
-        cos, sin = self.rope(whole_clip)
-        num_tokens = cos.shape[1] // end_frame * num_frames
-        return cos[:, -num_tokens:], sin[:, -num_tokens:]
+        end_frame, rope = start_frame + num_frames, self.rope
+        one_frame = torch.empty((1, 1, 1, height, width), device="meta")  # only its shape is read
+        if end_frame <= rope.max_seq_len:
+            in_time = [table[start_frame:end_frame, : rope.t_dim] for table in (rope.freqs_cos, rope.freqs_sin)]
+        else:
+            frames = torch.arange(start_frame, end_frame)
+            tables = get_1d_rotary_pos_embed(rope.t_dim, frames, use_real=True, freqs_dtype=torch.float64)
+            in_time = [table.to(rope.freqs_cos.device) for table in tables]
+        cos, sin = (
+            torch.cat(
+                [
+                    time[:, None].expand(-1, table.shape[1], -1),  # (F, T, E of time)
+                    table[:, :, 0, rope.t_dim :].expand(num_frames, -1, -1),
+                ],
+                dim=-1,
+            ).flatten(0, 1)[None, :, None]
+            for time, table in zip(in_time, rope(one_frame), strict=True)
+        )
+        return cos, sin
 
 
 def _num_timestep_groups(timestep: torch.Tensor, num_frames: int, num_tokens: int) -> int:

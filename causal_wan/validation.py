@@ -11,8 +11,8 @@ from typing import Any
 import imageio.v3 as iio
 import torch
 
+from causal_wan.encoding import decode_latents
 from causal_wan.memory import on_device
-from causal_wan.models import decode_latents
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
 from causal_wan.run_log import MetricSums

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import run_here, run_script
 
-from causal_wan.models import decode_latents, encode_prompts, encode_videos, load_text_encoder, load_vae
+from causal_wan.encoding import decode_latents, encode_prompts, encode_videos
+from causal_wan.models import load_text_encoder, load_vae
 from causal_wan.pipeline import CausalWanPipeline
 
 

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from causal_wan.models import decode_latents, load_vae
+from causal_wan.encoding import decode_latents
+from causal_wan.models import load_vae
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.rollout import Rollout
 from causal_wan.streaming_vae import StreamingDecoder
 
 
@@ -70,13 +72,13 @@ def test_a_streamed_video_is_the_video_of_a_call(checkpoint):
 
 def test_the_first_block_comes_before_the_second_is_begun(checkpoint, monkeypatch):
     pipeline = CausalWanPipeline.from_pretrained(checkpoint, num_frame_per_block=2)
-    sampled, sample = [], CausalWanPipeline._sample_block
+    sampled, sample = [], Rollout.sample_block
 
     def count(*arguments):
         sampled.append(1)
         return sample(*arguments)
 
-    monkeypatch.setattr(CausalWanPipeline, "_sample_block", count)
+    monkeypatch.setattr(Rollout, "sample_block", count)
     stream = pipeline.stream("a ball", num_frames=21, height=32, width=48, denoising_step_list=(1000,))
     next(stream)
     assert len(sampled) == 1

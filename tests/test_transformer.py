@@ -6,7 +6,7 @@ from conftest import TINY_TRANSFORMER
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 
-from causal_wan.transformer import CausalWanTransformer3DModel, KVCache, block_causal_spans
+from causal_wan.transformer import CausalWanTransformer3DModel, block_causal_spans
 
 
 B, F, H, W, S = 2, 6, 4, 6, 7
@@ -132,23 +132,43 @@ def test_rollout_with_the_cache_equals_the_full_forward(stock, inputs, block, wi
     torch.testing.assert_close(rollout(model, inputs, block), run(model, inputs))
 
 
-def test_cache_keeps_the_sink_and_the_most_recent_frames():
-    # One number a frame, so that what is left in the buffers can be read off.
-    cache = KVCache(torch.zeros(1, 1, 4, 1, 1), torch.zeros(1, 1, 4, 1, 1), frame_tokens=1, sink_size=1)
-    for frame in range(7):
-        for _ in range(2):  # a repeated pass overwrites
-            end = cache.reserve(frame, 1)
-            keys, values = cache.update(0, torch.full((1, 1, 1, 1), float(frame)), torch.zeros(1, 1, 1, 1), end)
-    assert keys.flatten().tolist() == [0, 4, 5, 6]
-    assert values.shape == keys.shape
-    assert cache.num_frames == 7
+@pytest.mark.parametrize("first", [0, 4, 1500])
+def test_positions_beyond_the_rotary_table_are_those_of_a_larger_table(stock, inputs, first):
+    small = CausalWanTransformer3DModel(**TINY_TRANSFORMER, rope_max_seq_len=3)
+    large = CausalWanTransformer3DModel(**TINY_TRANSFORMER, rope_max_seq_len=first + F)
+    whole_clip = torch.empty((1, 1, first + F, H, W), device="meta")
+    tables = zip(small._rotary_emb(inputs["hidden_states"], first), large.rope(whole_clip), strict=True)
+    for table, expected in tables:
+        assert torch.equal(table, expected[:, first * TOKENS :])
 
 
-def test_blocks_out_of_order_are_refused(stock, inputs):
-    cache = make(stock, num_frame_per_block=2).make_cache(B, F, H, W)
-    cache.reserve(0, 2)
-    with pytest.raises(ValueError, match="must begin at latent frame 2"):
-        cache.reserve(4, 2)
+def test_a_rollout_embeds_its_prompt_once_and_notices_another_one(stock, inputs):
+    model = make(stock, num_frame_per_block=2)
+    calls = []
+    model.blocks[0].attn2.to_k.register_forward_hook(lambda *_: calls.append(1))
+    expected = rollout(model, inputs, 2)
+    assert len(calls) == 1
+    other = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"] + 1}
+    cache = model.make_cache(B, F, H, W)
+    block = {"hidden_states": inputs["hidden_states"][:, :, :2], "timestep": inputs["timestep"][:, :2]}
+    texts = (inputs["encoder_hidden_states"], other["encoder_hidden_states"])
+    first, second = (run(model, {**block, "encoder_hidden_states": text}, cache=cache) for text in texts)
+    torch.testing.assert_close(first, expected[:, :, :2])
+    torch.testing.assert_close(second, rollout(model, other, 2)[:, :, :2])
+    assert not torch.allclose(first, second)
+
+
+def test_a_stock_transformer_turns_causal_with_its_own_layers(stock, inputs):
+    expected = run(make(stock, num_frame_per_block=2), inputs)
+    weights = dict(stock.named_parameters())
+    stock.register_to_config(num_frame_per_block=3)
+    causal = CausalWanTransformer3DModel.from_stock(stock)
+    assert causal.config.num_frame_per_block == 3
+    causal.set_causal_config(num_frame_per_block=2)
+    assert torch.equal(run(causal, inputs), expected)
+    assert all(weight is weights[name] for name, weight in causal.named_parameters())
+    with pytest.raises(ValueError, match="local_attn_size must hold one block and the sink, 3"):
+        causal.set_causal_config(local_attn_size=2, sink_size=1)
 
 
 def test_gradient_checkpointing_changes_no_gradient(stock, inputs):
@@ -184,9 +204,10 @@ def test_lora_adapters_attach_and_scale(stock, inputs):
 
 def test_fused_projections_change_nothing_but_rounding(stock, inputs):
     model = make(stock, num_frame_per_block=2)
-    before = run(model, inputs)
+    before, rolled_out = run(model, inputs), rollout(model, inputs, 2)
     model.fuse_qkv_projections()
     torch.testing.assert_close(run(model, inputs), before)
+    torch.testing.assert_close(rollout(model, inputs, 2), rolled_out)
 
 
 def test_image_embeddings_of_image_to_video_models_pass_through():
@@ -247,5 +268,3 @@ def test_wrong_inputs_are_refused(stock, inputs):
         run(make(stock), inputs, timestep=torch.zeros(B, F + 1))
     with pytest.raises(ValueError, match="use 4 or 8 latent frames"):
         run(make(stock, num_frame_per_block=4), inputs)
-    with pytest.raises(ValueError, match="rope_max_seq_len=5"):
-        run(CausalWanTransformer3DModel(**TINY_TRANSFORMER, rope_max_seq_len=5), inputs)

@@ -1,0 +1,100 @@
+"""The memory of a rollout: keys and values of the frames generated so far, and of the prompt.
+
+Shapes: B = batch, T = tokens a frame, l = tokens of a block, N = heads, E = head dim, S = prompt tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class LayerCache:
+    """What one layer remembers.
+
+    Attributes:
+        keys, values: After rope, `(B, capacity * T, N, E)`.
+        text: Keys and values of the prompt in cross-attention, `(B, S, N, E)` each; None until they are computed.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    text: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor, num_held: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes a block's keys and values `(B, l, N, E)` to `places` `(l,)`; returns all that the block may see."""
+        self.keys.index_copy_(1, places, key.to(self.keys.dtype))
+        self.values.index_copy_(1, places, value.to(self.values.dtype))
+        return self.keys[:, :num_held].type_as(key), self.values[:, :num_held].type_as(value)
+
+
+class KVCache:
+    """Keys and values of a rollout, in buffers that are made once and neither grow nor move.
+
+    Frames enter block by block with `reserve`; a block may be written any number of times until the next one starts.
+    The first `sink_size` frames of the clip have places of their own. The others share the rest in turn: a frame is
+    written over the oldest one when there is no free place. So the cache holds at most `capacity` frames: the sink,
+    and the most recent ones, the current block included. Attention does not mind that they are out of order, since
+    their positions are in the keys already.
+
+    Attributes:
+        layers: The memory of each layer.
+        capacity: Latent frames that it can hold.
+        num_frames: Latent frames of the clip seen so far, those that left the cache included.
+        places: Tokens of the buffers that the current block is written to, `(l,)`.
+
+    Source: Self Forcing, arXiv 2506.08009, section 3.4 (rolling cache); StreamingLLM, arXiv 2309.17453 (sink).
+    """
+
+    def __init__(self, layers: list[LayerCache], *, frame_tokens: int, sink_size: int) -> None:
+        self.layers, self.frame_tokens, self.sink_size = layers, frame_tokens, sink_size
+        self.capacity = layers[0].keys.shape[1] // frame_tokens
+        self.num_frames = 0
+        self.places = torch.empty(0, dtype=torch.int64)
+        self._block = (0, 0)  # first frame and length of the current block
+        self._prompt: torch.Tensor | None = None
+
+    @property
+    def num_held(self) -> int:
+        """Tokens of the buffers that are in use, always the first ones."""
+        return min(self.num_frames, self.capacity) * self.frame_tokens
+
+    def reserve(self, start_frame: int, num_frames: int) -> None:
+        """Makes room for a block.
+
+        Args:
+            start_frame: The block's first latent frame in the whole clip: either just after the frames seen so far,
+                or that of the current block, which is then overwritten.
+            num_frames: Latent frames in the block.
+
+        Raises:
+            ValueError: If the block neither continues nor repeats, or is longer than the cache.
+        """
+        if (start_frame, num_frames) == self._block and num_frames > 0:
+            return
+        if start_frame != self.num_frames:
+            raise ValueError(
+                f"a block must begin at latent frame {self.num_frames} (the next) or repeat the current one "
+                f"{self._block}, got start_frame={start_frame}; run the blocks in order, or make a new cache."
+            )
+        if self.sink_size + num_frames > self.capacity:
+            raise ValueError(
+                f"the cache must hold the sink and one block, {self.sink_size} + {num_frames} latent frames, but has "
+                f"room for {self.capacity}; raise local_attn_size or num_frames of make_cache."
+            )
+        self._block = (start_frame, num_frames)
+        self.num_frames = start_frame + num_frames
+        frames = torch.arange(start_frame, self.num_frames)
+        in_turn = self.sink_size + (frames - self.sink_size) % (self.capacity - self.sink_size)
+        frame_places = torch.where(frames < self.sink_size, frames, in_turn)
+        tokens = frame_places[:, None] * self.frame_tokens + torch.arange(self.frame_tokens)
+        self.places = tokens.flatten().to(self.layers[0].keys.device)
+
+    def keep_prompt(self, encoder_hidden_states: torch.Tensor) -> None:
+        """Forgets the keys and values of the prompt, unless it is the very tensor of the call before."""
+        if self._prompt is not encoder_hidden_states:
+            self._prompt = encoder_hidden_states
+            for layer in self.layers:
+                layer.text = None
