@@ -30,7 +30,6 @@ from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
 from causal_wan.sample_order import ClipShape
 from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
-from causal_wan.validation import FRAME_RATE, write_video
 from causal_wan.video_metrics import (
     border_flicker,
     by_block,
@@ -40,6 +39,7 @@ from causal_wan.video_metrics import (
     frame_sharpness,
     frame_ssim,
 )
+from causal_wan.video_writing import FRAME_RATE, write_video
 from dataset_utils import DataConfig, Row, load_rows, load_video
 
 

@@ -1,25 +1,38 @@
 """Generates videos from prompts with a student that `train_video_regression.py` has trained.
 
     python generate.py --checkpoint outputs/my-wan --prompt "Draw a sketch of bird step by step..." --output bird.mp4
-    python generate.py --checkpoint outputs/my-wan --prompts_file prompts.txt --output videos/
+    python generate.py --checkpoint outputs/my-wan --prompt "A bird" --output bird.mp4 --stream
+    python generate.py --checkpoint self_forcing_dmd.pt --prompt "A bird" --output bird.mp4
+    accelerate launch generate.py --checkpoint outputs/my-wan --prompts_file prompts.txt --output videos/
 
-`--checkpoint` is the output folder of a run (full fine-tune or LoRA), or any diffusers WAN folder or hub id: then the
-transformer is run as it is, causally with `--num_frame_per_block`. All other settings default to those of the run.
+`--checkpoint` is the output folder of a run (full fine-tune or LoRA), any diffusers WAN folder or hub id, or a file of
+weights, such as those of CausVid and Self Forcing. All other settings default to those of the run. Frames are decoded
+and written block by block, in memory that does not grow with the video if attention has a window: for videos longer
+than the run's, add `--local_attn_size 21 --sink_size 3`. With `--stream` the mp4 can be played while it is written.
 """
 
+import contextlib
 import csv
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import imageio.v3 as iio
+import PIL.Image
+import PIL.ImageOps
+import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from causal_wan.config import parse_config, user_errors
-from causal_wan.encoding import check_video_size, decode_latents, encode_prompts, pad_prompt_embeds
+from causal_wan.encoding import check_video_size, encode_prompts, pad_prompt_embeds
+from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
-from causal_wan.student import choose_device, load_student, read_run, resolve_settings
-from causal_wan.validation import FRAME_RATE, write_video
+from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
+from causal_wan.video_writing import FRAME_RATE, VideoWriter, as_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +40,35 @@ class Config:
     """What to generate, with which checkpoint."""
 
     checkpoint: str
-    """Output folder of a run, or a diffusers WAN folder or hub id."""
+    """Output folder of a run, a diffusers WAN folder or hub id, or a .safetensors or .pt file of weights."""
+    pretrained_model_name_or_path: str | None = None
+    """Where VAE and text encoder are: None is what the run was made from, or WAN's own for the size of a file."""
+    lora: tuple[str, ...] = ()
+    """LoRA files or folders to add, in diffusers' names or others that it reads."""
+    lora_scale: tuple[float, ...] = ()
+    """Weight of each; 1 if there are none."""
     prompt: str | None = None
     """One prompt."""
     prompts_file: str | None = None
     """Text file with one prompt a line, or a CSV with a `prompt` column."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance above 1; students are trained without."""
+    video: str | None = None
+    """A video to continue: its last frames become the first blocks of the clip."""
+    num_video_frames: int | None = None
+    """How many of its frames; None is as many as make whole blocks, and at most half of the clip."""
     output: str = "out.mp4"
     """The mp4 of one prompt; with prompts_file a folder, which gets 00.mp4, 01.mp4, ..."""
+    stream: bool = False
+    """Write files that can be played while they are written."""
     num_prompts: int | None = None
     """Take only the first so many prompts of prompts_file."""
     seed: int = 0
     """Seeds the noise; the same seed, prompt number and checkpoint give the same video."""
     num_frames: int | None = None
-    """Video frames, 4k + 1; None is what the run was trained on, or 81."""
+    """Video frames, 4k + 1, a continued video's included; None is what the run was trained on, or 81."""
     height: int | None = None
     """Pixels; None is what the run was trained on, or 480."""
     width: int | None = None
@@ -47,25 +76,38 @@ class Config:
     denoising_step_list: tuple[float, ...] | None = None
     """Timesteps to sample at; None is the run's list, or 1000 757 522. A trailing 0 is dropped."""
     num_frame_per_block: int | None = None
-    """Latent frames of a block; None is the checkpoint's own setting."""
+    """Latent frames of a block; None is the checkpoint's own setting, and 3 for a .pt file."""
+    local_attn_size: int | None = None
+    """Latent frames that are remembered, the current block included; -1 is all, None the checkpoint's own setting."""
+    sink_size: int | None = None
+    """How many of them are the clip's first; None is the checkpoint's own setting."""
     frame_rate: float = FRAME_RATE
     """Frames a second of the mp4."""
+    compile: bool = False
+    """Compile the layers: the first blocks take a minute or so, the others less time."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision of the transformer and the text encoder; None is bf16 on a GPU and fp32 on a CPU."""
     device: str | None = None
-    """None is the GPU if there is one."""
+    """None is the GPU if there is one, and with several processes each one's own."""
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.prompts_file is None):
             raise ValueError("give either --prompt or --prompts_file, and not both.")
+        if self.lora_scale and len(self.lora_scale) != len(self.lora):
+            raise ValueError(
+                f"lora_scale must have one weight for each of {len(self.lora)} LoRAs, got {self.lora_scale}."
+            )
+        if self.num_video_frames is not None and self.video is None:
+            raise ValueError("num_video_frames is about a video to continue; name it with --video.")
 
 
 def main(config: Config) -> None:
-    """Loads the checkpoint, samples each prompt and writes mp4 files."""
-    device, dtype = choose_device(config.device, config.dtype)
+    """Loads the checkpoint, samples this process's prompts and writes mp4 files."""
+    state = PartialState(cpu=config.device == "cpu" or not torch.accelerator.is_available())
+    device, dtype = choose_device(config.device or str(state.device), config.dtype)
     with user_errors():
         prompts = read_prompts(config)
-        run = read_run(config.checkpoint)
+        run = read_run(config.checkpoint, config.pretrained_model_name_or_path)
         settings = resolve_settings(
             run,
             num_frames=config.num_frames,
@@ -73,30 +115,130 @@ def main(config: Config) -> None:
             width=config.width,
             denoising_step_list=config.denoising_step_list,
         )
-        pipeline = load_student(config.checkpoint, run, dtype, num_frame_per_block=config.num_frame_per_block)
-        size = (settings.num_frames, settings.height, settings.width)
-        check_video_size(*size, vae=pipeline.vae, transformer=pipeline.transformer)
+        pipeline = load_pipeline(config, run, settings, dtype)
+        given = read_frames_to_continue(config, settings, pipeline)
     pipeline.to(device)
-
-    paths = output_paths(config, len(prompts))
+    work = list(enumerate(zip(prompts, output_paths(config, len(prompts)), strict=True)))
+    own = work[state.process_index :: state.num_processes]
     num_latent_frames = (settings.num_frames - 1) // pipeline.vae_scale_factor_temporal + 1
-    num_blocks = len(pipeline.transformer.block_lengths(num_latent_frames))
-    progress = tqdm(total=len(prompts) * num_blocks, desc="blocks", dynamic_ncols=True)
+    num_blocks = len(own) * len(pipeline.transformer.block_lengths(num_latent_frames))
+    with tqdm(total=num_blocks, desc="blocks", dynamic_ncols=True, disable=not state.is_main_process) as progress:
+        for number, (prompt, path) in own:
+            blocks = sample(pipeline, prompt, number, settings, config, given)
+            first, rate = write_blocks(blocks, path, config, progress)
+            progress.write(f"{path}: first frames after {first:.2f} s, {rate:.1f} frames a second")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"{len(prompts)} video(s): {config.output}")
+    state.destroy_process_group()
+
+
+def load_pipeline(
+    config: Config, run: dict[str, Any], settings: SamplingSettings, dtype: torch.dtype
+) -> CausalWanPipeline:
+    """The student, ready to sample.
+
+    Raises:
+        ValueError: If weights, LoRAs or sizes do not fit.
+    """
+    pipeline = load_student(
+        config.checkpoint,
+        run,
+        dtype,
+        denoising_step_list=settings.timesteps,
+        num_frame_per_block=config.num_frame_per_block,
+        local_attn_size=config.local_attn_size,
+        sink_size=config.sink_size,
+    )
+    size = (settings.num_frames, settings.height, settings.width)
+    check_video_size(*size, vae=pipeline.vae, transformer=pipeline.transformer)
+    for number, path in enumerate(config.lora):
+        if not Path(path).exists() and Path(path).suffix:
+            raise ValueError(f"lora must be files, folders or hub ids, but {path} does not exist.")
+        pipeline.load_lora_weights(path, adapter_name=f"lora_{number}")
+    if config.lora:
+        names = pipeline.get_list_adapters()["transformer"]  # that of the run, if it has one, comes first
+        scales = config.lora_scale or (1.0,) * len(config.lora)
+        pipeline.set_adapters(names, [*(1.0,) * (len(names) - len(scales)), *scales])
+    if config.compile:
+        pipeline.transformer.compile_repeated_blocks(fullgraph=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(
+    pipeline: CausalWanPipeline,
+    prompt: str,
+    number: int,
+    settings: SamplingSettings,
+    config: Config,
+    given: list[PIL.Image.Image] | None,
+) -> Iterator[torch.Tensor]:
+    """The frames of each block in [0, 1], `(t, 3, height, width)`, as soon as they are decoded."""
+    texts = [prompt, config.negative_prompt] if config.guidance_scale > 1 else [prompt]
+    embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
+    padded = pad_prompt_embeds(embeds, settings.max_sequence_length)
+    blocks = pipeline.stream(
+        prompt_embeds=padded[:1],
+        negative_prompt_embeds=padded[1:] if config.guidance_scale > 1 else None,
+        guidance_scale=config.guidance_scale,
+        num_frames=settings.num_frames,
+        height=settings.height,
+        width=settings.width,
+        video=given,
+        generator=sample_generator(config.seed, number),
+        output_type="pt",
+    )
+    for block in blocks:
+        yield block[0]
+
+
+def write_blocks(blocks: Iterator[torch.Tensor], path: Path, config: Config, progress: tqdm) -> tuple[float, float]:
+    """Writes a video as its blocks come; returns seconds until the first frames, and frames a second."""
     start = time.perf_counter()
-    for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
-        embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [prompt], settings.max_sequence_length)
-        noise = pipeline.draw_noise(1, *size, settings.timesteps, generator=sample_generator(config.seed, number))
-        latents = pipeline.sample_latents(
-            pad_prompt_embeds(embeds, settings.max_sequence_length).to(dtype),
-            noise.to(device),
-            settings.timesteps,
-            on_block_end=lambda *_: progress.update(),
+    first, num_frames = 0.0, 0
+    with VideoWriter(path, config.frame_rate, fragmented=config.stream) as writer, contextlib.closing(blocks):
+        for block in blocks:
+            writer.write(as_frames(block.transpose(0, 1) * 2 - 1))
+            first = first or time.perf_counter() - start
+            num_frames += len(block)
+            progress.update()
+    return first, num_frames / (time.perf_counter() - start)
+
+
+# --- input -----------------------------------------------------------------------------------------------------------
+
+
+def read_frames_to_continue(
+    config: Config, settings: SamplingSettings, pipeline: CausalWanPipeline
+) -> list[PIL.Image.Image] | None:
+    """The last frames of the video to continue, cut to the size of the clip.
+
+    Raises:
+        ValueError: If it cannot be read, or is shorter than asked for or than a block.
+    """
+    if config.video is None:
+        return None
+    try:
+        frames = iio.imread(config.video, plugin="pyav")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"video must be a file that decodes, got {config.video}: {error}") from None
+    temporal = pipeline.vae_scale_factor_temporal
+    lengths = pipeline.transformer.block_lengths((settings.num_frames - 1) // temporal + 1)
+    whole_blocks = [temporal * (end - 1) + 1 for end in itertools.accumulate(lengths)]
+    most = min(len(frames), settings.num_frames // 2)
+    count = config.num_video_frames or max([end for end in whole_blocks if end <= most], default=whole_blocks[0])
+    if count not in whole_blocks[:-1]:
+        raise ValueError(
+            f"num_video_frames must end with a block and before the clip of {settings.num_frames} frames does, got "
+            f"{count}; use one of {', '.join(map(str, whole_blocks[:-1])) or 'none: it has one block'}."
         )
-        write_video(path, decode_latents(pipeline.vae, latents)[0], config.frame_rate)
-    progress.close()
-    seconds = time.perf_counter() - start
-    frames = len(prompts) * settings.num_frames
-    print(f"{len(prompts)} video(s), {frames / seconds:.1f} frames a second, decoding included: {config.output}")
+    if count > len(frames):
+        raise ValueError(
+            f"video must have {count} frames or more to be continued, but {config.video} has {len(frames)}."
+        )
+    size = (settings.width, settings.height)
+    return [PIL.ImageOps.fit(PIL.Image.fromarray(frame), size) for frame in frames[-count:]]
 
 
 def read_prompts(config: Config) -> list[str]:

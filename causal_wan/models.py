@@ -19,7 +19,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from causal_wan.transformer import CausalWanTransformer3DModel
-from causal_wan.wan_names import read_state, strip_prefixes, to_diffusers
+from causal_wan.wan_names import WEIGHTS_SUFFIXES, read_state, strip_prefixes, to_diffusers
 
 
 # Precisions by the names of flags.
@@ -171,7 +171,7 @@ def check_generator_ckpt(generator_ckpt: str | None) -> None:
     path = Path(generator_ckpt)
     if path.is_dir() and any((path / sub / "config.json").is_file() for sub in ("", "transformer")):
         return
-    if not (path.is_file() and path.suffix in (".safetensors", ".pt", ".pth")):
+    if not (path.is_file() and path.suffix in WEIGHTS_SUFFIXES):
         raise ValueError(
             "generator_ckpt must be a diffusers transformer folder (with config.json, or with transformer/config.json "
             f"in it) or a .safetensors or .pt file, got {generator_ckpt!r}"

@@ -8,9 +8,26 @@ import torch
 import yaml
 
 from causal_wan.flow import training_timesteps
-from causal_wan.models import DTYPES, LORA_WEIGHTS_NAME, causal_settings, load_transformer, load_vae
+from causal_wan.models import (
+    DTYPES,
+    LORA_WEIGHTS_NAME,
+    causal_settings,
+    check_generator_ckpt,
+    load_transformer,
+    load_vae,
+)
 from causal_wan.pipeline import DEFAULT_STEP_LIST, CausalWanPipeline
 from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.wan_names import WEIGHTS_SUFFIXES, infer_architecture, read_state, to_diffusers
+
+
+# (width, latent channels) of a transformer -> where the other parts of its pipeline are.
+BASES = {
+    (1536, 16): "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    (5120, 16): "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    (3072, 48): "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+}
+LINEAGE_BLOCK = 3  # latent frames of a block in CausVid's and Self Forcing's checkpoints
 
 
 @dataclass(frozen=True)
@@ -24,22 +41,55 @@ class SamplingSettings:
     max_sequence_length: int
 
 
-def read_run(checkpoint: str) -> dict[str, Any]:
+def read_run(checkpoint: str, base: str | None = None) -> dict[str, Any]:
     """The resolved config of a run's output folder; empty for a plain diffusers folder or hub id.
 
+    A file of weights gets the config of a run that starts from it, without training.
+
+    Args:
+        checkpoint: Output folder of a run, diffusers folder, hub id, or file of weights.
+        base: Diffusers folder or hub id with the parts that a file of weights lacks; None is WAN's own for its size.
+
     Raises:
-        ValueError: If a local folder holds neither.
+        ValueError: If a local folder holds neither, or the file's size is none of WAN's and there is no base.
     """
-    folder = Path(checkpoint)
-    if not folder.is_dir() or (folder / "model_index.json").is_file():
+    path = Path(checkpoint)
+    if path.suffix in WEIGHTS_SUFFIXES:
+        check_generator_ckpt(checkpoint)
+        return _run_of_weights(path, base)
+    if not path.is_dir() or (path / "model_index.json").is_file():
         return {}
-    has_result = (folder / "transformer").is_dir() or (folder / LORA_WEIGHTS_NAME).is_file()
-    if not ((folder / "config.yaml").is_file() and has_result):
+    has_result = (path / "transformer").is_dir() or (path / LORA_WEIGHTS_NAME).is_file()
+    if not ((path / "config.yaml").is_file() and has_result):
         raise ValueError(
             f"checkpoint must be the output folder of a finished run (config.yaml and transformer/ or "
-            f"{LORA_WEIGHTS_NAME}) or a diffusers folder (model_index.json), got {checkpoint}, which has neither."
+            f"{LORA_WEIGHTS_NAME}), a diffusers folder (model_index.json) or a file of weights, got {checkpoint}, "
+            "which has neither."
         )
-    return yaml.safe_load((folder / "config.yaml").read_text())
+    run = yaml.safe_load((path / "config.yaml").read_text())
+    return run if base is None else run | {"pretrained_model_name_or_path": base}
+
+
+def _run_of_weights(path: Path, base: str | None) -> dict[str, Any]:
+    if base is None:
+        architecture = infer_architecture(to_diffusers(read_state(path)))
+        size = (architecture["num_attention_heads"] * architecture["attention_head_dim"], architecture["in_channels"])
+        if size not in BASES:
+            raise ValueError(
+                f"{path} must have the size of a WAN model for its VAE and text encoder to be known, got a width of "
+                f"{size[0]} and {size[1]} latent channels; name a checkpoint with --pretrained_model_name_or_path."
+            )
+        base = BASES[size]
+    return {
+        "pretrained_model_name_or_path": base,
+        "revision": None,
+        "generator_ckpt": str(path),
+        "generator_task": "causal_video" if path.suffix != ".safetensors" else "bidirectional_video",
+        "num_frame_per_block": LINEAGE_BLOCK,
+        "local_attn_size": -1,
+        "sink_size": 0,
+        "independent_first_frame": False,
+    }
 
 
 def choose_device(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
@@ -57,7 +107,7 @@ def resolve_settings(
     denoising_step_list: tuple[float, ...] | None = None,
 ) -> SamplingSettings:
     """What is given, else the run's settings, else WAN's own."""
-    if denoising_step_list is not None or not run:
+    if denoising_step_list is not None or "denoising_step_list" not in run:
         timesteps = training_timesteps(denoising_step_list or DEFAULT_STEP_LIST)
     else:
         timesteps = training_timesteps(
@@ -75,31 +125,39 @@ def resolve_settings(
 
 
 def load_student(
-    checkpoint: str, run: dict[str, Any], dtype: torch.dtype, *, num_frame_per_block: int | None = None
+    checkpoint: str,
+    run: dict[str, Any],
+    dtype: torch.dtype,
+    *,
+    denoising_step_list: list[float] | None = None,
+    **causal: int | None,
 ) -> CausalWanPipeline:
     """The base checkpoint's pipeline with the run's transformer or LoRA in it.
 
     Args:
-        checkpoint: Output folder of a run, or a diffusers WAN folder or hub id.
+        checkpoint: Output folder of a run, a diffusers WAN folder or hub id, or a file of weights.
         run: From `read_run`.
         dtype: Of transformer and text encoder; the VAE stays in float32.
-        num_frame_per_block: Latent frames of a block; None is the checkpoint's own setting.
+        denoising_step_list: What the pipeline samples at if a call does not say.
+        causal: `num_frame_per_block`, `local_attn_size`, `sink_size`; None is the checkpoint's own setting.
+
+    Raises:
+        ValueError: If weights do not fit, or the causal settings do not go together.
     """
     base = run.get("pretrained_model_name_or_path", checkpoint)
-    causal = {} if num_frame_per_block is None else {"num_frame_per_block": num_frame_per_block}
     parts = {"vae": load_vae(base, revision=run.get("revision")), "dtype": dtype}
-    if not run:
-        return CausalWanPipeline.from_pretrained(base, **parts, **causal)
     folder = Path(checkpoint)
-    if (folder / "transformer").is_dir():
-        transformer = CausalWanTransformer3DModel.from_pretrained(
-            folder, subfolder="transformer", dtype=dtype, use_safetensors=True, **causal
+    if run and (folder / "transformer").is_dir():
+        parts["transformer"] = CausalWanTransformer3DModel.from_pretrained(
+            folder, subfolder="transformer", dtype=dtype, use_safetensors=True
         )
-        return CausalWanPipeline.from_pretrained(base, transformer=transformer, **parts)
-    causal = {**causal_settings(run), **causal}
-    transformer = load_transformer(
-        base, generator_ckpt=run["generator_ckpt"], revision=run["revision"], dtype=dtype, **causal
-    )
-    pipeline = CausalWanPipeline.from_pretrained(base, transformer=transformer, **parts)
-    pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME)
+    elif run:
+        parts["transformer"] = load_transformer(
+            base, generator_ckpt=run["generator_ckpt"], revision=run["revision"], dtype=dtype, **causal_settings(run)
+        )
+    if denoising_step_list is not None:
+        parts["denoising_step_list"] = denoising_step_list
+    pipeline = CausalWanPipeline.from_pretrained(base, revision=run.get("revision"), **parts, **causal)
+    if run and (folder / LORA_WEIGHTS_NAME).is_file():
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME)
     return pipeline

@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
 import torch
 
 from causal_wan.encoding import decode_latents
 from causal_wan.memory import on_device
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
+from causal_wan.rollout import draw_noise
 from causal_wan.run_log import MetricSums
 from causal_wan.transformer import CausalWanTransformer3DModel
-
-
-FRAME_RATE = 16  # of WAN's videos
+from causal_wan.video_writing import write_video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +34,6 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         if self.num_validation_samples < 1:
             raise ValueError(f"num_validation_samples must be 1 or more, got {self.num_validation_samples}.")
-
-
-def write_video(path: str | Path, video: torch.Tensor, frame_rate: float = FRAME_RATE) -> None:
-    """Writes a video in [-1, 1], `(3, T, height, width)`, as H.264 mp4."""
-    frames = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, frames, plugin="pyav", codec="libx264", fps=frame_rate, out_pixel_format="yuv420p")
 
 
 def share(count: int, process_index: int, num_processes: int) -> list[tuple[int, bool]]:
@@ -100,7 +91,7 @@ class Validation:
         """The video of a prompt, from noise of the prompt's own number, in [-1, 1], `(3, T, height, width)`."""
         timesteps = self.method.levels[self.method.levels > 0].tolist()
         generator = sample_generator(self.method.seed, number)
-        noise = torch.randn((len(timesteps), 1, *self.latent_shape), generator=generator)
+        noise = draw_noise(1, self.latent_shape, len(timesteps), generator=generator)
         pipeline = CausalWanPipeline(
             tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer
         )

@@ -45,6 +45,7 @@ WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module)(?=\.)")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 CONTAINERS = ("generator_ema", "generator", "model", "state_dict")
 COMFYUI_PREFIX = "diffusion_model."
+WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth")
 MAX_SHOWN = 5
 
 

@@ -140,7 +140,7 @@ def launch(
     command += ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", num_processes]
     command += ["--main_process_port", 0, *launch_flags]  # any free one: tests may run side by side
     command += [ROOT / "tests" / "without_gpu.py"] if strategy else []
-    command += [*wrapper, script, "--config", recipe_path, *flags]
+    command += [*wrapper, script, *(["--config", recipe_path] if recipe_path else []), *flags]
     return run_script(
         command, check=check, env={**({} if strategy else {"ACCELERATE_USE_CPU": "true"}), **(env or {})}
     )

@@ -6,23 +6,42 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import run_here, run_script
+from conftest import launch, run_here, run_script
+from peft import LoraConfig, get_peft_model_state_dict
 
 from causal_wan.encoding import decode_latents, encode_prompts, encode_videos
 from causal_wan.models import load_text_encoder, load_vae
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.video_writing import VideoWriter
 
 
 SCRIPT = "generate.py"
 SIZE = ["--num_frames", 17, "--height", 32, "--width", 48]
 
 
-def test_plain_diffusers_folder_generates_the_same_video_from_the_same_seed(checkpoint, tmp_path):
-    videos = []
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        flags = ["--checkpoint", checkpoint, "--prompt", "a ball", "--seed", seed, "--num_frame_per_block", 1]
-        run_here(SCRIPT, *flags, *SIZE, "--output", tmp_path / f"{name}.mp4")
-        videos.append(iio.imread(tmp_path / f"{name}.mp4", plugin="pyav"))
+@pytest.fixture
+def generate(monkeypatch, tmp_path):
+    """Runs the script and gives the frames that it wrote, before the codec; x264 itself varies from run to run."""
+    written, write = [], VideoWriter.write
+
+    def note(writer, frames):
+        written.append(frames.copy())
+        write(writer, frames)
+
+    def run(checkpoint, *flags):
+        written.clear()
+        output = ["--output", tmp_path / "video.mp4"]
+        run_here(SCRIPT, "--checkpoint", checkpoint, "--prompt", "a ball", *SIZE, *output, *flags)
+        assert len(iio.imread(tmp_path / "video.mp4", plugin="pyav")) == sum(map(len, written))
+        return np.concatenate(written)
+
+    monkeypatch.setattr(VideoWriter, "write", note)
+    return run
+
+
+def test_plain_diffusers_folder_generates_the_same_video_from_the_same_seed(checkpoint, generate):
+    flags = ["--num_frame_per_block", 1, "--seed"]
+    videos = [generate(checkpoint, *flags, seed) for seed in (3, 3, 4)]
     assert videos[0].shape == (17, 32, 48, 3)
     assert np.array_equal(videos[0], videos[1])
     assert not np.array_equal(videos[0], videos[2])
@@ -38,6 +57,69 @@ def test_prompts_come_from_text_files_and_csv_files(checkpoint, clips, tmp_path)
     assert {path.name for path in (tmp_path / "csv").iterdir()} == {"00.mp4"}
 
 
+def test_weights_of_the_lineage_generate_as_the_folder_does_that_they_were_made_of(checkpoint, generate, tmp_path):
+    weights = tmp_path / "generator.pt"
+    run_here("convert_checkpoint.py", "--input", checkpoint, "--output", weights, "--to", "original")
+    # Their blocks have 3 latent frames, so 21 frames are two blocks.
+    from_weights = generate(weights, "--pretrained_model_name_or_path", checkpoint, "--num_frames", 21)
+    expected = generate(checkpoint, "--num_frame_per_block", 3, "--num_frames", 21)
+    assert np.array_equal(from_weights, expected)
+
+
+def test_streamed_files_hold_the_same_video(checkpoint, generate, capsys):
+    flags = ["--num_frame_per_block", 1]
+    streamed = generate(checkpoint, *flags, "--stream")
+    assert "first frames after" in capsys.readouterr().out
+    assert np.array_equal(streamed, generate(checkpoint, *flags))
+
+
+def test_several_processes_share_the_prompts_and_make_the_same_videos(checkpoint, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a ball\na box\na bird\n")
+    flags = ["--checkpoint", checkpoint, "--num_frame_per_block", 1, *SIZE, "--prompts_file", tmp_path / "prompts.txt"]
+    run_here(SCRIPT, *flags, "--stream", "--output", tmp_path / "one")
+    launch(SCRIPT, None, *flags, "--stream", "--output", tmp_path / "two", num_processes=2)
+    one, two = (
+        [iio.imread(tmp_path / folder / name, plugin="pyav").astype(int) for name in ("00.mp4", "01.mp4", "02.mp4")]
+        for folder in ("one", "two")
+    )
+    for same, also, other in zip(one, two, [*two[1:], two[0]], strict=True):
+        assert 2 * np.abs(same - also).mean() < np.abs(same - other).mean()
+
+
+def test_a_video_longer_than_the_window_of_attention_begins_as_a_short_one(checkpoint, generate):
+    window = ["--num_frame_per_block", 1, "--local_attn_size", 3, "--sink_size", 1]
+    long = generate(checkpoint, *window, "--num_frames", 61)
+    assert len(long) == 61
+    assert np.array_equal(long[:17], generate(checkpoint, *window))
+
+
+def test_a_video_is_continued(checkpoint, clips, generate):
+    flags = ["--num_frame_per_block", 1, "--video", clips / "videos" / "0.mp4"]
+    videos = [generate(checkpoint, *flags, "--num_video_frames", 5, "--seed", seed) for seed in (0, 1)]
+    assert np.array_equal(videos[0][:5], videos[1][:5])
+    assert not np.array_equal(videos[0][5:], videos[1][5:])
+    unasked = [generate(checkpoint, *flags, "--seed", seed) for seed in (0, 1)]  # the largest of at most 8 frames
+    assert np.array_equal(unasked[0], videos[0])
+    for wrong in (33, 6):
+        with pytest.raises(SystemExit):
+            generate(checkpoint, *flags, "--num_video_frames", wrong)
+
+
+def test_adapters_and_guidance_change_the_video(checkpoint, generate, tmp_path):
+    torch.manual_seed(0)
+    source = CausalWanPipeline.from_pretrained(checkpoint).transformer
+    source.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    CausalWanPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(source))
+    lora = ["--lora", tmp_path / "lora", "--lora_scale"]
+    guidance = ["--guidance_scale", 5, "--negative_prompt", "a box"]
+    flags = ["--num_frame_per_block", 1]
+    videos = [generate(checkpoint, *flags, *more) for more in ([], [*lora, 0], [*lora, 2], guidance)]
+    plain, none, adapted, guided = videos
+    assert np.array_equal(plain, none)
+    assert not np.array_equal(plain, adapted)
+    assert not np.array_equal(plain, guided)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -45,6 +127,9 @@ def test_prompts_come_from_text_files_and_csv_files(checkpoint, clips, tmp_path)
         (["--checkpoint", "x", "--prompts_file", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--checkpoint", "tests", "--prompt", "a"], "got tests, which has neither"),
         (["--checkpoint", "x", "--prompt", " "], "must not be empty"),
+        (["--checkpoint", "x.pt", "--prompt", "a"], "which does not exist"),
+        (["--checkpoint", "x", "--prompt", "a", "--num_video_frames", "5"], "name it with --video"),
+        (["--checkpoint", "x", "--prompt", "a", "--lora_scale", "5"], "one weight for each of 0 LoRAs"),
     ],
 )
 def test_bad_input_ends_with_one_message(flags, message, capsys):

@@ -1,9 +1,18 @@
+import imageio.v3 as iio
+import PIL.Image
 import pytest
 import torch
 from conftest import TINY_TRANSFORMER
+from diffusers import WanPipeline
+from diffusers.callbacks import PipelineCallback
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from peft import LoraConfig, get_peft_model_state_dict
+from torch._dynamo.testing import CompileCounter
 
+from causal_wan.encoding import decode_latents, encode_prompts, encode_videos, pad_prompt_embeds
 from causal_wan.flow import add_noise, latents_from_velocity
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.rollout import draw_frame_noise, draw_noise
 from causal_wan.transformer import CausalWanTransformer3DModel
 
 
@@ -96,3 +105,227 @@ def test_a_window_makes_rollouts_of_any_length_run_in_a_cache_of_fixed_size(embe
     long_noise = torch.randn(len(STEPS), B, 4, 20, H, W, generator=torch.Generator().manual_seed(3))
     assert pipeline.transformer.make_cache(B, 20, H, W).capacity == 4
     assert pipeline.sample_latents(embeds, long_noise, STEPS).shape == (B, 4, 20, H, W)
+
+
+def test_noise_of_a_frame_depends_neither_on_the_length_of_the_clip_nor_on_the_batch():
+    def draw(num_frames, seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return draw_noise(len(seeds), (4, num_frames, H, W), 3, generator=generators)
+
+    whole = draw(6, [1, 2])
+    assert whole.shape == (3, 2, 4, 6, H, W)
+    assert torch.equal(draw(2, [1, 2]), whole[:, :, :, :2])
+    assert torch.equal(draw(6, [2]), whole[:, 1:])
+    assert abs(whole.mean()) < 0.1
+    assert abs(whole.std() - 1) < 0.1
+
+
+def test_guidance_leads_away_from_the_negative_prompt(embeds, noise):
+    pipeline, negative = make_pipeline(), embeds.flip(1)
+    one_step = noise[:1]
+    positive, away = (pipeline.sample_latents(text, one_step, [1000]) for text in (embeds, negative))
+    guided = pipeline.sample_latents(
+        embeds, one_step, [1000], negative_prompt_embeds=negative, guidance_scale=3.0
+    )  # of one step from pure noise, clean latents are linear in the velocity
+    torch.testing.assert_close(guided, away + 3 * (positive - away), rtol=1e-4, atol=1e-4)
+
+
+def test_guided_rollouts_keep_both_pasts(embeds, noise):
+    pipeline = make_pipeline(num_frame_per_block=2)
+    plain = pipeline.sample_latents(embeds, noise, STEPS)
+    same = pipeline.sample_latents(embeds, noise, STEPS, negative_prompt_embeds=embeds.clone(), guidance_scale=4.0)
+    torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-4)
+    other = pipeline.sample_latents(embeds, noise, STEPS, negative_prompt_embeds=-embeds, guidance_scale=4.0)
+    assert not torch.allclose(other, plain, atol=1e-2)
+
+
+def test_a_clip_goes_on_from_its_first_blocks_as_if_they_had_been_sampled(embeds, noise):
+    pipeline = make_pipeline(num_frame_per_block=2)
+    whole = pipeline.sample_latents(embeds, noise, STEPS)
+    continued = pipeline.sample_latents(embeds, noise, STEPS, initial_latents=whole[:, :, :4])
+    assert torch.equal(continued, whole)
+    changed = pipeline.sample_latents(embeds, noise, STEPS, initial_latents=whole[:, :, :4] + 1)
+    assert torch.equal(changed[:, :, :4], whole[:, :, :4] + 1)
+    assert not torch.allclose(changed[:, :, 4:], whole[:, :, 4:], atol=1e-3)
+
+
+@pytest.mark.parametrize(("num_given", "advice"), [(3, "give 5 or 13 frames"), (6, "give 13 frames"), (5, "give 13")])
+def test_only_whole_blocks_before_the_end_can_be_continued(embeds, noise, num_given, advice):
+    given = torch.zeros(B, 4, num_given, H, W)
+    with pytest.raises(ValueError, match=advice):
+        make_pipeline(num_frame_per_block=2).sample_latents(embeds, noise, STEPS, initial_latents=given)
+
+
+def test_a_video_without_end_is_sampled_in_fixed_memory_and_begins_as_any_other(embeds):
+    pipeline = make_pipeline(num_frame_per_block=2, local_attn_size=4, sink_size=1)
+
+    def frames():
+        return draw_frame_noise(B, (4, H, W), len(STEPS), generator=torch.Generator().manual_seed(5))
+
+    endless = pipeline.sample_blocks(embeds, frames(), STEPS)
+    blocks = [next(endless) for _ in range(4)]
+    of_eight = pipeline.sample_latents(
+        embeds, draw_noise(B, (4, 8, H, W), 3, generator=torch.Generator().manual_seed(5)), STEPS
+    )
+    assert torch.equal(torch.cat(blocks, dim=2), of_eight)
+    with pytest.raises(ValueError, match="must be sampled in blocks with a window"):
+        next(make_pipeline(num_frame_per_block=2).sample_blocks(embeds, frames(), STEPS))
+
+
+def test_sampling_goes_on_beyond_the_rotary_table(embeds):
+    pipeline = make_pipeline(num_frame_per_block=2, local_attn_size=4)
+    noise = torch.randn(1, B, 4, 20, H, W, generator=torch.Generator().manual_seed(3))
+    expected = pipeline.sample_latents(embeds, noise, [1000])
+    pipeline.transformer.rope = WanRotaryPosEmbed(24, (1, 2, 2), 7)
+    assert torch.equal(pipeline.sample_latents(embeds, noise, [1000]), expected)
+
+
+def test_one_graph_serves_all_layers_and_few_serve_a_rollout(embeds):
+    pipeline = make_pipeline(num_frame_per_block=2, local_attn_size=4, sink_size=1)
+    noise = torch.randn(len(STEPS), B, 4, 20, H, W, generator=torch.Generator().manual_seed(3))
+    expected = pipeline.sample_latents(embeds, noise, STEPS)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
+    torch.testing.assert_close(pipeline.sample_latents(embeds, noise, STEPS), expected)
+    # With the prompt's keys to be computed or at hand, and the cache full or growing.
+    assert 1 <= counter.frame_count <= 4
+    compiled = counter.frame_count
+    pipeline.sample_latents(embeds, noise, STEPS)
+    assert counter.frame_count == compiled
+    torch._dynamo.reset()
+
+
+# --- calls, as of any diffusers pipeline -----------------------------------------------------------------------------
+
+CALL = {"num_frames": 13, "height": 32, "width": 48, "denoising_step_list": (1000, 500), "output_type": "pt"}
+
+
+@pytest.fixture
+def pipeline(checkpoint):
+    pipeline = CausalWanPipeline.from_pretrained(checkpoint, num_frame_per_block=1)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def call(pipeline, prompt="a ball", seed=0, **changes):
+    return pipeline(prompt, generator=torch.Generator().manual_seed(seed), **{**CALL, **changes}).frames
+
+
+def test_a_call_takes_noise_as_it_would_draw_it(pipeline):
+    generator = torch.Generator().manual_seed(0)
+    noise = pipeline.draw_noise(1, 13, 32, 48, (1000, 500), generator=generator)
+    assert torch.equal(call(pipeline, noise=noise), call(pipeline))
+
+
+def test_several_videos_of_a_prompt_differ_and_lie_side_by_side(pipeline):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    videos = pipeline(["a ball", "a box"], num_videos_per_prompt=2, generator=generators, **CALL).frames
+    assert videos.shape == (4, 13, 3, 32, 48)
+    torch.testing.assert_close(videos[2:3], call(pipeline, "a box", seed=2), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(videos[0], videos[1], atol=1e-2)
+
+
+def test_guidance_of_a_call_uses_the_negative_prompt(pipeline):
+    plain, guided, other = (
+        call(pipeline, **settings)
+        for settings in ({}, {"guidance_scale": 6.0}, {"guidance_scale": 6.0, "negative_prompt": "a box"})
+    )
+    assert not torch.equal(plain, guided)
+    assert not torch.equal(guided, other)
+    assert torch.equal(call(pipeline, guidance_scale=1.0, negative_prompt="a box"), plain)
+    with pytest.raises(ValueError, match="one negative prompt, or one for each prompt, got 2 for 1 videos"):
+        call(pipeline, guidance_scale=2.0, negative_prompt=["a", "b"])
+
+
+def test_a_call_continues_a_video(pipeline, clips):
+    frames = iio.imread(next(clips.glob("**/*.mp4")), plugin="pyav")[:5]
+    given = [PIL.Image.fromarray(frame).resize((48, 32)) for frame in frames]
+    video = call(pipeline, video=given)
+    latents = encode_videos(pipeline.vae, pipeline.video_processor.preprocess_video(given))
+    expected = call(pipeline, initial_latents=latents)
+    assert torch.equal(video, expected)
+    decoded = decode_latents(pipeline.vae, latents)
+    torch.testing.assert_close(video[0, :5], (decoded[0].transpose(0, 1) + 1) / 2)
+    streamed = pipeline.stream("a ball", generator=torch.Generator().manual_seed(0), video=given, **CALL)
+    assert torch.equal(torch.cat(list(streamed), dim=1), expected)
+    with pytest.raises(ValueError, match="num_frames must be 4k"):
+        call(pipeline, video=given[:4])
+
+
+def test_a_callback_sees_and_changes_each_step(pipeline):
+    seen = []
+
+    def look(pipe, step, timestep, tensors):
+        assert pipe is pipeline
+        seen.append((step, float(timestep), tuple(tensors)))
+        return tensors
+
+    call(pipeline, callback_on_step_end=look)
+    assert seen == [(step, (1000.0, 500.0)[step % 2], ("latents",)) for step in range(8)]
+    blank = call(pipeline, callback_on_step_end=lambda *step: {"latents": torch.zeros_like(step[-1]["latents"])})
+    expected = decode_latents(pipeline.vae, torch.zeros(1, 16, 4, 4, 6))
+    torch.testing.assert_close(blank[0], (expected[0].transpose(0, 1) + 1) / 2)
+    with pytest.raises(ValueError, match="must be of latents, prompt_embeds, negative_prompt_embeds, got noise"):
+        call(pipeline, callback_on_step_end=look, callback_on_step_end_tensor_inputs=["noise"])
+
+
+def test_a_callback_changes_the_prompt_from_a_step_on(pipeline):
+    other = pad_prompt_embeds(encode_prompts(pipeline.tokenizer, pipeline.text_encoder, ["a box"], 512))
+
+    def swap(pipe, step, timestep, tensors):
+        return {"prompt_embeds": other} if step >= 3 else {}
+
+    names = ["prompt_embeds"]
+    swapped = call(pipeline, callback_on_step_end=swap, callback_on_step_end_tensor_inputs=names)
+    plain = call(pipeline)
+    assert torch.equal(swapped[:, :5], plain[:, :5])  # two steps for each of two blocks
+    assert not torch.equal(swapped[:, 5:], plain[:, 5:])
+
+
+def test_a_callback_ends_a_video_after_the_current_block(pipeline):
+    class Stop(PipelineCallback):
+        tensor_inputs = ("latents",)
+
+        def callback_fn(self, pipe, step, timestep, tensors):
+            pipe._interrupt = step == 3
+            return tensors
+
+    stopped = call(pipeline, callback_on_step_end=Stop())
+    assert stopped.shape[1] == 5
+    torch.testing.assert_close(stopped, call(pipeline)[:, :5])
+
+
+def test_adapters_load_combine_fuse_and_leave(pipeline, tmp_path):
+    plain = call(pipeline)
+    for number, name in enumerate(("one", "two")):
+        torch.manual_seed(number)
+        source = CausalWanPipeline.from_pretrained(pipeline.config._name_or_path).transformer
+        config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "ffn.net.2"], init_lora_weights=False)
+        source.add_adapter(config)
+        CausalWanPipeline.save_lora_weights(tmp_path / name, get_peft_model_state_dict(source))
+        pipeline.load_lora_weights(tmp_path / name, adapter_name=name)
+    torch.testing.assert_close(call(pipeline, attention_kwargs={"scale": 0.0}), plain)
+    videos = {}
+    for name, adapters, weights in (("one", ["one"], [1.0]), ("both", ["one", "two"], [1.0, 0.5])):
+        pipeline.set_adapters(adapters, weights)
+        videos[name] = call(pipeline)
+    assert not torch.allclose(videos["one"], plain, atol=1e-3)
+    assert not torch.allclose(videos["one"], videos["both"], atol=1e-3)
+    pipeline.fuse_lora(adapter_names=["one", "two"])
+    torch.testing.assert_close(call(pipeline), videos["both"], rtol=1e-3, atol=1e-3)
+    pipeline.unfuse_lora()
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(call(pipeline), plain, rtol=1e-3, atol=1e-3)
+
+
+def test_a_pipeline_takes_stock_parts_and_knows_its_step_list(checkpoint, tmp_path):
+    stock = WanPipeline.from_pretrained(checkpoint)
+    stock.transformer.register_to_config(num_frame_per_block=1)
+    pipeline = CausalWanPipeline(**stock.components, denoising_step_list=[1000, 500])
+    assert isinstance(pipeline.transformer, CausalWanTransformer3DModel)
+    seeded = pipeline("a ball", generator=torch.Generator().manual_seed(0), **{**CALL, "denoising_step_list": None})
+    same = CausalWanPipeline.from_pretrained(checkpoint, num_frame_per_block=1)
+    assert torch.equal(seeded.frames, call(same))
+    with pytest.raises(ValueError, match="one transformer, got two"):
+        CausalWanPipeline(**{**stock.components, "transformer_2": stock.transformer})
