@@ -3,6 +3,7 @@
     python convert_checkpoint.py --input outputs/my-wan/checkpoint-500 --output outputs/my-wan-500
     python convert_checkpoint.py --input self_forcing_dmd.pt --output outputs/self-forcing
     python convert_checkpoint.py --input outputs/my-wan --output my-wan.pt --to original
+    python convert_checkpoint.py --input outputs/my-wan --output outputs/my-wan-pipeline --to pipeline
 
 Whatever the strategy (one GPU, DDP, FSDP2, DeepSpeed), the first makes what the run would have left had it ended
 there: `transformer/` in diffusers format or the LoRA file, and `config.yaml`. `generate.py --checkpoint` takes it.
@@ -10,11 +11,14 @@ Checkpoints of runs hold files in pickle format: convert only those that you wro
 
 The others read a safetensors file, a `.pt` of CausVid or Self Forcing (as tensors alone), or a folder with weights in
 diffusers format, and change names only. A `.pt` with WAN's names is what Self Forcing's own inference reads.
+`--to pipeline` makes a whole diffusers folder, which stock `WanPipeline` loads, and which streams without this
+repository: it has a custom pipeline in it (`causal_wan/export.py`).
 """
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -23,7 +27,18 @@ from safetensors.torch import save_file
 
 from causal_wan.checkpoints import read_weights
 from causal_wan.config import parse_config, user_errors
-from causal_wan.models import add_lora, causal_settings, load_transformer, save_lora, save_transformer
+from causal_wan.export import export_pipeline
+from causal_wan.models import (
+    LORA_WEIGHTS_NAME,
+    add_lora,
+    causal_settings,
+    load_transformer,
+    save_lora,
+    save_transformer,
+)
+from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.student import read_run as read_student
+from causal_wan.student import resolve_settings
 from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.wan_names import COMFYUI_PREFIX, Names, infer_architecture, read_state, to_diffusers, to_original
 
@@ -36,8 +51,10 @@ class Config:
     """`checkpoint-STEP` in the output folder of a run; or weights: a file, or a folder in diffusers format."""
     output: str
     """New folder; with `to` original or comfyui a new .safetensors, or .pt."""
-    to: Names = "diffusers"
-    """Names of the weights in the output."""
+    to: Names | Literal["pipeline"] = "diffusers"
+    """Names of the weights in the output; or a whole pipeline."""
+    pretrained_model_name_or_path: str | None = None
+    """Where a pipeline's VAE and text encoder are: None is what the run was made from, or WAN's own."""
     use_ema: bool = True
     """Take the moving average if the checkpoint has one."""
     attention_head_dim: int = 128
@@ -46,7 +63,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Converts a checkpoint of a run, or weights."""
-    if Path(config.input).name.startswith("checkpoint-") and Path(config.input).is_dir():
+    if config.to == "pipeline":
+        with user_errors():
+            make_pipeline(config)
+    elif Path(config.input).name.startswith("checkpoint-") and Path(config.input).is_dir():
         convert_checkpoint(config)
     else:
         with user_errors():
@@ -98,6 +118,41 @@ def read_weights_of(path: Path, *, average: bool) -> dict[str, torch.Tensor]:
             f"diffusers format, got {path}."
         )
     return {name: weight for file in files for name, weight in read_state(file).items()}
+
+
+def make_pipeline(config: Config) -> None:
+    """Writes a student as a whole pipeline; adapters become part of the weights.
+
+    Raises:
+        ValueError: If input or output cannot be used.
+    """
+    run = read_student(config.input, config.pretrained_model_name_or_path)
+    base, output = run.get("pretrained_model_name_or_path", config.input), Path(config.output)
+    if output.exists():
+        raise ValueError(f"output must be a new folder, but {output} exists.")
+    student = Path(config.input)
+    if (student / "transformer").is_dir():
+        shutil.copytree(student / "transformer", output / "transformer")
+    else:
+        causal = causal_settings(run) if run else {"num_frame_per_block": None}
+        transformer = load_transformer(
+            base, generator_ckpt=run.get("generator_ckpt"), revision=run.get("revision"), **causal
+        )
+        if (student / LORA_WEIGHTS_NAME).is_file():
+            fuse_lora(transformer, student)
+        transformer.save_pretrained(output / "transformer")
+    timesteps = resolve_settings(run).timesteps
+    export_pipeline(base, output, timesteps, revision=run.get("revision"))
+    print(f"saved: generate.py --checkpoint {output} --prompt '...'")
+
+
+def fuse_lora(transformer: CausalWanTransformer3DModel, folder: Path) -> None:
+    """Adds the LoRA of a run to the weights."""
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
+    pipeline = CausalWanPipeline(**parts, transformer=transformer)
+    pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
 
 
 def convert_checkpoint(config: Config) -> None:

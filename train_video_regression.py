@@ -40,6 +40,7 @@ from causal_wan.cached_data import (
 from causal_wan.checkpoints import check_output_dir
 from causal_wan.config import flat_dict, parse_config, user_errors, write_recipe
 from causal_wan.encoding import PromptEncoder, check_video_size, encode_prompts, encode_videos, pad_prompt_embeds
+from causal_wan.export import write_pipeline_file
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.losses import frame_losses, level_statistics, masked_sum_over_count
 from causal_wan.memory import (
@@ -451,7 +452,8 @@ def make_vae(config: Config, device: torch.device, *, is_needed: bool) -> Autoen
 
 
 def save_student(transformer: CausalWanTransformer3DModel, weights: dict[str, torch.Tensor], config: Config) -> None:
-    """Writes `transformer/` in diffusers format, or the LoRA file, into the output folder."""
+    """Writes `transformer/` in diffusers format, or the LoRA file, and `pipeline.py` into the output folder."""
+    write_pipeline_file(config.training.output_dir)
     if config.model.lora_rank > 0:
         save_lora(transformer, weights, config.training.output_dir)
     else:

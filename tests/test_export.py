@@ -1,0 +1,137 @@
+"""What leaves the repository: whole pipelines that stream without it."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import run_here
+from diffusers import DiffusionPipeline, WanPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+
+from causal_wan.export import SAMPLING_MODULES, bundle_pipeline
+from causal_wan.pipeline import CausalWanPipeline
+
+
+CALL = {"num_frames": 13, "height": 32, "width": 48}
+
+# Runs far from the repository: the folder is all that it knows.
+STRANGER = """
+import sys
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+
+folder, output = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+generator = torch.Generator().manual_seed(0)
+blocks = list(pipeline.stream("a ball", num_frames=13, height=32, width=48, generator=generator))
+assert [block.shape[1] for block in blocks] == [1, 4, 4, 4]
+assert not any(name.startswith("causal_wan") for name in sys.modules)
+np.save(output, np.concatenate(blocks, axis=1))
+"""
+
+
+@pytest.fixture(scope="module")
+def run_folder(checkpoint, tmp_path_factory):
+    """The output folder of a run that trained nothing."""
+    folder = tmp_path_factory.mktemp("run")
+    pipeline = CausalWanPipeline.from_pretrained(checkpoint, num_frame_per_block=1)
+    pipeline.transformer.save_pretrained(folder / "transformer")
+    run = {
+        "pretrained_model_name_or_path": str(checkpoint),
+        "revision": None,
+        "generator_ckpt": None,
+        "generator_task": "causal_video",
+        "num_frame_per_block": 1,
+        "local_attn_size": -1,
+        "sink_size": 0,
+        "independent_first_frame": False,
+        "denoising_step_list": [1000, 600, 0],
+        "warp_denoising_step": False,
+        "timestep_shift": 1.0,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(run))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "pipeline"
+    run_here("convert_checkpoint.py", "--input", run_folder, "--output", folder, "--to", "pipeline")
+    return folder
+
+
+def sample(pipeline, **settings):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline("a ball", generator=torch.Generator().manual_seed(0), **CALL, **settings).frames
+
+
+def test_an_exported_folder_streams_without_this_repository(exported, checkpoint, tmp_path):
+    (tmp_path / "stranger.py").write_text(STRANGER)
+    command = [sys.executable, "stranger.py", str(exported), "video.npy"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ours = CausalWanPipeline.from_pretrained(checkpoint, num_frame_per_block=1)
+    expected = sample(ours, denoising_step_list=(1000, 600))
+    np.testing.assert_allclose(np.load(tmp_path / "video.npy"), expected, atol=1e-4)
+
+
+def test_stock_and_own_pipelines_load_an_exported_folder(exported, checkpoint):
+    stock = WanPipeline.from_pretrained(exported)
+    base = WanPipeline.from_pretrained(checkpoint)
+    videos = [sample(pipeline, num_inference_steps=2, guidance_scale=1.0) for pipeline in (stock, base)]
+    assert np.array_equal(*videos)
+    ours = CausalWanPipeline.from_pretrained(exported)
+    assert ours.config.denoising_step_list == [1000, 600, 0]
+    assert ours.transformer.config.num_frame_per_block == 1
+    assert type(DiffusionPipeline.from_pretrained(exported)) is WanPipeline
+    assert "_name_or_path" not in json.loads((exported / "model_index.json").read_text())
+
+
+def test_parts_of_another_checkpoint_join_an_exported_pipeline_file(run_folder, exported, checkpoint):
+    from diffusers import WanTransformer3DModel
+
+    pipeline = DiffusionPipeline.from_pretrained(
+        checkpoint,
+        custom_pipeline=str(exported),
+        trust_remote_code=True,
+        transformer=WanTransformer3DModel.from_pretrained(run_folder, subfolder="transformer"),
+        denoising_step_list=[1000, 600],
+    )
+    assert type(pipeline).__name__ == "CausalWanPipeline"
+    assert pipeline.config.denoising_step_list == [1000, 600]
+    assert pipeline.transformer.config.num_frame_per_block == 1
+    ours = CausalWanPipeline.from_pretrained(exported)
+    assert np.array_equal(sample(pipeline), sample(ours))
+
+
+def test_adapters_become_part_of_an_exported_pipeline(run_folder, checkpoint, tmp_path):
+    torch.manual_seed(0)
+    adapted = CausalWanPipeline.from_pretrained(checkpoint, num_frame_per_block=1)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    adapted.transformer.add_adapter(config)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text((run_folder / "config.yaml").read_text())
+    metadata = {"transformer_lora_adapter_metadata": adapted.transformer.peft_config["default"].to_dict()}
+    CausalWanPipeline.save_lora_weights(tmp_path / "run", get_peft_model_state_dict(adapted.transformer), **metadata)
+    flags = ["--input", tmp_path / "run", "--output", tmp_path / "out", "--to", "pipeline"]
+    run_here("convert_checkpoint.py", *flags)
+    expected = sample(adapted, denoising_step_list=(1000, 600))
+    exported = CausalWanPipeline.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(sample(exported), expected, atol=1e-3)
+    plain = CausalWanPipeline.from_pretrained(checkpoint, num_frame_per_block=1)
+    assert np.abs(sample(plain, denoising_step_list=(1000, 600)) - expected).max() > 1e-2
+
+
+def test_the_pipeline_file_has_each_name_once():
+    tree = ast.parse(bundle_pipeline())
+    names = Counter(node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    assert max(names.values()) == 1
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not any(module.startswith("causal_wan") for module in imported)
+    assert len(SAMPLING_MODULES) == 8
