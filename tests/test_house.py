@@ -47,11 +47,12 @@ ALLOWED = {
     "dataset_survey": {"data_config"},
     "dataset_report": {"dataset_survey"},
     "config": set(),
-    "run_log": set(),
+    "trackers": set(),
+    "run_log": {"trackers"},
     "checkpoints": set(),
     "strategies": set(),
-    "training": {"checkpoints", "run_log", "strategies"},
-    "validation": {"memory", "models", "pipeline", "regression", "run_log", "transformer"},
+    "training": {"checkpoints", "run_log", "strategies", "trackers"},
+    "validation": {"memory", "models", "pipeline", "regression", "run_log", "trackers", "transformer"},
 }
 
 # What knows files and samples, and no noise, models or devices.
