@@ -196,8 +196,8 @@ class TensorBoard:
 
         self.make_writer = lambda: SummaryWriter(str(Path(run.output_dir) / "logs" / run.name))
         self.writer = self.make_writer()
-        flags = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.items()}
-        # Not add_hparams, which makes a run of its own of them.
+        # Numbers are axes of its plots; all else is text. Not add_hparams, which makes a run of its own of them.
+        flags = {key: value if type(value) in (int, float) else str(value) for key, value in config.items()}
         experiment, session, _ = hparams(flags, dict.fromkeys(["generator_loss", "validation_loss"], 0))
         self.writer.file_writer.add_summary(experiment)
         self.writer.file_writer.add_summary(session)
@@ -274,7 +274,9 @@ def gif_summary(name: str, video: CaptionedVideo) -> Any:
 
     `SummaryWriter.add_video` makes the same of tensors, but needs a moviepy older than 2 and knows no captions.
     """
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.image.metadata import create_summary_metadata
+    from tensorboard.util.tensor_util import make_tensor_proto
 
     frames = [Image.fromarray(frame) for frame in iio.imread(video.path, plugin="pyav")]
     for frame in frames:
@@ -283,6 +285,6 @@ def gif_summary(name: str, video: CaptionedVideo) -> Any:
     milliseconds = 1000 / iio.immeta(video.path, plugin="pyav")["fps"]
     frames[0].save(buffer, "gif", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
     width, height = frames[0].size
-    image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=buffer.getvalue())
-    metadata = SummaryMetadata(display_name=name, summary_description=video.caption)
-    return Summary(value=[Summary.Value(tag=name, metadata=metadata, image=image)])
+    image = make_tensor_proto([b"%d" % width, b"%d" % height, buffer.getvalue()])
+    metadata = create_summary_metadata(display_name=name, description=video.caption)
+    return Summary(value=[Summary.Value(tag=name, metadata=metadata, tensor=image)])
