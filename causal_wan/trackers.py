@@ -4,13 +4,14 @@ accelerate's own wrappers log scalars alone, start all or none, and let every er
 (videos with their prompts, the config, charts by level) and what a resumed run needs differs by library anyway.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import io
 import json
 import logging
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -130,7 +131,7 @@ class Trackers:
                         "%s could not be written to (%s: %s). The run goes on, and metrics.jsonl has what is missing.",
                         tracker.name,
                         type(error).__name__,
-                        error,
+                        " ".join(str(error).split()),
                     )
                 self._failing.add(tracker.name)
 
@@ -146,7 +147,7 @@ def start_each(names: Iterable[TrackerName], run: TrackedRun, config: dict[str, 
         try:
             started.append(TRACKERS[name](run, config))
         except Exception as error:
-            reason = f"{name} could not be started ({type(error).__name__}: {error})"
+            reason = f"{name} could not be started ({type(error).__name__}: {' '.join(str(error).split())})"
             if must_start:
                 advice = "; run `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else ""
                 raise ValueError(f"{reason}{advice}; or leave {name} out of --report_to.") from error
@@ -191,43 +192,55 @@ class TensorBoard:
     name = "tensorboard"
 
     def __init__(self, run: TrackedRun, config: dict[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self.make_writer = lambda: SummaryWriter(str(Path(run.output_dir) / "logs" / run.name))
-        self.writer = self.make_writer()
+        self.folder = Path(run.output_dir) / "logs" / run.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._writer: Any = None
         # Numbers are axes of its plots; all else is text. Not add_hparams, which makes a run of its own of them.
         flags = {key: value if type(value) in (int, float) else str(value) for key, value in config.items()}
         experiment, session, _ = hparams(flags, dict.fromkeys(["generator_loss", "validation_loss"], 0))
-        self.writer.file_writer.add_summary(experiment)
-        self.writer.file_writer.add_summary(session)
         charts = {name: ["Multiline", [f"^{name}_at_time_.*"]] for name in CHARTED}
-        self.writer.add_custom_scalars({"by level": charts})
-        self.writer.flush()
+        with self._open_writer() as writer:
+            writer.file_writer.add_summary(experiment)
+            writer.file_writer.add_summary(session)
+            writer.add_custom_scalars({"by level": charts})
 
     def rewind(self, step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        self.writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1)
+        with self._open_writer() as writer:
+            writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1)
 
     def log(self, entry: dict[str, float], step: int) -> None:
-        for name, value in entry.items():
-            self._write(self.writer.add_scalar, name, value, step)
-        self._write(self.writer.flush)
+        with self._open_writer() as writer:
+            for name, value in entry.items():
+                writer.add_scalar(name, value, step)
 
     def log_videos(self, videos: dict[str, CaptionedVideo], step: int) -> None:
-        for name, video in videos.items():
-            self._write(self.writer.file_writer.add_summary, gif_summary(name, video), step)
-        self._write(self.writer.flush)
+        with self._open_writer() as writer:
+            for name, video in videos.items():
+                writer.file_writer.add_summary(gif_summary(name, video), step)
 
     def finish(self) -> None:
-        self.writer.close()
+        with self._open_writer() as writer:
+            writer.close()
 
-    def _write(self, write: Callable[..., None], *what: Any) -> None:
+    @contextlib.contextmanager
+    def _open_writer(self) -> Iterator[Any]:
+        """The writer, flushed in the end. One that failed is of no more use; once there is room, a new one goes on."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._writer is None:
+            room = self.folder / "room"
+            room.write_bytes(bytes(1 << 16))
+            room.unlink()
+            self._writer = SummaryWriter(str(self.folder))
         try:
-            write(*what)
+            yield self._writer
+            self._writer.flush()
         except OSError:
-            self.writer = self.make_writer()  # the old one stays broken, when the disk has room again
+            self._writer = None
             raise
 
 
