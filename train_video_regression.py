@@ -83,6 +83,7 @@ from causal_wan.strategies import (
     sharding,
     takes_over_checkpointing,
 )
+from causal_wan.trackers import resolve_trackers
 from causal_wan.training import (
     EXIT_STOPPED,
     Batch,
@@ -92,6 +93,7 @@ from causal_wan.training import (
     gather_weights,
     make_accelerator,
     prepare_run,
+    start_trackers,
     train,
 )
 from causal_wan.transformer import CausalWanTransformer3DModel
@@ -268,6 +270,7 @@ def main(config: Config) -> None:
     with user_errors():
         check_generator_ckpt(config.model.generator_ckpt)
         check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
+        resolve_trackers(config.training.report_to)
         data = load_run_data(
             config.data,
             validation_metadata_path=config.validation.validation_metadata_path,
@@ -288,7 +291,7 @@ def main(config: Config) -> None:
                 print(f"memory      unknown without the checkpoint's configuration: {error}")
         return
 
-    accelerator = make_accelerator(config.training, flat_dict(config))
+    accelerator = make_accelerator(config.training)
     config = with_checkpointing_of_launch(config, accelerator)
     if accelerator.is_main_process:
         write_recipe(with_absolute_paths(config), Path(config.training.output_dir) / "config.yaml")
@@ -298,6 +301,7 @@ def main(config: Config) -> None:
     validation_prompts = [row.prompts[0] for row in data.validation_rows] + list(config.validation.validation_prompts)
     prompts = [*data.prompts, *validation_prompts]
     with user_errors():
+        trackers = start_trackers(accelerator, config.training, flat_dict(config))
         check_streaming(config, accelerator)
         data.open_cache(
             config.cache,
@@ -320,7 +324,7 @@ def main(config: Config) -> None:
     if data.streams:
         accelerator.register_for_checkpointing(data.lane_states)
     with user_errors():
-        run = prepare_run(accelerator, config.training, transformer)
+        run = prepare_run(accelerator, config.training, transformer, trackers)
     validate = Validation(
         accelerator,
         method,
@@ -350,6 +354,7 @@ def main(config: Config) -> None:
             before_checkpoint=data.gather_lane_states if data.streams else None,
         )
     if not complete:
+        trackers.finish()
         accelerator.end_training()
         sys.exit(EXIT_STOPPED)
     with ema_weights(run.ema, run.unwrapped_model):
@@ -358,6 +363,7 @@ def main(config: Config) -> None:
         save_student(run.unwrapped_model, weights, config)
         print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
     accelerator.wait_for_everyone()
+    trackers.finish()
     accelerator.end_training()
 
 

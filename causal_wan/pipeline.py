@@ -44,7 +44,7 @@ class CausalWanPipeline(WanPipeline):
         text_encoder: UMT5EncoderModel,
         vae: AutoencoderKLWan,
         scheduler: Any,
-        transformer: WanTransformer3DModel,  # no default: `DiffusionPipeline.from_pretrained` takes it from calls only so
+        transformer: WanTransformer3DModel,  # no default, or diffusers will not take one that is given
         transformer_2: WanTransformer3DModel | None = None,
         boundary_ratio: float | None = None,
         expand_timesteps: bool = False,

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import imageio.v3 as iio
-import numpy as np
 import torch
+
+from causal_wan.trackers import CaptionedVideo
 
 
 logger = logging.getLogger(__name__)
@@ -89,11 +89,11 @@ class StepLog:
         self._start_interval()
         return entry
 
-    def write_validation(self, metrics: dict[str, float], videos: dict[str, Path]) -> None:
+    def write_validation(self, metrics: dict[str, float], videos: dict[str, CaptionedVideo]) -> None:
         """Writes what a validation measured and hands its videos to the trackers; its time counts for no step."""
         if self.run.accelerator.is_main_process:
             self._record(metrics)
-            log_videos(self.run.accelerator, videos, self.run.state.step)
+            self.run.trackers.log_videos(videos, self.run.state.step)
 
     def _entry(self, sums: Sums) -> dict[str, float]:
         seconds = sum(self.seconds.values())
@@ -122,7 +122,7 @@ class StepLog:
                 file.write(json.dumps({"step": step, **entry}) + "\n")
         except OSError as error:
             logger.error("the metrics of step %d could not be written (%s); the run goes on.", step, error)
-        self.run.accelerator.log(entry, step=step)
+        self.run.trackers.log(entry, step)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -130,21 +130,3 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def log_videos(accelerator: Any, videos: dict[str, Path], step: int) -> None:
-    """Hands mp4 files to the trackers: as videos where the tracker plays them, as rows of frames to tensorboard."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "wandb":
-            import wandb
-
-            tracker.log({name: wandb.Video(str(path), format="mp4") for name, path in videos.items()}, step=step)
-        elif tracker.name == "trackio":
-            import trackio
-
-            tracker.log({name: trackio.Video(str(path), format="mp4") for name, path in videos.items()}, step=step)
-        elif tracker.name == "tensorboard":
-            for name, path in videos.items():
-                frames = iio.imread(path, plugin="pyav")
-                row = np.concatenate(list(frames[np.linspace(0, len(frames) - 1, 8).astype(int)]), axis=1)
-                tracker.writer.add_image(name, row, global_step=step, dataformats="HWC")

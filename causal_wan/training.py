@@ -42,6 +42,7 @@ from causal_wan.checkpoints import (
 )
 from causal_wan.run_log import METRICS_NAME, MetricSums, StepLog, Sums, truncate_metrics
 from causal_wan.strategies import count_replicas
+from causal_wan.trackers import CaptionedVideo, Trackers, identify_run, resolve_trackers, start_each
 
 
 logger = logging.getLogger(__name__)
@@ -104,10 +105,12 @@ class TrainingConfig:
     """`latest` (starts anew when there is none) or the path of a checkpoint."""
     logging_steps: int = 10
     """Steps between log entries, each over all steps since the last."""
-    report_to: Literal["wandb", "tensorboard", "trackio", "all", "none"] = "tensorboard"
-    """Tracker; metrics.jsonl is written in any case."""
+    report_to: tuple[Literal["wandb", "tensorboard", "trackio", "all", "none"], ...] = ("tensorboard",)
+    """Trackers, any number; `all` that are installed. metrics.jsonl is written in any case."""
     tracker_project_name: str = "causal-wan"
-    """Project that the tracker files the run under."""
+    """Project that wandb and trackio file the run under."""
+    run_name: str | None = None
+    """What trackers call the run; the name of the output folder by default. A resumed run keeps its name."""
     validation_steps: int = 500
     """Steps between validations."""
     max_nonfinite_steps: int = 10
@@ -121,6 +124,10 @@ class TrainingConfig:
         for name in at_least_one.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ValueError(f"report_to must name trackers, or be none alone, got {' '.join(self.report_to)}.")
+        if self.run_name is not None and (self.run_name in ("", ".", "..") or "/" in self.run_name):
+            raise ValueError(f"run_name must serve as the name of a folder, got {self.run_name!r}; leave out slashes.")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}; try 2e-6, or 1e-4 for LoRA.")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
@@ -159,21 +166,13 @@ class RunState:
 # --- set up ----------------------------------------------------------------------------------------------------------
 
 
-def make_accelerator(config: TrainingConfig, tracker_config: dict[str, Any]) -> Accelerator:
-    """The Accelerator of a run, with its trackers started and the output folder made.
-
-    Args:
-        config: The run's settings.
-        tracker_config: The resolved config, shown by the trackers.
-    """
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """The Accelerator of a run, with the output folder made."""
     accelerator = Accelerator(
         # Told nothing, accelerate takes several processes on a machine without a GPU for so many separate runs.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "logs")
-        ),
+        project_config=ProjectConfiguration(project_dir=config.output_dir),
         # The loop hands over exactly the passes of one step, so the loader's end must not force a step.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
@@ -207,12 +206,31 @@ def make_accelerator(config: TrainingConfig, tracker_config: dict[str, Any]) -> 
     if accelerator.is_main_process:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    hyperparameters = {
-        key: value if isinstance(value, int | float | str | bool) else str(value)
-        for key, value in tracker_config.items()
-    }
-    accelerator.init_trackers(config.tracker_project_name, config=hyperparameters)
     return accelerator
+
+
+def start_trackers(accelerator: Accelerator, config: TrainingConfig, settings: dict[str, Any]) -> Trackers:
+    """The trackers of a run, started on the main process.
+
+    Args:
+        accelerator: Of the run.
+        config: Says which trackers, and what the run is called.
+        settings: The resolved settings, flat, for the trackers to show.
+
+    Raises:
+        ValueError: If a tracker is not installed, or does not start for a new run.
+    """
+    names = resolve_trackers(config.report_to)
+    if not names or not accelerator.is_main_process:
+        return Trackers()
+    run = identify_run(
+        config.output_dir,
+        project=config.tracker_project_name,
+        run_name=config.run_name,
+        resumes=config.resume_from_checkpoint is not None,
+    )
+    has_checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir) is not None
+    return start_each(names, run, settings, must_start=not has_checkpoint)
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
@@ -306,6 +324,7 @@ class Run:
     ema: EMAModel | None
     state: RunState
     metrics: MetricSums
+    trackers: Trackers
 
     @property
     def unwrapped_model(self) -> torch.nn.Module:
@@ -340,8 +359,12 @@ def _whole(accelerator: Accelerator, parameter: torch.nn.Parameter) -> torch.Ten
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def prepare_run(accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module) -> Run:
+def prepare_run(
+    accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module, trackers: Trackers | None = None
+) -> Run:
     """Optimizer, schedule and EMA of a model, prepared by accelerate and, when the config says so, resumed.
+
+    Trackers come from `start_trackers`; without them metrics.jsonl is all that is written.
 
     Raises:
         ValueError: If the strategy cannot do what the config asks for, or the checkpoint to resume does not fit.
@@ -372,7 +395,9 @@ def prepare_run(accelerator: Accelerator, config: TrainingConfig, model: torch.n
     ema = None
     if config.use_ema:
         ema = EMAModel(trainable_parameters(accelerator.unwrap_model(model)), decay=config.ema_decay)
-    run = Run(accelerator, config, model, optimizer, lr_scheduler, ema, RunState(), MetricSums())
+    run = Run(
+        accelerator, config, model, optimizer, lr_scheduler, ema, RunState(), MetricSums(), trackers or Trackers()
+    )
     accelerator.register_for_checkpointing(run.state, run.metrics)
     unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if has_frozen_weights and accelerator.distributed_type in unsharded:
@@ -382,7 +407,7 @@ def prepare_run(accelerator: Accelerator, config: TrainingConfig, model: torch.n
 
 
 def resume(run: Run) -> None:
-    """Loads the checkpoint that the config names, if any, and cuts the metrics file back to it.
+    """Loads the checkpoint that the config names, if any, and cuts the metrics file and the trackers back to it.
 
     Raises:
         ValueError: If the checkpoint does not fit the run.
@@ -413,6 +438,7 @@ def resume(run: Run) -> None:
     run.metrics.sums = {name: value.to(run.accelerator.device) for name, value in run.metrics.sums.items()}
     if run.accelerator.is_main_process:
         truncate_metrics(Path(run.config.output_dir) / METRICS_NAME, last_step=run.state.step)
+    run.trackers.rewind(run.state.step)
 
 
 def train(
@@ -422,7 +448,7 @@ def train(
     prepare_batch: Callable[[Batch], Batch],
     compute_loss: Callable[[torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]],
     summarize: Callable[[Sums], dict[str, float]],
-    validate: Callable[[torch.nn.Module, int], tuple[dict[str, float], dict[str, Path]]] | None = None,
+    validate: Callable[[torch.nn.Module, int], tuple[dict[str, float], dict[str, CaptionedVideo]]] | None = None,
     before_checkpoint: Callable[[], None] | None = None,
 ) -> bool:
     """Trains until `max_train_steps`. The result is in the model, or in the average: see `ema_weights`.

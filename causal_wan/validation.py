@@ -16,6 +16,7 @@ from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
 from causal_wan.rollout import draw_noise
 from causal_wan.run_log import MetricSums
+from causal_wan.trackers import CaptionedVideo
 from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.video_writing import write_video
 
@@ -75,17 +76,20 @@ class Validation:
     @torch.no_grad()
     def __call__(
         self, transformer: CausalWanTransformer3DModel, step: int
-    ) -> tuple[dict[str, float], dict[str, Path]]:
+    ) -> tuple[dict[str, float], dict[str, CaptionedVideo]]:
         """Metrics, and a video for each prompt, named `validation/NN`."""
         transformer.eval()
         folder = self.output_dir / "validation" / f"step-{step:06d}"
-        paths = {f"validation/{number:02d}": folder / f"{number:02d}.mp4" for number in range(len(self.prompts))}
+        videos = {
+            f"validation/{number:02d}": CaptionedVideo(folder / f"{number:02d}.mp4", prompt)
+            for number, prompt in enumerate(self.prompts)
+        }
         for number, counts in share(len(self.prompts), self.accelerator.process_index, self.accelerator.num_processes):
             video = self.sample(transformer, number)
             if counts:
-                write_video(paths[f"validation/{number:02d}"], video)
+                write_video(videos[f"validation/{number:02d}"].path, video)
         self.accelerator.wait_for_everyone()
-        return self.measure_loss(transformer) if self.batches else {}, paths
+        return self.measure_loss(transformer) if self.batches else {}, videos
 
     def sample(self, transformer: CausalWanTransformer3DModel, number: int) -> torch.Tensor:
         """The video of a prompt, from noise of the prompt's own number, in [-1, 1], `(3, T, height, width)`."""

@@ -52,13 +52,14 @@ ALLOWED = {
     "dataset_survey": {"data_config"},
     "dataset_report": {"dataset_survey"},
     "config": set(),
-    "run_log": set(),
+    "trackers": set(),
+    "run_log": {"trackers"},
     "checkpoints": set(),
     "strategies": set(),
-    "training": {"checkpoints", "run_log", "strategies"},
+    "training": {"checkpoints", "run_log", "strategies", "trackers"},
     "validation": {
         *("encoding", "memory", "pipeline", "regression", "rollout", "run_log"),
-        *("transformer", "video_writing"),
+        *("trackers", "transformer", "video_writing"),
     },
 }
 

@@ -54,7 +54,7 @@ def config(tmp_path, **changes):
         "logging_steps": 3,
         "checkpointing_steps": 4,
         "validation_steps": 1,
-        "report_to": "none",
+        "report_to": ("none",),
         "mixed_precision": "no",
         "dataloader_num_workers": 0,
     }
@@ -65,7 +65,7 @@ def run_training(training, break_samples=(), validate=None):
     """Fits y = 3 x of numbers modulo 7, with every third number masked out of the loss."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    accelerator = make_accelerator(training, {})
+    accelerator = make_accelerator(training)
 
     def prepare_batch(batch):
         x = (batch % 7)[:, None] / 7
