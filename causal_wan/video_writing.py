@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import av
 import imageio.v3 as iio
@@ -30,20 +30,24 @@ class VideoWriter:
     """Writes an H.264 mp4 as its frames come, in memory that does not grow with it.
 
     Args:
-        path: Of the file; its folder is made.
+        path: Of the file, whose folder is made; or, if it is fragmented, anything to write bytes to.
         frame_rate: Frames a second.
         fragmented: Whether the file can be played while it is written, and what there is of it after a kill: all but
             the last frame is on the disk when `write` returns.
     """
 
-    def __init__(self, path: str | Path, frame_rate: float = FRAME_RATE, *, fragmented: bool = False) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self, path: str | Path | BinaryIO, frame_rate: float = FRAME_RATE, *, fragmented: bool = False
+    ) -> None:
+        if isinstance(path, str | Path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            path = str(path)
         self.frame_rate = Fraction(frame_rate).limit_denominator(1001)
         # Frames are shown in the order they are coded in, so that none waits for a later one.
         self._options = {"tune": "zerolatency"} if fragmented else {}
         flags = "empty_moov+default_base_moof+frag_every_frame" if fragmented else "faststart"
         options = {"movflags": flags, "flush_packets": "1"}
-        self._container = av.open(str(path), "w", format="mp4", options=options)
+        self._container = av.open(path, "w", format="mp4", options=options)
         self._stream: av.VideoStream | None = None
 
     def __enter__(self) -> Self:
