@@ -3,6 +3,7 @@
     python convert_checkpoint.py --input outputs/my-wan/checkpoint-500 --output outputs/my-wan-500
     python convert_checkpoint.py --input self_forcing_dmd.pt --output outputs/self-forcing
     python convert_checkpoint.py --input outputs/my-wan --output my-wan.pt --to original
+    python convert_checkpoint.py --input outputs/my-lora --output my-lora.safetensors --to comfyui
     python convert_checkpoint.py --input outputs/my-wan --output outputs/my-wan-pipeline --to pipeline
 
 Whatever the strategy (one GPU, DDP, FSDP2, DeepSpeed), the first makes what the run would have left had it ended
@@ -11,6 +12,7 @@ Checkpoints of runs hold files in pickle format: convert only those that you wro
 
 The others read a safetensors file, a `.pt` of CausVid or Self Forcing (as tensors alone), or a folder with weights in
 diffusers format, and change names only. A `.pt` with WAN's names is what Self Forcing's own inference reads.
+LoRAs too go from the names of diffusers, ComfyUI and kohya to any other, the scale of each module with them.
 `--to pipeline` makes a whole diffusers folder, which stock `WanPipeline` loads, and which streams without this
 repository: it has a custom pipeline in it (`causal_wan/export.py`).
 """
@@ -23,11 +25,13 @@ from typing import Literal
 import torch
 import yaml
 from diffusers import WanTransformer3DModel
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from causal_wan.checkpoints import read_weights
 from causal_wan.config import parse_config, user_errors
 from causal_wan.export import export_pipeline
+from causal_wan.lora_names import is_lora, read_lora, write_lora
 from causal_wan.models import (
     LORA_WEIGHTS_NAME,
     add_lora,
@@ -51,8 +55,8 @@ class Config:
     """`checkpoint-STEP` in the output folder of a run; or weights: a file, or a folder in diffusers format."""
     output: str
     """New folder; with `to` original or comfyui a new .safetensors, or .pt."""
-    to: Names | Literal["pipeline"] = "diffusers"
-    """Names of the weights in the output; or a whole pipeline."""
+    to: Names | Literal["kohya", "pipeline"] = "diffusers"
+    """Names of the weights in the output (kohya: of LoRAs only); or a whole pipeline."""
     pretrained_model_name_or_path: str | None = None
     """Where a pipeline's VAE and text encoder are: None is what the run was made from, or WAN's own."""
     use_ema: bool = True
@@ -80,10 +84,17 @@ def convert_weights(config: Config) -> None:
         ValueError: If input or output cannot be used.
     """
     output = Path(config.output)
-    suffixes = ("",) if config.to == "diffusers" else (".safetensors", ".pt")
+    lora = find_lora(Path(config.input))
+    suffixes = ("",) if config.to == "diffusers" else (".safetensors",) if lora else (".safetensors", ".pt")
     if output.exists() or output.suffix not in suffixes:
         wanted = "folder" if config.to == "diffusers" else f"file that ends in {' or '.join(suffixes)}"
         raise ValueError(f"output must be a new {wanted}, got {output}" + (", which exists." * output.exists() or "."))
+    if lora:
+        write_lora(read_lora(lora), output, config.to)
+        print(f"saved: {output}")
+        return
+    if config.to == "kohya":
+        raise ValueError(f"kohya has names for LoRAs only, but {config.input} holds whole weights; use --to comfyui.")
     state = to_diffusers(read_weights_of(Path(config.input), average=config.use_ema))
     if config.to == "diffusers":
         architecture = infer_architecture(state, config.attention_head_dim)
@@ -100,6 +111,16 @@ def convert_weights(config: Config) -> None:
         else:
             save_file(state, output, metadata={"format": "pt"})
     print(f"saved: {output}")
+
+
+def find_lora(path: Path) -> Path | None:
+    """The LoRA file that a path names, or that is in the output folder of a run; None if it is something else."""
+    if path.is_dir() and not (path / "transformer").is_dir():
+        path = path / LORA_WEIGHTS_NAME
+    if not (path.is_file() and path.suffix == ".safetensors"):
+        return None
+    with safe_open(path, framework="pt") as file:
+        return path if is_lora(dict.fromkeys(file.keys())) else None
 
 
 def read_weights_of(path: Path, *, average: bool) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ ALLOWED = {
     "streaming_vae": {"encoding"},
     "kv_cache": set(),
     "export": set(),
+    "lora_names": {"wan_names"},
     "encoding": {"context_parallel", "transformer"},
     "rollout": {"flow", "kv_cache", "transformer"},
     "video_writing": set(),
