@@ -39,7 +39,7 @@ class Lpips:
     def __call__(self, video: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         for frames, wanted in zip(video.split(FRAMES_AT_ONCE), target.split(FRAMES_AT_ONCE), strict=True):
             self.metric.update(frames.to(self.device), wanted.to(self.device))
-        distances = self.metric.compute().cpu()
+        distances = self.metric.compute().cpu().reshape(len(video))  # of one frame it is a scalar
         self.metric.reset()
         return distances
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
+from conftest import tiny_clip_parts
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
 from causal_wan import learned_metrics
@@ -75,33 +75,6 @@ def test_a_damaged_backbone_and_frames_that_are_too_small_leave_lpips_out(backbo
 # --- CLIP ------------------------------------------------------------------------------------------------------------
 
 
-SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def processor_parts():
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "sketch" / "tiny-wan" / "tokenizer")
-    text = {**SMALL, "vocab_size": len(tokenizer), "max_position_embeddings": 12}
-    vision = {**SMALL, "image_size": 32, "patch_size": 16}
-    return tokenizer, text, vision
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    tokenizer, text, vision = processor_parts()
-    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    folder = tmp_path_factory.mktemp("clip")
-    model.save_pretrained(folder)
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    return folder
-
-
 def test_the_clip_score_is_the_mean_cosine_of_frames_and_prompt(clip_folder):
     from transformers import CLIPModel, CLIPProcessor
 
@@ -129,7 +102,7 @@ def test_prompts_longer_than_the_model_reads_are_cut(clip_folder):
 def test_siglip_is_a_model_of_this_kind_too(tmp_path):
     from transformers import CLIPImageProcessor, CLIPProcessor, SiglipConfig, SiglipModel
 
-    tokenizer, text, vision = processor_parts()
+    tokenizer, text, vision = tiny_clip_parts()
     torch.manual_seed(0)
     model = SiglipModel(SiglipConfig(text_config={**text, "projection_size": 16}, vision_config=vision)).eval()
     model.save_pretrained(tmp_path)
