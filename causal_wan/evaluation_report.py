@@ -40,7 +40,7 @@ LEVELS = {
     "pred_latent_std": ("spread predicted", "standard deviation of the predicted latents"),
     "target_latent_std": ("spread of the clips", "of the clips' own latents"),
 }
-PLOT_LEFT, PLOT_WIDTH, PLOT_TOP, PLOT_HEIGHT = 34, 256, 10, 100  # of a curve, in a picture of 300 x 126
+PLOT_LEFT, PLOT_WIDTH, PLOT_TOP, PLOT_HEIGHT = 42, 252, 10, 100  # of a curve, in a picture of 300 x 126
 
 
 def write_metrics(path: Path, content: Mapping[str, Any]) -> None:
@@ -107,7 +107,6 @@ def write_report(
         heldout_loss=content["heldout_loss"],
         levels=LEVELS,
         kinds=list(measured),
-        columns=list(shown[0]["videos"]) if shown else [],
         shown=shown,
         figures=table(measured),
         curves=[curve for curve in curves if curve["lines"]],
@@ -135,7 +134,7 @@ def draw_curve(title: str, key: str, measured: Mapping[str, Any]) -> dict[str, A
     series = {name: figures["by_block"][key] for name, figures in measured.items() if "by_block" in figures}
     series = {name: curve for name, curve in series.items() if not all(map(math.isnan, curve))}
     values = [value for curve in series.values() for value in curve if not math.isnan(value)]
-    low, high = min(0.0, *values, 0.0), max(*values, 0.0, 0.0) or 1.0
+    low, high = min([0.0, *values]), max([0.0, *values]) or 1.0
     lines = {}
     for name, curve in series.items():
         step = PLOT_WIDTH / max(len(curve) - 1, 1)

@@ -3,9 +3,12 @@
 import csv
 import importlib
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -198,3 +201,52 @@ def write_recipe(recipe, tmp_path):
         return path, output_dir
 
     return write
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The Chromium or Chrome of the machine, without a window."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"needs a browser, one of {', '.join(BROWSERS)}")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class BrowserPage:
+    """A page of the browser, and what it did.
+
+    Attributes:
+        page: Playwright's.
+        requests: Addresses of all that it asked for.
+        problems: Errors and warnings of its console, exceptions of its scripts, and requests that failed.
+    """
+
+    page: Any
+    requests: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("requestfailed", lambda request: self.problems.append(f"{request.url[:80]}: {request.failure}"))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("console", self._note)
+
+    def _note(self, message):
+        if message.type in ("error", "warning"):
+            self.problems.append(message.text)
+
+
+@pytest.fixture
+def browser_page(browser):
+    """A new page, 1200 x 900 pixels, with a profile of its own."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    yield BrowserPage(context.new_page())
+    context.close()
