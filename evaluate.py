@@ -2,60 +2,54 @@
 
     python evaluate.py --checkpoint outputs/my-wan --metadata_path data/heldout.csv --dataset_base_path data/videos
 
-Writes `metrics.json`, `report.html` (self-contained: videos, curves by block, table) and `videos/NN.mp4` to
+Writes `metrics.json`, `report.html` (self-contained: videos, curves by block, tables) and `videos/NN-student.mp4` to
 `--output_dir`. `--num_base_steps 50` samples the model that the student was made from as well, in so many steps and
 both ways in time. Each prompt is sampled from noise of its own number, so results can be laid side by side.
+
+`--clip_model openai/clip-vit-base-patch32` measures how well videos keep to their prompts. `--vbench_export FOLDER`
+writes five videos a prompt for VBench's own runner; with `--vbench_prompts all_dimension.txt`, of its prompts.
+
+Keys of metrics.json; what was not measured is null:
+
+    checkpoint, metadata_path, seed, num_samples, rows (numbers in the table), notes (what is left out, and why)
+    student, base
+        mean        psnr, ssim, lpips, clip_score, sharpness_ratio, motion_ratio, border_flicker, frames_per_second,
+                    first_block_seconds (of the student), peak_memory_gib (on a GPU): means over the clips
+        by_block    psnr, lpips, sharpness_ratio: their means over each block, in a list
+        samples     the same as mean, of each clip
+    clips
+        mean        clip_score and border_flicker of the clips themselves, to compare with
+    heldout_loss    of the student
+        loss        mean squared error of predicted latents: what a run logs as validation_loss (of loss_type mse)
+        by_level    timestep, loss, blur_gap, pred_latent_std, target_latent_std: as logged, with the run's draws
 """
 
-import base64
-import json
 import math
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import torch
 from diffusers import WanPipeline
 from tqdm.auto import tqdm
 
 from causal_wan.config import parse_config, user_errors
 from causal_wan.encoding import check_video_size, decode_latents, encode_prompts, pad_prompt_embeds
+from causal_wan.evaluation_report import write_metrics, write_report, write_videos
+from causal_wan.heldout_loss import heldout_statistics, summarize_heldout_loss
+from causal_wan.learned_metrics import ClipScore, LpipsNet, load_lpips
 from causal_wan.models import load_vae
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
+from causal_wan.sample_figures import Judges, Sample, measure, measure_clips
 from causal_wan.sample_order import ClipShape
 from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
-from causal_wan.video_metrics import (
-    border_flicker,
-    by_block,
-    first_frames_of_blocks,
-    frame_changes,
-    frame_psnr,
-    frame_sharpness,
-    frame_ssim,
-)
-from causal_wan.video_writing import FRAME_RATE, write_video
-from dataset_utils import DataConfig, Row, load_rows, load_video
-
-
-TEMPLATE = Path(__file__).parent / "causal_wan" / "evaluation_report.html.jinja"
-
-# What the table shows: name, how it is written, what it says.
-FIGURES = {
-    "psnr": ("PSNR [dB]", "likeness to the clip; blur raises it"),
-    "ssim": ("SSIM", "likeness of structure, 1 is the clip itself"),
-    "sharpness_ratio": ("sharpness, of the clip's", "below 1 is softer; what likeness does not see"),
-    "motion_ratio": ("motion, of the clip's", "mean change from frame to frame"),
-    "border_flicker": ("flicker at borders of blocks", "jolts there, of those inside blocks; compare with the clip's"),
-    "frames_per_second": ("frames a second", "sampling and decoding, without loading and text"),
-    "peak_memory_gib": ("peak memory [GiB]", "of the GPU, while sampling and decoding"),
-    "first_block_seconds": ("first block [s]", "until the latents of the first block are there"),
-}
+from causal_wan.vbench_export import MAX_VBENCH_SAMPLES, VBenchExport, read_vbench_prompts
+from causal_wan.video_metrics import first_frames_of_blocks
+from dataset_utils import DataConfig, load_rows, load_video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +84,18 @@ class Config:
     """Pixels; None is what the run was trained on, or 480."""
     width: int | None = None
     """Pixels; None is what the run was trained on, or 832."""
+    lpips_net: LpipsNet | None = "alex"
+    """Backbone of LPIPS, downloaded by torch.hub if it is not there; LPIPS is left out if it cannot be had."""
+    clip_model: str | None = None
+    """Folder or hub id of a CLIP or SigLIP model that says how well videos keep to their prompts."""
+    num_clip_frames: int = 8
+    """Evenly spaced frames of a video that it looks at."""
+    vbench_export: str | None = None
+    """Folder to write videos to for VBench."""
+    vbench_prompts: str | None = None
+    """Text file of the prompts of these videos, one a line; None is the prompts of the clips."""
+    num_vbench_samples: int = 5
+    """Videos of each of these prompts, seeded seed, seed + 1, ...; VBench wants 25 for temporal_flickering."""
     seed: int = 0
     """Seeds the noise."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
@@ -102,9 +108,14 @@ class Config:
             raise ValueError(f"num_samples must be 1 or more, got {self.num_samples}.")
         if self.num_base_steps < 0:
             raise ValueError(f"num_base_steps must be 0 (leave the base out) or more, got {self.num_base_steps}.")
-
-
-Sample = tuple[torch.Tensor, dict[str, float]]  # video in [0, 1], (T, 3, height, width); what was timed
+        if self.num_clip_frames < 1:
+            raise ValueError(f"num_clip_frames must be 1 or more, got {self.num_clip_frames}.")
+        if not 1 <= self.num_vbench_samples <= MAX_VBENCH_SAMPLES:
+            raise ValueError(
+                f"num_vbench_samples must be 1 to {MAX_VBENCH_SAMPLES}, got {self.num_vbench_samples}; 5 is usual."
+            )
+        if self.vbench_prompts is not None and self.vbench_export is None:
+            raise ValueError("vbench_prompts are written to vbench_export, which is missing; name a folder with it.")
 
 
 def main(config: Config) -> None:
@@ -121,26 +132,77 @@ def main(config: Config) -> None:
         )
         data = data_config(config, run, settings)
         rows = load_rows(data)[: config.num_samples]
+        prompts = [row.prompts[0] for row in rows]
+        export = open_export(config, settings, prompts)
+        judges, notes = load_judges(config, settings, device)
         student = load_student(config.checkpoint, run, dtype, num_frame_per_block=config.num_frame_per_block)
         shape = ClipShape(settings.num_frames, settings.height, settings.width)
         check_video_size(*shape, vae=student.vae, transformer=student.transformer)
     lengths = student.transformer.block_lengths((shape.num_frames - 1) // student.vae_scale_factor_temporal + 1)
     starts = first_frames_of_blocks(lengths, student.vae_scale_factor_temporal)
-    targets = [load_video(row, shape, data, torch.Generator())[0].movedim(0, 1) / 255 for row in rows]
+    clips = [load_video(row, shape, data, torch.Generator()) for row in rows]
+    targets = [clip.movedim(0, 1) / 255 for clip, _ in clips]
 
-    folder = Path(config.output_dir)
-    results = {"student": sample_all(student, rows, partial(sample_student, settings, config.seed), device)}
+    results = {"student": sample_all(student, prompts, partial(sample_student, settings, config.seed), device)}
+    heldout_loss = measure_loss(student, clips, prompts, settings, seed=run.get("seed", config.seed))
     if config.num_base_steps:
         student.to("cpu")
-        base = load_base(config.checkpoint, run, dtype)
-        results["base"] = sample_all(base, rows, partial(sample_base, settings, config), device)
-    measured = {name: measure(samples, targets, starts) for name, samples in results.items()}
-    measured["clips"] = {"mean": {"border_flicker": mean([border_flicker(target, starts) for target in targets])}}
-    save(folder, config, rows, targets, results, measured)
-    for name, figures in measured.items():
-        listed = ", ".join(f"{key} {value:.3g}" for key, value in figures["mean"].items() if not math.isnan(value))
-        print(f"{name:9} {listed}")
+        base = partial(sample_base, settings, config)
+        results["base"] = sample_all(load_base(config.checkpoint, run, dtype), prompts, base, device)
+    measured = {name: measure(samples, targets, prompts, starts, judges) for name, samples in results.items()}
+    measured["clips"] = measure_clips(targets, prompts, starts, judges)
+
+    folder = Path(config.output_dir)
+    content = {"checkpoint": config.checkpoint, "metadata_path": config.metadata_path, "seed": config.seed}
+    content |= {"num_samples": len(rows), "rows": [row.number for row in rows], "notes": notes}
+    content |= {**measured, "heldout_loss": heldout_loss}
+    write_metrics(folder / "metrics.json", content)
+    columns = {"clip": targets, **{name: [video for video, _ in samples] for name, samples in results.items()}}
+    shown = write_videos(folder, columns, [(row.number, prompt) for row, prompt in zip(rows, prompts, strict=True)])
+    write_report(folder / "report.html", content, measured, shown)
+    print_figures(measured, heldout_loss)
     print(f"report    {folder / 'report.html'}")
+    if export is not None:
+        export.write(partial(sample_for_vbench, settings, config.seed, student.to(device)))
+        print(f"vbench    {export.folder / 'videos'}")
+
+
+def print_figures(measured: dict[str, Any], heldout_loss: dict[str, Any]) -> None:
+    """A line for each kind of video, and one for the loss."""
+    lines = {name: figures["mean"] for name, figures in measured.items()}
+    lines["loss"] = {f"at time {level['timestep']:g}:": level["loss"] for level in heldout_loss["by_level"]}
+    for name, figures in lines.items():
+        listed = ", ".join(f"{key} {value:.3g}" for key, value in figures.items() if not math.isnan(value))
+        print(f"{name:9} {listed}")
+
+
+def load_judges(config: Config, settings: SamplingSettings, device: str) -> tuple[Judges, list[str]]:
+    """LPIPS and CLIP where they can be had, and what is left out."""
+    clip = None if config.clip_model is None else ClipScore(config.clip_model, device, config.num_clip_frames)
+    if config.lpips_net is None:
+        return Judges(clip=clip), []
+    lpips, note = load_lpips(config.lpips_net, device, height=settings.height, width=settings.width)
+    if note:
+        print(f"note      {note}")
+    return Judges(lpips, clip), [note] if note else []
+
+
+def open_export(config: Config, settings: SamplingSettings, prompts: list[str]) -> VBenchExport | None:
+    """The folder for VBench, if there is to be one."""
+    if config.vbench_export is None:
+        return None
+    if config.vbench_prompts is not None:
+        prompts = read_vbench_prompts(config.vbench_prompts)
+    made_with = {"checkpoint": config.checkpoint, "num_frame_per_block": config.num_frame_per_block}
+    made_with |= {"seed_of_index_0": config.seed, "dtype": config.dtype, **asdict(settings)}
+    export = VBenchExport(config.vbench_export, prompts, config.num_vbench_samples, made_with)
+    if export.renamed:
+        print(
+            f"note      {len(export.renamed)} prompt(s) are too long for names of files or have a slash, so VBench's "
+            f"standard mode will not find their videos; use --mode=custom_input --prompt_file "
+            f"{export.folder / 'prompts.json'}. First: {export.renamed[0][:80]}"
+        )
+    return export
 
 
 def data_config(config: Config, run: dict[str, Any], settings: SamplingSettings) -> DataConfig:
@@ -162,10 +224,10 @@ def data_config(config: Config, run: dict[str, Any], settings: SamplingSettings)
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
-def sample_all(pipeline: WanPipeline, rows: list[Row], sample: Callable[..., Sample], device: str) -> list[Sample]:
-    """A sample of each row's prompt."""
+def sample_all(pipeline: WanPipeline, prompts: list[str], sample: Callable[..., Sample], device: str) -> list[Sample]:
+    """A sample of each prompt."""
     pipeline.to(device)
-    return [sample(pipeline, number, row.prompts[0]) for number, row in enumerate(tqdm(rows, desc="videos"))]
+    return [sample(pipeline, number, prompt) for number, prompt in enumerate(tqdm(prompts, desc="videos"))]
 
 
 def sample_student(
@@ -191,6 +253,14 @@ def sample_student(
     seconds = time.perf_counter() - start
     timed = {"frames_per_second": video.shape[1] / seconds, "first_block_seconds": ends[0] - start}
     return _as_target(video), timed | _peak_memory(device)
+
+
+def sample_for_vbench(
+    settings: SamplingSettings, seed: int, pipeline: CausalWanPipeline, index: int, number: int, prompt: str
+) -> torch.Tensor:
+    """The video of that index, each of a seed of its own, as `write_video` takes it."""
+    video, _ = sample_student(settings, seed + index, pipeline, number, prompt)
+    return video.movedim(1, 0) * 2 - 1
 
 
 def load_base(checkpoint: str, run: dict[str, Any], dtype: torch.dtype) -> WanPipeline:
@@ -239,119 +309,23 @@ def _reset_peak_memory(device: torch.device) -> None:
 
 def _peak_memory(device: torch.device) -> dict[str, float]:
     """On a GPU alone: a process on the CPU shares its memory with all that it has loaded."""
-    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+    is_gpu = device.type == "cuda"
+    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if is_gpu else math.nan}
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
-def mean(values: list[float]) -> float:
-    """Of those that are numbers."""
-    numbers = [value for value in values if not math.isnan(value)]
-    return statistics.fmean(numbers) if numbers else math.nan
-
-
-def measure(samples: list[Sample], targets: list[torch.Tensor], starts: list[int]) -> dict[str, Any]:
-    """Figures of each sample against its target, their means, and curves by block."""
-    each, curves = [], {"psnr": [], "sharpness_ratio": []}
-    for (video, timed), target in zip(samples, targets, strict=True):
-        psnr, sharpness, wanted = frame_psnr(video, target), frame_sharpness(video), frame_sharpness(target)
-        each.append(
-            {
-                "psnr": float(psnr.mean()),
-                "ssim": float(frame_ssim(video, target).mean()),
-                "sharpness_ratio": _ratio(sharpness.mean(), wanted.mean()),
-                "motion_ratio": _ratio(frame_changes(video).mean(), frame_changes(target).mean()),
-                "border_flicker": border_flicker(video, starts),
-                **timed,
-            }
-        )
-        curves["psnr"].append(by_block(psnr, starts))
-        ratios = zip(by_block(sharpness, starts), by_block(wanted, starts), strict=True)
-        curves["sharpness_ratio"].append([_ratio(*pair) for pair in ratios])
-    means = {key: mean([figures[key] for figures in each]) for key in each[0]}
-    by_block_means = {key: [mean(list(values)) for values in zip(*rows, strict=True)] for key, rows in curves.items()}
-    return {"mean": means, "by_block": by_block_means, "samples": each}
-
-
-def _ratio(value: Any, of: Any) -> float:
-    return float(value) / float(of) if float(of) > 0 else math.nan
-
-
-# --- the report ------------------------------------------------------------------------------------------------------
-
-
-def save(
-    folder: Path,
-    config: Config,
-    rows: list[Row],
-    targets: list[torch.Tensor],
-    results: dict[str, list[Sample]],
-    measured: dict[str, Any],
-) -> None:
-    """Writes videos, metrics.json and report.html."""
-    columns = {"clip": targets, **{name: [video for video, _ in samples] for name, samples in results.items()}}
-    shown = []
-    for number, row in enumerate(rows):
-        paths = {}
-        for name, videos in columns.items():
-            paths[name] = folder / "videos" / f"{number:02d}-{name}.mp4"
-            write_video(paths[name], videos[number].movedim(1, 0) * 2 - 1, FRAME_RATE)
-        encoded = {name: base64.b64encode(path.read_bytes()).decode() for name, path in paths.items()}
-        shown.append({"number": row.number, "prompt": row.prompts[0], "videos": encoded})
-    content = {"checkpoint": config.checkpoint, "metadata_path": config.metadata_path, "seed": config.seed}
-    content |= {"num_samples": len(rows), "rows": [row.number for row in rows], **measured}
-    (folder / "metrics.json").write_text(json.dumps(_without_nan(content), indent=1))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        checkpoint=config.checkpoint,
-        table=config.metadata_path,
-        columns=list(columns),
-        shown=shown,
-        figures=table(measured),
-        curves=[draw_curve(title, key, measured) for key, title in CURVES.items()],
-    )
-    (folder / "report.html").write_text(page, encoding="utf-8")
-
-
-CURVES = {"psnr": "PSNR by block [dB]", "sharpness_ratio": "Sharpness by block, of the clip's"}
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON knows no nan."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def table(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table of means."""
-    lines = []
-    for key, (title, note) in FIGURES.items():
-        values = {name: figures["mean"].get(key, math.nan) for name, figures in measured.items()}
-        texts = {name: "" if math.isnan(value) else f"{value:.3g}" for name, value in values.items()}
-        if any(texts.values()):
-            lines.append({"title": title, "note": note, "values": texts})
-    return lines
-
-
-def draw_curve(title: str, key: str, measured: dict[str, Any]) -> dict[str, Any]:
-    """A curve by block for each kind of sample, as points of an SVG of 300 x 120."""
-    series = {name: figures["by_block"][key] for name, figures in measured.items() if "by_block" in figures}
-    values = [value for curve in series.values() for value in curve if not math.isnan(value)] or [0.0]
-    low, high = min(0.0, *values), max(values) or 1.0
-    lines = {}
-    for name, curve in series.items():
-        step = 270 / max(len(curve) - 1, 1)
-        points = [
-            (20 + step * index, 110 - 100 * (value - low) / (high - low))
-            for index, value in enumerate(curve)
-            if not math.isnan(value)
-        ]
-        lines[name] = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return {"title": title, "lines": lines, "high": f"{high:.3g}", "low": f"{low:.3g}"}
+def measure_loss(
+    student: CausalWanPipeline,
+    clips: list[tuple[torch.Tensor, int]],
+    prompts: list[str],
+    settings: SamplingSettings,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """The student's loss on the clips by level, with the draws that a run of that seed validates with."""
+    levels = torch.tensor(settings.timesteps)
+    length = settings.max_sequence_length
+    sums = heldout_statistics(student, clips, prompts, levels, seed=seed, max_sequence_length=length)
+    return summarize_heldout_loss(sums, levels)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,35 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+TINY_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def tiny_clip_parts():
+    """A tokenizer, and settings of the text and the vision tower of models like CLIP."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "sketch" / "tiny-wan" / "tokenizer")
+    text = {**TINY_TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 12}
+    vision = {**TINY_TOWER, "image_size": 32, "patch_size": 16}
+    return tokenizer, text, vision
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A CLIP as small as it can be; random weights."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    tokenizer, text, vision = tiny_clip_parts()
+    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    folder = tmp_path_factory.mktemp("clip")
+    model.save_pretrained(folder)
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def recipe(clips, checkpoint, tmp_path_factory):
     """Settings of a short run, as a dict of flags."""
