@@ -3,13 +3,15 @@
     python convert_checkpoint.py --input outputs/my-wan/checkpoint-500 --output outputs/my-wan-500
     python convert_checkpoint.py --input self_forcing_dmd.pt --output outputs/self-forcing
     python convert_checkpoint.py --input outputs/my-wan --output my-wan.pt --to original
+    python convert_checkpoint.py --input outputs/my-wan-lora --output my-wan-lora.safetensors --to comfyui
 
 Whatever the strategy (one GPU, DDP, FSDP2, DeepSpeed), the first makes what the run would have left had it ended
 there: `transformer/` in diffusers format or the LoRA file, and `config.yaml`. `generate.py --checkpoint` takes it.
 Checkpoints of runs hold files in pickle format: convert only those that you wrote.
 
 The others read a safetensors file, a `.pt` of CausVid or Self Forcing (as tensors alone), or a folder with weights in
-diffusers format, and change names only. A `.pt` with WAN's names is what Self Forcing's own inference reads.
+diffusers format, and change names only. A `.pt` with WAN's names is what Self Forcing's own inference reads. LoRAs of
+runs, diffusers, peft, ComfyUI and kohya (musubi-tuner) go from any form to any other with weights and alpha untouched.
 """
 
 import shutil
@@ -23,9 +25,17 @@ from safetensors.torch import save_file
 
 from causal_wan.checkpoints import read_weights
 from causal_wan.config import parse_config, user_errors
-from causal_wan.models import add_lora, causal_settings, load_transformer, save_lora, save_transformer
+from causal_wan.lora_names import LoraNames, find_lora, lora_file, read_lora
+from causal_wan.models import (
+    LORA_WEIGHTS_NAME,
+    add_lora,
+    causal_settings,
+    load_transformer,
+    save_lora,
+    save_transformer,
+)
 from causal_wan.transformer import CausalWanTransformer3DModel
-from causal_wan.wan_names import COMFYUI_PREFIX, Names, infer_architecture, read_state, to_diffusers, to_original
+from causal_wan.wan_names import COMFYUI_PREFIX, infer_architecture, read_state, to_diffusers, to_original
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +43,11 @@ class Config:
     """What to convert."""
 
     input: str
-    """`checkpoint-STEP` in the output folder of a run; or weights: a file, or a folder in diffusers format."""
+    """`checkpoint-STEP` in the output folder of a run; or weights, or a LoRA: a file or a folder of diffusers."""
     output: str
-    """New folder; with `to` original or comfyui a new .safetensors, or .pt."""
-    to: Names = "diffusers"
-    """Names of the weights in the output."""
+    """New folder; with `to` original, comfyui or kohya a new .safetensors, or, of whole weights, .pt."""
+    to: LoraNames = "diffusers"
+    """Names of the weights in the output; kohya is for LoRAs, and original is comfyui there."""
     use_ema: bool = True
     """Take the moving average if the checkpoint has one."""
     attention_head_dim: int = 128
@@ -50,7 +60,23 @@ def main(config: Config) -> None:
         convert_checkpoint(config)
     else:
         with user_errors():
-            convert_weights(config)
+            lora = find_lora(config.input)
+            convert_lora(config, lora) if lora else convert_weights(config)
+
+
+def convert_lora(config: Config, path: Path) -> None:
+    """Reads a LoRA in any names, and writes it in those that are wanted.
+
+    Raises:
+        ValueError: If input or output cannot be used.
+    """
+    output = check_output(config, (".safetensors",))
+    lora, kept = read_lora(path)
+    state, metadata = lora_file(lora, config.to)
+    file = output / LORA_WEIGHTS_NAME if config.to == "diffusers" else output
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, file, metadata={**kept, **metadata})
+    print(f"saved: {file}")
 
 
 def convert_weights(config: Config) -> None:
@@ -59,11 +85,9 @@ def convert_weights(config: Config) -> None:
     Raises:
         ValueError: If input or output cannot be used.
     """
-    output = Path(config.output)
-    suffixes = ("",) if config.to == "diffusers" else (".safetensors", ".pt")
-    if output.exists() or output.suffix not in suffixes:
-        wanted = "folder" if config.to == "diffusers" else f"file that ends in {' or '.join(suffixes)}"
-        raise ValueError(f"output must be a new {wanted}, got {output}" + (", which exists." * output.exists() or "."))
+    if config.to == "kohya":
+        raise ValueError(f"--to kohya must be of a LoRA, but {config.input} is none; use --to original or comfyui.")
+    output = check_output(config, (".safetensors", ".pt"))
     state = to_diffusers(read_weights_of(Path(config.input), average=config.use_ema))
     if config.to == "diffusers":
         architecture = infer_architecture(state, config.attention_head_dim)
@@ -80,6 +104,20 @@ def convert_weights(config: Config) -> None:
         else:
             save_file(state, output, metadata={"format": "pt"})
     print(f"saved: {output}")
+
+
+def check_output(config: Config, suffixes: tuple[str, ...]) -> Path:
+    """The output: a new folder of diffusers' names, or a new file with one of the suffixes.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    output, in_folder = Path(config.output), config.to == "diffusers"
+    is_fit = output.suffix not in (".safetensors", ".pt", ".pth") if in_folder else output.suffix in suffixes
+    if output.exists() or not is_fit:
+        wanted = "folder" if in_folder else f"file that ends in {' or '.join(suffixes)}"
+        raise ValueError(f"output must be a new {wanted}, got {output}" + (", which exists." * output.exists() or "."))
+    return output
 
 
 def read_weights_of(path: Path, *, average: bool) -> dict[str, torch.Tensor]:

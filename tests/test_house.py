@@ -20,6 +20,7 @@ ALLOWED = {
     "context_parallel": set(),
     "transformer": {"context_parallel", "flow"},
     "wan_names": set(),
+    "lora_names": {"wan_names"},
     "models": {"context_parallel", "transformer", "wan_names"},
     "memory": {"transformer"},
     "memory_plan": {"memory", "models", "transformer"},
