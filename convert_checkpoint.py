@@ -12,7 +12,7 @@ Checkpoints of runs hold files in pickle format: convert only those that you wro
 
 The others read a safetensors file, a `.pt` of CausVid or Self Forcing (as tensors alone), or a folder with weights in
 diffusers format, and change names only. A `.pt` with WAN's names is what Self Forcing's own inference reads.
-LoRAs too go from the names of diffusers, ComfyUI and kohya to any other, the scale of each module with them.
+LoRAs of runs, diffusers, peft, ComfyUI and kohya (musubi-tuner) go from any form to any other, as they are.
 `--to pipeline` makes a whole diffusers folder, which stock `WanPipeline` loads, and which streams without this
 repository: it has a custom pipeline in it (`causal_wan/export.py`).
 """
@@ -25,13 +25,12 @@ from typing import Literal
 import torch
 import yaml
 from diffusers import WanTransformer3DModel
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from causal_wan.checkpoints import read_weights
 from causal_wan.config import parse_config, user_errors
 from causal_wan.export import export_pipeline
-from causal_wan.lora_names import is_lora, read_lora, write_lora
+from causal_wan.lora_names import LoraNames, find_lora, lora_file, read_lora
 from causal_wan.models import (
     LORA_WEIGHTS_NAME,
     add_lora,
@@ -44,7 +43,7 @@ from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.student import read_run as read_student
 from causal_wan.student import resolve_settings
 from causal_wan.transformer import CausalWanTransformer3DModel
-from causal_wan.wan_names import COMFYUI_PREFIX, Names, infer_architecture, read_state, to_diffusers, to_original
+from causal_wan.wan_names import COMFYUI_PREFIX, infer_architecture, read_state, to_diffusers, to_original
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +51,11 @@ class Config:
     """What to convert."""
 
     input: str
-    """`checkpoint-STEP` in the output folder of a run; or weights: a file, or a folder in diffusers format."""
+    """`checkpoint-STEP` in the output folder of a run; or weights, or a LoRA: a file or a folder of diffusers."""
     output: str
-    """New folder; with `to` original or comfyui a new .safetensors, or .pt."""
-    to: Names | Literal["kohya", "pipeline"] = "diffusers"
-    """Names of the weights in the output (kohya: of LoRAs only); or a whole pipeline."""
+    """New folder; with `to` original, comfyui or kohya a new .safetensors, or, of whole weights, .pt."""
+    to: LoraNames | Literal["pipeline"] = "diffusers"
+    """Names of the weights in the output (kohya is for LoRAs, and original is comfyui there); or a whole pipeline."""
     pretrained_model_name_or_path: str | None = None
     """Where a pipeline's VAE and text encoder are: None is what the run was made from, or WAN's own."""
     use_ema: bool = True
@@ -74,7 +73,23 @@ def main(config: Config) -> None:
         convert_checkpoint(config)
     else:
         with user_errors():
-            convert_weights(config)
+            lora = find_lora(config.input)
+            convert_lora(config, lora) if lora else convert_weights(config)
+
+
+def convert_lora(config: Config, path: Path) -> None:
+    """Reads a LoRA in any names, and writes it in those that are wanted.
+
+    Raises:
+        ValueError: If input or output cannot be used.
+    """
+    output = check_output(config, (".safetensors",))
+    lora, kept = read_lora(path)
+    state, metadata = lora_file(lora, config.to)
+    file = output / LORA_WEIGHTS_NAME if config.to == "diffusers" else output
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, file, metadata={**kept, **metadata})
+    print(f"saved: {file}")
 
 
 def convert_weights(config: Config) -> None:
@@ -83,18 +98,9 @@ def convert_weights(config: Config) -> None:
     Raises:
         ValueError: If input or output cannot be used.
     """
-    output = Path(config.output)
-    lora = find_lora(Path(config.input))
-    suffixes = ("",) if config.to == "diffusers" else (".safetensors",) if lora else (".safetensors", ".pt")
-    if output.exists() or output.suffix not in suffixes:
-        wanted = "folder" if config.to == "diffusers" else f"file that ends in {' or '.join(suffixes)}"
-        raise ValueError(f"output must be a new {wanted}, got {output}" + (", which exists." * output.exists() or "."))
-    if lora:
-        write_lora(read_lora(lora), output, config.to)
-        print(f"saved: {output}")
-        return
     if config.to == "kohya":
-        raise ValueError(f"kohya has names for LoRAs only, but {config.input} holds whole weights; use --to comfyui.")
+        raise ValueError(f"--to kohya must be of a LoRA, but {config.input} is none; use --to original or comfyui.")
+    output = check_output(config, (".safetensors", ".pt"))
     state = to_diffusers(read_weights_of(Path(config.input), average=config.use_ema))
     if config.to == "diffusers":
         architecture = infer_architecture(state, config.attention_head_dim)
@@ -113,14 +119,18 @@ def convert_weights(config: Config) -> None:
     print(f"saved: {output}")
 
 
-def find_lora(path: Path) -> Path | None:
-    """The LoRA file that a path names, or that is in the output folder of a run; None if it is something else."""
-    if path.is_dir() and not (path / "transformer").is_dir():
-        path = path / LORA_WEIGHTS_NAME
-    if not (path.is_file() and path.suffix == ".safetensors"):
-        return None
-    with safe_open(path, framework="pt") as file:
-        return path if is_lora(dict.fromkeys(file.keys())) else None
+def check_output(config: Config, suffixes: tuple[str, ...]) -> Path:
+    """The output: a new folder of diffusers' names, or a new file with one of the suffixes.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    output, in_folder = Path(config.output), config.to == "diffusers"
+    is_fit = output.suffix not in (".safetensors", ".pt", ".pth") if in_folder else output.suffix in suffixes
+    if output.exists() or not is_fit:
+        wanted = "folder" if in_folder else f"file that ends in {' or '.join(suffixes)}"
+        raise ValueError(f"output must be a new {wanted}, got {output}" + (", which exists." * output.exists() or "."))
+    return output
 
 
 def read_weights_of(path: Path, *, average: bool) -> dict[str, torch.Tensor]:

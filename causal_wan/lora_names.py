@@ -1,155 +1,261 @@
-"""Names of a WAN LoRA's weights: diffusers', WAN's own as ComfyUI has them, and kohya's (musubi-tuner).
+"""Names of a LoRA's weights: diffusers', those of ComfyUI (WAN's own, dotted) and those of kohya (WAN's, underscored).
 
-Renaming changes no tensor. The scale alpha / rank of each module goes along: as tensors in the files of the others, in
-the metadata of diffusers' (as peft's config), so that nothing is multiplied into the weights.
+A LoRA adds alpha / rank * up @ down to the weight of a module. The three differ in how they call a module, in how they
+call down and up, and in where alpha stands: diffusers keeps it in the metadata of the file, the others in tensors of
+their own. No weight is scaled here, so all ways are exact. Text-to-video transformers only.
 """
 
 import json
+import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import WanPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from causal_wan.wan_names import COMFYUI_PREFIX, INSIDE, OUTSIDE, strip_prefixes, to_diffusers, to_original
+from causal_wan.wan_names import COMFYUI_PREFIX, INSIDE, MAX_SHOWN, OUTSIDE, PREFIXES, State, read_state
 
 
 LoraNames = Literal["diffusers", "original", "comfyui", "kohya"]
 
+DIFFUSERS_PREFIX, KOHYA_PREFIX, PEFT_PREFIX = "transformer.", "lora_unet_", "base_model.model."
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# WAN's name -> diffusers', of all modules that a LoRA can be of; * is the number of a layer.
+MODULES = {
+    layer + own: layer + theirs
+    for layer, table in (("", OUTSIDE), ("blocks.*.", INSIDE))
+    for own, theirs in table.items()
+    if "norm" not in own and "modulation" not in own
+}
+ORIGINAL = {theirs: own for own, theirs in MODULES.items()}
+# Any name -> diffusers'.
+KNOWN = {
+    **{theirs: theirs for theirs in ORIGINAL},
+    **MODULES,
+    **{KOHYA_PREFIX + own.replace(".", "_"): theirs for own, theirs in MODULES.items()},
+}
+NUMBER = re.compile(r"(?<=blocks[._])\d+(?=[._])")
+TENSOR = re.compile(r"(.+)\.(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
 PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
-WEIGHT = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight")
-PEFT_PREFIXES = ("base_model.model.", "transformer.")
-KOHYA_PREFIX = "lora_unet_"
-METADATA_NAME = "lora_adapter_metadata"
-MAX_SHOWN = 5
+MARKS = re.compile(rf"\.lora_|^{KOHYA_PREFIX}|\.diff(_b)?$")
 
 
 @dataclass(frozen=True)
-class Lora:
-    """The adapters of a transformer, by diffusers' name of the module.
+class Adapter:
+    """What a LoRA adds to a module: alpha / rank * up @ down.
 
-    Attributes:
-        down: `(rank, inputs)` each.
-        up: `(outputs, rank)` each.
-        alphas: The update is `up @ down` times alpha / rank.
+    `down` is `(rank, in)` and `up` `(out, rank)`, of a convolution with the kernel after that.
     """
 
-    down: dict[str, torch.Tensor]
-    up: dict[str, torch.Tensor]
-    alphas: dict[str, float]
+    down: torch.Tensor
+    up: torch.Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """Rows of down, columns of up."""
+        return self.down.shape[0]
 
 
-def is_lora(names: Mapping[str, Any]) -> bool:
-    """Whether names of weights are those of a LoRA."""
-    return any(".lora_" in name or name.startswith(KOHYA_PREFIX) for name in names)
+Lora = dict[str, Adapter]  # by diffusers' names of the modules
 
 
-def read_lora(path: str | Path) -> Lora:
-    """Reads a safetensors file in any of the names.
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def find_lora(path: str | Path) -> Path | None:
+    """The LoRA file that a path is, or that lies in the folder that it is: of a run, of diffusers or of peft.
 
     Raises:
-        ValueError: If a name is nobody's, names the first; or a module lacks one of its two weights.
+        ValueError: If a `.pt` cannot be read.
     """
-    with safe_open(path, framework="pt") as file:
-        state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    weights: dict[str, dict[str, torch.Tensor]] = {"down": {}, "up": {}}
-    alphas, unexpected = {}, []
-    for name, tensor in state.items():
-        found, is_alpha = WEIGHT.fullmatch(name), name.endswith(".alpha")
-        module = _module(found[1] if found else name.removesuffix(".alpha")) if found or is_alpha else None
-        if module is None:
-            unexpected.append(name)
-        elif is_alpha:
-            alphas[module] = float(tensor)
-        else:
-            weights[PARTS[found[2]]][module] = tensor
-    down, up = weights["down"], weights["up"]
-    unexpected += [f"{module} (one of its two weights alone)" for module in down.keys() ^ up.keys()]
-    unexpected += [f"{module} (alpha alone)" for module in alphas.keys() - down.keys()]
-    if unexpected or not down:
-        raise ValueError(
-            f"{path} must be a LoRA of a WAN transformer with two weights a module and perhaps alpha, in the names of "
-            f"diffusers, ComfyUI or kohya, but {len(unexpected)} of {len(state)} names are others, first "
-            f"{', '.join(sorted(unexpected)[:MAX_SHOWN]) or 'none at all'}."
-        )
-    config = {name.removeprefix("transformer."): value for name, value in _peft_config(metadata).items()}
-    return Lora(down, up, {module: alphas.get(module, _peft_alpha(module, down[module], config)) for module in down})
-
-
-def _module(name: str) -> str | None:
-    """Diffusers' name of a module, of anybody's name."""
-    if name.startswith(KOHYA_PREFIX):
-        found = re.fullmatch(r"(?:blocks_(\d+)_)?(.+)", name.removeprefix(KOHYA_PREFIX))
-        table = {own.replace(".", "_"): own for own in (OUTSIDE if found[1] is None else INSIDE)}
-        if found[2] not in table:
-            return None
-        name = table[found[2]] if found[1] is None else f"blocks.{found[1]}.{table[found[2]]}"
-    for prefix in PEFT_PREFIXES:
-        name = name.removeprefix(prefix)
-    try:
-        (weight,) = to_diffusers(strip_prefixes({f"{name}.weight": torch.empty(0)}))
-    except ValueError:
+    path = Path(path)
+    if (path / "transformer").is_dir():  # whole weights, as `load_student` takes them
         return None
-    return weight.removesuffix(".weight")
+    if path.is_dir():
+        return next((path / name for name in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS) if (path / name).is_file()), None)
+    if not path.is_file():
+        return None
+    if path.suffix != ".safetensors":
+        names = read_state(path)
+    else:
+        with safe_open(path, framework="pt") as file:  # names alone: whole weights are large
+            names = list(file.keys())
+    return path if any(MARKS.search(name) for name in names) else None
 
 
-def _peft_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    return json.loads(metadata[METADATA_NAME]) if METADATA_NAME in metadata else {}
+def read_lora(path: str | Path) -> tuple[Lora, dict[str, str]]:
+    """A LoRA file in whatever names, and what its metadata say beside alpha.
+
+    Raises:
+        ValueError: If it is no LoRA of a WAN text-to-video transformer, or one that the formats cannot hold exactly.
+    """
+    path, metadata, config = Path(path), {}, {}
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    try:
+        if LORA_ADAPTER_METADATA_KEY in metadata:
+            config = json.loads(metadata[LORA_ADAPTER_METADATA_KEY])
+        elif path.name == PEFT_WEIGHTS and (path.parent / PEFT_CONFIG).is_file():
+            config = json.loads((path.parent / PEFT_CONFIG).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the LoRA's settings in or beside {path} must be valid JSON: {error}.") from None
+    config = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in config.items()}
+    # Hashes are of the file that was.
+    kept = {k: v for k, v in metadata.items() if k not in (LORA_ADAPTER_METADATA_KEY, "format") and "hash" not in k}
+    return parse_lora(read_state(path), config), kept
 
 
-def _peft_alpha(module: str, down: torch.Tensor, config: Mapping[str, Any]) -> float:
-    """What a peft config says of a module; without one, the scale is 1."""
-    rank = down.shape[0]
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config.get("lora_alpha") or rank)
-    return float(alpha) * (rank**0.5 if config.get("use_rslora") else 1)  # whose scale is alpha / sqrt(rank)
-
-
-def write_lora(lora: Lora, output: str | Path, names: LoraNames) -> None:
-    """Writes a LoRA.
+def parse_lora(state: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None) -> Lora:
+    """Sorts a LoRA's tensors by the modules that they are of.
 
     Args:
-        lora: What to write.
-        output: Folder for diffusers' names, which gets `pytorch_lora_weights.safetensors`; else a file.
-        names: Whose names; original and comfyui are the same.
+        state: The tensors, in whatever names.
+        config: Settings of peft's `LoraConfig`, if there are any. Alpha is the rank where neither they nor a tensor
+            tell it, which is what diffusers and ComfyUI take.
+
+    Raises:
+        ValueError: If a name is unknown, a tensor is missing or given twice, ranks differ, or alpha is not clear.
+    """
+    _refuse_what_is_no_lora(state, config)
+    tensors: dict[str, State] = defaultdict(dict)
+    for name, tensor in state.items():
+        module, part = _find_place(name)
+        if part in tensors[module]:
+            raise ValueError(f"a LoRA must hold {part} of {module} once, but {name} is there beside it.")
+        tensors[module][part] = tensor
+    return {module: _make_adapter(module, parts, config) for module, parts in tensors.items()}
+
+
+def _refuse_what_is_no_lora(state: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None) -> None:
+    whole = [name for name in state if name.endswith((".diff", ".diff_b"))]
+    if whole:
+        raise ValueError(
+            f"a LoRA must hold low-rank matrices alone, but {len(whole)} of {len(state)} keys are changes of whole "
+            f"weights or biases, first {whole[0]}; merge it into the base model with the tool that made it, and "
+            "convert the weights."
+        )
+    unexpected = [name for name in state if _find_place(name) is None]
+    if unexpected or not state:
+        raise ValueError(
+            "a LoRA must have the names of a WAN text-to-video transformer, those of diffusers, ComfyUI or kohya, but "
+            f"{len(unexpected)} of {len(state)} keys have others, first "
+            f"{', '.join(unexpected[:MAX_SHOWN]) or 'none at all'}."
+        )
+    if not config and any(name.startswith(PEFT_PREFIX) for name in state):
+        raise ValueError(
+            f"a LoRA of peft keeps alpha in {PEFT_CONFIG}, which is not there; put it beside {PEFT_WEIGHTS}."
+        )
+
+
+def _find_place(name: str) -> tuple[str, str] | None:
+    """The name of a tensor -> diffusers' name of the module, and down, up or alpha."""
+    found = TENSOR.fullmatch(name)
+    if found is None:
+        return None
+    module = found[1].replace(KOHYA_PREFIX + "_", KOHYA_PREFIX)  # of VideoX-Fun, whose prefix ends in two
+    for prefix in (PEFT_PREFIX, DIFFUSERS_PREFIX, *PREFIXES):
+        module = module.removeprefix(prefix)
+    number = NUMBER.search(module)
+    known = KNOWN.get(NUMBER.sub("*", module, count=1))
+    return known and (known.replace("*", number[0] if number else ""), PARTS.get(found[2], "alpha"))
+
+
+def _make_adapter(module: str, parts: State, config: Mapping[str, Any] | None) -> Adapter:
+    missing = [part for part in ("down", "up") if part not in parts]
+    if missing:
+        raise ValueError(f"a LoRA must hold both down and up of a module, but {missing[0]} of {module} is missing.")
+    down, up = parts["down"], parts["up"]
+    if down.ndim < 2 or up.ndim != down.ndim or down.shape[0] != up.shape[1]:
+        raise ValueError(
+            f"down and up of {module} must be (rank, in) and (out, rank), got {tuple(down.shape)} and "
+            f"{tuple(up.shape)}."
+        )
+    told = []
+    if "alpha" in parts:
+        if parts["alpha"].numel() != 1:
+            raise ValueError(f"alpha of {module} must be one number, got {tuple(parts['alpha'].shape)}.")
+        told.append(parts["alpha"].item())
+    if config:
+        told.append(_alpha_in(config, module, rank=down.shape[0]))
+    alpha = told[0] if told else down.shape[0]
+    if any(other != alpha for other in told):
+        raise ValueError(f"alpha of {module} must be clear, but is {told[0]} in the file and {told[1]} in metadata.")
+    if alpha == 0 or not math.isfinite(alpha):  # some readers take 0 for the rank, others for no change
+        raise ValueError(f"alpha of {module} must be a finite number other than 0, got {alpha}.")
+    return Adapter(down, up, float(alpha))
+
+
+def _alpha_in(config: Mapping[str, Any], module: str, rank: int) -> float:
+    config = {**LoraConfig().to_dict(), **config}
+    pattern = get_pattern_key(config["alpha_pattern"] or {}, module)
+    alpha = (config["alpha_pattern"] or {}).get(pattern, config["lora_alpha"])
+    if not config["use_rslora"]:
+        return alpha
+    scale = alpha / math.sqrt(rank)
+    if scale * rank / rank != scale:
+        raise ValueError(
+            f"rsLoRA scales {module} by alpha / sqrt(rank) = {scale}, which no alpha / {rank} equals to the last bit; "
+            "the names cannot be changed without a change of the scale."
+        )
+    return scale * rank
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def lora_file(lora: Lora, names: LoraNames) -> tuple[State, dict[str, str]]:
+    """A LoRA in some names: the tensors of the file, and its metadata.
+
+    Args:
+        lora: What `read_lora` and `parse_lora` return.
+        names: `original` is `comfyui`: of LoRAs there is no other form with WAN's dotted names.
     """
     if names == "diffusers":
-        layers = {f"{module}.lora_A.weight": weight.contiguous() for module, weight in lora.down.items()}
-        layers |= {f"{module}.lora_B.weight": weight.contiguous() for module, weight in lora.up.items()}
-        metadata = _as_peft_config(lora).to_dict()
-        WanPipeline.save_lora_weights(output, layers, transformer_lora_adapter_metadata=metadata)
-        return
+        state = {}
+        for module, adapter in lora.items():
+            state[f"{DIFFUSERS_PREFIX}{module}.lora_A.weight"] = adapter.down.contiguous()
+            state[f"{DIFFUSERS_PREFIX}{module}.lora_B.weight"] = adapter.up.contiguous()
+        config = {DIFFUSERS_PREFIX + name: value for name, value in peft_config(lora).items()}
+        return state, {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
     state = {}
-    for module, down in lora.down.items():
-        (original,) = to_original({f"{module}.weight": down})
-        original = original.removesuffix(".weight")
-        is_kohya = names == "kohya"
-        name = KOHYA_PREFIX + original.replace(".", "_") if is_kohya else COMFYUI_PREFIX + original
-        state |= {
-            f"{name}.lora_down.weight": down.contiguous(),
-            f"{name}.lora_up.weight": lora.up[module].contiguous(),
-        }
-        if is_kohya or lora.alphas[module] != down.shape[0]:
-            state[f"{name}.alpha"] = torch.tensor(lora.alphas[module])
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, output, metadata={"format": "pt"})
+    for module, adapter in lora.items():
+        stem = _stem(module, names)
+        state[f"{stem}.lora_down.weight"] = adapter.down.contiguous()
+        state[f"{stem}.lora_up.weight"] = adapter.up.contiguous()
+        # Without it the scale is 1; diffusers reads none outside of layers, and musubi-tuner cannot do without.
+        if names == "kohya" or adapter.alpha != adapter.rank:
+            state[f"{stem}.alpha"] = _exact(adapter.alpha)
+    return state, {"format": "pt"}
 
 
-def _as_peft_config(lora: Lora) -> LoraConfig:
-    ranks = {module: down.shape[0] for module, down in lora.down.items()}
-    (rank, _), (alpha, _) = (Counter(values.values()).most_common(1)[0] for values in (ranks, lora.alphas))
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        rank_pattern={re.escape(module): other for module, other in ranks.items() if other != rank},
-        alpha_pattern={re.escape(module): other for module, other in lora.alphas.items() if other != alpha},
-        target_modules=sorted(ranks),
-    )
+def peft_config(lora: Lora) -> dict[str, Any]:
+    """What peft's `LoraConfig` takes to give every module its rank and alpha: the most common, and the others."""
+    rank = Counter(adapter.rank for adapter in lora.values()).most_common(1)[0][0]
+    alpha = Counter(adapter.alpha for adapter in lora.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {module: adapter.rank for module, adapter in lora.items() if adapter.rank != rank},
+        "alpha_pattern": {module: adapter.alpha for module, adapter in lora.items() if adapter.alpha != alpha},
+        "target_modules": list(lora),
+    }
+
+
+def _stem(module: str, names: LoraNames) -> str:
+    number = NUMBER.search(module)
+    own = ORIGINAL[NUMBER.sub("*", module, count=1)].replace("*", number[0] if number else "")
+    return KOHYA_PREFIX + own.replace(".", "_") if names == "kohya" else COMFYUI_PREFIX + own
+
+
+def _exact(number: float) -> torch.Tensor:
+    single = torch.tensor(number, dtype=torch.float32)
+    return single if single.item() == number else torch.tensor(number, dtype=torch.float64)

@@ -6,14 +6,13 @@ Renaming changes no tensor and loses none, so both ways are exact. Text-to-video
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 
 State = dict[str, torch.Tensor]
-Names = Literal["diffusers", "original", "comfyui"]
 
 # WAN's name -> diffusers', of what lies outside of layers and inside of them.
 OUTSIDE = {

@@ -1,166 +1,306 @@
-"""LoRA files, from everybody's names to everybody's, bit by bit; and as diffusers reads them itself."""
+import json
 
 import pytest
 import torch
-from conftest import run_here
+from conftest import ROOT, run_here
 from diffusers import WanPipeline
-from diffusers.loaders.lora_conversion_utils import (
-    _convert_musubi_wan_lora_to_diffusers,
-    _convert_non_diffusers_wan_lora_to_diffusers,
-)
-from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from causal_wan.lora_names import read_lora
-from causal_wan.models import add_lora, load_transformer, save_lora
+from causal_wan.lora_names import find_lora, lora_file, parse_lora, peft_config, read_lora
+from causal_wan.models import DEFAULT_LORA_TARGETS, LORA_WEIGHTS_NAME, add_lora, load_transformer, save_lora
 from causal_wan.pipeline import CausalWanPipeline
 
 
-SCRIPT = "convert_checkpoint.py"
-MODULES = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+TINY_WAN = str(ROOT / "examples" / "sketch" / "tiny-wan")
+FORMS = ("comfyui", "kohya", "original")
+Q = "blocks.0.attn1.to_q"
 
 
-@pytest.fixture
-def source(checkpoint, tmp_path):
-    """The output folder of a LoRA run: rank 4, alpha 6."""
-    transformer = load_transformer(checkpoint, num_frame_per_block=1)
-    add_lora(transformer, rank=4, alpha=6, target_modules=MODULES)
-    torch.manual_seed(0)
-    weights = {name: torch.randn_like(weight) for name, weight in transformer.named_parameters() if "lora_" in name}
-    save_lora(transformer, weights, tmp_path / "run")
-    return tmp_path / "run"
+def convert(*flags):
+    run_here("convert_checkpoint.py", *flags)
 
 
-def convert(source, output, names):
-    run_here(SCRIPT, "--input", source, "--output", output, "--to", names)
-    return output
+def read(path):
+    """Tensors and metadata."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def same(one, other):
-    assert one.alphas == other.alphas
-    for ours, theirs in ((one.down, other.down), (one.up, other.up)):
-        assert ours.keys() == theirs.keys()
-        assert all(
-            torch.equal(weight, theirs[name]) and weight.dtype == theirs[name].dtype for name, weight in ours.items()
-        )
-    return True
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("names", ["comfyui", "original", "kohya"])
-def test_there_and_back_changes_no_bit(source, names, tmp_path):
-    file = source / "pytorch_lora_weights.safetensors"
-    there = convert(source, tmp_path / "there.safetensors", names)
-    back = convert(there, tmp_path / "back", "diffusers") / "pytorch_lora_weights.safetensors"
-    assert set(read_lora(file).alphas.values()) == {6.0}
-    assert same(read_lora(file), read_lora(there))
-    assert same(read_lora(file), read_lora(back))
-    expected, found = load_file(file), load_file(back)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
+def pair(rank=2, size=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rank, size, generator=generator), torch.randn(size, rank, generator=generator)
 
 
-def test_the_others_names_are_theirs(source, tmp_path):
-    comfyui = load_file(convert(source, tmp_path / "a.safetensors", "comfyui"))
-    assert "diffusion_model.blocks.0.self_attn.q.lora_down.weight" in comfyui
-    assert "diffusion_model.blocks.1.ffn.2.lora_up.weight" in comfyui
-    assert comfyui["diffusion_model.blocks.0.cross_attn.o.alpha"] == 6
-    kohya = load_file(convert(source, tmp_path / "b.safetensors", "kohya"))
-    assert "lora_unet_blocks_0_self_attn_q.lora_down.weight" in kohya
-    assert kohya["lora_unet_blocks_1_ffn_0.alpha"] == 6
-    assert len(kohya) == len(comfyui)
+def deltas(lora):
+    """Module -> what it adds to the weight."""
+    return {name: adapter.alpha / adapter.rank * adapter.up @ adapter.down for name, adapter in lora.items()}
 
 
-@pytest.mark.parametrize("names", ["comfyui", "kohya"])
-def test_diffusers_own_reading_of_the_others_gives_the_same_update(source, names, tmp_path):
-    state = load_file(convert(source, tmp_path / "a.safetensors", names))
-    reader = (
-        _convert_non_diffusers_wan_lora_to_diffusers if names == "comfyui" else _convert_musubi_wan_lora_to_diffusers
-    )
-    theirs, lora = reader(state), read_lora(source / "pytorch_lora_weights.safetensors")
-    for module, down in lora.down.items():
-        update = 6 / 4 * lora.up[module] @ down
-        found = theirs[f"transformer.{module}.lora_B.weight"] @ theirs[f"transformer.{module}.lora_A.weight"]
-        torch.testing.assert_close(found, update)
-
-
-def sample(checkpoint, lora, pipeline_class=CausalWanPipeline):
-    pipeline = pipeline_class.from_pretrained(checkpoint)
-    pipeline.set_progress_bar_config(disable=True)
-    if lora is not None:
-        pipeline.load_lora_weights(lora)
-    steps = {} if pipeline_class is CausalWanPipeline else {"num_inference_steps": 2, "guidance_scale": 1.0}
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """What a LoRA run leaves: all common targets, rank 4 and alpha 6, nothing zero."""
+    transformer = load_transformer(TINY_WAN, num_frame_per_block=1)
+    add_lora(transformer, rank=4, alpha=6, target_modules=DEFAULT_LORA_TARGETS)
     generator = torch.Generator().manual_seed(0)
-    return pipeline(
-        "a ball", num_frames=9, height=32, width=48, generator=generator, output_type="latent", **steps
-    ).frames
-
-
-@pytest.mark.parametrize("pipeline_class", [CausalWanPipeline, WanPipeline])
-def test_pipelines_sample_the_same_with_a_lora_that_went_there_and_back(checkpoint, source, pipeline_class, tmp_path):
-    there = convert(source, tmp_path / "there.safetensors", "kohya")
-    back = convert(there, tmp_path / "back", "diffusers")
-    expected = sample(checkpoint, source, pipeline_class)
-    assert torch.equal(sample(checkpoint, back, pipeline_class), expected)
-    assert not torch.allclose(sample(checkpoint, None, pipeline_class), expected, atol=1e-3)
-
-
-def test_ranks_and_alphas_by_module_survive(checkpoint, tmp_path):
-    transformer = load_transformer(checkpoint, num_frame_per_block=1)
-    patterns = {"rank_pattern": {"blocks.0.attn1.to_q": 2}, "alpha_pattern": {"to_k": 3, "blocks.1.ffn.net.2": 10}}
-    torch.manual_seed(0)
-    targets = ["to_q", "to_k", "ffn.net.2"]
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **patterns)
-    transformer.add_adapter(config)
-    metadata = {"transformer_lora_adapter_metadata": config.to_dict()}
-    WanPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(transformer), **metadata)
-    there = convert(tmp_path / "lora", tmp_path / "there.safetensors", "comfyui")
-    lora = read_lora(there)
-    assert lora.down["blocks.0.attn1.to_q"].shape[0] == 2
-    assert lora.alphas["blocks.0.attn1.to_q"] == 8
-    assert lora.alphas["blocks.1.attn2.to_k"] == 3
-    assert lora.alphas["blocks.1.ffn.net.2"] == 10
-    back = convert(there, tmp_path / "back", "diffusers")
-    assert torch.equal(sample(checkpoint, back), sample(checkpoint, tmp_path / "lora"))
-
-
-def test_a_scale_of_1_needs_no_alpha(source, tmp_path):
-    state = {
-        name: weight
-        for name, weight in load_file(convert(source, tmp_path / "a.safetensors", "comfyui")).items()
-        if not name.endswith(".alpha")
+    weights = {
+        name: torch.randn(weight.shape, generator=generator) / 8
+        for name, weight in transformer.named_parameters()
+        if weight.requires_grad
     }
-    save_file(state, tmp_path / "plain.safetensors")
-    assert set(read_lora(tmp_path / "plain.safetensors").alphas.values()) == {4.0}
-    back = convert(tmp_path / "plain.safetensors", tmp_path / "b", "diffusers")
-    again = load_file(convert(back, tmp_path / "c.safetensors", "comfyui"))
-    assert again.keys() == state.keys()
+    folder = tmp_path_factory.mktemp("run")
+    save_lora(transformer, weights, folder)
+    return folder
+
+
+@pytest.fixture
+def uneven():
+    """A LoRA whose modules differ in rank, alpha and dtype, some of them outside of layers."""
+    state = {}
+    modules = (Q, "blocks.11.attn2.to_out.0", "blocks.1.ffn.net.0.proj", "proj_out", "condition_embedder.time_proj")
+    for seed, module in enumerate(modules):
+        down, up = pair(rank=seed // 2 + 1, seed=seed)
+        dtype = torch.bfloat16 if seed % 2 else torch.float32
+        state[f"transformer.{module}.lora_A.weight"] = down.to(dtype)
+        state[f"transformer.{module}.lora_B.weight"] = up.to(dtype)
+    alphas = {Q: 0.1, "blocks.1.ffn.net.0.proj": 1 / 3}  # no numbers of float32
+    return parse_lora(state, {"r": 1, "lora_alpha": 2, "alpha_pattern": alphas})
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_of_a_run_go_to_every_form_and_back_bit_by_bit(run_folder, tmp_path, form):
+    convert("--input", run_folder, "--output", tmp_path / "theirs.safetensors", "--to", form)
+    convert("--input", tmp_path / "theirs.safetensors", "--output", tmp_path / "back-1.3b")
+    state, metadata = read(run_folder / LORA_WEIGHTS_NAME)
+    back, back_metadata = read(tmp_path / "back-1.3b" / LORA_WEIGHTS_NAME)
+    assert same(back, state)
+    before, after = (json.loads(data["lora_adapter_metadata"]) for data in (metadata, back_metadata))
+    for name, value in after.items():
+        if name != "transformer.target_modules":
+            assert before[name] == value
+    convert("--input", tmp_path / "back-1.3b", "--output", tmp_path / "again.safetensors", "--to", form)
+    assert read(tmp_path / "again.safetensors")[1] == {"format": "pt"}
+    assert same(load_file(tmp_path / "again.safetensors"), load_file(tmp_path / "theirs.safetensors"))
+
+
+def test_names_are_those_of_comfyui_and_kohya(run_folder, tmp_path):
+    lora, _ = read_lora(run_folder / LORA_WEIGHTS_NAME)
+    comfyui, kohya = (lora_file(lora, form)[0] for form in ("comfyui", "kohya"))
+    assert {name for name in comfyui if "blocks.1." in name and "ffn" in name} == {
+        f"diffusion_model.blocks.1.ffn.{layer}.{part}"
+        for layer in (0, 2)
+        for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
+    assert {name for name in kohya if "_1_cross_attn_o" in name} == {
+        f"lora_unet_blocks_1_cross_attn_o.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
+    assert kohya["lora_unet_blocks_0_self_attn_q.alpha"] == 6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ranks_alphas_and_dtypes_of_every_module_are_kept(uneven, form):
+    assert [adapter.alpha for adapter in uneven.values()] == [0.1, 2, 1 / 3, 2, 2]
+    state, _ = lora_file(uneven, form)
+    state, metadata = lora_file(parse_lora(state), "diffusers")
+    config = json.loads(metadata["lora_adapter_metadata"])
+    back = parse_lora(state, {name.removeprefix("transformer."): value for name, value in config.items()})
+    assert list(back) == list(uneven)
+    for module, adapter in uneven.items():
+        assert (back[module].alpha, back[module].rank) == (adapter.alpha, adapter.rank)
+        assert back[module].down.dtype == adapter.down.dtype
+        assert torch.equal(back[module].down, adapter.down)
+        assert torch.equal(back[module].up, adapter.up)
+
+
+def test_where_nothing_tells_alpha_it_is_the_rank_and_comfyui_needs_none(tmp_path):
+    down, up = pair(rank=3)
+    lora = parse_lora({f"transformer.{Q}.lora_A.weight": down, f"transformer.{Q}.lora_B.weight": up})
+    assert lora[Q].alpha == 3
+    assert set(lora_file(lora, "comfyui")[0]) == {
+        f"diffusion_model.blocks.0.self_attn.q.lora_{part}.weight" for part in ("down", "up")
+    }
+    assert lora_file(lora, "kohya")[0]["lora_unet_blocks_0_self_attn_q.alpha"] == 3
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"diffusion_model.blocks.0.norm3.diff_b": 1},
-            "1 of 31 names are others, first diffusion_model.blocks.0.norm3",
-        ),
-        ({"diffusion_model.blocks.0.self_attn.q.dora_scale": 1}, "self_attn.q.dora_scale"),
-        ({"diffusion_model.blocks.0.self_attn.x.lora_down.weight": 1}, "self_attn.x.lora_down.weight"),
-        ({"lora_unet_blocks_0_nowhere.alpha": 1}, "lora_unet_blocks_0_nowhere.alpha"),
-        ({"diffusion_model.head.head.lora_down.weight": 1}, r"proj_out \(one of its two weights alone\)"),
-    ],
+    "stem",
+    (
+        "transformer.blocks.0.attn1.to_q",
+        "blocks.0.attn1.to_q",
+        "diffusion_model.blocks.0.self_attn.q",
+        "model.diffusion_model.blocks.0.self_attn.q",
+        "blocks.0.self_attn.q",
+        "lora_unet_blocks_0_self_attn_q",
+        "lora_unet__blocks_0_self_attn_q",
+    ),
 )
-def test_what_is_no_lora_of_wan_is_refused_by_name(source, changes, message, tmp_path, capsys):
-    state = load_file(convert(source, tmp_path / "a.safetensors", "comfyui"))
-    state = dict(list(state.items())[:30])
-    save_file({**state, **{name: torch.zeros(1) for name in changes}}, tmp_path / "b.safetensors")
+@pytest.mark.parametrize(("down", "up"), (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora_A.default",) * 2))
+def test_every_spelling_of_a_module_is_known(stem, down, up):
+    up = up.replace("_A", "_B")
+    one, other = pair()
+    state = {f"{stem}.{down}.weight": one, f"{stem}.{up}.weight": other, f"{stem}.alpha": torch.tensor(8)}
+    assert parse_lora(state)[Q].alpha == 8
+    assert torch.equal(parse_lora(state)[Q].down, one)
+    assert torch.equal(parse_lora(state)[Q].up, other)
+
+
+def test_metadata_of_their_tools_are_kept_but_for_hashes(tmp_path):
+    down, up = pair()
+    stem = "lora_unet_blocks_0_self_attn_q"
+    state = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(1.0)}
+    save_file(state, tmp_path / "k.safetensors", metadata={"ss_tag": "a bird", "sshs_model_hash": "1", "format": "pt"})
+    convert("--input", tmp_path / "k.safetensors", "--output", tmp_path / "new")
+    metadata = read(tmp_path / "new" / LORA_WEIGHTS_NAME)[1]
+    assert metadata.keys() == {"ss_tag", "format", "lora_adapter_metadata"}
+    convert("--input", tmp_path / "new", "--output", tmp_path / "k2.safetensors", "--to", "kohya")
+    assert read(tmp_path / "k2.safetensors")[1] == {"ss_tag": "a bird", "format": "pt"}
+    assert same(load_file(tmp_path / "k2.safetensors"), state)
+
+
+def test_adapters_of_peft_have_alpha_in_the_file_beside_them(tmp_path):
+    down, up = pair()
+    state = {
+        f"base_model.model.blocks.0.attn1.to_q.lora_{part}.weight": weight
+        for part, weight in zip("AB", (down, up), strict=True)
+    }
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"keeps alpha in adapter_config\.json, which is not there"):
+        read_lora(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 5, "peft_type": "LORA"}))
+    lora, _ = read_lora(find_lora(tmp_path))
+    assert lora[Q].alpha == 5
+
+
+def test_rslora_goes_to_a_plain_alpha_of_the_same_scale():
+    down, up = pair(rank=8)
+    state = {f"{Q}.lora_A.weight": down, f"{Q}.lora_B.weight": up}
+    adapter = parse_lora(state, {"r": 8, "lora_alpha": 5, "use_rslora": True})[Q]
+    assert adapter.alpha / 8 == 5 / 8**0.5
+
+
+# --- what diffusers makes of them ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(pipeline_class, lora):
+    """Velocity of the pipeline's transformer with the LoRA in it."""
+    pipeline = pipeline_class.from_pretrained(TINY_WAN)
+    transformer = pipeline.transformer
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, transformer.config.in_channels, 3, 4, 4, generator=generator)
+    embeds = torch.randn(1, 5, transformer.config.text_dim, generator=generator)
+    if lora is not None:
+        pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
+    return transformer(latents, torch.tensor([500.0]), embeds, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("pipeline_class", (CausalWanPipeline, WanPipeline))
+@pytest.mark.parametrize("form", ("comfyui", "kohya"))
+def test_a_converted_lora_does_what_it_did(run_folder, tmp_path, pipeline_class, form):
+    convert("--input", run_folder, "--output", tmp_path / "theirs.safetensors", "--to", form)
+    convert("--input", tmp_path / "theirs.safetensors", "--output", tmp_path / "ours")
+    plain = sample(pipeline_class, None)
+    before = sample(pipeline_class, run_folder / LORA_WEIGHTS_NAME)
+    assert (before - plain).abs().max() > 0.01
+    assert torch.equal(sample(pipeline_class, tmp_path / "ours" / LORA_WEIGHTS_NAME), before)
+    # diffusers converts the file by itself as well, but scales the weights by alpha / rank.
+    torch.testing.assert_close(sample(pipeline_class, tmp_path / "theirs.safetensors"), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ("comfyui", "kohya"))
+def test_diffusers_reads_the_same_change_of_weights(run_folder, tmp_path, form):
+    lora, _ = read_lora(run_folder / LORA_WEIGHTS_NAME)
+    expected = deltas(lora)  # before diffusers, which scales in place
+    converted = deltas(parse_lora(WanPipeline.lora_state_dict(lora_file(lora, form)[0])))
+    assert expected.keys() == converted.keys()
+    for module, delta in expected.items():
+        torch.testing.assert_close(converted[module], delta)
+
+
+def test_modules_outside_of_layers_are_read_by_diffusers_at_scale_one():
+    state = {}
+    for module in (Q, "proj_out", "condition_embedder.time_proj", "condition_embedder.text_embedder.linear_2"):
+        state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"] = pair()
+    lora = parse_lora(state)
+    theirs = parse_lora(WanPipeline.lora_state_dict(lora_file(lora, "comfyui")[0]))
+    assert theirs.keys() == lora.keys()
+
+
+def test_uneven_ranks_and_alphas_reach_the_layers(tmp_path):
+    transformer = load_transformer(TINY_WAN, num_frame_per_block=1)
+    state = {}
+    for seed, name in enumerate((Q, "blocks.1.attn1.to_q", "blocks.1.ffn.net.2", "proj_out")):
+        layer = transformer.get_submodule(name)
+        state[f"transformer.{name}.lora_A.weight"] = pair(seed + 1, layer.in_features)[0]
+        state[f"transformer.{name}.lora_B.weight"] = pair(seed + 1, layer.out_features)[1]
+    lora = parse_lora(state, {"lora_alpha": 3, "alpha_pattern": {r"blocks\.1\..*": 0.7}})
+    weights, metadata = lora_file(lora, "diffusers")
+    save_file(weights, tmp_path / LORA_WEIGHTS_NAME, metadata=metadata)
+    transformer.load_lora_adapter(str(tmp_path), weight_name=LORA_WEIGHTS_NAME, prefix="transformer")
+    for name, adapter in lora.items():
+        layer = transformer.get_submodule(name)
+        assert list(layer.scaling.values()) == [adapter.alpha / adapter.rank]
+        assert torch.equal(layer.lora_A["default_0"].weight, adapter.down)
+    assert peft_config(lora)["alpha_pattern"]
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+GOOD = dict(zip((f"diffusion_model.blocks.0.self_attn.q.lora_{part}.weight" for part in "AB"), pair(), strict=True))
+STEM = "diffusion_model.blocks.0.self_attn.q"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    (
+        ({f"{STEM}.diff_b": torch.ones(4)}, rf"1 of 3 keys are changes of whole .*, first {STEM}\.diff_b"),
+        ({"diffusion_model.blocks.0.norm3.diff": torch.ones(4)}, r"first diffusion_model\.blocks\.0\.norm3\.diff"),
+        ({"lora_te_x.lora_up.weight": torch.ones(4)}, r"1 of 3 keys have others, first lora_te_x\.lora_up"),
+        ({"lora_unet_blocks_0_self_attn_q_img.alpha": torch.ones(1)}, "first lora_unet_blocks_0_self_attn_q_img"),
+        ({f"{STEM}.dora_scale": torch.ones(4)}, "first .*dora_scale"),
+        ({"transformer_2.blocks.0.attn1.to_q.lora_A.weight": torch.ones(4)}, "first transformer_2"),
+        ({f"transformer.{Q}.lora_A.weight": torch.ones(4)}, rf"down of {Q} once"),
+        (
+            {"lora_unet_blocks_0_ffn_0.lora_up.weight": torch.ones(4, 1)},
+            r"down of blocks\.0\.ffn\.net\.0\.proj is",
+        ),
+        ({f"{STEM}.alpha": torch.ones(2)}, r"one number, got \(2,\)"),
+        ({f"{STEM}.alpha": torch.zeros(())}, r"finite number other than 0, got 0\.0"),
+        ({f"{STEM}.lora_B.weight": torch.ones(4, 3)}, r"got \(2, 4\) and \(4, 3\)"),
+    ),
+)
+def test_what_cannot_be_kept_is_refused_by_name(more, message):
     with pytest.raises(ValueError, match=message):
-        read_lora(tmp_path / "b.safetensors")
-    with pytest.raises(SystemExit):
-        convert(tmp_path / "b.safetensors", tmp_path / "c", "diffusers")
-    assert not (tmp_path / "c").exists()
+        parse_lora({**GOOD, **more})
 
 
-def test_whole_weights_have_no_kohya_names(checkpoint, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        convert(checkpoint, tmp_path / "a.safetensors", "kohya")
-    assert "kohya has names for LoRAs only" in capsys.readouterr().err
+def test_two_alphas_are_refused_if_they_differ():
+    state = {**GOOD, f"{STEM}.alpha": torch.tensor(3.0)}
+    assert parse_lora(state, {"lora_alpha": 3})["blocks.0.attn1.to_q"].alpha == 3
+    with pytest.raises(ValueError, match=r"is 3\.0 in the file and 4 in metadata"):
+        parse_lora(state, {"lora_alpha": 4})
+
+
+def test_the_script_refuses_what_it_cannot_write(run_folder, tmp_path, capsys):
+    def refused(*flags):
+        with pytest.raises(SystemExit):
+            convert(*flags)
+        return capsys.readouterr().err
+
+    save_file({"diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight": torch.ones(2)}, tmp_path / "i2v.safetensors")
+    assert "first diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight" in refused(
+        "--input", tmp_path / "i2v.safetensors", "--output", tmp_path / "new"
+    )
+    assert not (tmp_path / "new").exists()
+    wrong = refused("--input", run_folder, "--output", tmp_path / "new.pt", "--to", "comfyui")
+    assert "output must be a new file that ends in .safetensors" in wrong
+    assert "must be a new folder" in refused("--input", run_folder, "--output", run_folder)
+    whole = refused("--input", TINY_WAN, "--output", tmp_path / "new.safetensors", "--to", "kohya")
+    assert "--to kohya must be of a LoRA" in whole
