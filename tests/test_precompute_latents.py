@@ -321,7 +321,7 @@ def run(write_recipe, tmp_path, monkeypatch):
         work = Work()
 
         def note(name, action):
-            original = getattr(models, name)
+            original = getattr(encoding if name.startswith("encode") else models, name)
 
             def noted(*arguments, **options):
                 action(*arguments)
@@ -329,14 +329,14 @@ def run(write_recipe, tmp_path, monkeypatch):
 
             monkeypatch.setattr(precompute_latents, name, noted)
 
-        def encoding(vae, videos):
+        def encode(vae, videos):
             work.shapes += [tuple(video.shape[1:]) for video in videos]
             if after is not None and len(work.shapes) >= after:
                 interrupt()
 
         note("load_vae", lambda *arguments: work.loaded.append("vae"))
         note("load_text_encoder", lambda *arguments: work.loaded.append("text_encoder"))
-        note("encode_videos", encoding)
+        note("encode_videos", encode)
         note("encode_prompts", lambda tokenizer, text_encoder, prompts, *rest: work.prompts.extend(prompts))
         path, _ = write_recipe(**changes)
         run_here(SCRIPT, "--config", path, "--latents_dir", latents_dir)
