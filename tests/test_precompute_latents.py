@@ -12,7 +12,7 @@ from conftest import launch, run_here, write_clip
 from test_train_video_regression import metrics, weights
 
 import precompute_latents
-from causal_wan import cached_data, models
+from causal_wan import cached_data, encoding, models
 from causal_wan.config import parse_config
 from causal_wan.encoding import encode_prompts, encode_videos
 from causal_wan.file_manifest import FileManifest
