@@ -32,6 +32,7 @@ from causal_wan.cached_data import CacheConfig
 from causal_wan.config import flat_dict, names_of, parse_config, user_errors
 from causal_wan.dataset_report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
 from causal_wan.dataset_survey import BLACK_LUMA, STATIC_MOTION, Survey, count_reason
+from causal_wan.hub import HubConfig
 from causal_wan.memory import MemoryConfig
 from causal_wan.models import ModelConfig
 from causal_wan.regression import RegressionConfig
@@ -85,7 +86,7 @@ class Config:
 
 # What a recipe of the training script may hold beside.
 TRAINING_SETTINGS = {"dry_run"} | names_of(
-    CacheConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig, ValidationConfig
+    CacheConfig, HubConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig, ValidationConfig
 )
 
 

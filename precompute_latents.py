@@ -39,6 +39,7 @@ from causal_wan.cached_data import (
 )
 from causal_wan.config import names_of, parse_config, user_errors
 from causal_wan.encoding import encode_prompts, encode_videos
+from causal_wan.hub import HubConfig
 from causal_wan.memory import MemoryConfig, cut_up_vae
 from causal_wan.models import DTYPES, CheckpointConfig, ModelConfig, load_text_encoder, load_vae
 from causal_wan.regression import RegressionConfig
@@ -100,7 +101,9 @@ class Config:
 
 
 # What a recipe of the training script may hold beside.
-TRAINING_SETTINGS = {"dry_run"} | names_of(CacheConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig)
+TRAINING_SETTINGS = {"dry_run"} | names_of(
+    CacheConfig, HubConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig
+)
 
 
 def main(config: Config) -> None:

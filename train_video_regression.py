@@ -18,6 +18,7 @@ Source: CausVid, arXiv 2412.07772, section 4.3, with (clip, fresh noise) in the 
 """
 
 import contextlib
+import json
 import math
 import sys
 from collections.abc import Mapping
@@ -42,6 +43,7 @@ from causal_wan.config import flat_dict, parse_config, user_errors, write_recipe
 from causal_wan.encoding import PromptEncoder, check_video_size, encode_prompts, encode_videos, pad_prompt_embeds
 from causal_wan.export import write_pipeline_file
 from causal_wan.flow import latents_from_velocity, velocity
+from causal_wan.hub import DATA_SUMMARY_NAME, HubConfig, start_uploads
 from causal_wan.losses import frame_losses, level_statistics, masked_sum_over_count
 from causal_wan.memory import (
     MemoryConfig,
@@ -119,6 +121,7 @@ class Config:
     training: TrainingConfig
     validation: ValidationConfig
     cache: CacheConfig
+    hub: HubConfig
     dry_run: bool = False
     """Resolve the config, check the data, print the plan and the memory it takes, and stop; loads no weights."""
 
@@ -302,6 +305,7 @@ def main(config: Config) -> None:
     prompts = [*data.prompts, *validation_prompts]
     with user_errors():
         trackers = start_trackers(accelerator, config.training, flat_dict(config))
+        uploads = start_uploads(config.hub, config.training.output_dir) if accelerator.is_main_process else None
         check_streaming(config, accelerator)
         data.open_cache(
             config.cache,
@@ -352,6 +356,7 @@ def main(config: Config) -> None:
             summarize=method.summarize,
             validate=validate if validate.prompts else None,
             before_checkpoint=data.gather_lane_states if data.streams else None,
+            after_checkpoint=uploads.upload_checkpoint if uploads else None,
         )
     if not complete:
         trackers.finish()
@@ -361,10 +366,13 @@ def main(config: Config) -> None:
         weights = gather_weights(run)
     if accelerator.is_main_process:
         save_student(run.unwrapped_model, weights, config)
+        (Path(config.training.output_dir) / DATA_SUMMARY_NAME).write_text(json.dumps(data.count()))
         print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
     accelerator.wait_for_everyone()
     trackers.finish()
     accelerator.end_training()
+    if uploads:
+        uploads.finish()
 
 
 def check_streaming(config: Config, accelerator: Accelerator) -> None:

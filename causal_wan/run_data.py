@@ -75,6 +75,13 @@ class RunData:
         prompts = [prompt for row in [*self.rows, *self.validation_rows] for prompt in row.prompts]
         return prompts + ([""] if self.config.caption_dropout else [])
 
+    def count(self) -> dict[str, int]:
+        """How much there is of it, for a model card."""
+        if self.streams:
+            return {"streams": len(self.streams)}
+        prompts = {prompt for row in self.rows for prompt in row.prompts}
+        return {"clips": len(self.rows), "distinct prompts": len(prompts), "held-out clips": len(self.validation_rows)}
+
     def wanted_shapes(self) -> list[list[ClipShape]]:
         """In which shapes a run shows each of `rows` and `validation_rows`."""
         shapes = [clip_shapes(row, self.config) for row in self.rows]

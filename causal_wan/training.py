@@ -450,6 +450,7 @@ def train(
     summarize: Callable[[Sums], dict[str, float]],
     validate: Callable[[torch.nn.Module, int], tuple[dict[str, float], dict[str, CaptionedVideo]]] | None = None,
     before_checkpoint: Callable[[], None] | None = None,
+    after_checkpoint: Callable[[Path], None] | None = None,
 ) -> bool:
     """Trains until `max_train_steps`. The result is in the model, or in the average: see `ema_weights`.
 
@@ -465,6 +466,7 @@ def train(
         validate: (unwrapped model with the weights of the result, step) -> (metrics, mp4 files by name). Called
             on every process.
         before_checkpoint: Called on every process before a checkpoint is written, to gather what goes into it.
+        after_checkpoint: Called with its folder, which is not there if it could not be written.
 
     Returns:
         Whether the run is complete; after SIGTERM or SIGUSR1 to any process it stops early, with a checkpoint.
@@ -511,6 +513,8 @@ def train(
                     before_checkpoint()
                 limit = config.checkpoints_total_limit
                 save_checkpoint(run.accelerator, config.output_dir, state.step, ema=run.ema, total_limit=limit)
+                if after_checkpoint is not None:
+                    after_checkpoint(Path(config.output_dir) / f"checkpoint-{state.step}")
     return state.step == config.max_train_steps
 
 

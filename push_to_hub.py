@@ -1,0 +1,46 @@
+"""Uploads the result of a run, or a whole pipeline, to the hub, with a model card.
+
+    python push_to_hub.py --checkpoint outputs/my-wan --hub_model_id me/my-wan
+
+It is what `--push_to_hub` does at the end of a run, and finishes an upload that failed: files that are there already
+are not sent again. The token is that of `hf auth login`, or HF_TOKEN's.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from causal_wan.config import parse_config, user_errors
+from causal_wan.hub import HubConfig, describe, open_repository, upload_result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What goes where."""
+
+    checkpoint: str
+    """Output folder of a finished run, or a folder of `convert_checkpoint.py --to pipeline`."""
+    hub_model_id: str
+    """Name of the repository, USER/NAME."""
+    hub_private_repo: bool = False
+    """Make a new repository private."""
+
+
+def main(config: Config) -> None:
+    """Uploads; the exit status is 1 if it could not."""
+    with user_errors():
+        if not Path(config.checkpoint).is_dir():
+            raise ValueError(f"checkpoint must be a folder, got {config.checkpoint}.")
+        hub = HubConfig(push_to_hub=True, hub_model_id=config.hub_model_id, hub_private_repo=config.hub_private_repo)
+        repo_id = open_repository(hub, config.checkpoint)
+        try:
+            print(f"uploaded: {upload_result(config.checkpoint, hub, repo_id)}")
+        except ValueError:
+            raise
+        except Exception as error:
+            print(f"the upload failed: {describe(error)}\nrun the same command again.", file=sys.stderr)
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__))

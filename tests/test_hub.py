@@ -1,0 +1,287 @@
+"""Uploads to a hub on this machine: what goes there, what does not, and what happens when it fails."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import yaml
+from conftest import ROOT, SCRIPT_ENV, launch, run_here
+from fake_hub import TOKEN, FakeHub
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import ModelCardData
+
+from causal_wan import hub as uploads
+from causal_wan.hub import HubConfig, HubUploads, open_repository, read_run, stage_result
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub, and a user who is logged in."""
+    hub = FakeHub()
+    constants = {"ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    for name, value in constants.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(uploads, "WAITS", (0, 0))
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def run_folder(checkpoint, tmp_path):
+    """What a run leaves, with all that must stay where it is."""
+    folder = tmp_path / "private-folder" / "my-wan"
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "transformer" / "config.json").write_text('{"num_layers": 2}')
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(range(256)) * 80)
+    run = {
+        "pretrained_model_name_or_path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "generator_ckpt": None,
+        "dataset_base_path": str(tmp_path / "private-folder" / "videos"),
+        "metadata_path": "/home/somebody/secret/metadata.csv",
+        "output_dir": str(folder),
+        "generator_task": "causal_video",
+        "num_frame_per_block": 3,
+        "local_attn_size": -1,
+        "denoising_step_list": [1000.0, 757.0, 522.0, 0.0],
+        "num_frames": 81,
+        "height": 480,
+        "width": 832,
+        "lora_rank": 0,
+        "learning_rate": 2e-6,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(run))
+    (folder / "pipeline.py").write_text("# a pipeline\n")
+    (folder / "data_summary.json").write_text('{"clips": 120, "distinct prompts": 118, "held-out clips": 4}')
+    (folder / "metrics.jsonl").write_text('{"step": 1, "generator_loss": 2.0}\n{"step": 2, "generator_loss": 0.51}\n')
+    for step in (5, 10):
+        (folder / "validation" / f"step-{step:06d}").mkdir(parents=True)
+        (folder / "validation" / f"step-{step:06d}" / "00.mp4").write_bytes(b"video of step %d" % step)
+    for private in (
+        "cache/latents/0.safetensors",
+        "checkpoint-5/model.safetensors",
+        "logs/events",
+        "tracker_run.json",
+    ):
+        (folder / private).parent.mkdir(parents=True, exist_ok=True)
+        (folder / private).write_text("private")
+    return folder
+
+
+def push(folder, *flags):
+    run_here("push_to_hub.py", "--checkpoint", folder, "--hub_model_id", "me/my-wan", *flags)
+
+
+def test_the_result_its_card_and_nothing_else_go_up(hub, run_folder, capsys):
+    push(run_folder)
+    files = hub.repos["me/my-wan"]
+    assert set(files) - {".gitattributes"} == {
+        *("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors", "pipeline.py", "README.md"),
+        *("config.yaml", "metrics.jsonl", "data_summary.json", "samples/00.mp4"),
+    }
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert files[weights] == (run_folder / weights).read_bytes()
+    assert files["samples/00.mp4"] == b"video of step 10"
+    assert f"uploaded: {hub.endpoint}/me/my-wan" in capsys.readouterr().out
+    assert not [path for path in run_folder.iterdir() if path.name.startswith("uploading")]
+    for content in files.values():
+        for secret in (b"private", b"/home/", b"somebody", str(run_folder.parent).encode(), TOKEN.encode()):
+            assert secret not in content
+    settings = yaml.safe_load(files["config.yaml"])
+    assert settings["metadata_path"] == "metadata.csv"
+    assert settings["pretrained_model_name_or_path"] == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+
+def test_the_card_says_what_it_is_and_is_valid(hub, run_folder):
+    hub.licenses["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"] = "apache-2.0"
+    push(run_folder)
+    card = ModelCard(hub.repos["me/my-wan"]["README.md"].decode())
+    card.validate()
+    data = card.data
+    assert isinstance(data, ModelCardData)
+    assert data.license == "apache-2.0"
+    assert data.base_model == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    assert data.to_dict()["base_model_relation"] == "finetune"
+    assert data.pipeline_tag == "text-to-video"
+    assert data.library_name == "diffusers"
+    assert {"wan", "causal", "few-step", "video-regression"} <= set(data.tags)
+    assert data.to_dict()["widget"][0]["output"]["url"] == "samples/00.mp4"
+    for text in (
+        "3 latent frames each",
+        "at the timesteps 1000, 757, 522.",
+        "step_list=[1000.0, 757.0, 522.0],",
+        "| `learning_rate` | 2e-06 |",
+        "120 clips, 118 distinct",
+        "| 0.51 |",
+    ):
+        assert text in card.text, text
+    assert 'from_pretrained("me/my-wan", subfolder="transformer"' in card.text
+    compile(card.text.split("```python")[1].split("```")[0], "card", "exec")
+
+
+def test_a_lora_is_said_to_be_an_adapter(hub, run_folder):
+    import shutil
+
+    shutil.rmtree(run_folder / "transformer")
+    (run_folder / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    push(run_folder)
+    card = ModelCard(hub.repos["me/my-wan"]["README.md"].decode())
+    assert card.data.to_dict()["base_model_relation"] == "adapter"
+    assert "lora" in card.data.tags
+    assert 'pipeline.load_lora_weights("me/my-wan")' in card.text
+    assert "license" not in card.data.to_dict()
+    compile(card.text.split("```python")[1].split("```")[0], "card", "exec")
+
+
+def test_a_base_model_on_this_disk_is_named_without_its_path_and_gives_its_licence(hub, run_folder, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    run = yaml.safe_load((run_folder / "config.yaml").read_text())
+    run["pretrained_model_name_or_path"] = str(tmp_path / "base")
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(run))
+    assert read_run(run_folder)["pretrained_model_name_or_path"] == "base"
+    push(run_folder)
+    card = ModelCard(hub.repos["me/my-wan"]["README.md"].decode())
+    assert card.data.license == "apache-2.0"
+    assert "base_model" not in card.data.to_dict()
+    assert str(tmp_path) not in card.text
+
+
+def test_private_repositories_are_private(hub, run_folder):
+    push(run_folder, "--hub_private_repo", "True")
+    assert hub.private == {"me/my-wan": True}
+
+
+def test_what_fails_in_passing_is_tried_again(hub, run_folder):
+    failures = iter([-1, 500])
+
+    def fail(method, path):
+        return next(failures, None) if method == "PUT" or path.endswith("/commit/main") else None
+
+    hub.fail = fail
+    push(run_folder)
+    assert "README.md" in hub.repos["me/my-wan"]
+
+
+def test_an_upload_that_fails_half_way_is_finished_by_the_command_that_is_printed(hub, run_folder, caplog, capsys):
+    hub.fail = lambda method, path: 503 if path.endswith("/commit/main") else None
+    monkey = HubConfig(push_to_hub=True, hub_model_id="me/my-wan")
+    with caplog.at_level(logging.ERROR):
+        assert not HubUploads(monkey, run_folder, open_repository(monkey, run_folder)).finish()
+    assert hub.repos["me/my-wan"] == {}
+    assert hub.num_uploaded == 1  # the weights are there, and no commit of them
+    assert f"python push_to_hub.py --checkpoint {run_folder} --hub_model_id me/my-wan" in caplog.text
+    assert TOKEN not in caplog.text
+    assert (run_folder / "transformer" / "config.json").is_file()
+    with pytest.raises(SystemExit) as exit_info:
+        push(run_folder)
+    assert exit_info.value.code == 1
+    hub.fail = lambda method, path: None
+    push(run_folder)
+    assert hub.num_uploaded == 1  # not sent again
+    assert "transformer/diffusion_pytorch_model.safetensors" in hub.repos["me/my-wan"]
+
+
+def test_what_cannot_help_is_not_tried_again(hub, run_folder):
+    hub.fail = lambda method, path: 403 if path.endswith("/commit/main") else None
+    with pytest.raises(SystemExit):
+        push(run_folder)
+    assert [path for _, path in hub.calls].count("/api/models/me/my-wan/commit/main") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "message"),
+    [
+        ("me/my-wan", None, "run `hf auth login`"),
+        ("me/my-wan", "hf_wrong", "another token"),
+        ("others/my-wan", TOKEN, "You don't have the rights"),
+    ],
+)
+def test_who_may_not_write_is_told_before_anything_is_loaded(hub, run_folder, monkeypatch, name, token, message):
+    monkeypatch.setattr(uploads, "get_token", lambda: token)
+    monkeypatch.setenv("HF_TOKEN", token or "")
+    with pytest.raises(ValueError, match=message):
+        open_repository(HubConfig(push_to_hub=True, hub_model_id=name), run_folder)
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="must be a name on the hub"):
+        HubConfig(push_to_hub=True, hub_model_id="a/b/c")
+    with pytest.raises(ValueError, match="add --push_to_hub"):
+        HubConfig(hub_model_id="me/my-wan")
+
+
+def test_a_hub_out_of_reach_stops_nothing(hub, run_folder, caplog):
+    hub.fail = lambda method, path: 502
+    config = HubConfig(push_to_hub=True)
+    assert open_repository(config, run_folder) == "my-wan"
+    assert "will be tried at the end" in caplog.text
+
+
+def test_folders_without_a_result_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has neither transformer/ nor"), stage_result(tmp_path, "me/a"):
+        pass
+
+
+def test_checkpoints_go_up_in_the_background_one_at_a_time_even_if_they_are_rotated_away(hub, run_folder, caplog):
+    import shutil
+    import threading
+
+    let_go = threading.Event()
+
+    def wait(method, path):
+        if path.endswith("/commit/main"):
+            let_go.wait(20)
+
+    hub.fail = wait
+    config = HubConfig(push_to_hub=True, hub_model_id="me/my-wan", hub_strategy="every_save")
+    sender = HubUploads(config, run_folder, open_repository(config, run_folder))
+    sender.upload_checkpoint(run_folder / "checkpoint-5")
+    shutil.rmtree(run_folder / "checkpoint-5")
+    (run_folder / "checkpoint-9").mkdir()
+    sender.upload_checkpoint(run_folder / "checkpoint-9")
+    assert "checkpoint-9 does not go to the hub" in caplog.text
+    let_go.set()
+    assert sender.finish()
+    files = hub.repos["me/my-wan"]
+    assert files["last-checkpoint/model.safetensors"] == b"private"
+    assert "README.md" in files
+    assert hub.commits == ["Upload checkpoint-5", "Upload the result of training"]
+
+
+def test_a_run_pushes_its_result_and_its_checkpoints(hub, write_recipe):
+    path, output = write_recipe(max_train_steps=2, checkpointing_steps=1)
+    env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    flags = ["--push_to_hub", "--hub_model_id", "me/sketch", "--hub_strategy", "every_save"]
+    result = launch("train_video_regression.py", path, *flags, env=env)
+    files = hub.repos["me/sketch"]
+    assert {"README.md", "config.yaml", "pipeline.py", "data_summary.json"} <= set(files)
+    assert any(name.startswith("transformer/") for name in files)
+    assert any(name.startswith("last-checkpoint/") for name in files)
+    assert str(ROOT).encode() not in files["config.yaml"] + files["README.md"]
+    assert str(output.parent).encode() not in files["config.yaml"] + files["README.md"]
+    assert TOKEN not in result.stdout + result.stderr
+    assert TOKEN.encode() not in b"".join(files.values())
+
+
+def test_a_run_whose_upload_fails_is_a_success_with_a_command_to_finish(hub, write_recipe):
+    hub.fail = lambda method, path: 403 if path.endswith("/preupload/main") else None
+    path, output = write_recipe(max_train_steps=1)
+    env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    result = launch("train_video_regression.py", path, "--push_to_hub", "--hub_model_id", "me/sketch", env=env)
+    assert (output / "transformer" / "config.json").is_file()
+    hub.fail = lambda method, path: None
+    line = next(line for line in result.stderr.splitlines() if "python push_to_hub.py" in line)
+    command = [sys.executable, *line.split()[1:]]
+    done = subprocess.run(command, cwd=ROOT, env={**SCRIPT_ENV, **env}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "README.md" in hub.repos["me/sketch"]
+
+
+def test_all_patterns_of_what_goes_up_are_names_and_not_everything():
+    for pattern in (*uploads.RESULT, *uploads.PIPELINE):
+        assert not pattern.startswith(("*", "/", "."))
+        assert Path(pattern).parts[0] not in ("cache", "validation", "logs")
