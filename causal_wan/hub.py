@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from causal_wan.flow import sampling_timesteps
@@ -95,7 +94,7 @@ def open_repository(config: HubConfig, output_dir: str | Path) -> str:
                 "with another token, or choose another --hub_model_id."
             ) from None
         reason = str(error)
-    except (httpx.HTTPError, OSError, OfflineModeIsEnabled) as error:
+    except (HTTPError, OSError, OfflineModeIsEnabled) as error:
         reason = f"{type(error).__name__}: {error}"
     logger.warning("the hub cannot be reached now (%s); the upload will be tried at the end.", reason)
     return name
@@ -197,7 +196,7 @@ def try_to(action: Callable[[], Any]) -> Any:
             if error.response.status_code < 500 and error.response.status_code not in (408, 429):
                 raise
             reason = describe(error)
-        except (httpx.HTTPError, OSError, RuntimeError) as error:
+        except (HTTPError, OSError, RuntimeError) as error:
             reason = describe(error)
         logger.warning("an upload failed (%s); trying again in %d s", reason, wait)
         time.sleep(wait)
@@ -347,7 +346,7 @@ def base_license(base: str | None, folder: Path) -> str | None:
             return ModelCard.load(readme).data.license
         card_data = None if Path(original).is_dir() else HfApi().model_info(original).card_data
         return None if card_data is None else card_data.license
-    except (httpx.HTTPError, HfHubHTTPError, OSError, OfflineModeIsEnabled, ValueError) as error:
+    except (HTTPError, OSError, OfflineModeIsEnabled, ValueError) as error:
         logger.info("the licence of %s is not known: %s", original, describe(error))
         return None
 

@@ -197,7 +197,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     logging.basicConfig(
         format="%(levelname)s %(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR
     )
-    for noisy in ("httpx", "accelerate", "datasets"):
+    for noisy in ("httpx", "httpx2", "accelerate", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True

@@ -221,6 +221,17 @@ def test_a_hub_out_of_reach_stops_nothing(hub, run_folder, caplog):
     assert "will be tried at the end" in caplog.text
 
 
+def test_a_machine_without_a_network_stops_nothing_and_says_how_to_finish(hub, run_folder, caplog):
+    hub.close()
+    config = HubConfig(push_to_hub=True, hub_model_id="me/my-wan", hub_strategy="every_save")
+    uploads_of_run = HubUploads(config, run_folder, open_repository(config, run_folder))
+    assert "will be tried at the end" in caplog.text
+    uploads_of_run.upload_checkpoint(run_folder / "checkpoint-5")
+    assert not uploads_of_run.finish()
+    assert "checkpoint-5 could not be uploaded" in caplog.text
+    assert f"python push_to_hub.py --checkpoint {run_folder} --hub_model_id me/my-wan" in caplog.text
+
+
 def test_folders_without_a_result_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has neither transformer/ nor"), stage_result(tmp_path, "me/a"):
         pass
