@@ -4,6 +4,7 @@ The same prompts, noise and draws at every validation and in every run of the sa
 be laid side by side.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from causal_wan.memory import on_device
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
 from causal_wan.rollout import draw_noise
-from causal_wan.run_log import MetricSums
+from causal_wan.run_log import MetricSums, Sums
 from causal_wan.trackers import CaptionedVideo
 from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.video_writing import write_video
@@ -52,7 +53,8 @@ class Validation:
 
     Args:
         accelerator: Of the run.
-        method: Has `levels`, `seed`, `vae`, `embed(prompts)`, `compute_loss` and `summarize`, as training scripts do.
+        inputs: Has `levels`, `seed`, `vae`, `embed(prompts)` and `summarize`, as `causal_wan.regression_run.Inputs`.
+        compute_loss: Of a transformer, a batch and the number of its items.
         output_dir: Videos go to `validation/step-N` in it.
         prompts: All prompts, of all processes.
         batches: This process's prepared batches, and whether each counts.
@@ -62,14 +64,15 @@ class Validation:
     def __init__(
         self,
         accelerator: Any,
-        method: Any,
+        inputs: Any,
+        compute_loss: Callable[[Any, dict, torch.Tensor], tuple[torch.Tensor, Sums]],
         *,
         output_dir: str,
         prompts: list[str],
         batches: list[tuple[dict, bool]],
         latent_shape: tuple[int, int, int, int],
     ) -> None:
-        self.accelerator, self.method = accelerator, method
+        self.accelerator, self.inputs, self.compute_loss = accelerator, inputs, compute_loss
         self.output_dir, self.prompts, self.batches = Path(output_dir), prompts, batches
         self.latent_shape = latent_shape
 
@@ -93,17 +96,17 @@ class Validation:
 
     def sample(self, transformer: CausalWanTransformer3DModel, number: int) -> torch.Tensor:
         """The video of a prompt, from noise of the prompt's own number, in [-1, 1], `(3, T, height, width)`."""
-        timesteps = self.method.levels[self.method.levels > 0].tolist()
-        generator = sample_generator(self.method.seed, number)
+        timesteps = self.inputs.levels[self.inputs.levels > 0].tolist()
+        generator = sample_generator(self.inputs.seed, number)
         noise = draw_noise(1, self.latent_shape, len(timesteps), generator=generator)
         pipeline = CausalWanPipeline(
             tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer
         )
         latents = pipeline.sample_latents(
-            self.method.embed([self.prompts[number]]), noise.to(self.accelerator.device), timesteps
+            self.inputs.embed([self.prompts[number]]), noise.to(self.accelerator.device), timesteps
         )
-        with on_device(self.method.vae, self.accelerator.device):
-            return decode_latents(self.method.vae, latents)[0]
+        with on_device(self.inputs.vae, self.accelerator.device):
+            return decode_latents(self.inputs.vae, latents)[0]
 
     def measure_loss(self, transformer: CausalWanTransformer3DModel) -> dict[str, float]:
         """The training loss on the held-out batches, in all and by level."""
@@ -111,11 +114,11 @@ class Validation:
         num_items = sum(batch["num_items"] for batch, counts in self.batches if counts)
         num_items = self.accelerator.reduce(torch.as_tensor(num_items, device=self.accelerator.device))
         for batch, counts in self.batches:
-            loss, batch_sums = self.method.compute_loss(transformer, batch, num_items)
+            loss, batch_sums = self.compute_loss(transformer, batch, num_items)
             weight = float(counts)
             sums.add({"loss": weight * loss, **{name: weight * value for name, value in batch_sums.items()}})
         sums.reduce_to_main(self.accelerator)
         if not self.accelerator.is_main_process:
             return {}
-        metrics = {"loss": float(sums.sums.pop("loss")), **self.method.summarize(sums.sums)}
+        metrics = {"loss": float(sums.sums.pop("loss")), **self.inputs.summarize(sums.sums)}
         return {f"validation_{name}": value for name, value in metrics.items()}
