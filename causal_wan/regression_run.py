@@ -279,7 +279,7 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
             text_dtype="bf16" if text_dtype(accelerator) == torch.bfloat16 else "fp32",
             encodes=config.encodes,
         )
-    prompt_embeds = embed_prompts(accelerator, config, prompts, data.cached)
+    prompt_embeds = embed_prompts(accelerator, config.model, prompts, data.cached, streaming=config.data.streaming)
     with user_errors():
         transformer = make_student(config, accelerator)
     vae = make_vae(config, accelerator.device, is_needed=config.encodes or bool(held_out))

@@ -55,6 +55,13 @@ ALLOWED = {
         *("cached_data", "data_config", "dataset_utils", "file_manifest", "models"),
         *("sample_order", "stream_sources", "streaming", "video_files"),
     },
+    "prompt_files": set(),
+    "trajectories": {"flow", "rollout", "transformer"},
+    "teacher": {"models", "pipeline", "student", "transformer"},
+    "trajectory_data": {
+        *("cached_data", "data_config", "dataset_utils", "file_manifest", "models"),
+        *("run_data", "sample_order", "streaming", "tensor_cache"),
+    },
     "run_config": {
         *("cached_data", "data_config", "hub", "memory", "models"),
         *("regression", "sample_order", "training", "validation"),
@@ -64,7 +71,7 @@ ALLOWED = {
         *("models", "run_config", "strategies", "transformer"),
     },
     "run_plan": {
-        *("config", "dataset_utils", "memory_plan", "models"),
+        *("config", "memory_plan", "models"),
         *("run_config", "run_data", "run_parts", "strategies"),
     },
     "regression_run": {
