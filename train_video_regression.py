@@ -67,12 +67,8 @@ from causal_wan.models import (
     save_lora,
     save_transformer,
 )
-from causal_wan.regression import (
-    RegressionConfig,
-    draw_noisy_batch,
-    num_valid_latent_frames,
-    summarize_levels,
-)
+from causal_wan.regression import draw_noisy_batch, num_valid_latent_frames, summarize_levels
+from causal_wan.regression_config import RegressionConfig
 from causal_wan.run_data import RunData, load_run_data
 from causal_wan.sample_order import ClipShape
 from causal_wan.strategies import (
@@ -185,7 +181,7 @@ class VideoRegression:
         latents = self.find_latents(batch)
         noisy = draw_noisy_batch(
             latents,
-            self.levels,
+            self.config.method,
             self.config.method.block_lengths(latents.shape[2]),
             seed=self.seed,
             sample_numbers=batch["sample_numbers"].tolist(),
@@ -227,17 +223,21 @@ class VideoRegression:
         self, transformer: torch.nn.Module, batch: Batch, num_items: torch.Tensor
     ) -> tuple[torch.Tensor, Sums]:
         """Mean over the step's noisy frames of the error of the predicted clean latents."""
-        noisy = batch["noisy"]
+        noisy, method = batch["noisy"], self.config.method
         predicted_velocity = transformer(
-            noisy.noisy_latents, noisy.timesteps, batch["prompt_embeds"], return_dict=False
+            noisy.noisy_latents,
+            noisy.timesteps,
+            batch["prompt_embeds"],
+            context_latents=noisy.context_latents,
+            context_timestep=noisy.context_timesteps,
+            return_dict=False,
         )[0]
         predicted_latents = latents_from_velocity(noisy.noisy_latents, predicted_velocity, noisy.sigmas)
-        if self.config.method.loss_space == "latents":
-            errors = frame_losses(predicted_latents, noisy.latents, self.config.method.loss_type)
+        if method.loss_space == "latents":
+            errors = frame_losses(predicted_latents, noisy.latents, method.loss_type)
         else:
-            target_velocity = velocity(noisy.latents, noisy.noise)
-            errors = frame_losses(predicted_velocity, target_velocity, self.config.method.loss_type)
-        loss = masked_sum_over_count(errors, noisy.mask, num_items)
+            errors = frame_losses(predicted_velocity, velocity(noisy.latents, noisy.noise), method.loss_type)
+        loss = masked_sum_over_count(method.loss_weights(noisy.sigmas) * errors, noisy.mask, num_items)
         statistics = level_statistics(
             predicted_latents, noisy.latents, noisy.level_indices, noisy.mask, len(self.levels)
         )
@@ -245,7 +245,7 @@ class VideoRegression:
 
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Sums of `compute_loss` over steps and processes -> metrics by level."""
-        metrics = summarize_levels(sums["levels"].cpu(), self.levels)
+        metrics = summarize_levels(sums["levels"].cpu(), self.levels, bin_width=self.config.method.bin_width)
         return metrics | {"num_bad_samples": float(sums["num_bad_samples"])}
 
     def count_bad_samples(self, errors: list[str]) -> None:

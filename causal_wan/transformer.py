@@ -92,7 +92,7 @@ def teacher_forcing_spans(block_lengths: list[int], frame_tokens: int, local_att
     Returns:
         Spans in token units, in the order of the tokens.
 
-    Source: Self Forcing, arXiv 2506.08009, section 3.1 (teacher forcing); CausVid's mask for the clean blocks.
+    Source: Self Forcing, arXiv 2506.08009, figure 2 (teacher forcing).
     """
     clean = block_causal_spans(block_lengths[:-1], frame_tokens, local_attn_size)
     num_clean = sum(block_lengths[:-1]) * frame_tokens
