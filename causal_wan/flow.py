@@ -12,11 +12,16 @@ Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height 
 
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 
 NUM_TRAIN_TIMESTEPS = 1000
+DEFAULT_TIMESTEP_SHIFT = 5.0  # of sampling in many steps: what WAN and Self Forcing use
+
+# From a level to the next: predict the clean latents and noise them again, or follow the flow's ODE.
+Sampler = Literal["renoise", "euler"]
 
 
 def sigmas_from_timesteps(timesteps: torch.Tensor) -> torch.Tensor:
@@ -180,6 +185,42 @@ def inference_timesteps(num_inference_steps: int, timestep_shift: float) -> torc
     check_timestep_shift(timestep_shift)
     evenly = NUM_TRAIN_TIMESTEPS * (1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps)
     return shift_timesteps(evenly, timestep_shift)
+
+
+def choose_sampling(
+    own_timesteps: Sequence[float],
+    own_sampler: Sampler,
+    *,
+    denoising_step_list: Sequence[float] | None = None,
+    num_inference_steps: int | None = None,
+    timestep_shift: float | None = None,
+    sampler: Sampler | None = None,
+) -> tuple[list[float], Sampler]:
+    """The timesteps and the sampler to use, of what is asked for and what a student has of its own.
+
+    Args:
+        own_timesteps: For when neither a list nor a number of steps is given.
+        own_sampler: Likewise.
+        denoising_step_list: Timesteps that fall from noise to data.
+        num_inference_steps: See `inference_timesteps`.
+        timestep_shift: Of these steps; None is 5.
+        sampler: None is renoise with a list, and euler with a number of steps.
+
+    Raises:
+        ValueError: If they do not go together.
+    """
+    if denoising_step_list is not None and num_inference_steps is not None:
+        raise ValueError(
+            "denoising_step_list names the timesteps that num_inference_steps would lay out, got both; give one."
+        )
+    if timestep_shift is not None and num_inference_steps is None:
+        raise ValueError("timestep_shift shifts the steps of num_inference_steps; give both, or neither.")
+    if denoising_step_list is not None:
+        return list(denoising_step_list), sampler or "renoise"
+    if num_inference_steps is not None:
+        shift = DEFAULT_TIMESTEP_SHIFT if timestep_shift is None else timestep_shift
+        return inference_timesteps(num_inference_steps, shift).tolist(), sampler or "euler"
+    return list(own_timesteps), sampler or own_sampler
 
 
 def check_timestep_shift(timestep_shift: float) -> None:

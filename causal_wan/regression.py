@@ -1,7 +1,7 @@
 """What regression shares, whatever its data: the draw of levels, noise and context, and the metrics by level.
 
 Levels come from a step list, for a student that samples in few steps, or from a continuous range, for one that samples
-in many. Of the blocks before it, a block sees the noisy latents (diffusion forcing) or the clean ones (teacher forcing).
+in many. Of the blocks before it, a block sees noisy latents (diffusion forcing) or clean ones (teacher forcing).
 
 Everything random about a sample is a function of (seed, sample number): the same with any number of processes,
 accumulation steps or restarts.

@@ -89,10 +89,8 @@ def test_euler_steps_of_the_true_velocity_follow_the_noising_to_the_data(tensors
     velocity, at_noise = flow.velocity(latents, noise), torch.ones(2)
     there = flow.euler_step(noise, velocity, at_noise, torch.full((2,), 0.4))
     torch.testing.assert_close(there, flow.add_noise(latents, noise, torch.full((2,), 0.4)))
-    assert torch.equal(
-        flow.euler_step(noise, velocity, at_noise, torch.zeros(2)),
-        flow.latents_from_velocity(noise, velocity, at_noise),
-    )
+    at_data = flow.euler_step(noise, velocity, at_noise, torch.zeros(2))
+    assert torch.equal(at_data, flow.latents_from_velocity(noise, velocity, at_noise))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])

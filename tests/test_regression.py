@@ -182,9 +182,8 @@ def test_an_augmented_context_has_noise_of_its_own_of_one_drawn_level_a_clip():
     assert levels.mean().item() == pytest.approx(100, abs=25)
     assert 0 <= levels.min() < 20 < 180 < levels.max() <= 200
     sigmas = sigmas_from_timesteps(levels)
-    added = (batch.context_latents - add_noise(latents, torch.zeros_like(latents), sigmas)) / sigmas.view(
-        -1, 1, 1, 1, 1
-    )
+    without = add_noise(latents, torch.zeros_like(latents), sigmas)
+    added = (batch.context_latents - without) / sigmas.view(-1, 1, 1, 1, 1)
     assert added.std().item() == pytest.approx(1, abs=0.05)
     assert torch.corrcoef(torch.stack([added.flatten(), batch.noise.flatten()]))[0, 1].abs() < 0.05
     same_noise = draw_noisy_batch(latents, RegressionConfig(context="clean"), [3, 3], **kwargs)
