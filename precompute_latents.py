@@ -42,7 +42,7 @@ from causal_wan.encoding import encode_prompts, encode_videos
 from causal_wan.hub import HubConfig
 from causal_wan.memory import MemoryConfig, cut_up_vae
 from causal_wan.models import DTYPES, CheckpointConfig, ModelConfig, load_text_encoder, load_vae
-from causal_wan.regression import RegressionConfig
+from causal_wan.regression_config import RegressionConfig
 from causal_wan.run_data import load_run_data
 from causal_wan.sample_order import ClipShape
 from causal_wan.tensor_cache import GIB, CacheWriter, check_disk, free_bytes, remove_stale_shards

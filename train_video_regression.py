@@ -23,9 +23,9 @@ import torch
 
 from causal_wan.config import parse_config
 from causal_wan.flow import latents_from_velocity, velocity
-from causal_wan.losses import frame_losses, level_statistics, masked_sum_over_count
+from causal_wan.losses import frame_losses, masked_sum_over_count
 from causal_wan.regression import draw_noisy_batch
-from causal_wan.regression_run import Inputs, run_regression
+from causal_wan.regression_run import Inputs, predict_velocity, run_regression
 from causal_wan.run_config import RunConfig
 from causal_wan.training import Batch, Sums
 
@@ -40,7 +40,7 @@ def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:
     latents = inputs.find_latents(batch)
     noisy = draw_noisy_batch(
         latents,
-        inputs.levels,
+        inputs.config.method,
         inputs.config.method.block_lengths(latents.shape[2]),
         seed=inputs.seed,
         sample_numbers=batch["sample_numbers"].tolist(),
@@ -54,19 +54,14 @@ def compute_loss(
 ) -> tuple[torch.Tensor, Sums]:
     """Mean over the step's noisy frames of the error of the predicted clean latents."""
     noisy, method = batch["noisy"], inputs.config.method
-    predicted_velocity = transformer(noisy.noisy_latents, noisy.timesteps, batch["prompt_embeds"], return_dict=False)[
-        0
-    ]
+    predicted_velocity = predict_velocity(transformer, batch)
     predicted_latents = latents_from_velocity(noisy.noisy_latents, predicted_velocity, noisy.sigmas)
     if method.loss_space == "latents":
         errors = frame_losses(predicted_latents, noisy.latents, method.loss_type)
     else:
         errors = frame_losses(predicted_velocity, velocity(noisy.latents, noisy.noise), method.loss_type)
-    loss = masked_sum_over_count(errors, noisy.mask, num_items)
-    statistics = level_statistics(
-        predicted_latents, noisy.latents, noisy.level_indices, noisy.mask, len(inputs.levels)
-    )
-    return loss, {"levels": statistics, "num_bad_samples": loss.new_tensor(batch["num_bad_samples"])}
+    loss = masked_sum_over_count(method.loss_weights(noisy.sigmas) * errors, noisy.mask, num_items)
+    return loss, inputs.count_errors(batch, predicted_latents)
 
 
 def main(config: Config) -> None:

@@ -25,6 +25,7 @@ from causal_wan.checkpoints import check_output_dir
 from causal_wan.config import flat_dict, user_errors, write_recipe
 from causal_wan.encoding import check_video_size, encode_videos, pad_prompt_embeds
 from causal_wan.hub import DATA_SUMMARY_NAME, HubUploads, start_uploads
+from causal_wan.losses import level_statistics
 from causal_wan.memory import on_device
 from causal_wan.models import check_generator_ckpt
 from causal_wan.regression import NoisyBatch, num_valid_latent_frames, summarize_levels
@@ -120,9 +121,17 @@ class Inputs:
             "num_tokens": noisy.latents[:, 0].numel() // 4,  # patches of 1 x 2 x 2
         }
 
+    def count_errors(self, batch: Batch, predicted_latents: torch.Tensor) -> Sums:
+        """What `summarize` makes metrics of, for a prepared batch and predicted clean latents `(B, C, F, H, W)`."""
+        noisy = batch["noisy"]
+        statistics = level_statistics(
+            predicted_latents, noisy.latents, noisy.level_indices, noisy.mask, len(self.levels)
+        )
+        return {"levels": statistics, "num_bad_samples": statistics.new_tensor(batch["num_bad_samples"])}
+
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Sums of `compute_loss` over steps and processes -> metrics by level."""
-        metrics = summarize_levels(sums["levels"].cpu(), self.levels)
+        metrics = summarize_levels(sums["levels"].cpu(), self.levels, bin_width=self.config.method.bin_width)
         return metrics | {"num_bad_samples": float(sums["num_bad_samples"])}
 
     def take_note(self, batch: Batch) -> None:
@@ -147,6 +156,19 @@ class Inputs:
 
 PrepareBatch = Callable[[Inputs, Batch], Batch]
 ComputeLoss = Callable[[Inputs, torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]]
+
+
+def predict_velocity(transformer: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """The transformer's velocity `(B, C, F, H, W)` of a prepared batch, each block after its context."""
+    noisy = batch["noisy"]
+    return transformer(
+        noisy.noisy_latents,
+        noisy.timesteps,
+        batch["prompt_embeds"],
+        context_latents=noisy.context_latents,
+        context_timestep=noisy.context_timesteps,
+        return_dict=False,
+    )[0]
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------

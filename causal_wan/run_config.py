@@ -10,7 +10,8 @@ from causal_wan.data_config import DataConfig
 from causal_wan.hub import HubConfig
 from causal_wan.memory import MemoryConfig
 from causal_wan.models import DTYPES, ModelConfig
-from causal_wan.regression import RegressionConfig, num_valid_latent_frames
+from causal_wan.regression import num_valid_latent_frames
+from causal_wan.regression_config import RegressionConfig
 from causal_wan.sample_order import ClipShape
 from causal_wan.training import TrainingConfig
 from causal_wan.validation import ValidationConfig

@@ -20,7 +20,6 @@ def describe_plan(config: RunConfig, run_data: RunData, num_replicas: int) -> st
     num_samples = training.max_train_steps * samples_per_step
     passes = f" = {num_samples / run_data.num_samples:.1f} passes over the data" if run_data.num_samples else ""
     weights = f"LoRA of rank {config.model.lora_rank}" if config.model.lora_rank else "all weights"
-    levels = " ".join(f"{level:g}" for level in method.levels().tolist())
     lines = [
         f"checkpoint  {config.model.pretrained_model_name_or_path}"
         + (f", weights of {config.model.generator_ckpt}" if config.model.generator_ckpt else ""),
@@ -28,7 +27,7 @@ def describe_plan(config: RunConfig, run_data: RunData, num_replicas: int) -> st
         f"clips       {data.num_frames} frames of {data.height} x {data.width}, {data.frame_sampling} sampling: "
         f"{sum(lengths)} latent frames in {len(lengths)} block(s) of {' '.join(map(str, sorted(set(lengths))))}",
         *run_data.describe_shapes(),
-        f"method      {method.generator_task}, levels {levels}, {method.loss_type} of {method.loss_space}",
+        f"method      {method.describe()}",
         f"training    {weights}, {training.max_train_steps} steps of {samples_per_step} clips "
         f"({training.train_batch_size} x {training.gradient_accumulation_steps} accumulated x {num_replicas} "
         f"process(es)){passes}",
