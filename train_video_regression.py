@@ -35,6 +35,10 @@ class Config(RunConfig):
     """Settings of a run, by group."""
 
 
+# What a recipe of train_ode_regression.py may hold beside.
+TRAINING_SETTINGS = {"trajectories_dir"}
+
+
 def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:
     """Clips of the data loader -> latents noised block by block."""
     latents = inputs.find_latents(batch)
@@ -70,4 +74,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__))
+    main(parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS))

@@ -190,6 +190,21 @@ def load_clips(config: RunConfig) -> RunData:
     return data
 
 
+def load_held_out_clips(config: RunConfig) -> RunData:
+    """The held-out clips of a run that trains on something else.
+
+    Raises:
+        ValueError: If they cannot be used.
+    """
+    return load_run_data(
+        config.data,
+        validation_metadata_path=config.validation.validation_metadata_path,
+        num_validation_samples=config.validation.num_validation_samples,
+        cache_dir=config.cache_dir,
+        held_out_only=True,
+    )
+
+
 def run_regression(
     config: RunConfig,
     prepare_batch: PrepareBatch,

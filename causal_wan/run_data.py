@@ -239,7 +239,7 @@ def load_run_data(
     validation_metadata_path: str | None,
     num_validation_samples: int,
     cache_dir: Path | None,
-    needs_rows: bool = True,
+    held_out_only: bool = False,
 ) -> RunData:
     """Reads and checks the tables of a run, or opens its streams.
 
@@ -248,16 +248,16 @@ def load_run_data(
         validation_metadata_path: Table of held-out clips.
         num_validation_samples: How many of them are used, from the first row on.
         cache_dir: Folder of the cache, if there is one.
-        needs_rows: Whether to read tables; else there are held-out clips alone.
+        held_out_only: Leave out the clips to train on.
 
     Raises:
         ValueError: If they cannot be used.
     """
-    if cache_dir is not None:
+    if cache_dir is not None and not held_out_only:
         check_can_be_cached(config)
     manifest = None if cache_dir is None else FileManifest(cache_dir)
-    streams = [open_stream(source) for source in sources_of(config)] if config.streaming else []
-    rows = [] if config.streaming or not needs_rows else load_rows(config, manifest)
+    streams = [open_stream(source) for source in sources_of(config)] if config.streaming and not held_out_only else []
+    rows = [] if config.streaming or held_out_only else load_rows(config, manifest)
     held_out = []
     if validation_metadata_path is not None:
         data = replace(config.for_validation(), metadata_path=validation_metadata_path, dataset_config=None)

@@ -8,7 +8,7 @@ trajectory, from noise to data, the clean end included.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -278,8 +278,3 @@ def names_in(cache: TensorCache, settings: dict[str, Any]) -> Iterator[Trajector
     for own, facts in cache.facts():
         if own == settings:
             yield TrajectoryName(facts["prompt"], facts["seed"], facts["number"])
-
-
-def without_training_clips(config: DataConfig) -> DataConfig:
-    """Settings of the same clips, with tables and streams left out."""
-    return replace(config, metadata_path=None, dataset_config=None, streaming=False)

@@ -59,7 +59,7 @@ ALLOWED = {
         *("sample_order", "stream_sources", "streaming", "video_files"),
     },
     "prompt_files": set(),
-    "trajectories": {"flow", "rollout", "transformer"},
+    "trajectories": {"flow", "pipeline", "regression", "regression_config", "rollout", "transformer"},
     "teacher": {"models", "pipeline", "student", "transformer"},
     "trajectory_data": {
         *("cached_data", "data_config", "dataset_utils", "file_manifest", "models"),
