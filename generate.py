@@ -80,7 +80,7 @@ class Config:
     denoising_step_list: tuple[float, ...] | None = None
     """Timesteps to sample at; None is the run's own way, or 1000 757 522. A trailing 0 is dropped."""
     num_inference_steps: int | None = None
-    """Sample in so many steps in place of a list; None is the run's own way (many if it trained on continuous levels)."""
+    """Sample in so many steps instead of a list; None is the run's own way: 50 if it trained on continuous levels."""
     timestep_shift: float | None = None
     """Shift of these steps towards noise, above 1; None is the run's, or 5."""
     sampler: Sampler | None = None

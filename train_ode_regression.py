@@ -25,7 +25,7 @@ from causal_wan.config import parse_config
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.losses import frame_losses, masked_sum_over_count
 from causal_wan.regression import draw_noisy_batch
-from causal_wan.regression_run import Inputs, load_held_out_clips, predict_velocity, run_regression
+from causal_wan.regression_run import Inputs, load_held_out_clips, run_regression
 from causal_wan.run_config import RunConfig
 from causal_wan.training import Batch, Sums
 from causal_wan.trajectories import take_noisy_batch
@@ -67,7 +67,9 @@ def compute_loss(
 ) -> tuple[torch.Tensor, Sums]:
     """Mean over the step's noisy frames of the error of the predicted ends of the trajectories."""
     noisy, method = batch["noisy"], inputs.config.method
-    predicted_velocity = predict_velocity(transformer, batch)
+    predicted_velocity = transformer(
+        noisy.noisy_latents, noisy.timesteps, batch["prompt_embeds"], return_dict=False, **noisy.context
+    )[0]
     predicted_latents = latents_from_velocity(noisy.noisy_latents, predicted_velocity, noisy.sigmas)
     if method.loss_space == "latents":
         errors = frame_losses(predicted_latents, noisy.latents, method.loss_type)

@@ -9,7 +9,9 @@
 
 For every block of `num_frame_per_block` latent frames, a level is drawn from `denoising_step_list` and the block is
 noised to it. The transformer sees each block and those before it, at their levels, and predicts the velocity; the loss
-is the squared error of the clean latents that follow from it, over the frames that are not clean already.
+is the squared error of the clean latents that follow from it, over the frames that are not clean already. Other
+objectives are settings: `--timestep_sampling uniform` draws any level, for sampling in many steps; `--context clean`
+shows each block the clean blocks before it; `--loss_type`, `--loss_space` and `--loss_weighting` change the error.
 
 Regression learns a conditional mean: where the prompt and the past do not determine the video, few steps blur. See
 `blur_gap_at_time_*` in the README for telling that from too little training.
@@ -25,7 +27,7 @@ from causal_wan.config import parse_config
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.losses import frame_losses, masked_sum_over_count
 from causal_wan.regression import draw_noisy_batch
-from causal_wan.regression_run import Inputs, predict_velocity, run_regression
+from causal_wan.regression_run import Inputs, run_regression
 from causal_wan.run_config import RunConfig
 from causal_wan.training import Batch, Sums
 
@@ -56,9 +58,11 @@ def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:
 def compute_loss(
     inputs: Inputs, transformer: torch.nn.Module, batch: Batch, num_items: torch.Tensor
 ) -> tuple[torch.Tensor, Sums]:
-    """Mean over the step's noisy frames of the error of the predicted clean latents."""
+    """Mean over the step's noisy frames of the weighted error of the predicted clean latents, or of the velocity."""
     noisy, method = batch["noisy"], inputs.config.method
-    predicted_velocity = predict_velocity(transformer, batch)
+    predicted_velocity = transformer(
+        noisy.noisy_latents, noisy.timesteps, batch["prompt_embeds"], return_dict=False, **noisy.context
+    )[0]
     predicted_latents = latents_from_velocity(noisy.noisy_latents, predicted_velocity, noisy.sigmas)
     if method.loss_space == "latents":
         errors = frame_losses(predicted_latents, noisy.latents, method.loss_type)

@@ -57,14 +57,8 @@ def heldout_statistics(
         )
         embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [prompt], max_sequence_length)
         embeds = pad_prompt_embeds(embeds, max_sequence_length).to(device, dtype)
-        velocity = transformer(
-            noisy.noisy_latents.to(dtype),
-            noisy.timesteps,
-            embeds,
-            context_latents=noisy.context_latents,
-            context_timestep=noisy.context_timesteps,
-            return_dict=False,
-        )[0]
+        noisy_latents = noisy.noisy_latents.to(dtype)
+        velocity = transformer(noisy_latents, noisy.timesteps, embeds, return_dict=False, **noisy.context)[0]
         predicted = latents_from_velocity(noisy.noisy_latents, velocity, noisy.sigmas)
         sums += level_statistics(predicted, latents, noisy.level_indices, noisy.mask, num_levels).cpu()
     return sums

@@ -124,7 +124,7 @@ class NoisyBatch:
         sigmas: `(B, F)`, float32.
         mask: Frames that the loss is over: not clean and not padding, `(B, F)`, bool.
         context_latents: What blocks see of those before them, `(B, C, F, H, W)`; None is their noisy latents.
-        context_timesteps: Its level, `(B,)`, float32.
+        context_timesteps: Its level, `(B,)`, float32; None with context_latents.
     """
 
     latents: torch.Tensor
@@ -136,6 +136,11 @@ class NoisyBatch:
     mask: torch.Tensor
     context_latents: torch.Tensor | None = None
     context_timesteps: torch.Tensor | None = None
+
+    @property
+    def context(self) -> dict[str, torch.Tensor | None]:
+        """The context as arguments of the transformer."""
+        return {"context_latents": self.context_latents, "context_timestep": self.context_timesteps}
 
 
 def draw_noisy_batch(

@@ -158,19 +158,6 @@ PrepareBatch = Callable[[Inputs, Batch], Batch]
 ComputeLoss = Callable[[Inputs, torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]]
 
 
-def predict_velocity(transformer: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The transformer's velocity `(B, C, F, H, W)` of a prepared batch, each block after its context."""
-    noisy = batch["noisy"]
-    return transformer(
-        noisy.noisy_latents,
-        noisy.timesteps,
-        batch["prompt_embeds"],
-        context_latents=noisy.context_latents,
-        context_timestep=noisy.context_timesteps,
-        return_dict=False,
-    )[0]
-
-
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +290,7 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
         with user_errors():
             print(describe_memory(config, accelerator))
     held_out = validation_prompts(config, data)
-    prompts = [*data.prompts, *held_out]
+    prompts = [*data.prompts, *held_out, *config.validation.negative_prompts]
     with user_errors():
         trackers = start_trackers(accelerator, config.training, flat_dict(config))
         uploads = start_uploads(config.hub, config.training.output_dir) if accelerator.is_main_process else None

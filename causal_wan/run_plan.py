@@ -53,6 +53,7 @@ def describe_memory(config: RunConfig, accelerator: Any) -> str:
         max_sequence_length=model.max_sequence_length,
         lora_rank=model.lora_rank,
         lora_target_modules=model.lora_target_modules,
+        has_clean_context=config.method.has_clean_context,
         dtype=weight_dtype(accelerator),
         memory=config.memory,
         optimizer=training.optimizer,

@@ -1,4 +1,4 @@
-"""Validation of a student: few-step samples of fixed noise, and the loss on held-out clips with fixed draws.
+"""Validation of a student: samples of fixed noise, and the loss on held-out clips with fixed draws.
 
 The same prompts, noise and draws at every validation and in every run of the same seed, so that curves and videos can
 be laid side by side.
@@ -15,7 +15,7 @@ from causal_wan.encoding import decode_latents
 from causal_wan.memory import on_device
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
-from causal_wan.rollout import draw_noise
+from causal_wan.rollout import count_draws, draw_noise
 from causal_wan.run_log import MetricSums, Sums
 from causal_wan.trackers import CaptionedVideo
 from causal_wan.transformer import CausalWanTransformer3DModel
@@ -32,6 +32,13 @@ class ValidationConfig:
     """CSV of held-out clips, like metadata_path: their loss is measured and their prompts are sampled."""
     num_validation_samples: int = 4
     """How many of the held-out clips are used, from the first row on."""
+    validation_guidance_scale: float = 1.0
+    """Classifier-free guidance of the samples above 1, for students in many steps; train with --caption_dropout."""
+
+    @property
+    def negative_prompts(self) -> list[str]:
+        """What is embedded beside the prompts: the empty prompt, if samples are guided."""
+        return [""] if self.validation_guidance_scale > 1 else []
 
     def __post_init__(self) -> None:
         if self.num_validation_samples < 1:
@@ -53,7 +60,7 @@ class Validation:
 
     Args:
         accelerator: Of the run.
-        inputs: Has `levels`, `seed`, `vae`, `embed(prompts)` and `summarize`, as `causal_wan.regression_run.Inputs`.
+        inputs: Has `config`, `seed`, `vae`, `embed(prompts)` and `summarize`, as `causal_wan.regression_run.Inputs`.
         compute_loss: Of a transformer, a batch and the number of its items.
         output_dir: Videos go to `validation/step-N` in it.
         prompts: All prompts, of all processes.
@@ -96,14 +103,19 @@ class Validation:
 
     def sample(self, transformer: CausalWanTransformer3DModel, number: int) -> torch.Tensor:
         """The video of a prompt, from noise of the prompt's own number, in [-1, 1], `(3, T, height, width)`."""
-        timesteps = self.inputs.levels[self.inputs.levels > 0].tolist()
-        generator = sample_generator(self.inputs.seed, number)
-        noise = draw_noise(1, self.latent_shape, len(timesteps), generator=generator)
+        method, validation = self.inputs.config.method, self.inputs.config.validation
+        timesteps, generator = method.inference_timesteps().tolist(), sample_generator(self.inputs.seed, number)
+        noise = draw_noise(1, self.latent_shape, count_draws(len(timesteps), method.sampler), generator=generator)
         pipeline = CausalWanPipeline(
             tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer
         )
         latents = pipeline.sample_latents(
-            self.inputs.embed([self.prompts[number]]), noise.to(self.accelerator.device), timesteps
+            self.inputs.embed([self.prompts[number]]),
+            noise.to(self.accelerator.device),
+            timesteps,
+            sampler=method.sampler,
+            negative_prompt_embeds=self.inputs.embed([""]) if validation.negative_prompts else None,
+            guidance_scale=validation.validation_guidance_scale,
         )
         with on_device(self.inputs.vae, self.accelerator.device):
             return decode_latents(self.inputs.vae, latents)[0]

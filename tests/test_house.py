@@ -27,7 +27,7 @@ ALLOWED = {
     "streaming_vae": {"encoding"},
     "kv_cache": set(),
     "export": set(),
-    "hub": {"flow"},
+    "hub": {"flow", "regression_config"},
     "encoding": {"context_parallel", "transformer"},
     "rollout": {"flow", "kv_cache", "transformer"},
     "video_writing": set(),
