@@ -172,8 +172,8 @@ def make_pipeline(config: Config) -> None:
         if (student / LORA_WEIGHTS_NAME).is_file():
             fuse_lora(transformer, student)
         transformer.save_pretrained(output / "transformer")
-    timesteps = resolve_settings(run).timesteps
-    export_pipeline(base, output, timesteps, revision=run.get("revision"))
+    settings = resolve_settings(run, checkpoint=config.input)
+    export_pipeline(base, output, settings.timesteps, sampler=settings.sampler, revision=run.get("revision"))
     print(f"saved: generate.py --checkpoint {output} --prompt '...'")
 
 

@@ -21,13 +21,14 @@ Keys of metrics.json; what was not measured is null:
         mean        clip_score and border_flicker of the clips themselves, to compare with
     heldout_loss    of the student
         loss        mean squared error of predicted latents: what a run logs as validation_loss (of loss_type mse)
-        by_level    timestep, loss, blur_gap, pred_latent_std, target_latent_std: as logged, with the run's draws
+        by_level    timestep, loss, blur_gap, pred_latent_std, target_latent_std: as logged, with the run's draws; of
+                    continuous levels by bins of 100, timestep is where a bin begins
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -39,11 +40,13 @@ from tqdm.auto import tqdm
 from causal_wan.config import parse_config, user_errors
 from causal_wan.encoding import check_video_size, decode_latents, encode_prompts, pad_prompt_embeds
 from causal_wan.evaluation_report import write_metrics, write_report, write_videos
+from causal_wan.flow import Sampler
 from causal_wan.heldout_loss import heldout_statistics, summarize_heldout_loss
 from causal_wan.learned_metrics import ClipScore, LpipsNet, load_lpips
 from causal_wan.models import load_vae
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
+from causal_wan.regression_config import RegressionConfig, method_of_run
 from causal_wan.sample_figures import Judges, Sample, measure, measure_clips
 from causal_wan.sample_order import ClipShape
 from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
@@ -74,10 +77,18 @@ class Config:
     """Steps of the base model, sampled both ways in time for comparison; 0 leaves it out."""
     guidance_scale: float = 5.0
     """Classifier-free guidance of the base model; 1 is none."""
+    student_guidance_scale: float = 1.0
+    """Classifier-free guidance of the student above 1: for students in many steps, trained with caption dropout."""
     num_frame_per_block: int | None = None
     """Latent frames of a block; None is the checkpoint's own setting."""
     denoising_step_list: tuple[float, ...] | None = None
-    """Timesteps to sample at; None is the run's list, or 1000 757 522."""
+    """Timesteps to sample at; None is the run's own way, or 1000 757 522."""
+    num_inference_steps: int | None = None
+    """Sample the student in so many steps in place of a list; None is the run's own way."""
+    timestep_shift: float | None = None
+    """Shift of these steps towards noise, above 1; None is the run's, or 5."""
+    sampler: Sampler | None = None
+    """renoise or euler, see generate.py; None is renoise for a list, euler for a number of steps."""
     num_frames: int | None = None
     """Video frames, 4k + 1; None is what the run was trained on, or 81."""
     height: int | None = None
@@ -125,10 +136,14 @@ def main(config: Config) -> None:
         run = read_run(config.checkpoint)
         settings = resolve_settings(
             run,
+            checkpoint=config.checkpoint,
             num_frames=config.num_frames,
             height=config.height,
             width=config.width,
             denoising_step_list=config.denoising_step_list,
+            num_inference_steps=config.num_inference_steps,
+            timestep_shift=config.timestep_shift,
+            sampler=config.sampler,
         )
         data = data_config(config, run, settings)
         rows = load_rows(data)[: config.num_samples]
@@ -143,8 +158,10 @@ def main(config: Config) -> None:
     clips = [load_video(row, shape, data, torch.Generator()) for row in rows]
     targets = [clip.movedim(0, 1) / 255 for clip, _ in clips]
 
-    results = {"student": sample_all(student, prompts, partial(sample_student, settings, config.seed), device)}
-    heldout_loss = measure_loss(student, clips, prompts, settings, seed=run.get("seed", config.seed))
+    results = {"student": sample_all(student, prompts, partial(sample_student, settings, config, config.seed), device)}
+    heldout_loss = measure_loss(
+        student, clips, prompts, method_to_measure(config, run), settings, seed=run.get("seed", config.seed)
+    )
     if config.num_base_steps:
         student.to("cpu")
         base = partial(sample_base, settings, config)
@@ -163,7 +180,7 @@ def main(config: Config) -> None:
     print_figures(measured, heldout_loss)
     print(f"report    {folder / 'report.html'}")
     if export is not None:
-        export.write(partial(sample_for_vbench, settings, config.seed, student.to(device)))
+        export.write(partial(sample_for_vbench, settings, config, student.to(device)))
         print(f"vbench    {export.folder / 'videos'}")
 
 
@@ -231,13 +248,15 @@ def sample_all(pipeline: WanPipeline, prompts: list[str], sample: Callable[..., 
 
 
 def sample_student(
-    settings: SamplingSettings, seed: int, pipeline: CausalWanPipeline, number: int, prompt: str
+    settings: SamplingSettings, config: Config, seed: int, pipeline: CausalWanPipeline, number: int, prompt: str
 ) -> Sample:
-    """A video in few steps, block by block."""
+    """A video as the student is sampled, block by block."""
     device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
-    embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [prompt], settings.max_sequence_length)
-    size = (settings.num_frames, settings.height, settings.width)
-    noise = pipeline.draw_noise(1, *size, settings.timesteps, generator=sample_generator(seed, number)).to(device)
+    texts = [prompt, ""] if config.student_guidance_scale > 1 else [prompt]
+    embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
+    size, steps = (settings.num_frames, settings.height, settings.width), (settings.timesteps,)
+    generator = sample_generator(seed, number)
+    noise = pipeline.draw_noise(1, *size, *steps, sampler=settings.sampler, generator=generator).to(device)
     prompt_embeds = pad_prompt_embeds(embeds, settings.max_sequence_length).to(device, dtype)
     ends: list[float] = []
 
@@ -247,7 +266,15 @@ def sample_student(
 
     _reset_peak_memory(device)
     start = time.perf_counter()
-    latents = pipeline.sample_latents(prompt_embeds, noise, settings.timesteps, on_block_end=note_time)
+    latents = pipeline.sample_latents(
+        prompt_embeds[:1],
+        noise,
+        *steps,
+        sampler=settings.sampler,
+        negative_prompt_embeds=prompt_embeds[1:] if len(texts) > 1 else None,
+        guidance_scale=config.student_guidance_scale,
+        on_block_end=note_time,
+    )
     video = decode_latents(pipeline.vae, latents)[0]
     _wait_for(device)
     seconds = time.perf_counter() - start
@@ -256,10 +283,10 @@ def sample_student(
 
 
 def sample_for_vbench(
-    settings: SamplingSettings, seed: int, pipeline: CausalWanPipeline, index: int, number: int, prompt: str
+    settings: SamplingSettings, config: Config, pipeline: CausalWanPipeline, index: int, number: int, prompt: str
 ) -> torch.Tensor:
     """The video of that index, each of a seed of its own, as `write_video` takes it."""
-    video, _ = sample_student(settings, seed + index, pipeline, number, prompt)
+    video, _ = sample_student(settings, config, config.seed + index, pipeline, number, prompt)
     return video.movedim(1, 0) * 2 - 1
 
 
@@ -313,19 +340,33 @@ def _peak_memory(device: torch.device) -> dict[str, float]:
     return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if is_gpu else math.nan}
 
 
+def method_to_measure(config: Config, run: dict[str, Any]) -> RegressionConfig:
+    """The levels and the context that the loss is measured with: the run's, or those of a list that is asked for."""
+    method = method_of_run(run)
+    if config.denoising_step_list is None:
+        return method
+    return replace(
+        method,
+        denoising_step_list=config.denoising_step_list,
+        timestep_sampling="step_list",
+        warp_denoising_step=False,
+        clean_block_probability=0.0,
+    )
+
+
 def measure_loss(
     student: CausalWanPipeline,
     clips: list[tuple[torch.Tensor, int]],
     prompts: list[str],
+    method: RegressionConfig,
     settings: SamplingSettings,
     *,
     seed: int,
 ) -> dict[str, Any]:
     """The student's loss on the clips by level, with the draws that a run of that seed validates with."""
-    levels = torch.tensor(settings.timesteps)
     length = settings.max_sequence_length
-    sums = heldout_statistics(student, clips, prompts, levels, seed=seed, max_sequence_length=length)
-    return summarize_heldout_loss(sums, levels)
+    sums = heldout_statistics(student, clips, prompts, method, seed=seed, max_sequence_length=length)
+    return summarize_heldout_loss(sums, method.levels(), bin_width=method.bin_width)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
     python generate.py --checkpoint outputs/my-wan --prompt "A bird" --output bird.mp4 --stream
     python generate.py --checkpoint self_forcing_dmd.pt --prompt "A bird" --output bird.mp4
     accelerate launch generate.py --checkpoint outputs/my-wan --prompts_file prompts.txt --output videos/
+    python generate.py --checkpoint outputs/my-wan --prompt "A bird" --output bird.mp4 --num_inference_steps 50 \\
+        --timestep_shift 5 --guidance_scale 5
 
 `--checkpoint` is the output folder of a run (full fine-tune or LoRA), any diffusers WAN folder or hub id, or a file of
 weights, such as those of CausVid and Self Forcing. All other settings default to those of the run. Frames are decoded
@@ -12,7 +14,6 @@ than the run's, add `--local_attn_size 21 --sink_size 3`. With `--stream` the mp
 """
 
 import contextlib
-import csv
 import itertools
 import time
 from collections.abc import Iterator
@@ -29,7 +30,9 @@ from tqdm.auto import tqdm
 
 from causal_wan.config import parse_config, user_errors
 from causal_wan.encoding import check_video_size, encode_prompts, pad_prompt_embeds
+from causal_wan.flow import Sampler
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.prompt_files import read_prompts_file
 from causal_wan.regression import sample_generator
 from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
 from causal_wan.video_writing import FRAME_RATE, VideoWriter, as_frames
@@ -54,7 +57,8 @@ class Config:
     negative_prompt: str = ""
     """What guidance leads away from."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance above 1; students are trained without."""
+    """Classifier-free guidance above 1: for students in many steps, trained with --caption_dropout. Those in few steps
+    are trained without."""
     video: str | None = None
     """A video to continue: its last frames become the first blocks of the clip."""
     num_video_frames: int | None = None
@@ -74,7 +78,14 @@ class Config:
     width: int | None = None
     """Pixels; None is what the run was trained on, or 832."""
     denoising_step_list: tuple[float, ...] | None = None
-    """Timesteps to sample at; None is the run's list, or 1000 757 522. A trailing 0 is dropped."""
+    """Timesteps to sample at; None is the run's own way, or 1000 757 522. A trailing 0 is dropped."""
+    num_inference_steps: int | None = None
+    """Sample in so many steps instead of a list; None is the run's own way: 50 if it trained on continuous levels."""
+    timestep_shift: float | None = None
+    """Shift of these steps towards noise, above 1; None is the run's, or 5."""
+    sampler: Sampler | None = None
+    """renoise predicts the clean latents and noises them again: for few steps. euler follows the flow: for many. None
+    is renoise for a list, euler for a number of steps."""
     num_frame_per_block: int | None = None
     """Latent frames of a block; None is the checkpoint's own setting, and 3 for a .pt file."""
     local_attn_size: int | None = None
@@ -110,10 +121,14 @@ def main(config: Config) -> None:
         run = read_run(config.checkpoint, config.pretrained_model_name_or_path)
         settings = resolve_settings(
             run,
+            checkpoint=config.checkpoint,
             num_frames=config.num_frames,
             height=config.height,
             width=config.width,
             denoising_step_list=config.denoising_step_list,
+            num_inference_steps=config.num_inference_steps,
+            timestep_shift=config.timestep_shift,
+            sampler=config.sampler,
         )
         pipeline = load_pipeline(config, run, settings, dtype)
         given = read_frames_to_continue(config, settings, pipeline)
@@ -146,6 +161,7 @@ def load_pipeline(
         run,
         dtype,
         denoising_step_list=settings.timesteps,
+        sampler=settings.sampler,
         num_frame_per_block=config.num_frame_per_block,
         local_attn_size=config.local_attn_size,
         sink_size=config.sink_size,
@@ -247,27 +263,11 @@ def read_prompts(config: Config) -> list[str]:
     Raises:
         ValueError: If the file is not there or has no prompt.
     """
-    if config.prompt is not None:
-        prompts = [config.prompt]
-    elif not Path(config.prompts_file).is_file():
-        raise ValueError(f"prompts_file must be a text or CSV file, but {config.prompts_file} does not exist.")
-    elif config.prompts_file.endswith(".csv"):
-        prompts = read_csv_prompts(config.prompts_file)
-    else:
-        prompts = Path(config.prompts_file).read_text().splitlines()
-    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
-    if not prompts:
+    if config.prompt is None:
+        return read_prompts_file(config.prompts_file)[: config.num_prompts]
+    if not config.prompt.strip():
         raise ValueError("at least one prompt must not be empty; got none.")
-    return prompts[: config.num_prompts]
-
-
-def read_csv_prompts(path: str) -> list[str]:
-    """The `prompt` column of a CSV."""
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if rows and "prompt" not in rows[0]:
-        raise ValueError(f"{path} must have a column named prompt, got {', '.join(rows[0])}.")
-    return [row["prompt"] or "" for row in rows]
+    return [config.prompt.strip()]
 
 
 def output_paths(config: Config, count: int) -> list[Path]:

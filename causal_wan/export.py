@@ -54,14 +54,20 @@ def write_pipeline_file(folder: str | Path) -> None:
 
 
 def export_pipeline(
-    base: str, folder: str | Path, denoising_step_list: Sequence[float], *, revision: str | None = None
+    base: str,
+    folder: str | Path,
+    denoising_step_list: Sequence[float],
+    *,
+    sampler: str = "renoise",
+    revision: str | None = None,
 ) -> None:
     """Completes a folder with a `transformer` in it to a whole pipeline.
 
     Args:
         base: Diffusers folder or hub id with the other parts; they are copied.
         folder: Gets them, `model_index.json` and `pipeline.py`.
-        denoising_step_list: Timesteps that the student was trained at.
+        denoising_step_list: Timesteps that the student is sampled at.
+        sampler: How; see `CausalWanPipeline`.
         revision: Of a hub repository.
 
     Raises:
@@ -78,7 +84,7 @@ def export_pipeline(
         shutil.copytree(source / part, target / part)  # follows the links of the hub's cache
     index = json.loads((source / "model_index.json").read_text())
     index |= {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
-    index |= {"denoising_step_list": list(denoising_step_list)}
+    index |= {"denoising_step_list": list(denoising_step_list), "sampler": sampler}
     index.pop("_name_or_path", None)
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     write_pipeline_file(target)

@@ -12,11 +12,16 @@ Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height 
 
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 
 NUM_TRAIN_TIMESTEPS = 1000
+DEFAULT_TIMESTEP_SHIFT = 5.0  # of sampling in many steps: what WAN and Self Forcing use
+
+# From a level to the next: predict the clean latents and noise them again, or follow the flow's ODE.
+Sampler = Literal["renoise", "euler"]
 
 
 def sigmas_from_timesteps(timesteps: torch.Tensor) -> torch.Tensor:
@@ -91,6 +96,28 @@ def velocity_from_latents(noisy_latents: torch.Tensor, latents: torch.Tensor, si
     return (noisy_latents.float() - latents.float()) / broadcast_over_latents(sigmas)
 
 
+def euler_step(
+    noisy_latents: torch.Tensor, velocity: torch.Tensor, sigmas: torch.Tensor, next_sigmas: torch.Tensor
+) -> torch.Tensor:
+    """noisy_latents + (next_sigma - sigma) velocity, in float32: a step of the flow's ODE towards data.
+
+    To next_sigma 0 it is `latents_from_velocity`.
+
+    Args:
+        noisy_latents: At sigma, `(B, C, F, H, W)`.
+        velocity: Predicted there, same shape.
+        sigmas: In (0, 1], `(B,)` or `(B, F)`.
+        next_sigmas: Below sigmas, same shape.
+
+    Returns:
+        Latents at next_sigma, same shape, float32.
+
+    Source: Lipman et al., Flow Matching for Generative Modeling, arXiv 2210.02747; what diffusers'
+    `FlowMatchEulerDiscreteScheduler` does, with exact sigmas.
+    """
+    return noisy_latents.float() + broadcast_over_latents(next_sigmas - sigmas) * velocity.float()
+
+
 def shift_timesteps(timesteps: torch.Tensor, shift: float) -> torch.Tensor:
     """Warps timesteps towards noise: 1000 k u / (1 + (k - 1) u) with u = timestep / 1000, k = shift.
 
@@ -139,6 +166,71 @@ def sampling_timesteps(
         denoising_step_list, warp_denoising_step=warp_denoising_step, timestep_shift=timestep_shift
     )
     return timesteps[timesteps > 0]
+
+
+def inference_timesteps(num_inference_steps: int, timestep_shift: float) -> torch.Tensor:
+    """The levels of sampling in many steps, float32 `(num_inference_steps,)`: 1000 (1 - i / N), shifted towards noise.
+
+    With 50 steps and shift 8 the entries 36 and 44 are the 757 and 522 of CausVid's step list.
+
+    Args:
+        num_inference_steps: N, 1 or more.
+        timestep_shift: > 0; 1 shifts nothing.
+
+    Raises:
+        ValueError: If one of them is not.
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be 1 or more, got {num_inference_steps}; 50 is WAN's own.")
+    check_timestep_shift(timestep_shift)
+    evenly = NUM_TRAIN_TIMESTEPS * (1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps)
+    return shift_timesteps(evenly, timestep_shift)
+
+
+def choose_sampling(
+    own_timesteps: Sequence[float],
+    own_sampler: Sampler,
+    *,
+    denoising_step_list: Sequence[float] | None = None,
+    num_inference_steps: int | None = None,
+    timestep_shift: float | None = None,
+    sampler: Sampler | None = None,
+) -> tuple[list[float], Sampler]:
+    """The timesteps and the sampler to use, of what is asked for and what a student has of its own.
+
+    Args:
+        own_timesteps: For when neither a list nor a number of steps is given.
+        own_sampler: Likewise.
+        denoising_step_list: Timesteps that fall from noise to data.
+        num_inference_steps: See `inference_timesteps`.
+        timestep_shift: Of these steps; None is 5.
+        sampler: None is renoise with a list, and euler with a number of steps.
+
+    Raises:
+        ValueError: If they do not go together.
+    """
+    if denoising_step_list is not None and num_inference_steps is not None:
+        raise ValueError(
+            "denoising_step_list names the timesteps that num_inference_steps would lay out, got both; give one."
+        )
+    if timestep_shift is not None and num_inference_steps is None:
+        raise ValueError("timestep_shift shifts the steps of num_inference_steps; give both, or neither.")
+    if denoising_step_list is not None:
+        return list(denoising_step_list), sampler or "renoise"
+    if num_inference_steps is not None:
+        shift = DEFAULT_TIMESTEP_SHIFT if timestep_shift is None else timestep_shift
+        return inference_timesteps(num_inference_steps, shift).tolist(), sampler or "euler"
+    return list(own_timesteps), sampler or own_sampler
+
+
+def check_timestep_shift(timestep_shift: float) -> None:
+    """Checks that timesteps can be shifted by it.
+
+    Raises:
+        ValueError: If it is not above 0.
+    """
+    if timestep_shift <= 0:
+        raise ValueError(f"timestep_shift must be above 0, got {timestep_shift}; 1 shifts nothing.")
 
 
 def frame_block_lengths(

@@ -1,6 +1,7 @@
 """The loss of a student on held-out clips, level by level, with the draws of training's own validation.
 
-Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, K = levels of a step list.
+Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, K = levels of a step list
+or bins of continuous ones.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from causal_wan.flow import latents_from_velocity
 from causal_wan.losses import NUM_STATISTICS, level_metrics, level_statistics
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import draw_noisy_batch, num_valid_latent_frames
+from causal_wan.regression_config import RegressionConfig
 from dataset_utils import normalize_videos
 
 
@@ -21,7 +23,7 @@ def heldout_statistics(
     pipeline: CausalWanPipeline,
     clips: Sequence[tuple[torch.Tensor, int]],
     prompts: Sequence[str],
-    levels: torch.Tensor,
+    method: RegressionConfig,
     *,
     seed: int,
     max_sequence_length: int,
@@ -32,7 +34,7 @@ def heldout_statistics(
         pipeline: The student with its VAE and text encoder.
         clips: uint8 videos `(3, T, height, width)`, and their frames before padding.
         prompts: One a clip.
-        levels: Timesteps of the step list, `(K,)`, on the CPU.
+        method: Of the run: levels and context.
         seed: Of the run: with it, draws are those of the validation while training.
         max_sequence_length: Tokens that prompts are padded to.
 
@@ -41,12 +43,13 @@ def heldout_statistics(
     """
     transformer, factor = pipeline.transformer, pipeline.vae_scale_factor_temporal
     device, dtype = transformer.device, transformer.dtype
-    sums = torch.zeros(len(levels), NUM_STATISTICS, dtype=torch.float64)
+    num_levels = len(method.levels())
+    sums = torch.zeros(num_levels, NUM_STATISTICS, dtype=torch.float64)
     for number, ((clip, num_valid), prompt) in enumerate(zip(clips, prompts, strict=True)):
         latents = encode_videos(pipeline.vae, normalize_videos(clip[None].to(device)))
         noisy = draw_noisy_batch(
             latents,
-            levels,
+            method,
             transformer.block_lengths(latents.shape[2]),
             seed=seed,
             sample_numbers=[number],
@@ -54,18 +57,27 @@ def heldout_statistics(
         )
         embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [prompt], max_sequence_length)
         embeds = pad_prompt_embeds(embeds, max_sequence_length).to(device, dtype)
-        velocity = transformer(noisy.noisy_latents.to(dtype), noisy.timesteps, embeds, return_dict=False)[0]
+        noisy_latents = noisy.noisy_latents.to(dtype)
+        velocity = transformer(noisy_latents, noisy.timesteps, embeds, return_dict=False, **noisy.context)[0]
         predicted = latents_from_velocity(noisy.noisy_latents, velocity, noisy.sigmas)
-        sums += level_statistics(predicted, latents, noisy.level_indices, noisy.mask, len(levels)).cpu()
+        sums += level_statistics(predicted, latents, noisy.level_indices, noisy.mask, num_levels).cpu()
     return sums
 
 
-def summarize_heldout_loss(statistics: torch.Tensor, levels: torch.Tensor) -> dict[str, Any]:
+def summarize_heldout_loss(
+    statistics: torch.Tensor, levels: torch.Tensor, *, bin_width: float | None = None
+) -> dict[str, Any]:
     """Figures of `heldout_statistics`.
+
+    Args:
+        statistics: Sums, `(K, 6)`.
+        levels: Timesteps of the step list, or where bins begin, `(K,)`.
+        bin_width: Of the bins; None is a step list.
 
     Returns:
         loss (mean squared error of predicted latents over all levels) and by_level: for each level above 0 its
-        timestep, loss, blur_gap, pred_latent_std and target_latent_std; nan where the level was not drawn.
+        timestep (of a bin, where it begins), loss, blur_gap, pred_latent_std and target_latent_std; nan where the
+        level was not drawn.
     """
     figures = level_metrics(statistics)
     by_level = [
@@ -77,6 +89,6 @@ def summarize_heldout_loss(statistics: torch.Tensor, levels: torch.Tensor) -> di
             "target_latent_std": float(figures["target_std"][index]),
         }
         for index, level in enumerate(levels.tolist())
-        if level > 0
+        if level > 0 or bin_width is not None
     ]
     return {"loss": float(level_metrics(statistics.sum(dim=0))["mse"]), "by_level": by_level}

@@ -22,7 +22,8 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from causal_wan.flow import sampling_timesteps
+from causal_wan.flow import Sampler
+from causal_wan.regression_config import method_of_run
 
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ SHOWN = (
     *("generator_task", "num_frame_per_block", "local_attn_size", "independent_first_frame", "denoising_step_list"),
     *("num_frames", "height", "width", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler", "optimizer", "mixed_precision", "use_ema", "lora_rank", "loss_type", "seed"),
+    *("timestep_sampling", "timestep_shift", "context", "loss_space", "loss_weighting"),
 )
 
 
@@ -296,13 +298,20 @@ def make_card(folder: Path, run: dict[str, Any], repo_id: str, samples: list[str
     base = run.get("pretrained_model_name_or_path")
     is_on_hub = bool(base) and "/" in base
     causal = run.get("generator_task", "causal_video") == "causal_video"
+    steps, sampler = sampled_at(folder, run)
+    method = method_of_run(run)
     settings = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-video",
         "license": base_license(base, folder),
         "base_model": base if is_on_hub else None,
         "base_model_relation": ("adapter" if is_lora else "finetune") if is_on_hub else None,
-        "tags": ["wan", "video", "few-step", *["causal"] * causal, "video-regression", *["lora"] * is_lora],
+        "tags": [
+            *("wan", "video", "video-regression"),
+            *["few-step"] * (sampler == "renoise"),
+            *["causal"] * causal,
+            *["lora"] * is_lora,
+        ],
         "widget": [{"text": "held out while training", "output": {"url": name}} for name in samples] or None,
     }
     return ModelCard.from_template(
@@ -317,21 +326,27 @@ def make_card(folder: Path, run: dict[str, Any], repo_id: str, samples: list[str
         is_pipeline=is_pipeline,
         is_causal=causal,
         run=run,
-        steps=sampled_at(folder, run),
-        shown={name: run[name] for name in SHOWN if run.get(name) is not None},
+        steps=steps,
+        is_few_step=sampler == "renoise",
+        timestep_shift=method.timestep_shift,
+        shown={
+            name: run[name]
+            for name in SHOWN
+            if run.get(name) is not None and not (method.is_continuous and name == "denoising_step_list")
+        },
         data=_read_json(folder / DATA_SUMMARY_NAME),
         metrics=last_metrics(folder),
         samples=samples,
     )
 
 
-def sampled_at(folder: Path, run: dict[str, Any]) -> list[float]:
-    """The timesteps that a student is sampled at; empty if they are not known."""
+def sampled_at(folder: Path, run: dict[str, Any]) -> tuple[list[float], Sampler]:
+    """The timesteps that a student is sampled at, none if they are not known, and the sampler."""
     if not run:
-        steps = _read_json(folder / "model_index.json").get("denoising_step_list") or []
-        return [step for step in steps if step]
-    warp = {name: run[name] for name in ("warp_denoising_step", "timestep_shift") if name in run}
-    return [round(step, 3) for step in sampling_timesteps(run["denoising_step_list"], **warp).tolist()]
+        index = _read_json(folder / "model_index.json")
+        return [step for step in index.get("denoising_step_list") or [] if step], index.get("sampler", "renoise")
+    method = method_of_run(run)
+    return [round(step, 3) for step in method.inference_timesteps().tolist()], method.sampler
 
 
 def base_license(base: str | None, folder: Path) -> str | None:

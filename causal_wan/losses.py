@@ -1,15 +1,21 @@
-"""Loss formulas and the statistics that explain them. Pure functions, computed in float32.
+"""Loss formulas, weights by level and the statistics that explain them. Pure functions, computed in float32.
 
-Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, K = levels of a step list.
+Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, K = levels of a step list
+or bins of continuous ones.
 """
 
+import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
+from causal_wan.flow import NUM_TRAIN_TIMESTEPS, shift_timesteps, sigmas_from_timesteps
+
 
 LossType = Literal["mse", "l1", "huber"]
+LossSpace = Literal["latents", "velocity"]
+LossWeighting = Literal["none", "bell", "min_snr"]
 
 # Columns of the per-level statistics: sums over elements.
 NUM_STATISTICS = 6
@@ -28,6 +34,83 @@ def frame_losses(predicted: torch.Tensor, target: torch.Tensor, loss_type: LossT
     """
     elementwise = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[loss_type]
     return elementwise(predicted.float(), target.float(), reduction="none").mean(dim=(1, 3, 4))
+
+
+def bell_weights(sigmas: torch.Tensor, timestep_shift: float = 1.0) -> torch.Tensor:
+    """(b(sigma) - b(1)) / mean with b(sigma) = exp(-2 (sigma - 1/2)^2): most for the middle levels, 0 for pure noise.
+
+    The mean is that of the numerator over the 1000 timesteps of the shifted table, so that the weights of levels drawn
+    uniformly with that shift have mean 1. Without a shift it is sqrt(pi / 2) erf(1 / sqrt(2)) - exp(-1/2) = 0.2491.
+    In the lineage they weigh the squared error of the velocity.
+
+    Args:
+        sigmas: In [0, 1], any shape.
+        timestep_shift: Of the table.
+
+    Returns:
+        Same shape, float32, >= 0.
+
+    Source: the training weight of WAN's flow matching in CausVid and Self Forcing, arXiv 2506.08009 (released code).
+    """
+
+    def numerator(levels: torch.Tensor) -> torch.Tensor:
+        return torch.exp(-2 * (levels - 0.5).square()) - math.exp(-0.5)
+
+    timesteps = torch.arange(NUM_TRAIN_TIMESTEPS, 0, -1, device=sigmas.device)
+    table = sigmas_from_timesteps(shift_timesteps(timesteps, timestep_shift))
+    return numerator(sigmas) / numerator(table).mean()
+
+
+def min_snr_weights(sigmas: torch.Tensor, snr_gamma: float = 5.0) -> torch.Tensor:
+    """min(SNR, gamma) with SNR = ((1 - sigma) / sigma)^2, for the error of predicted *latents*; 0 for pure noise.
+
+    Args:
+        sigmas: In [0, 1], any shape.
+        snr_gamma: gamma > 0.
+
+    Returns:
+        Same shape, in [0, gamma].
+
+    Source: Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556, section 3.4.
+    """
+    return ((1 - sigmas) / sigmas).square().clamp(max=snr_gamma)  # sigma 0 has SNR infinity: gamma
+
+
+def level_weights(
+    sigmas: torch.Tensor,
+    loss_weighting: LossWeighting,
+    *,
+    loss_space: LossSpace,
+    timestep_shift: float = 1.0,
+    snr_gamma: float = 5.0,
+    min_loss_weight: float = 0.0,
+) -> torch.Tensor:
+    """What the error of a frame at a level is multiplied by.
+
+    The errors of the two spaces differ by themselves: mse of latents = sigma^2 mse of velocity. Then
+
+        none      1 in either space: mse of velocity weighs a level by 1 / sigma^2 against mse of latents
+        bell      max(bell_weights, min_loss_weight) in either space: of velocity, the loss of the lineage
+        min_snr   w = max(min_snr_weights, min_loss_weight) for latents, sigma^2 w for velocity: of mse the same loss
+
+    Args:
+        sigmas: In [0, 1], any shape.
+        loss_weighting: Which weights.
+        loss_space: What the error is of.
+        timestep_shift: For bell, see there.
+        snr_gamma: For min_snr, see there.
+        min_loss_weight: No level has less (for min_snr, of latents): both are 0 for pure noise, from which sampling
+            starts.
+
+    Returns:
+        Same shape, float32.
+    """
+    if loss_weighting == "none":
+        return torch.ones_like(sigmas)
+    if loss_weighting == "bell":
+        return bell_weights(sigmas, timestep_shift).clamp(min=min_loss_weight)
+    of_latents = min_snr_weights(sigmas, snr_gamma).clamp(min=min_loss_weight)
+    return of_latents if loss_space == "latents" else sigmas.square() * of_latents
 
 
 def masked_sum_over_count(values: torch.Tensor, mask: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -59,7 +142,7 @@ def level_statistics(
     Args:
         predicted: Predicted latents `(B, C, F, H, W)`.
         target: Clean latents, same shape.
-        level_indices: Index of each frame's level in the step list, `(B, F)`, int64.
+        level_indices: Index of each frame's level in the step list, or of its bin, `(B, F)`, int64.
         mask: Frames that count, `(B, F)`, bool.
         num_levels: K.
 

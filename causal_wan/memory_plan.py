@@ -83,6 +83,7 @@ class Workload:
         latent_shape: (C, F, H, W) of a clip.
         dtype: Of the passes.
         num_passes: That make a step; gradients are there from the second on.
+        has_clean_context: Whether the clean clip goes through the layers beside the noisy one (teacher forcing).
         sharding: Of what the optimizer changes: nothing; its states (ZeRO-2); or the weights too (FSDP2, ZeRO-3).
         num_shards: Processes that share it.
         num_sharing_a_clip: Processes among which the tokens of a clip are split.
@@ -94,6 +95,7 @@ class Workload:
     batch_size: int = 1
     num_passes: int = 1
     max_sequence_length: int = 512
+    has_clean_context: bool = False
     lora_rank: int = 0
     lora_target_modules: tuple[str, ...] = DEFAULT_LORA_TARGETS
     dtype: torch.dtype = torch.bfloat16
@@ -379,7 +381,8 @@ def _forward_and_backward(transformer: CausalWanTransformer3DModel, workload: Wo
     text_dim = workload.architecture["text_dim"]
     prompt_embeds = torch.empty(workload.batch_size, workload.max_sequence_length, text_dim, dtype=workload.dtype)
     with torch.autocast("cpu", workload.dtype, enabled=workload.dtype != torch.float32):
-        velocity = transformer(latents, timesteps, prompt_embeds, return_dict=False)[0]
+        context = latents if workload.has_clean_context else None
+        velocity = transformer(latents, timesteps, prompt_embeds, return_dict=False, context_latents=context)[0]
     velocity.float().square().mean().backward()
 
 

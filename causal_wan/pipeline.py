@@ -1,7 +1,7 @@
-"""CausalWanPipeline: text to video in few steps, block by block; videos stream while they are sampled.
+"""CausalWanPipeline: text to video in few steps or many, block by block; videos stream while they are sampled.
 
 Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, N = sampling steps,
-S = prompt tokens, T = video frames.
+M = draws of noise (N, or 1 where steps add none), S = prompt tokens, T = video frames.
 """
 
 import itertools
@@ -15,8 +15,15 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from causal_wan.encoding import check_video_size, decode_latents, encode_prompts, encode_videos, pad_prompt_embeds
-from causal_wan.flow import sampling_timesteps
-from causal_wan.rollout import Generators, Rollout, check_initial_latents, draw_frame_noise, draw_noise
+from causal_wan.flow import Sampler, choose_sampling, sampling_timesteps
+from causal_wan.rollout import (
+    Generators,
+    Rollout,
+    check_initial_latents,
+    count_draws,
+    draw_frame_noise,
+    draw_noise,
+)
 from causal_wan.streaming_vae import StreamingDecoder
 from causal_wan.transformer import CausalWanTransformer3DModel
 
@@ -25,13 +32,14 @@ DEFAULT_STEP_LIST = (1000, 757, 522, 0)
 
 
 class CausalWanPipeline(WanPipeline):
-    """Text to video with a few-step student, causal (block by block) or bidirectional (one block, the whole clip).
+    """Text to video with a student, causal (block by block) or bidirectional (one block, the whole clip).
 
     Made as diffusers pipelines are: `CausalWanPipeline.from_pretrained(folder, num_frame_per_block=3)`, or from parts.
     With `vae=None, text_encoder=None, tokenizer=None, scheduler=None` it can do `sample_latents`.
 
     Args beside those of `WanPipeline`:
-        denoising_step_list: Timesteps that the student was trained at, falling; None is 1000, 757, 522.
+        denoising_step_list: Timesteps that the student is sampled at, falling; None is 1000, 757, 522.
+        sampler: How it goes from one to the next: "renoise", for students in few steps, or "euler", for many.
 
     Source: CausVid, arXiv 2412.07772, Algorithm 2.
     """
@@ -49,6 +57,7 @@ class CausalWanPipeline(WanPipeline):
         boundary_ratio: float | None = None,
         expand_timesteps: bool = False,
         denoising_step_list: Sequence[float] | None = None,
+        sampler: str = "renoise",  # no `Sampler`: diffusers does not take that for a type
     ) -> None:
         if transformer_2 is not None:
             raise ValueError("a causal pipeline has one transformer, got two (WAN 2.2 14B); give transformer_2=None.")
@@ -63,7 +72,7 @@ class CausalWanPipeline(WanPipeline):
             boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
         )
-        self.register_to_config(denoising_step_list=list(denoising_step_list or DEFAULT_STEP_LIST))
+        self.register_to_config(denoising_step_list=list(denoising_step_list or DEFAULT_STEP_LIST), sampler=sampler)
 
     @classmethod
     def from_pretrained(
@@ -117,10 +126,10 @@ class CausalWanPipeline(WanPipeline):
 
         Args:
             prompt_embeds: `(B, S, D)`.
-            noise: `(N, B, C, F, H, W)`, standard normal: entry 0 starts every block, entry i is the fresh noise for
-                the step to level i.
+            noise: `(M, B, C, F, H, W)`, standard normal: entry 0 starts every block, entry i is the fresh noise for
+                the step to level i, where steps add noise.
             denoising_step_list: N timesteps that fall from noise to data, in (0, 1000]; a trailing 0 (the training
-                list) is dropped. None is the pipeline's own list.
+                list) is dropped. None is the pipeline's own list and sampler, unless num_inference_steps is given.
             on_block_end: Called with the block's number and its clean latents `(B, C, f, H, W)` as soon as they exist.
             settings: Others of `sample_blocks`.
 
@@ -128,7 +137,7 @@ class CausalWanPipeline(WanPipeline):
             Clean, normalised latents `(B, C, F, H, W)`, float32.
 
         Raises:
-            ValueError: If the noise does not have one entry a step, or F does not divide into blocks.
+            ValueError: If the noise does not have the entries that the steps take, or F does not divide into blocks.
         """
         blocks = []
         for number, block in enumerate(self.sample_blocks(prompt_embeds, noise, denoising_step_list, **settings)):
@@ -144,6 +153,9 @@ class CausalWanPipeline(WanPipeline):
         noise: torch.Tensor | Iterable[torch.Tensor],
         denoising_step_list: Sequence[float] | None = None,
         *,
+        num_inference_steps: int | None = None,
+        timestep_shift: float | None = None,
+        sampler: Sampler | None = None,
         num_latent_frames: int | None = None,
         initial_latents: torch.Tensor | None = None,
         **settings: Any,
@@ -152,8 +164,11 @@ class CausalWanPipeline(WanPipeline):
 
         Args:
             prompt_embeds: `(B, S, D)`.
-            noise: As in `sample_latents`; or that of one frame after the other, `(N, B, C, 1, H, W)`.
+            noise: As in `sample_latents`; or that of one frame after the other, `(M, B, C, 1, H, W)`.
             denoising_step_list: As in `sample_latents`.
+            num_inference_steps: In its place: so many steps from 1000 to 0, evenly spaced but for the shift.
+            timestep_shift: Of these steps towards noise; None is 5.
+            sampler: None is "renoise" with a list, "euler" with a number of steps.
             num_latent_frames: F, for noise that comes frame by frame; None goes on for as long as blocks are asked
                 for, in memory of fixed size.
             initial_latents: First latent frames of the clip `(B, C, F', H, W)`, whole blocks, to be continued.
@@ -163,23 +178,24 @@ class CausalWanPipeline(WanPipeline):
             ValueError: As `sample_latents`; if initial latents are no whole blocks or leave nothing to sample; if
                 there is no end and no window or no blocks.
         """
-        timesteps = self._timesteps(denoising_step_list)
+        timesteps, sampler = self._sampling(denoising_step_list, num_inference_steps, timestep_shift, sampler)
+        num_draws = count_draws(len(timesteps), sampler)
         frames: Iterator[torch.Tensor] = iter(noise)
         if isinstance(noise, torch.Tensor):
             num_latent_frames = noise.shape[3] if noise.ndim == 6 else None
             frames = iter(noise.split(1, dim=3)) if noise.ndim == 6 else iter([noise])
         first = next(frames)
-        if first.ndim != 6 or first.shape[0] != len(timesteps):
+        if first.ndim != 6 or first.shape[0] != num_draws:
             raise ValueError(
-                f"noise must have shape (num_steps, B, C, F, H, W) with num_steps={len(timesteps)} for the timesteps "
-                f"{timesteps.tolist()}, got {tuple(first.shape)}."
+                f"noise must have shape (num_draws, B, C, F, H, W) with num_draws={num_draws} for {len(timesteps)} "
+                f"steps of the sampler {sampler}, got {tuple(first.shape)}."
             )
         lengths = self._block_lengths(num_latent_frames)
         if initial_latents is not None:
             num_given = initial_latents.shape[2]
             leading = list(itertools.islice(self._block_lengths(num_latent_frames), num_given + 1))
             check_initial_latents(num_given, leading, num_latent_frames)
-        rollout = Rollout(self.transformer, timesteps.to(first.device), prompt_embeds, **settings)
+        rollout = Rollout(self.transformer, timesteps.to(first.device), prompt_embeds, sampler, **settings)
         # A one-block clip attends to itself alone: no cache, the stock computation.
         if num_latent_frames is None or len(self.transformer.block_lengths(num_latent_frames)) > 1:
             rollout.cache = self.transformer.make_cache(
@@ -191,8 +207,23 @@ class CausalWanPipeline(WanPipeline):
             )
         yield from rollout.run(itertools.chain([first], frames), lengths, initial_latents)
 
-    def _timesteps(self, denoising_step_list: Sequence[float] | None) -> torch.Tensor:
-        return sampling_timesteps(denoising_step_list or self.config.denoising_step_list)
+    def _sampling(
+        self,
+        denoising_step_list: Sequence[float] | None,
+        num_inference_steps: int | None,
+        timestep_shift: float | None,
+        sampler: Sampler | None,
+    ) -> tuple[torch.Tensor, Sampler]:
+        """Timesteps `(N,)` and the sampler."""
+        timesteps, sampler = choose_sampling(
+            self.config.denoising_step_list,
+            self.config.sampler,
+            denoising_step_list=denoising_step_list,
+            num_inference_steps=num_inference_steps,
+            timestep_shift=timestep_shift,
+            sampler=sampler,
+        )
+        return sampling_timesteps(timesteps), sampler
 
     def _block_lengths(self, num_latent_frames: int | None) -> Iterator[int]:
         if num_latent_frames is not None:
@@ -214,17 +245,21 @@ class CausalWanPipeline(WanPipeline):
         width: int,
         denoising_step_list: Sequence[float] | None = None,
         *,
+        num_inference_steps: int | None = None,
+        timestep_shift: float | None = None,
+        sampler: Sampler | None = None,
         generator: Generators = None,
     ) -> torch.Tensor:
-        """Noise for `sample_latents`, `(N, B, C, F, H, W)`, of a video of num_frames x height x width pixels.
+        """Noise for `sample_latents`, `(M, B, C, F, H, W)`, of a video of num_frames x height x width pixels.
 
-        It is what a call draws from the same generators; see `causal_wan.rollout.draw_frame_noise`.
+        It is what a call with these settings draws from the same generators; see
+        `causal_wan.rollout.draw_frame_noise`.
         """
         channels, *size = self._frame_shape(height, width)
         num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
-        num_steps = len(self._timesteps(denoising_step_list))
-        latent_shape = (channels, num_latent_frames, *size)
-        return draw_noise(batch_size, latent_shape, num_steps, generator=generator, device=self._execution_device)
+        timesteps, sampler = self._sampling(denoising_step_list, num_inference_steps, timestep_shift, sampler)
+        latent_shape, num_draws = (channels, num_latent_frames, *size), count_draws(len(timesteps), sampler)
+        return draw_noise(batch_size, latent_shape, num_draws, generator=generator, device=self._execution_device)
 
     def _frame_shape(self, height: int, width: int) -> tuple[int, int, int]:
         spatial = self.vae_scale_factor_spatial
@@ -240,8 +275,11 @@ class CausalWanPipeline(WanPipeline):
         height: int = 480,
         width: int = 832,
         num_frames: int = 81,
+        num_inference_steps: int | None = None,
         *,
         denoising_step_list: Sequence[float] | None = None,
+        timestep_shift: float | None = None,
+        sampler: Sampler | None = None,
         guidance_scale: float = 1.0,
         num_videos_per_prompt: int = 1,
         generator: Generators = None,
@@ -265,7 +303,11 @@ class CausalWanPipeline(WanPipeline):
             height: Pixels, a multiple of 16.
             width: Pixels, a multiple of 16.
             num_frames: 4k + 1 frames, such that the latent frames divide into blocks; a given video counts.
-            denoising_step_list: Timesteps in (0, 1000], falling; a trailing 0 is dropped. None is the student's own.
+            num_inference_steps: Samples in so many steps from 1000 to 0. None, and no list, is the student's own way.
+            denoising_step_list: Timesteps in (0, 1000], falling, in its place; a trailing 0 is dropped.
+            timestep_shift: Of num_inference_steps towards noise, 1000 k u / (1 + (k - 1) u); None is 5.
+            sampler: "renoise" noises the prediction again, with fresh noise: the sampler of a list. "euler" follows
+                the flow's ODE: the sampler of num_inference_steps.
             guidance_scale: Classifier-free guidance above 1; few-step students are trained without.
             num_videos_per_prompt: Of each prompt, next to each other in the batch.
             generator: Source of the noise, or a list of one a video.
@@ -296,7 +338,10 @@ class CausalWanPipeline(WanPipeline):
             height,
             width,
             num_frames,
+            num_inference_steps,
             denoising_step_list=denoising_step_list,
+            timestep_shift=timestep_shift,
+            sampler=sampler,
             guidance_scale=guidance_scale,
             num_videos_per_prompt=num_videos_per_prompt,
             generator=generator,
@@ -325,8 +370,11 @@ class CausalWanPipeline(WanPipeline):
         height: int = 480,
         width: int = 832,
         num_frames: int | None = 81,
+        num_inference_steps: int | None = None,
         *,
         denoising_step_list: Sequence[float] | None = None,
+        timestep_shift: float | None = None,
+        sampler: Sampler | None = None,
         noise: torch.Tensor | None = None,
         generator: Generators = None,
         video: Any = None,
@@ -345,17 +393,18 @@ class CausalWanPipeline(WanPipeline):
         settings = self._settings(prompt, negative_prompt, **settings)
         batch_size, device = len(settings["prompt_embeds"]), self._execution_device
         num_latent_frames = num_frames and (num_frames - 1) // self.vae_scale_factor_temporal + 1
+        timesteps, sampler = self._sampling(denoising_step_list, num_inference_steps, timestep_shift, sampler)
         if noise is None:
-            num_steps = len(self._timesteps(denoising_step_list))
-            shape = self._frame_shape(height, width)
-            noise = draw_frame_noise(batch_size, shape, num_steps, generator=generator, device=device)
+            shape, num_draws = self._frame_shape(height, width), count_draws(len(timesteps), sampler)
+            noise = draw_frame_noise(batch_size, shape, num_draws, generator=generator, device=device)
         else:
             noise = noise.to(device)
         if video is not None:
             initial_latents = self._encode_video(video, batch_size, height, width)
         blocks = self.sample_blocks(
             noise=noise,
-            denoising_step_list=denoising_step_list,
+            denoising_step_list=timesteps.tolist(),
+            sampler=sampler,
             num_latent_frames=num_latent_frames,
             initial_latents=initial_latents,
             **settings,

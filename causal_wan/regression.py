@@ -1,82 +1,33 @@
-"""What regression on a step list shares, whatever its data: the draw of levels and noise, and the metrics by level.
+"""What regression shares, whatever its data: the draw of levels, noise and context, and the metrics by level.
+
+Levels come from a step list, for a student that samples in few steps, or from a continuous range, for one that samples
+in many. Of the blocks before it, a block sees noisy latents (diffusion forcing) or clean ones (teacher forcing).
 
 Everything random about a sample is a function of (seed, sample number): the same with any number of processes,
 accumulation steps or restarts.
 
-Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, K = levels of the step list.
+Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, K = levels of the step
+list, or bins of continuous ones.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
 from causal_wan.flow import (
+    NUM_TRAIN_TIMESTEPS,
     add_noise,
-    check_denoising_step_list,
-    frame_block_lengths,
     per_frame,
+    shift_timesteps,
     sigmas_from_timesteps,
-    training_timesteps,
 )
-from causal_wan.losses import LossType, level_metrics
+from causal_wan.losses import level_metrics
+from causal_wan.regression_config import BIN_WIDTH, RegressionConfig
 
 
 NOISE_STREAM = 2  # of a run's random numbers; 0 and 1 belong to dataset_utils
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegressionConfig:
-    """The method: which noise levels the student learns, and the loss."""
-
-    generator_task: Literal["causal_video", "bidirectional_video"] = "causal_video"
-    """causal_video draws one level per block and attends to past blocks; bidirectional_video draws one per clip."""
-    num_frame_per_block: int = 3
-    """Latent frames of a block; the latent frames of a clip must divide by it. Ignored by bidirectional_video."""
-    independent_first_frame: bool = False
-    """The first latent frame is a block of its own, as in image-to-video."""
-    local_attn_size: int = -1
-    """Latent frames that a block sees, counted back from its end; -1 is all."""
-    sink_size: int = 0
-    """First latent frames that generation keeps in its cache although the window has left them."""
-    denoising_step_list: tuple[float, ...] = (1000, 757, 522, 0)
-    """Timesteps to train on, from noise to data; 0 makes blocks enter clean, as context. Sampling drops the 0."""
-    warp_denoising_step: bool = False
-    """Shift the step list towards noise by timestep_shift. The default list is shifted already (shift 8)."""
-    timestep_shift: float = 5.0
-    """k in 1000 k u / (1 + (k - 1) u); only with warp_denoising_step."""
-    loss_type: LossType = "mse"
-    """Error that is averaged."""
-    loss_space: Literal["latents", "velocity"] = "latents"
-    """latents compares predicted with clean latents; velocity weighs each level by 1 / sigma^2 against that (mse)."""
-
-    def __post_init__(self) -> None:
-        check_denoising_step_list(self.denoising_step_list)
-        if self.timestep_shift <= 0:
-            raise ValueError(f"timestep_shift must be above 0, got {self.timestep_shift}; 1 shifts nothing.")
-        if self.num_frame_per_block < 1:
-            raise ValueError(f"num_frame_per_block must be 1 or more, got {self.num_frame_per_block}.")
-
-    @property
-    def attention_block(self) -> int | None:
-        """`num_frame_per_block` for the transformer: None is bidirectional."""
-        return self.num_frame_per_block if self.generator_task == "causal_video" else None
-
-    def block_lengths(self, num_latent_frames: int) -> list[int]:
-        """Latent frames of each block; see `causal_wan.flow.frame_block_lengths`."""
-        return frame_block_lengths(
-            num_latent_frames, self.attention_block, independent_first_frame=self.independent_first_frame
-        )
-
-    def levels(self) -> torch.Tensor:
-        """Timesteps of the step list after warping, float32 `(K,)`."""
-        return training_timesteps(
-            self.denoising_step_list,
-            warp_denoising_step=self.warp_denoising_step,
-            timestep_shift=self.timestep_shift,
-        )
 
 
 def sample_generator(seed: int, sample_number: int) -> torch.Generator:
@@ -114,16 +65,66 @@ def draw_level_indices(
             return indices
 
 
+def draw_continuous_timesteps(
+    generator: torch.Generator, method: RegressionConfig, block_lengths: Sequence[int], num_valid_frames: int
+) -> torch.Tensor:
+    """Draws a timestep for each block, independently of the others; see `RegressionConfig.timestep_sampling`.
+
+    As from a step list, at least one block that is not padding gets a level above 0.
+
+    Args:
+        generator: Source of randomness.
+        method: Its `timestep_sampling`, `timestep_shift`, `logit_mean`, `logit_std` and `clean_block_probability`.
+        block_lengths: Latent frames of each block.
+        num_valid_frames: Latent frames before padding, >= 1.
+
+    Returns:
+        Timesteps in [0, 1000], one a frame, float32 `(F,)`; 0 only of blocks that enter clean.
+
+    Source: Diffusion Forcing, arXiv 2407.01392, section 3 (independent levels); Esser et al., arXiv 2403.03206,
+    section 3.1 (logit-normal) and 5.3.2 (shift).
+    """
+    while True:
+        if method.timestep_sampling == "uniform":
+            u = 1 - torch.rand(1, len(block_lengths), generator=generator)  # in (0, 1]
+        else:
+            normal = torch.randn(1, len(block_lengths), generator=generator)
+            u = torch.sigmoid(method.logit_mean + method.logit_std * normal)
+        timesteps = shift_timesteps(NUM_TRAIN_TIMESTEPS * u, method.timestep_shift)
+        is_clean = torch.rand(timesteps.shape, generator=generator) < method.clean_block_probability
+        (timesteps,) = per_frame(torch.where(is_clean, 0.0, timesteps), block_lengths)
+        if (timesteps[:num_valid_frames] > 0).any():
+            return timesteps
+
+
+def draw_levels(
+    generator: torch.Generator, method: RegressionConfig, block_lengths: Sequence[int], num_valid_frames: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws a level for each block; arguments as in `draw_continuous_timesteps`.
+
+    Returns:
+        Timesteps, one a frame, float32 `(F,)`, and their indices into `method.levels()`, int64 `(F,)`.
+    """
+    levels = method.levels()
+    if method.is_continuous:
+        timesteps = draw_continuous_timesteps(generator, method, block_lengths, num_valid_frames)
+        return timesteps, (timesteps / BIN_WIDTH).long().clamp(max=len(levels) - 1)
+    indices = draw_level_indices(generator, levels, block_lengths, num_valid_frames)
+    return levels[indices], indices
+
+
 @dataclass(frozen=True)
 class NoisyBatch:
     """Latents noised to drawn levels.
 
     Attributes:
         latents, noise, noisy_latents: `(B, C, F, H, W)`, float32.
-        level_indices: Entry of the step list, `(B, F)`, int64.
+        level_indices: Entry of the step list, or bin of the timestep, `(B, F)`, int64.
         timesteps: `(B, F)`, float32.
         sigmas: `(B, F)`, float32.
         mask: Frames that the loss is over: not clean and not padding, `(B, F)`, bool.
+        context_latents: What blocks see of those before them, `(B, C, F, H, W)`; None is their noisy latents.
+        context_timesteps: Its level, `(B,)`, float32; None with context_latents.
     """
 
     latents: torch.Tensor
@@ -133,11 +134,18 @@ class NoisyBatch:
     timesteps: torch.Tensor
     sigmas: torch.Tensor
     mask: torch.Tensor
+    context_latents: torch.Tensor | None = None
+    context_timesteps: torch.Tensor | None = None
+
+    @property
+    def context(self) -> dict[str, torch.Tensor | None]:
+        """The context as arguments of the transformer."""
+        return {"context_latents": self.context_latents, "context_timestep": self.context_timesteps}
 
 
 def draw_noisy_batch(
     latents: torch.Tensor,
-    levels: torch.Tensor,
+    method: RegressionConfig,
     block_lengths: Sequence[int],
     *,
     seed: int,
@@ -148,32 +156,59 @@ def draw_noisy_batch(
 
     Args:
         latents: Clean latents `(B, C, F, H, W)`.
-        levels: Timesteps of the step list, `(K,)`, on the CPU.
+        method: Says how levels are drawn, and what the context is.
         block_lengths: Latent frames of each block.
         seed: Of the run.
         sample_numbers: Number of each sample in the run, B of them.
         num_valid_frames: Latent frames before padding, of each sample.
     """
-    indices, noise = [], []
-    for number, num_valid in zip(sample_numbers, num_valid_frames, strict=True):
-        generator = sample_generator(seed, number)
-        indices.append(draw_level_indices(generator, levels, block_lengths, num_valid))
-        noise.append(torch.randn(latents.shape[1:], generator=generator))
-    frames = torch.arange(latents.shape[2])
-    valid = frames < torch.tensor(list(num_valid_frames))[:, None]
-    level_indices = torch.stack(indices)
-    timesteps = levels[level_indices]
+    generators = [sample_generator(seed, number) for number in sample_numbers]
+    drawn = [
+        draw_levels(generator, method, block_lengths, num_valid)
+        for generator, num_valid in zip(generators, num_valid_frames, strict=True)
+    ]
+    timesteps, level_indices = (torch.stack(parts) for parts in zip(*drawn, strict=True))
     device = latents.device
-    noise_batch, sigmas = torch.stack(noise).to(device), sigmas_from_timesteps(timesteps).to(device)
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators]).to(device)
+    context_latents, context_timesteps = draw_context(latents, method, generators)
+    valid = torch.arange(latents.shape[2]) < torch.tensor(list(num_valid_frames))[:, None]
+    sigmas = sigmas_from_timesteps(timesteps).to(device)
     return NoisyBatch(
         latents=latents,
-        noise=noise_batch,
-        noisy_latents=add_noise(latents, noise_batch, sigmas),
+        noise=noise,
+        noisy_latents=add_noise(latents, noise, sigmas),
         level_indices=level_indices.to(device),
         timesteps=timesteps.to(device),
         sigmas=sigmas,
         mask=((timesteps > 0) & valid).to(device),
+        context_latents=context_latents,
+        context_timesteps=context_timesteps,
     )
+
+
+def draw_context(
+    latents: torch.Tensor, method: RegressionConfig, generators: Sequence[torch.Generator]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What blocks see of those before them, `(B, C, F, H, W)`, and its level `(B,)`; None is their noisy latents.
+
+    With context augmented, a timestep is drawn for each clip, uniformly in [0, context_noise], and the student told.
+
+    Args:
+        latents: Clean latents `(B, C, F, H, W)`.
+        method: Its `context` and `context_noise`.
+        generators: Sources of randomness, one a clip.
+
+    Source: teacher forcing as in Self Forcing, arXiv 2506.08009, figure 1; noise on what is conditioned on, with
+    its level as an input, as in GameNGen, arXiv 2408.14837, section 3.2.1.
+    """
+    if not method.has_clean_context:
+        return None, None
+    if method.context == "clean":
+        return latents, latents.new_zeros(len(latents))
+    levels = torch.cat([torch.rand(1, generator=generator) for generator in generators]) * method.context_noise
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+    levels, noise = levels.to(latents.device), noise.to(latents.device)
+    return add_noise(latents, noise, sigmas_from_timesteps(levels)), levels
 
 
 def num_valid_latent_frames(num_valid_frames: int, time_division_factor: int = 4) -> int:
@@ -181,16 +216,19 @@ def num_valid_latent_frames(num_valid_frames: int, time_division_factor: int = 4
     return (num_valid_frames - 1) // time_division_factor + 1
 
 
-def summarize_levels(statistics: torch.Tensor, levels: torch.Tensor) -> dict[str, float]:
+def summarize_levels(
+    statistics: torch.Tensor, levels: torch.Tensor, *, bin_width: float | None = None
+) -> dict[str, float]:
     """Metrics of `causal_wan.losses.level_statistics`: of all levels together, and of each level that was drawn.
 
     Args:
         statistics: Sums, `(K, 6)`.
-        levels: Timesteps of the step list, `(K,)`.
+        levels: Timesteps of the step list, or where bins begin, `(K,)`.
+        bin_width: Of the bins; None is a step list.
 
     Returns:
         target_latent_mean/std and pred_latent_mean/std; loss_at_time_T (mean squared error of predicted latents),
-        pred_latent_std_at_time_T and blur_gap_at_time_T for each timestep T.
+        pred_latent_std_at_time_T and blur_gap_at_time_T for each timestep T, or bin T, as in loss_at_time_900_to_1000.
     """
     overall = {name: float(value) for name, value in level_metrics(statistics.sum(dim=0)).items()}
     metrics = {
@@ -202,7 +240,8 @@ def summarize_levels(statistics: torch.Tensor, levels: torch.Tensor) -> dict[str
     by_level = level_metrics(statistics)
     for index, level in enumerate(levels.tolist()):
         if by_level["count"][index] > 0:
-            metrics[f"loss_at_time_{level:g}"] = float(by_level["mse"][index])
-            metrics[f"pred_latent_std_at_time_{level:g}"] = float(by_level["predicted_std"][index])
-            metrics[f"blur_gap_at_time_{level:g}"] = float(by_level["blur_gap"][index])
+            time = f"{level:g}" if bin_width is None else f"{level:g}_to_{level + bin_width:g}"
+            metrics[f"loss_at_time_{time}"] = float(by_level["mse"][index])
+            metrics[f"pred_latent_std_at_time_{time}"] = float(by_level["predicted_std"][index])
+            metrics[f"blur_gap_at_time_{time}"] = float(by_level["blur_gap"][index])
     return metrics

@@ -1,10 +1,13 @@
-"""Few-step sampling of a clip, block by block, with a key/value cache.
+"""Sampling of a clip, block by block, with a key/value cache.
 
-For each block of latent frames: start from noise; at each level predict the clean latents and noise them again, with
-fresh noise, to the next level; then one pass on the clean block at timestep 0 writes the cache for the blocks to come.
+For each block of latent frames: start from noise; at each level predict the velocity and go to the next level; then
+one pass on the clean block at timestep 0 writes the cache for the blocks to come. Two samplers go from level to level:
+
+    renoise     predict the clean latents and noise them again, with fresh noise: few steps, at levels trained on
+    euler       follow the flow's ODE, with no further noise: many steps
 
 Shapes: B = batch, C = latent channels, F = latent frames, f = those of a block, H, W = latent height and width,
-N = sampling steps.
+N = sampling steps, M = draws of noise: N of renoise, 1 of euler.
 """
 
 import itertools
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from causal_wan.flow import add_noise, latents_from_velocity, sigmas_from_timesteps
+from causal_wan.flow import Sampler, add_noise, euler_step, latents_from_velocity, sigmas_from_timesteps
 from causal_wan.kv_cache import KVCache
 from causal_wan.transformer import CausalWanTransformer3DModel
 
@@ -23,15 +26,20 @@ from causal_wan.transformer import CausalWanTransformer3DModel
 Generators = torch.Generator | list[torch.Generator] | None
 
 
+def count_draws(num_steps: int, sampler: Sampler) -> int:
+    """M, the draws of noise that so many steps take."""
+    return num_steps if sampler == "renoise" else 1
+
+
 def draw_frame_noise(
     batch_size: int,
     frame_shape: tuple[int, int, int],
-    num_steps: int,
+    num_draws: int,
     *,
     generator: Generators = None,
     device: torch.device | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Noise for `sample_blocks`, frame after frame without end: `(N, B, C, 1, H, W)` each.
+    """Noise for `sample_blocks`, frame after frame without end: `(M, B, C, 1, H, W)` each.
 
     The noise of a frame depends neither on the length of the clip nor on its blocks, and with a list of generators,
     one a sample, not on the batch.
@@ -39,20 +47,20 @@ def draw_frame_noise(
     Args:
         batch_size: B.
         frame_shape: (C, H, W).
-        num_steps: N.
+        num_draws: M, see `count_draws`.
         generator: One, or a list of B.
         device: Where the noise is wanted; it is drawn where the generator is.
     """
     channels, height, width = frame_shape
     while True:
-        shape = (batch_size, num_steps, channels, 1, height, width)
+        shape = (batch_size, num_draws, channels, 1, height, width)
         yield randn_tensor(shape, generator=generator, device=device).transpose(0, 1)
 
 
-def draw_noise(batch_size: int, latent_shape: tuple[int, int, int, int], num_steps: int, **where: Any) -> torch.Tensor:
-    """The noise of a whole clip of `latent_shape` (C, F, H, W), `(N, B, C, F, H, W)`; see `draw_frame_noise`."""
+def draw_noise(batch_size: int, latent_shape: tuple[int, int, int, int], num_draws: int, **where: Any) -> torch.Tensor:
+    """The noise of a whole clip of `latent_shape` (C, F, H, W), `(M, B, C, F, H, W)`; see `draw_frame_noise`."""
     channels, num_frames, height, width = latent_shape
-    frames = draw_frame_noise(batch_size, (channels, height, width), num_steps, **where)
+    frames = draw_frame_noise(batch_size, (channels, height, width), num_draws, **where)
     return torch.cat(list(itertools.islice(frames, num_frames)), dim=3)
 
 
@@ -64,6 +72,7 @@ class Rollout:
         transformer: Predicts velocities.
         timesteps: Sampling levels `(N,)`, from noise to data.
         prompt_embeds: `(B, S, D)`; may be replaced between steps.
+        sampler: How to go from level to level.
         negative_prompt_embeds: Those that guidance leads away from, `(B, S, D)`; None is no guidance.
         guidance_scale: Weight of the difference that the prompt makes.
         attention_kwargs: For the transformer; may hold the LoRA `scale`.
@@ -76,6 +85,7 @@ class Rollout:
     transformer: CausalWanTransformer3DModel
     timesteps: torch.Tensor
     prompt_embeds: torch.Tensor
+    sampler: Sampler = "renoise"
     negative_prompt_embeds: torch.Tensor | None = None
     guidance_scale: float = 1.0
     attention_kwargs: dict[str, Any] | None = None
@@ -107,7 +117,7 @@ class Rollout:
         """Samples blocks, and gives each `(B, C, f, H, W)` as soon as it exists.
 
         Args:
-            noise: Of each frame of the clip, `(N, B, C, 1, H, W)`.
+            noise: Of each frame of the clip, `(M, B, C, 1, H, W)`.
             block_lengths: Latent frames of each block.
             initial_latents: The clip's first blocks `(B, C, F', H, W)`, given; they come out as they are.
         """
@@ -131,19 +141,22 @@ class Rollout:
         """Clean latents `(B, C, f, H, W)`, float32, of the block that begins at a frame of the clip.
 
         Args:
-            noise: `(N, B, C, f, H, W)`: entry 0 starts the block, entry i is the fresh noise for the step to level i.
+            noise: `(M, B, C, f, H, W)`: entry 0 starts the block, entry i is the fresh noise for the step to level i.
             start_frame: Its first latent frame.
         """
         noisy_latents, batch_size = noise[0].float(), noise.shape[1]
         for step, timestep in enumerate(self.timesteps):
             velocity = self.predict(noisy_latents, timestep, start_frame)
-            latents = latents_from_velocity(
-                noisy_latents, velocity, sigmas_from_timesteps(timestep.expand(batch_size))
-            )
-            noisy_latents = latents
-            if step + 1 < len(self.timesteps):
-                sigmas = sigmas_from_timesteps(self.timesteps[step + 1].expand(batch_size))
-                noisy_latents = add_noise(latents, noise[step + 1].float(), sigmas)
+            sigmas = sigmas_from_timesteps(timestep.expand(batch_size))
+            latents = latents_from_velocity(noisy_latents, velocity, sigmas)
+            if step + 1 == len(self.timesteps):
+                noisy_latents = latents
+            else:
+                next_sigmas = sigmas_from_timesteps(self.timesteps[step + 1].expand(batch_size))
+                if self.sampler == "renoise":
+                    noisy_latents = add_noise(latents, noise[step + 1].float(), next_sigmas)
+                else:
+                    noisy_latents = euler_step(noisy_latents, velocity, sigmas, next_sigmas)
             if self.on_step_end is not None:
                 noisy_latents = self.on_step_end(self, self._num_steps, timestep, noisy_latents)
             self._num_steps += 1

@@ -1,5 +1,6 @@
 """A student on disk -> a pipeline to sample with, and the settings that it was trained with."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from causal_wan.flow import training_timesteps
+from causal_wan.flow import Sampler, check_denoising_step_list, choose_sampling
 from causal_wan.models import (
     DTYPES,
     LORA_WEIGHTS_NAME,
@@ -16,7 +17,8 @@ from causal_wan.models import (
     load_transformer,
     load_vae,
 )
-from causal_wan.pipeline import DEFAULT_STEP_LIST, CausalWanPipeline
+from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.regression_config import method_of_run
 from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.wan_names import WEIGHTS_SUFFIXES, infer_architecture, read_state, to_diffusers
 
@@ -32,13 +34,14 @@ LINEAGE_BLOCK = 3  # latent frames of a block in CausVid's and Self Forcing's ch
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Video frames, pixels, timesteps from noise to data, and tokens that prompts are padded to."""
+    """Video frames, pixels, timesteps from noise to data, tokens that prompts are padded to, and the sampler."""
 
     num_frames: int
     height: int
     width: int
     timesteps: list[float]
     max_sequence_length: int
+    sampler: Sampler
 
 
 def read_run(checkpoint: str, base: str | None = None) -> dict[str, Any]:
@@ -101,26 +104,51 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[str, torch.dty
 def resolve_settings(
     run: dict[str, Any],
     *,
+    checkpoint: str | None = None,
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
     denoising_step_list: tuple[float, ...] | None = None,
+    num_inference_steps: int | None = None,
+    timestep_shift: float | None = None,
+    sampler: Sampler | None = None,
 ) -> SamplingSettings:
-    """What is given, else the run's settings, else WAN's own."""
-    if denoising_step_list is not None or "denoising_step_list" not in run:
-        timesteps = training_timesteps(denoising_step_list or DEFAULT_STEP_LIST)
-    else:
-        timesteps = training_timesteps(
-            run["denoising_step_list"],
-            warp_denoising_step=run["warp_denoising_step"],
-            timestep_shift=run["timestep_shift"],
-        )
+    """What is given, else the run's settings, else WAN's own.
+
+    A run on a step list is sampled at the list, one on continuous levels in its `num_inference_steps` along the flow.
+
+    Args:
+        run: From `read_run`.
+        checkpoint: Where it was read; a pipeline's folder may say how it is sampled.
+        num_frames, height, width: Of the videos.
+        denoising_step_list, num_inference_steps, timestep_shift, sampler: See `causal_wan.flow.choose_sampling`; the
+            shift of a number of steps is the run's if there is one.
+
+    Raises:
+        ValueError: If ways of sampling are given that exclude each other.
+    """
+    method = method_of_run(run)
+    own, own_sampler = method.inference_timesteps() if method.is_continuous else method.levels(), method.sampler
+    index = Path(checkpoint or "", "model_index.json")
+    stated = json.loads(index.read_text()) if checkpoint and not run and index.is_file() else {}
+    if run and num_inference_steps is not None and timestep_shift is None:
+        timestep_shift = method.timestep_shift
+    timesteps, sampler = choose_sampling(
+        stated.get("denoising_step_list") or own.tolist(),
+        stated.get("sampler") or own_sampler,
+        denoising_step_list=denoising_step_list,
+        num_inference_steps=num_inference_steps,
+        timestep_shift=timestep_shift,
+        sampler=sampler,
+    )
+    check_denoising_step_list(timesteps)
     return SamplingSettings(
         num_frames=num_frames or run.get("num_frames", 81),
         height=height or run.get("height", 480),
         width=width or run.get("width", 832),
-        timesteps=timesteps.tolist(),
+        timesteps=timesteps,
         max_sequence_length=run.get("max_sequence_length", 512),
+        sampler=sampler,
     )
 
 
@@ -130,6 +158,7 @@ def load_student(
     dtype: torch.dtype,
     *,
     denoising_step_list: list[float] | None = None,
+    sampler: Sampler | None = None,
     **causal: int | None,
 ) -> CausalWanPipeline:
     """The base checkpoint's pipeline with the run's transformer or LoRA in it.
@@ -139,6 +168,7 @@ def load_student(
         run: From `read_run`.
         dtype: Of transformer and text encoder; the VAE stays in float32.
         denoising_step_list: What the pipeline samples at if a call does not say.
+        sampler: How, likewise.
         causal: `num_frame_per_block`, `local_attn_size`, `sink_size`; None is the checkpoint's own setting.
 
     Raises:
@@ -157,6 +187,8 @@ def load_student(
         )
     if denoising_step_list is not None:
         parts["denoising_step_list"] = denoising_step_list
+    if sampler is not None:
+        parts["sampler"] = sampler
     pipeline = CausalWanPipeline.from_pretrained(base, revision=run.get("revision"), **parts, **causal)
     if run and (folder / LORA_WEIGHTS_NAME).is_file():
         pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME)

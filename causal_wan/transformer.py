@@ -2,16 +2,19 @@
 
 Weight names and shapes are the stock model's: any diffusers WAN checkpoint loads, and what is saved loads back.
 
-Two ideas carry the file:
+Three ideas carry the file:
 
 * Block-causal attention needs no mask. The queries of frame block i attend to the key/value prefix up to the end of
   block i: one dense call a block, through diffusers' `dispatch_attention_fn`, so that every backend works.
 * Per-frame modulation needs no per-token tensor. The stock layer broadcasts `(N, 1, D)` modulation over `(N, L, D)`
   tokens; fold the frames into N and each frame has its own. Only attention has to unfold them.
+* Teacher forcing needs no mask either. Clean frames go before the noisy ones, as frames of a longer clip, and each
+  noisy block attends to the clean frames before it and to itself.
 
 Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, T = tokens a frame,
-L = F T tokens, G = groups of tokens that share a timestep (1, F or L a sample), N = heads, E = head dim, D = N E,
-P = processes that share a clip, 1 without context parallelism.
+L = F T tokens (in layers under teacher forcing, F and L count the clean frames too), G = groups of tokens that share a
+timestep (1, F or L a sample), N = heads, E = head dim, D = N E, P = processes that share a clip, 1 without context
+parallelism.
 """
 
 from dataclasses import dataclass, replace
@@ -34,11 +37,23 @@ from causal_wan.kv_cache import KVCache, LayerCache
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """One dense attention call: queries [query_start, query_end) see keys [key_start, query_end)."""
+    """One dense attention call: queries [query_start, query_end) see keys [key_start, query_end).
+
+    And before them the keys of [context_start, context_end), which lie elsewhere, if there are any.
+    """
 
     query_start: int
     query_end: int
     key_start: int
+    context_start: int = 0
+    context_end: int = 0
+
+    def select(self, states: torch.Tensor) -> torch.Tensor:
+        """Keys or values `(B, l, N, E)` of the call, of those of all tokens `(B, L, N, E)`; copied only if apart."""
+        own = states[:, self.key_start : self.query_end]
+        if self.context_start == self.context_end:
+            return own
+        return torch.cat([states[:, self.context_start : self.context_end], own], dim=1)
 
 
 def block_causal_spans(block_lengths: list[int], frame_tokens: int, local_attn_size: int = -1) -> list[TokenSpan]:
@@ -61,6 +76,37 @@ def block_causal_spans(block_lengths: list[int], frame_tokens: int, local_attn_s
         spans.append(TokenSpan(start * frame_tokens, end * frame_tokens, key_start * frame_tokens))
         start = end
     return spans
+
+
+def teacher_forcing_spans(block_lengths: list[int], frame_tokens: int, local_attn_size: int = -1) -> list[TokenSpan]:
+    """The dense attention calls of teacher forcing, for the tokens [clean | noisy].
+
+    Clean blocks see clean blocks, block-causally; the last one is left out, since nobody sees it. A noisy block sees
+    the clean blocks before it and itself, never its own clean block: what it sees in a rollout. Two calls a block.
+
+    Args:
+        block_lengths: Latent frames of each block of the clip.
+        frame_tokens: T, tokens of one latent frame.
+        local_attn_size: Latent frames that a query sees, counted back from the end of its block; -1 is all.
+
+    Returns:
+        Spans in token units, in the order of the tokens.
+
+    Source: Self Forcing, arXiv 2506.08009, figure 2 (teacher forcing).
+    """
+    clean = block_causal_spans(block_lengths[:-1], frame_tokens, local_attn_size)
+    num_clean = sum(block_lengths[:-1]) * frame_tokens
+    noisy = [
+        TokenSpan(
+            query_start=num_clean + span.query_start,
+            query_end=num_clean + span.query_end,
+            key_start=num_clean + span.query_start,
+            context_start=span.key_start,
+            context_end=span.query_start,
+        )
+        for span in block_causal_spans(block_lengths, frame_tokens, local_attn_size)
+    ]
+    return [*clean, *noisy]
 
 
 @dataclass
@@ -137,11 +183,7 @@ class CausalWanSelfAttnProcessor:
         else:
             out = torch.cat(
                 [
-                    self._attend(
-                        query[:, span.query_start : span.query_end],
-                        key[:, span.key_start : span.query_end],
-                        value[:, span.key_start : span.query_end],
-                    )
+                    self._attend(query[:, span.query_start : span.query_end], span.select(key), span.select(value))
                     for span in context.spans
                 ],
                 dim=1,
@@ -352,6 +394,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         attention_kwargs: dict[str, Any] | None = None,
         cache: KVCache | None = None,
         start_frame: int = 0,
+        context_latents: torch.Tensor | None = None,
+        context_timestep: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predicts the velocity of noisy latents.
 
@@ -365,20 +409,36 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             cache: Keys and values of the earlier blocks (from `make_cache`). Without one the whole clip is given and
                 attention is block-causal. The prompt's are kept as long as the same tensor of embeddings comes.
             start_frame: The block's first latent frame in the whole clip; only with a cache.
+            context_latents: The clip itself `(B, C, F, H, W)`, for teacher forcing: a block then sees these latents of
+                the blocks before it in the place of the noisy ones. Without a cache only.
+            context_timestep: Their noise level, `(B,)` or `(B, F)`; None is 0, clean.
 
         Returns:
             `.sample`: velocity `(B, C, F, H, W)`.
 
         Raises:
-            ValueError: If F does not divide into blocks, the timestep's shape fits none of the above, or the tokens
-                with a common timestep do not divide among the processes of a clip.
+            ValueError: If F does not divide into blocks, the timestep's shape fits none of the above, the tokens with
+                a common timestep do not divide among the processes of a clip, or the context does not fit.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
         _, p_h, p_w = self.config.patch_size
         frame_tokens = (height // p_h) * (width // p_w)
 
-        context = AttentionContext(rotary_emb=self._rotary_emb(hidden_states, start_frame))
-        if cache is None:
+        context, num_context = AttentionContext(rotary_emb=self._rotary_emb(hidden_states, start_frame)), 0
+        if context_latents is not None:
+            _check_context(hidden_states, timestep, context_latents, context_timestep, cache)
+            lengths = self.block_lengths(num_frames)
+            num_context = num_frames - lengths[-1]
+            context = AttentionContext(
+                rotary_emb=_repeat_first(context.rotary_emb, num_context * frame_tokens),
+                spans=teacher_forcing_spans(lengths, frame_tokens, self.config.local_attn_size),
+            )
+            if context_timestep is None:
+                context_timestep = timestep.new_zeros(batch_size)
+            levels = (_by_frame(context_timestep, num_frames)[:, :num_context], _by_frame(timestep, num_frames))
+            timestep = torch.cat(levels, dim=1)
+            hidden_states = torch.cat([context_latents[:, :, :num_context], hidden_states], dim=2)
+        elif cache is None:
             spans = block_causal_spans(self.block_lengths(num_frames), frame_tokens, self.config.local_attn_size)
             context = replace(context, spans=spans)
         else:
@@ -388,7 +448,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         dtype = self.patch_embedding.weight.dtype  # of the weights; under autocast, layers choose for themselves
         tokens = self.patch_embedding(hidden_states.to(dtype)).flatten(2).transpose(1, 2)  # (B, L, D)
-        num_groups = _num_timestep_groups(timestep, num_frames, tokens.shape[1])
+        num_groups = _num_timestep_groups(timestep, num_context + num_frames, tokens.shape[1])
         temb, timestep_proj, encoder_hidden_states, encoder_hidden_states_image = self.condition_embedder(
             timestep.flatten(),
             encoder_hidden_states.to(dtype),
@@ -420,6 +480,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             else:
                 tokens = layer(*inputs)
 
+        if num_context:  # only the noisy frames are predicted
+            tokens = tokens.unflatten(0, (batch_size, num_groups))[:, num_context:].flatten(0, 1)
+            temb = temb.unflatten(0, (batch_size, num_groups))[:, num_context:].flatten(0, 1)
         shift, scale = (self.scale_shift_table + temb).chunk(2, dim=1)
         tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
         tokens = self.proj_out(tokens)
@@ -466,6 +529,40 @@ def _num_timestep_groups(timestep: torch.Tensor, num_frames: int, num_tokens: in
         f"timestep must have shape (B,), (B, F) with F={num_frames} latent frames, or (B, L) with L={num_tokens} "
         f"tokens, got {tuple(timestep.shape)}."
     )
+
+
+def _repeat_first(rotary_emb: tuple[torch.Tensor, torch.Tensor], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the first tokens once more before those of all: clean frames have the positions of noisy ones."""
+    cos, sin = (torch.cat([table[:, :num_tokens], table], dim=1) for table in rotary_emb)
+    return cos, sin
+
+
+def _by_frame(timestep: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """`(B,)` or `(B, F)` -> `(B, F)`."""
+    return timestep[:, None].expand(-1, num_frames) if timestep.ndim == 1 else timestep
+
+
+def _check_context(
+    hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    context_latents: torch.Tensor,
+    context_timestep: torch.Tensor | None,
+    cache: KVCache | None,
+) -> None:
+    if cache is not None:
+        raise ValueError("context_latents are for training; with a cache the context is in it, so leave them out.")
+    if context_latents.shape != hidden_states.shape:
+        raise ValueError(
+            f"context_latents must have the shape of the noisy latents, {tuple(hidden_states.shape)}, got "
+            f"{tuple(context_latents.shape)}."
+        )
+    batch_size, num_frames = hidden_states.shape[0], hidden_states.shape[2]
+    for name, given in (("timestep", timestep), ("context_timestep", context_timestep)):
+        if given is not None and given.shape not in ((batch_size,), (batch_size, num_frames)):
+            raise ValueError(
+                f"with context_latents, {name} must have shape (B,) or (B, F) with F={num_frames} latent frames, got "
+                f"{tuple(given.shape)}."
+            )
 
 
 def _check_causal_config(num_frame_per_block: int | None, local_attn_size: int, sink_size: int) -> None:

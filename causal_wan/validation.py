@@ -1,9 +1,10 @@
-"""Validation of a student: few-step samples of fixed noise, and the loss on held-out clips with fixed draws.
+"""Validation of a student: samples of fixed noise, and the loss on held-out clips with fixed draws.
 
 The same prompts, noise and draws at every validation and in every run of the same seed, so that curves and videos can
 be laid side by side.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from causal_wan.encoding import decode_latents
 from causal_wan.memory import on_device
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
-from causal_wan.rollout import draw_noise
-from causal_wan.run_log import MetricSums
+from causal_wan.rollout import count_draws, draw_noise
+from causal_wan.run_log import MetricSums, Sums
 from causal_wan.trackers import CaptionedVideo
 from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.video_writing import write_video
@@ -31,6 +32,13 @@ class ValidationConfig:
     """CSV of held-out clips, like metadata_path: their loss is measured and their prompts are sampled."""
     num_validation_samples: int = 4
     """How many of the held-out clips are used, from the first row on."""
+    validation_guidance_scale: float = 1.0
+    """Classifier-free guidance of the samples above 1, for students in many steps; train with --caption_dropout."""
+
+    @property
+    def negative_prompts(self) -> list[str]:
+        """What is embedded beside the prompts: the empty prompt, if samples are guided."""
+        return [""] if self.validation_guidance_scale > 1 else []
 
     def __post_init__(self) -> None:
         if self.num_validation_samples < 1:
@@ -52,7 +60,8 @@ class Validation:
 
     Args:
         accelerator: Of the run.
-        method: Has `levels`, `seed`, `vae`, `embed(prompts)`, `compute_loss` and `summarize`, as training scripts do.
+        inputs: Has `config`, `seed`, `vae`, `embed(prompts)` and `summarize`, as `causal_wan.regression_run.Inputs`.
+        compute_loss: Of a transformer, a batch and the number of its items.
         output_dir: Videos go to `validation/step-N` in it.
         prompts: All prompts, of all processes.
         batches: This process's prepared batches, and whether each counts.
@@ -62,14 +71,15 @@ class Validation:
     def __init__(
         self,
         accelerator: Any,
-        method: Any,
+        inputs: Any,
+        compute_loss: Callable[[Any, dict, torch.Tensor], tuple[torch.Tensor, Sums]],
         *,
         output_dir: str,
         prompts: list[str],
         batches: list[tuple[dict, bool]],
         latent_shape: tuple[int, int, int, int],
     ) -> None:
-        self.accelerator, self.method = accelerator, method
+        self.accelerator, self.inputs, self.compute_loss = accelerator, inputs, compute_loss
         self.output_dir, self.prompts, self.batches = Path(output_dir), prompts, batches
         self.latent_shape = latent_shape
 
@@ -93,17 +103,22 @@ class Validation:
 
     def sample(self, transformer: CausalWanTransformer3DModel, number: int) -> torch.Tensor:
         """The video of a prompt, from noise of the prompt's own number, in [-1, 1], `(3, T, height, width)`."""
-        timesteps = self.method.levels[self.method.levels > 0].tolist()
-        generator = sample_generator(self.method.seed, number)
-        noise = draw_noise(1, self.latent_shape, len(timesteps), generator=generator)
+        method, validation = self.inputs.config.method, self.inputs.config.validation
+        timesteps, generator = method.inference_timesteps().tolist(), sample_generator(self.inputs.seed, number)
+        noise = draw_noise(1, self.latent_shape, count_draws(len(timesteps), method.sampler), generator=generator)
         pipeline = CausalWanPipeline(
             tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer
         )
         latents = pipeline.sample_latents(
-            self.method.embed([self.prompts[number]]), noise.to(self.accelerator.device), timesteps
+            self.inputs.embed([self.prompts[number]]),
+            noise.to(self.accelerator.device),
+            timesteps,
+            sampler=method.sampler,
+            negative_prompt_embeds=self.inputs.embed([""]) if validation.negative_prompts else None,
+            guidance_scale=validation.validation_guidance_scale,
         )
-        with on_device(self.method.vae, self.accelerator.device):
-            return decode_latents(self.method.vae, latents)[0]
+        with on_device(self.inputs.vae, self.accelerator.device):
+            return decode_latents(self.inputs.vae, latents)[0]
 
     def measure_loss(self, transformer: CausalWanTransformer3DModel) -> dict[str, float]:
         """The training loss on the held-out batches, in all and by level."""
@@ -111,11 +126,11 @@ class Validation:
         num_items = sum(batch["num_items"] for batch, counts in self.batches if counts)
         num_items = self.accelerator.reduce(torch.as_tensor(num_items, device=self.accelerator.device))
         for batch, counts in self.batches:
-            loss, batch_sums = self.method.compute_loss(transformer, batch, num_items)
+            loss, batch_sums = self.compute_loss(transformer, batch, num_items)
             weight = float(counts)
             sums.add({"loss": weight * loss, **{name: weight * value for name, value in batch_sums.items()}})
         sums.reduce_to_main(self.accelerator)
         if not self.accelerator.is_main_process:
             return {}
-        metrics = {"loss": float(sums.sums.pop("loss")), **self.method.summarize(sums.sums)}
+        metrics = {"loss": float(sums.sums.pop("loss")), **self.inputs.summarize(sums.sums)}
         return {f"validation_{name}": value for name, value in metrics.items()}

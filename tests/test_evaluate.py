@@ -93,8 +93,18 @@ def test_networks_of_others_measure_where_they_are(flags, tmp_path, clip_folder,
     assert "CLIP score" in page
 
 
-def test_the_loss_is_that_of_the_run_s_own_validation(write_recipe, clips, tmp_path):
-    recipe, run = write_recipe(max_train_steps=2, validation_steps=2, seed=7)
+OBJECTIVES = {
+    "step list": {},
+    "continuous levels, teacher forcing": {
+        **{"timestep_sampling": "uniform", "context": "augmented", "num_inference_steps": 2, "timestep_shift": 3.0},
+        **{"validation_guidance_scale": 3.0, "caption_dropout": 0.5},
+    },
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_the_loss_is_that_of_the_run_s_own_validation(write_recipe, clips, tmp_path, objective):
+    recipe, run = write_recipe(max_train_steps=2, validation_steps=2, seed=7, **objective)
     run_here("train_video_regression.py", "--config", recipe)
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = next(entry for entry in logged if "validation_loss" in entry)
@@ -105,6 +115,7 @@ def test_the_loss_is_that_of_the_run_s_own_validation(write_recipe, clips, tmp_p
     for level in found["by_level"]:
         for key in ("loss", "blur_gap", "pred_latent_std"):
             name = f"validation_{key}_at_time_{level['timestep']:g}"
+            name += f"_to_{level['timestep'] + 100:g}" if objective else ""
             assert level[key] == (None if name not in logged else pytest.approx(logged[name], rel=1e-4, abs=1e-6))
     assert any(level["loss"] is not None for level in found["by_level"])
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from causal_wan.export import SAMPLING_MODULES, bundle_pipeline
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.student import read_run, resolve_settings
 
 
 CALL = {"num_frames": 13, "height": 32, "width": 48}
@@ -91,6 +93,23 @@ def test_stock_and_own_pipelines_load_an_exported_folder(exported, checkpoint):
     assert ours.transformer.config.num_frame_per_block == 1
     assert type(DiffusionPipeline.from_pretrained(exported)) is WanPipeline
     assert "_name_or_path" not in json.loads((exported / "model_index.json").read_text())
+
+
+def test_a_student_in_many_steps_leaves_as_a_pipeline_that_takes_them(run_folder, checkpoint, tmp_path):
+    source, folder = tmp_path / "run", tmp_path / "exported"
+    shutil.copytree(run_folder, source)
+    run = yaml.safe_load((source / "config.yaml").read_text())
+    run |= {"timestep_sampling": "uniform", "timestep_shift": 3.0, "num_inference_steps": 4}
+    (source / "config.yaml").write_text(yaml.safe_dump(run))
+    run_here("convert_checkpoint.py", "--input", source, "--output", folder, "--to", "pipeline")
+    exported = CausalWanPipeline.from_pretrained(folder)
+    assert exported.config.sampler == "euler"
+    assert exported.config.denoising_step_list == [1000, 900, 750, 500]
+    ours = CausalWanPipeline.from_pretrained(checkpoint, num_frame_per_block=1)
+    expected = sample(ours, num_inference_steps=4, timestep_shift=3.0)
+    assert np.array_equal(sample(exported), expected)
+    settings = resolve_settings(read_run(str(folder)), checkpoint=str(folder))
+    assert (settings.timesteps, settings.sampler) == ([1000, 900, 750, 500], "euler")
 
 
 def test_parts_of_another_checkpoint_join_an_exported_pipeline_file(run_folder, exported, checkpoint):

@@ -84,6 +84,43 @@ def test_step_lists_that_cannot_be_sampled_are_refused(steps):
         flow.check_denoising_step_list(steps)
 
 
+def test_euler_steps_of_the_true_velocity_follow_the_noising_to_the_data(tensors):
+    latents, noise, _ = tensors
+    velocity, at_noise = flow.velocity(latents, noise), torch.ones(2)
+    there = flow.euler_step(noise, velocity, at_noise, torch.full((2,), 0.4))
+    torch.testing.assert_close(there, flow.add_noise(latents, noise, torch.full((2,), 0.4)))
+    at_data = flow.euler_step(noise, velocity, at_noise, torch.zeros(2))
+    assert torch.equal(at_data, flow.latents_from_velocity(noise, velocity, at_noise))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+def test_many_steps_and_their_euler_steps_are_those_of_the_diffusers_scheduler(tensors, shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    timesteps = flow.inference_timesteps(7, shift)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - step / 7 for step in range(7)])
+    torch.testing.assert_close(timesteps, scheduler.timesteps.float())
+    ours = theirs = tensors[1]
+    sigmas = [*flow.sigmas_from_timesteps(timesteps), torch.tensor(0.0)]
+    for timestep, sigma, next_sigma in zip(scheduler.timesteps, sigmas, sigmas[1:], strict=False):
+        ours = flow.euler_step(ours, ours.sin(), sigma.expand(2), next_sigma.expand(2))
+        theirs = scheduler.step(theirs.sin(), timestep, theirs).prev_sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_many_steps_with_shift_8_pass_through_the_step_list_of_causvid():
+    timesteps = flow.inference_timesteps(50, 8.0)
+    torch.testing.assert_close(timesteps[[0, 36, 44]], torch.tensor([1000, 756.7568, 521.7391]))
+
+
+def test_steps_that_cannot_be_sampled_are_refused():
+    with pytest.raises(ValueError, match="num_inference_steps must be 1 or more, got 0"):
+        flow.inference_timesteps(0, 5.0)
+    with pytest.raises(ValueError, match="timestep_shift must be above 0, got -1"):
+        flow.inference_timesteps(50, -1)
+
+
 def test_frames_fall_into_blocks():
     assert flow.frame_block_lengths(21, 3) == [3] * 7
     assert flow.frame_block_lengths(21, None) == [21]

@@ -1,11 +1,14 @@
 """generate.py as users run it: on the folder of a run, and on a plain diffusers folder."""
 
+import json
+import shutil
 import sys
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import launch, run_here, run_script
 from peft import LoraConfig, get_peft_model_state_dict
 
@@ -45,6 +48,24 @@ def test_plain_diffusers_folder_generates_the_same_video_from_the_same_seed(chec
     assert videos[0].shape == (17, 32, 48, 3)
     assert np.array_equal(videos[0], videos[1])
     assert not np.array_equal(videos[0], videos[2])
+
+
+def test_a_student_of_continuous_levels_generates_in_the_many_steps_of_its_run(checkpoint, generate, tmp_path):
+    run = {"timestep_sampling": "logit_normal", "timestep_shift": 3.0, "num_inference_steps": 3}
+    run |= {"generator_task": "causal_video", "num_frame_per_block": 1, "local_attn_size": -1, "sink_size": 0}
+    run |= {"pretrained_model_name_or_path": str(checkpoint), "generator_ckpt": None, "revision": None}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**run, "independent_first_frame": False}))
+    shutil.copytree(checkpoint / "transformer", tmp_path / "transformer")
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text()) | {"num_frame_per_block": 1}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    own_way = generate(tmp_path)
+    plain = [checkpoint, "--num_frame_per_block", 1]
+    in_three_steps = generate(*plain, "--num_inference_steps", 3, "--timestep_shift", 3)
+    assert np.array_equal(own_way, in_three_steps)
+    euler = ["--denoising_step_list", 1000, 857.142857, 600, "--sampler", "euler"]
+    assert np.array_equal(own_way, generate(*plain, *euler))
+    assert not np.array_equal(own_way, generate(tmp_path, "--denoising_step_list", 1000, 857.142857, 600))
+    assert not np.array_equal(own_way, generate(tmp_path, "--guidance_scale", 4, "--negative_prompt", "a box"))
 
 
 def test_prompts_come_from_text_files_and_csv_files(checkpoint, clips, tmp_path):

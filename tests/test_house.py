@@ -27,18 +27,21 @@ ALLOWED = {
     "streaming_vae": {"encoding"},
     "kv_cache": set(),
     "export": set(),
-    "hub": {"flow"},
+    "hub": {"flow", "regression_config"},
     "encoding": {"context_parallel", "transformer"},
     "rollout": {"flow", "kv_cache", "transformer"},
     "video_writing": set(),
     "pipeline": {"encoding", "flow", "rollout", "streaming_vae", "transformer"},
-    "regression": {"flow", "losses"},
-    "student": {"flow", "models", "pipeline", "transformer", "wan_names"},
+    "regression_config": {"flow", "losses"},
+    "regression": {"flow", "losses", "regression_config"},
+    "student": {"flow", "models", "pipeline", "regression_config", "transformer", "wan_names"},
     "video_files": set(),
     "video_metrics": set(),
     "learned_metrics": set(),
     "sample_figures": {"learned_metrics", "video_metrics"},
-    "heldout_loss": {"dataset_utils", "flow", "losses", "encoding", "models", "pipeline", "regression"},
+    "heldout_loss": {
+        *("dataset_utils", "flow", "losses", "encoding", "models", "pipeline", "regression", "regression_config"),
+    },
     "evaluation_report": {"video_writing"},
     "vbench_export": {"video_writing"},
     "sample_order": set(),
@@ -54,6 +57,30 @@ ALLOWED = {
     "run_data": {
         *("cached_data", "data_config", "dataset_utils", "file_manifest", "models"),
         *("sample_order", "stream_sources", "streaming", "video_files"),
+    },
+    "prompt_files": set(),
+    "trajectories": {"flow", "pipeline", "regression", "regression_config", "rollout", "transformer"},
+    "teacher": {"models", "pipeline", "student", "transformer"},
+    "trajectory_data": {
+        *("cached_data", "data_config", "dataset_utils", "file_manifest", "models"),
+        *("run_data", "sample_order", "streaming", "tensor_cache"),
+    },
+    "run_config": {
+        *("cached_data", "data_config", "hub", "memory", "models"),
+        *("regression", "regression_config", "sample_order", "training", "validation"),
+    },
+    "run_parts": {
+        *("cached_data", "config", "encoding", "export", "memory"),
+        *("models", "run_config", "strategies", "transformer"),
+    },
+    "run_plan": {
+        *("config", "memory_plan", "models"),
+        *("run_config", "run_data", "run_parts", "strategies"),
+    },
+    "regression_run": {
+        *("checkpoints", "config", "dataset_utils", "encoding", "hub", "losses", "memory", "models"),
+        *("regression", "run_config", "run_data", "run_parts", "run_plan", "sample_order", "strategies"),
+        *("trackers", "training", "transformer", "validation"),
     },
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
     "dataset_survey": {"data_config"},
@@ -102,11 +129,11 @@ def test_scripts_never_import_each_other(script):
     assert not imports(ROOT / f"{script}.py") & set(SCRIPTS)
 
 
-def test_only_training_and_the_scripts_know_accelerate():
+def test_only_training_and_the_runs_of_scripts_know_accelerate():
     knowing = {
         m for m in PACKAGE if any(n.split(".")[0] == "accelerate" for n in imports(ROOT / f"causal_wan/{m}.py"))
     }
-    assert knowing == {"strategies", "training"}
+    assert knowing == {"regression_run", "strategies", "training"}
 
 
 def test_flow_and_losses_draw_no_random_numbers_of_their_own():

@@ -122,6 +122,31 @@ def test_the_card_says_what_it_is_and_is_valid(hub, run_folder):
     compile(card.text.split("```python")[1].split("```")[0], "card", "exec")
 
 
+@pytest.mark.parametrize("is_lora", [False, True])
+def test_the_card_of_a_student_in_many_steps_says_how_many(hub, run_folder, is_lora):
+    import shutil
+
+    run = yaml.safe_load((run_folder / "config.yaml").read_text())
+    run |= {"timestep_sampling": "uniform", "timestep_shift": 3.0, "context": "clean", "num_inference_steps": 40}
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(run))
+    if is_lora:
+        shutil.rmtree(run_folder / "transformer")
+        (run_folder / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    push(run_folder)
+    card = ModelCard(hub.repos["me/my-wan"]["README.md"].decode())
+    assert "few-step" not in card.data.tags
+    for text in (
+        "A **causal** WAN",
+        "in 40 steps along",
+        "num_inference_steps=40, timestep_shift=3.0",
+        "| `context` |",
+    ):
+        assert text in card.text, text
+    for text in ("few-step", "denoising_step_list"):
+        assert text not in card.text, text
+    compile(card.text.split("```python")[1].split("```")[0], "card", "exec")
+
+
 def test_a_lora_is_said_to_be_an_adapter(hub, run_folder):
     import shutil
 

@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from causal_wan import losses
+from causal_wan.flow import add_noise, latents_from_velocity, shift_timesteps, velocity
 
 
 def test_masked_mean_is_the_plain_mean_over_kept_frames_however_the_batch_is_split():
@@ -26,6 +29,58 @@ def test_masked_frames_give_no_gradient_even_when_they_are_not_finite():
 def test_loss_types_follow_their_formulas(loss_type, expected):
     predicted = torch.full((1, 2, 3, 2, 2), 3.0)
     assert losses.frame_losses(predicted, torch.zeros_like(predicted), loss_type).tolist() == [[expected] * 3]
+
+
+def test_mse_of_latents_is_sigma_squared_times_mse_of_velocity():
+    generator = torch.Generator().manual_seed(3)
+    latents, noise, predicted = torch.randn(3, 2, 4, 5, 2, 2, generator=generator)
+    sigmas = torch.rand(2, 5, generator=generator)
+    noisy = add_noise(latents, noise, sigmas)
+    of_latents = losses.frame_losses(latents_from_velocity(noisy, predicted, sigmas), latents)
+    of_velocity = losses.frame_losses(predicted, velocity(latents, noise))
+    torch.testing.assert_close(of_latents, sigmas.square() * of_velocity)
+
+
+def test_bell_weights_are_the_lineages_and_have_mean_1_under_the_shift():
+    levels = torch.tensor([1000, 937.5, 833, 625, 522, 100, 10]) / 1000
+    expected = torch.tensor([0, 0.40, 1.02, 1.91, 2.07, 0.64, 0.06])  # the table of shift 5, to two digits
+    torch.testing.assert_close(losses.bell_weights(levels, 5.0), expected, atol=0.02, rtol=0)
+    for shift in (1.0, 3.0, 8.0):
+        u = (torch.arange(10000) + 0.5) / 10
+        drawn = losses.bell_weights(shift_timesteps(u, shift) / 1000, shift)
+        torch.testing.assert_close(drawn.mean(), torch.tensor(1.0), atol=2e-3, rtol=0)
+
+
+def test_bell_weights_without_a_shift_have_a_closed_form():
+    sigmas = torch.linspace(0, 1, 11)
+    mean = math.sqrt(math.pi / 2) * math.erf(1 / math.sqrt(2)) - math.exp(-0.5)
+    expected = ((-2 * (sigmas - 0.5).square()).exp() - math.exp(-0.5)) / mean
+    torch.testing.assert_close(losses.bell_weights(sigmas), expected, rtol=2e-3, atol=1e-5)
+
+
+def test_min_snr_weights_are_the_snr_up_to_gamma():
+    sigmas = torch.tensor([0.0, 1 / 3, 0.5, 0.75, 1.0])
+    expected = torch.tensor([3.0, 3.0, 1.0, 1 / 9, 0.0])
+    torch.testing.assert_close(losses.min_snr_weights(sigmas, 3.0), expected)
+
+
+def test_min_snr_is_the_same_loss_in_both_spaces_and_keeps_weight_on_pure_noise():
+    sigmas = torch.tensor([[0.05, 0.3, 0.757, 1.0]])
+    settings = {"snr_gamma": 5.0, "min_loss_weight": 0.1}
+    of_latents, of_velocity = (
+        losses.level_weights(sigmas, "min_snr", loss_space=space, **settings) for space in ("latents", "velocity")
+    )
+    torch.testing.assert_close(of_latents[0], torch.tensor([5.0, 5.0, 0.1030, 0.1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(of_velocity, sigmas.square() * of_latents)
+
+
+@pytest.mark.parametrize("space", ["latents", "velocity"])
+def test_bell_and_no_weights_act_on_either_space_as_they_are(space):
+    sigmas = torch.tensor([0.1, 0.5, 1.0])
+    assert losses.level_weights(sigmas, "none", loss_space=space).tolist() == [1, 1, 1]
+    bell = losses.level_weights(sigmas, "bell", loss_space=space, timestep_shift=5.0, min_loss_weight=0.2)
+    torch.testing.assert_close(bell[:2], losses.bell_weights(sigmas, 5.0)[:2])
+    assert bell[2] == torch.tensor(0.2)
 
 
 def test_losses_are_float32_whatever_comes_in():

@@ -34,14 +34,15 @@ def make_transformer(**changes):
     return CausalWanTransformer3DModel(**{**TINY_TRANSFORMER, "num_frame_per_block": 1, "num_layers": 4, **changes})
 
 
-def pass_through(transformer):
+def pass_through(transformer, *, has_context=False):
     """Gradients of one pass, by name, and the most memory that it took beside the weights [bytes]."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 4, 3, 16, 16, generator=generator)
     prompt_embeds = torch.randn(1, 8, 16, generator=generator)
-    timesteps = torch.tensor([[757.0, 522.0, 0.0]])
+    timesteps, context = torch.tensor([[757.0, 522.0, 0.0]]), latents if has_context else None
     with PeakMemory(transformer) as memory:
-        transformer(latents, timesteps, prompt_embeds, return_dict=False)[0].square().mean().backward()
+        velocity = transformer(latents, timesteps, prompt_embeds, return_dict=False, context_latents=context)[0]
+        velocity.square().mean().backward()
     return {name: p.grad for name, p in transformer.named_parameters() if p.requires_grad}, memory.peak
 
 
@@ -218,6 +219,25 @@ def test_the_plan_is_what_a_step_takes(lora_rank, recompute):
     assert plan.weights == sum(p.nbytes for p in transformer.parameters())
     assert plan.optimizer == 8 * trainable
     assert plan.passes == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["all activations", "recomputed"])
+def test_the_plan_counts_the_clean_clip_that_teacher_forcing_adds(recompute):
+    memory = MemoryConfig(gradient_checkpointing=recompute)
+    transformer = make_transformer(num_layers=9, ffn_dim=256)
+    workload = Workload(
+        architecture=dict(transformer.config),
+        latent_shape=(4, 3, 16, 16),
+        max_sequence_length=8,
+        dtype=torch.float32,
+        memory=memory,
+    )
+    if recompute:
+        enable_gradient_checkpointing(transformer, memory)
+    _, measured = pass_through(transformer, has_context=True)
+    plan = plan_training(replace(workload, has_clean_context=True))
+    assert plan.passes == pytest.approx(measured, rel=0.02)
+    assert plan.passes > 1.1 * plan_training(workload).passes
 
 
 def test_the_plan_of_encoding_is_what_encoding_takes(checkpoint):

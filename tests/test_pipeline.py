@@ -62,6 +62,59 @@ def test_sampling_with_the_cache_equals_recomputing_the_past(embeds, noise, bloc
     torch.testing.assert_close(pipeline.sample_latents(embeds, noise, STEPS), expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def follow_flow_without_cache(transformer, embeds, noise, block, timesteps):
+    """The ODE by recomputing: clean earlier blocks at timestep 0 before the block, which goes from level to level."""
+    clean = noise[:, :, :0]
+    for start in range(0, F, block):
+        x = noise[:, :, start : start + block]
+        for timestep, following in zip(timesteps, [*timesteps[1:], 0.0], strict=True):
+            frames = torch.cat([clean, x], dim=2)
+            levels = torch.zeros(B, frames.shape[2])
+            levels[:, start:] = timestep
+            x = x + (following - timestep) / 1000 * transformer(frames, levels, embeds).sample[:, :, start:]
+        clean = torch.cat([clean, x], dim=2)
+    return clean
+
+
+@pytest.mark.parametrize("block", [1, 2, 6])
+def test_many_steps_follow_the_flow_block_by_block_from_one_draw_of_noise(embeds, noise, block):
+    pipeline = make_pipeline(num_frame_per_block=block)
+    timesteps = [1000, 900, 750, 500]  # of 4 steps under shift 3
+    expected = follow_flow_without_cache(pipeline.transformer, embeds, noise[0], block, timesteps)
+    steps = {"num_inference_steps": 4, "timestep_shift": 3.0}
+    found = pipeline.sample_latents(embeds, noise[:1], **steps)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pipeline.sample_latents(embeds, noise[:1], timesteps, sampler="euler"), found)
+    pipeline.register_to_config(denoising_step_list=timesteps, sampler="euler")
+    torch.testing.assert_close(pipeline.sample_latents(embeds, noise[:1]), found)
+    renoised = pipeline.sample_latents(embeds, noise, STEPS)  # a list has a sampler of its own
+    torch.testing.assert_close(
+        renoised, sample_without_cache(pipeline.transformer, embeds, noise, block), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_many_steps_are_guided_with_both_pasts_kept(embeds, noise):
+    pipeline, steps = make_pipeline(num_frame_per_block=2), {"num_inference_steps": 3}
+    plain = pipeline.sample_latents(embeds, noise[:1], **steps)
+    guided = {"guidance_scale": 4.0, "negative_prompt_embeds": embeds.clone()}
+    torch.testing.assert_close(
+        pipeline.sample_latents(embeds, noise[:1], **steps, **guided), plain, rtol=1e-4, atol=1e-4
+    )
+    guided["negative_prompt_embeds"] = -embeds
+    assert not torch.allclose(pipeline.sample_latents(embeds, noise[:1], **steps, **guided), plain, atol=1e-2)
+
+
+def test_ways_of_sampling_that_exclude_each_other_are_refused(embeds, noise):
+    pipeline = make_pipeline()
+    with pytest.raises(ValueError, match="got both; give one"):
+        pipeline.sample_latents(embeds, noise, STEPS, num_inference_steps=3)
+    with pytest.raises(ValueError, match="timestep_shift shifts the steps of num_inference_steps; give both"):
+        pipeline.sample_latents(embeds, noise, STEPS, timestep_shift=3.0)
+    with pytest.raises(ValueError, match="num_draws=1 for 50 steps of the sampler euler"):
+        pipeline.sample_latents(embeds, noise, num_inference_steps=50)
+
+
 def test_a_sample_is_a_function_of_its_inputs_alone(embeds, noise):
     pipeline = make_pipeline(num_frame_per_block=2)
     first = pipeline.sample_latents(embeds, noise, STEPS)
@@ -96,7 +149,7 @@ def test_blocks_are_handed_over_as_they_are_made(embeds, noise):
 
 
 def test_noise_must_have_one_entry_a_step(embeds, noise):
-    with pytest.raises(ValueError, match="num_steps=2"):
+    with pytest.raises(ValueError, match="num_draws=2 for 2 steps of the sampler renoise"):
         make_pipeline().sample_latents(embeds, noise, [1000, 500])
 
 
@@ -251,6 +304,17 @@ def test_a_call_continues_a_video(pipeline, clips):
     assert torch.equal(torch.cat(list(streamed), dim=1), expected)
     with pytest.raises(ValueError, match="num_frames must be 4k"):
         call(pipeline, video=given[:4])
+
+
+def test_a_call_in_many_steps_draws_once_and_streams_the_same_video(pipeline):
+    steps = {**CALL, "denoising_step_list": None, "num_inference_steps": 4, "timestep_shift": 3.0}
+    video = pipeline("a ball", generator=torch.Generator().manual_seed(0), **steps).frames
+    streamed = pipeline.stream("a ball", generator=torch.Generator().manual_seed(0), **steps)
+    torch.testing.assert_close(torch.cat(list(streamed), dim=1), video)
+    size = {name: CALL[name] for name in ("num_frames", "height", "width")}
+    noise = pipeline.draw_noise(1, **size, num_inference_steps=4, generator=torch.Generator().manual_seed(0))
+    assert len(noise) == 1
+    assert torch.equal(pipeline("a ball", noise=noise, **steps).frames, video)
 
 
 def test_a_callback_sees_and_changes_each_step(pipeline):

@@ -12,7 +12,7 @@ from conftest import launch, run_here, write_clip
 from test_train_video_regression import metrics, weights
 
 import precompute_latents
-from causal_wan import cached_data, encoding, models
+from causal_wan import cached_data, encoding, models, regression_run
 from causal_wan.config import parse_config
 from causal_wan.encoding import encode_prompts, encode_videos
 from causal_wan.file_manifest import FileManifest
@@ -142,7 +142,7 @@ def test_a_clip_that_breaks_is_named_and_the_others_are_kept(own_clips, write_re
 
 def test_a_plan_that_does_not_fit_the_disk_is_refused(write_recipe, tmp_path, capsys, monkeypatch):
     path, _ = write_recipe()
-    monkeypatch.setattr(precompute_latents, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("causal_wan.tensor_cache.free_bytes", lambda folder: 1000)
     with pytest.raises(SystemExit):
         run_here(SCRIPT, "--config", path, "--latents_dir", tmp_path / "cache")
     assert "latents_dir must have room for" in said(capsys)
@@ -190,7 +190,7 @@ def test_training_from_a_cache_loads_no_encoder_and_needs_no_videos(write_recipe
     (clips / "videos").rename(moved)
     try:
         for loader in ("load_vae", "load_text_encoder"):
-            monkeypatch.delattr(f"train_video_regression.{loader}")
+            monkeypatch.delattr(f"causal_wan.run_parts.{loader}")
         nothing = {"validation_metadata_path": None}
         path, cached = write_recipe("cached", latents_dir=str(filled), dataloader_num_workers=2, **nothing)
         run_here(TRAINING, "--config", path)
@@ -238,15 +238,13 @@ def test_filling_reading_and_resuming_give_the_same_numbers(write_recipe, filled
 
 
 def test_clips_are_encoded_in_the_first_epoch_alone(write_recipe, monkeypatch):
-    import train_video_regression
-
-    encoded, encode = [], train_video_regression.encode_videos
+    encoded, encode = [], regression_run.encode_videos
 
     def count(vae, videos):
         encoded.append(len(videos))
         return encode(vae, videos)
 
-    monkeypatch.setattr(train_video_regression, "encode_videos", count)
+    monkeypatch.setattr(regression_run, "encode_videos", count)
     monkeypatch.setattr("causal_wan.tensor_cache.EAGER_SECONDS", 0.0)
     path, output_dir = write_recipe(cache_latents=True, max_train_steps=12)  # four epochs
     run_here(TRAINING, "--config", path)

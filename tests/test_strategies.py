@@ -105,17 +105,19 @@ def context_parallel(num_groups, group_size):
 
 
 @pytest.mark.parametrize(
-    ("num_groups", "lora_rank", "resumes"),
+    ("num_groups", "lora_rank", "context", "resumes"),
     [
-        (1, 0, False),
-        pytest.param(1, 0, True, marks=pytest.mark.slow),
-        pytest.param(1, 4, True, marks=pytest.mark.slow),
-        pytest.param(2, 0, True, marks=pytest.mark.slow),
+        (1, 0, "noisy", False),
+        (1, 0, "augmented", False),
+        pytest.param(1, 0, "noisy", True, marks=pytest.mark.slow),
+        pytest.param(1, 4, "noisy", True, marks=pytest.mark.slow),
+        pytest.param(2, 0, "noisy", True, marks=pytest.mark.slow),
     ],
-    ids=["full", "resumed", "lora-resumed", "two_groups-resumed"],
+    ids=["full", "teacher-forcing", "resumed", "lora-resumed", "two_groups-resumed"],
 )
-def test_two_processes_that_share_each_clip_learn_what_one_does(write_recipe, num_groups, lora_rank, resumes):
+def test_two_processes_that_share_each_clip_learn_what_one_does(write_recipe, num_groups, lora_rank, context, resumes):
     settings = {"lora_rank": lora_rank, "validation_steps": 2, "use_ema": True, "mixed_precision": "no"}
+    settings |= {"context": context}
     settings |= {"num_frame_per_block": 2, "independent_first_frame": True}
     path, alone = write_recipe("alone", train_batch_size=2, **settings)
     launch(SCRIPT, path)

@@ -183,6 +183,51 @@ def test_gradient_checkpointing_changes_no_gradient(stock, inputs):
         torch.testing.assert_close(plain, checkpointed)
 
 
+def test_under_teacher_forcing_a_noisy_frame_reaches_its_own_block_and_a_clean_one_all_later_blocks(stock, inputs):
+    model, clean = make(stock, num_frame_per_block=2), inputs["hidden_states"].flip(2)
+    before = run(model, inputs, context_latents=clean)
+    for frame in range(F):
+        start = frame // 2 * 2
+        changed = {"hidden_states": inputs["hidden_states"].clone(), "context_latents": clean.clone()}
+        for name, reached in (("hidden_states", range(start, start + 2)), ("context_latents", range(start + 2, F))):
+            changed[name][:, :, frame] += 1
+            after = run(model, {**inputs, "context_latents": clean}, **{name: changed[name]})
+            differs = (after != before).transpose(1, 2).flatten(2).any(dim=-1)  # (B, F)
+            assert differs.tolist() == [[number in reached for number in range(F)]] * B
+
+
+def test_teacher_forcing_of_one_block_has_no_context_and_changes_nothing(stock, inputs):
+    model, clean = make(stock), inputs["hidden_states"].flip(2)
+    torch.testing.assert_close(run(model, inputs, context_latents=clean), run(model, inputs))
+
+
+def test_under_teacher_forcing_gradients_flow_through_the_context_and_recomputing_changes_none(stock, inputs):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make(stock, num_frame_per_block=2).train()
+        clean = inputs["hidden_states"].flip(2).requires_grad_()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(**inputs, context_latents=clean).sample[:, :, 2:].square().mean().backward()
+        assert (clean.grad.abs().amax(dim=(0, 1, 3, 4)) > 0).tolist() == [True] * (F - 2) + [False] * 2
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain.abs().max() > 0
+        assert torch.equal(plain, checkpointed)
+
+
+def test_teacher_forcing_goes_together_with_adapters_and_a_timestep_for_the_whole_clip(stock, inputs):
+    model, clean = make(stock, num_frame_per_block=2), inputs["hidden_states"].flip(2)
+    given = {"context_latents": clean, "timestep": torch.tensor([700.0, 20.0])}
+    before = run(model, inputs, **given)
+    by_frame = given["timestep"][:, None].expand(-1, F)
+    assert torch.equal(run(model, inputs, **{**given, "timestep": by_frame}), before)
+    assert torch.equal(run(model, inputs, **given, context_timestep=torch.zeros(B, F)), before)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_k", "ffn.net.2"], init_lora_weights=False))
+    assert not torch.allclose(run(model, inputs, **given), before, atol=1e-3)
+    torch.testing.assert_close(run(model, inputs, **given, attention_kwargs={"scale": 0.0}), before)
+
+
 def test_weights_go_from_stock_to_causal_and_back(stock, inputs, tmp_path):
     stock.save_pretrained(tmp_path / "stock")
     causal = CausalWanTransformer3DModel.from_pretrained(tmp_path / "stock", num_frame_per_block=3)
@@ -268,3 +313,14 @@ def test_wrong_inputs_are_refused(stock, inputs):
         run(make(stock), inputs, timestep=torch.zeros(B, F + 1))
     with pytest.raises(ValueError, match="use 4 or 8 latent frames"):
         run(make(stock, num_frame_per_block=4), inputs)
+    clean, model = inputs["hidden_states"], make(stock, num_frame_per_block=2)
+    with pytest.raises(
+        ValueError, match=r"context_latents must have the shape of the noisy latents, .* got \(2, 4, 5,"
+    ):
+        run(model, inputs, context_latents=clean[:, :, 1:])
+    with pytest.raises(
+        ValueError, match=r"context_timestep must have shape \(B,\) or \(B, F\) with F=6 .* got \(3,\)"
+    ):
+        run(model, inputs, context_latents=clean, context_timestep=torch.zeros(3))
+    with pytest.raises(ValueError, match="context_latents are for training"):
+        run(model, inputs, context_latents=clean, cache=model.make_cache(B, F, H, W))

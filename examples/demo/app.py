@@ -257,12 +257,15 @@ def make_studio(config: Config) -> Studio:
     run = read_run(config.checkpoint, config.pretrained_model_name_or_path)
     is_embedded = Path(config.checkpoint).resolve() == SKETCH
     height, width = (64, 112) if is_embedded else (None, None)
-    settings = resolve_settings(run, height=config.height or height, width=config.width or width)
+    settings = resolve_settings(
+        run, checkpoint=config.checkpoint, height=config.height or height, width=config.width or width
+    )
     pipeline = load_student(
         config.checkpoint,
         run,
         dtype,
         denoising_step_list=settings.timesteps,
+        sampler=settings.sampler,
         num_frame_per_block=config.num_frame_per_block,
         local_attn_size=config.local_attn_size,
         sink_size=config.sink_size,

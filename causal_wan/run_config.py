@@ -1,0 +1,65 @@
+"""Settings of a run that trains a student by regression, and what of them must fit together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from causal_wan.cached_data import CacheConfig, check_can_be_cached
+from causal_wan.data_config import DataConfig
+from causal_wan.hub import HubConfig
+from causal_wan.memory import MemoryConfig
+from causal_wan.models import DTYPES, ModelConfig
+from causal_wan.regression import num_valid_latent_frames
+from causal_wan.regression_config import RegressionConfig
+from causal_wan.sample_order import ClipShape
+from causal_wan.training import TrainingConfig
+from causal_wan.validation import ValidationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings of a run that trains a student, by group."""
+
+    model: ModelConfig
+    memory: MemoryConfig
+    data: DataConfig
+    method: RegressionConfig
+    training: TrainingConfig
+    validation: ValidationConfig
+    cache: CacheConfig
+    hub: HubConfig
+    dry_run: bool = False
+    """Resolve the config, check the data, print the plan and the memory it takes, and stop; loads no weights."""
+
+    def __post_init__(self) -> None:
+        for shape in self.data.all_shapes():
+            self.method.block_lengths(self.num_latent_frames(shape))
+        if self.cache_dir is not None:
+            check_can_be_cached(self.data)
+        if self.memory.quantize_base and not self.model.lora_rank:
+            raise ValueError(
+                f"quantize_base {self.memory.quantize_base} freezes the base, so something else must be trained; add "
+                "--lora_rank 64, or leave it out."
+            )
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """Of the VAE's weights and passes."""
+        return DTYPES[self.model.vae_dtype]
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """Folder of latents and prompt embeddings, if there is one."""
+        if self.cache.latents_dir is not None:
+            return Path(self.cache.latents_dir)
+        return Path(self.training.output_dir) / "cache" if self.cache.cache_latents else None
+
+    @property
+    def encodes(self) -> bool:
+        """Whether clips and prompts may have to be encoded, rather than read."""
+        return self.cache_dir is None or self.cache.cache_latents
+
+    def num_latent_frames(self, shape: ClipShape) -> int:
+        """F, latent frames of a clip."""
+        return num_valid_latent_frames(shape.num_frames, self.data.time_division_factor)
