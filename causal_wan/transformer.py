@@ -30,83 +30,16 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.utils import apply_lora_scale
 from torch.distributed.device_mesh import DeviceMesh
 
+from causal_wan.block_attention import (
+    TokenSpan,
+    apply_rotary_emb,
+    attend_in_spans,
+    block_causal_spans,
+    teacher_forcing_spans,
+)
 from causal_wan.context_parallel import ContextParallel, check_divides_by_group
 from causal_wan.flow import frame_block_lengths
 from causal_wan.kv_cache import KVCache, LayerCache
-
-
-@dataclass(frozen=True)
-class TokenSpan:
-    """One dense attention call: queries [query_start, query_end) see keys [key_start, query_end).
-
-    And before them the keys of [context_start, context_end), which lie elsewhere, if there are any.
-    """
-
-    query_start: int
-    query_end: int
-    key_start: int
-    context_start: int = 0
-    context_end: int = 0
-
-    def select(self, states: torch.Tensor) -> torch.Tensor:
-        """Keys or values `(B, l, N, E)` of the call, of those of all tokens `(B, L, N, E)`; copied only if apart."""
-        own = states[:, self.key_start : self.query_end]
-        if self.context_start == self.context_end:
-            return own
-        return torch.cat([states[:, self.context_start : self.context_end], own], dim=1)
-
-
-def block_causal_spans(block_lengths: list[int], frame_tokens: int, local_attn_size: int = -1) -> list[TokenSpan]:
-    """The dense attention calls that make up block-causal attention.
-
-    Args:
-        block_lengths: Latent frames of each block.
-        frame_tokens: T, tokens of one latent frame.
-        local_attn_size: Latent frames that a query sees, counted back from the end of its block; -1 is all.
-
-    Returns:
-        One span a block, in token units.
-
-    Source: CausVid, arXiv 2412.07772, eq. 5; the window as in Self Forcing, arXiv 2506.08009.
-    """
-    spans, start = [], 0
-    for length in block_lengths:
-        end = start + length
-        key_start = 0 if local_attn_size == -1 else max(0, end - local_attn_size)
-        spans.append(TokenSpan(start * frame_tokens, end * frame_tokens, key_start * frame_tokens))
-        start = end
-    return spans
-
-
-def teacher_forcing_spans(block_lengths: list[int], frame_tokens: int, local_attn_size: int = -1) -> list[TokenSpan]:
-    """The dense attention calls of teacher forcing, for the tokens [clean | noisy].
-
-    Clean blocks see clean blocks, block-causally; the last one is left out, since nobody sees it. A noisy block sees
-    the clean blocks before it and itself, never its own clean block: what it sees in a rollout. Two calls a block.
-
-    Args:
-        block_lengths: Latent frames of each block of the clip.
-        frame_tokens: T, tokens of one latent frame.
-        local_attn_size: Latent frames that a query sees, counted back from the end of its block; -1 is all.
-
-    Returns:
-        Spans in token units, in the order of the tokens.
-
-    Source: Self Forcing, arXiv 2506.08009, figure 2 (teacher forcing).
-    """
-    clean = block_causal_spans(block_lengths[:-1], frame_tokens, local_attn_size)
-    num_clean = sum(block_lengths[:-1]) * frame_tokens
-    noisy = [
-        TokenSpan(
-            query_start=num_clean + span.query_start,
-            query_end=num_clean + span.query_end,
-            key_start=num_clean + span.query_start,
-            context_start=span.key_start,
-            context_end=span.query_start,
-        )
-        for span in block_causal_spans(block_lengths, frame_tokens, local_attn_size)
-    ]
-    return [*clean, *noisy]
 
 
 @dataclass
@@ -136,16 +69,6 @@ class KeptText:
 
     states: torch.Tensor
     cache: LayerCache
-
-
-def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates neighbouring channel pairs of `(B, L, N, E)` by the angles in cos, sin `(1, L, 1, E)`, in float32.
-
-    Source: RoFormer, arXiv 2104.09864, eq. 34; the layout is the one of diffusers' `WanRotaryPosEmbed`.
-    """
-    x1, x2 = hidden_states.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).flatten(-2).type_as(hidden_states)
 
 
 class CausalWanSelfAttnProcessor:
@@ -181,13 +104,7 @@ class CausalWanSelfAttnProcessor:
         if context.cache is not None:
             out = self._attend(query, *context.cache.update(key, value, context.places, context.num_held))
         else:
-            out = torch.cat(
-                [
-                    self._attend(query[:, span.query_start : span.query_end], span.select(key), span.select(value))
-                    for span in context.spans
-                ],
-                dim=1,
-            )
+            out = attend_in_spans(self._attend, query, key, value, context.spans)
         if context.parallel is not None:
             out = context.parallel.gather_heads(out)
         out = out.flatten(2, 3).type_as(query)

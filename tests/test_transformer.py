@@ -6,7 +6,8 @@ from conftest import TINY_TRANSFORMER
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 
-from causal_wan.transformer import CausalWanTransformer3DModel, block_causal_spans
+from causal_wan.block_attention import block_causal_spans
+from causal_wan.transformer import CausalWanTransformer3DModel
 
 
 B, F, H, W, S = 2, 6, 4, 6, 7

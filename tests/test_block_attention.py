@@ -1,0 +1,70 @@
+"""Dense calls against a mask, and what their backward pass writes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from causal_wan.block_attention import attend_in_spans, block_causal_spans, teacher_forcing_spans
+
+
+B, T, N, E = 2, 3, 2, 8
+LENGTHS = [1, 2, 2]
+
+
+def attend(query, key, value):
+    out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def masked(query, key, value, spans):
+    mask = torch.zeros(query.shape[1], query.shape[1], dtype=torch.bool)
+    for span in spans:
+        for start, end in span.key_ranges:
+            mask[span.query_start : span.query_end, start:end] = True
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask)
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("make_spans", [block_causal_spans, teacher_forcing_spans])
+@pytest.mark.parametrize("window", [-1, 3, 4])
+def test_outputs_and_gradients_are_those_of_a_mask(make_spans, window):
+    spans = make_spans(LENGTHS, T, window)
+    num_tokens = spans[-1].query_end
+    states = [torch.randn(B, num_tokens, N, E, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    out, expected = attend_in_spans(attend, *states, spans), masked(*states, spans)
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, states, upstream), torch.autograd.grad(expected, states, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gradients_are_those_of_finite_differences():
+    spans = block_causal_spans([1, 1], 2)
+    states = [torch.randn(1, 4, 1, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *states: attend_in_spans(attend, *states, spans), states)
+
+
+class CountFilled(TorchDispatchMode):
+    """Counts tensors as long as the clip that are filled with zeros."""
+
+    def __init__(self, num_tokens):
+        super().__init__()
+        self.num_tokens, self.count = num_tokens, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.new_zeros, torch.ops.aten.slice_backward):
+            self.count += out.shape[1] == self.num_tokens
+        return out
+
+
+def test_the_backward_pass_fills_one_buffer_for_keys_and_one_for_values():
+    spans = block_causal_spans([1] * 5, T)
+    states = [torch.randn(B, 5 * T, N, E, requires_grad=True) for _ in range(3)]
+    out = attend_in_spans(attend, *states, spans)
+    with CountFilled(5 * T) as filled:
+        out.sum().backward()
+    assert filled.count == 2
