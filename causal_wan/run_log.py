@@ -26,7 +26,6 @@ class MetricSums:
 
     def __init__(self) -> None:
         self.sums: Sums = {}
-        self.num_steps = 0
 
     def add(self, sums: Sums) -> None:
         for name, value in sums.items():
@@ -39,10 +38,10 @@ class MetricSums:
             self.sums[name] = total if accelerator.is_main_process else torch.zeros_like(total)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "num_steps": self.num_steps}
+        return {"sums": self.sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums, self.num_steps = state["sums"], state["num_steps"]
+        self.sums = state["sums"]
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
@@ -85,7 +84,7 @@ class StepLog:
         if run.accelerator.is_main_process:
             entry = self._entry(dict(metrics.sums))
             self._record(entry)
-        metrics.sums, metrics.num_steps = {}, 0
+        metrics.sums = {}
         self._start_interval()
         return entry
 
@@ -98,16 +97,15 @@ class StepLog:
     def _entry(self, sums: Sums) -> dict[str, float]:
         seconds = sum(self.seconds.values())
         num_tokens = self.num_tokens * self.run.num_replicas
-        losses, grad_norms = sums.pop("loss", None), sums.pop("grad_norm", None)
-        nonfinite = sums.pop("num_nonfinite_steps", None)
+        losses, grad_norms = float(sums.pop("loss")), float(sums.pop("grad_norm"))
+        num_taken, num_skipped = int(sums.pop("num_steps")), float(sums.pop("num_nonfinite_steps"))
         entry = {}
-        if losses is not None and grad_norms is not None:
-            entry["generator_loss"] = float(losses) / self.run.metrics.num_steps
-            entry["generator_grad_norm"] = float(grad_norms) / self.run.metrics.num_steps
+        if num_taken:
+            entry = {"generator_loss": losses / num_taken, "generator_grad_norm": grad_norms / num_taken}
             entry |= self.summarize(sums)
         return entry | {
             "lr": self.run.lr_scheduler.get_last_lr()[0],
-            "num_nonfinite_steps": 0.0 if nonfinite is None else float(nonfinite) / self.run.accelerator.num_processes,
+            "num_nonfinite_steps": num_skipped,
             "seconds_per_step": seconds / self.num_steps,
             "data_seconds_per_step": self.seconds["data"] / self.num_steps,
             "compute_seconds_per_step": self.seconds["compute"] / self.num_steps,

@@ -9,7 +9,8 @@ import contextlib
 import logging
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -312,6 +313,34 @@ class StopRequest:
         self.received = True
 
 
+class LateReader:
+    """Reads small tensors of a GPU one step late, when they are there without waiting; those of a CPU at once."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[torch.Tensor, torch.cuda.Event, Callable[..., None]] | None = None
+
+    def hand_in(self, values: torch.Tensor, read: Callable[..., None]) -> None:
+        """Has `read` called with the values, and before that the reader of what was handed in last."""
+        self.flush()
+        if values.device.type != "cuda":
+            read(*values.tolist())
+            return
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._pending = (host, copied, read)
+
+    def flush(self) -> None:
+        """Waits for what has been handed in, and has it read."""
+        if self._pending is None:
+            return
+        host, copied, read = self._pending
+        self._pending = None
+        copied.synchronize()
+        read(*host.tolist())
+
+
 @dataclass
 class Run:
     """The prepared parts of a run."""
@@ -325,6 +354,7 @@ class Run:
     state: RunState
     metrics: MetricSums
     trackers: Trackers
+    late: LateReader = field(default_factory=LateReader)
 
     @property
     def unwrapped_model(self) -> torch.nn.Module:
@@ -500,6 +530,7 @@ def train(
 
             progress.update()
             if is_due(state.step, config.logging_steps, config):
+                run.late.flush()
                 entry = log.write()
                 progress.set_postfix(loss=f"{entry.get('generator_loss', float('nan')):.4f}")
             if validate is not None and is_due(state.step, config.validation_steps, config):
@@ -508,6 +539,7 @@ def train(
                 reshard(run.unwrapped_model)
                 run.model.train()
             if stop.agreed or is_due(state.step, config.checkpointing_steps, config):
+                run.late.flush()
                 run.metrics.reduce_to_main(run.accelerator)
                 if before_checkpoint is not None:
                     before_checkpoint()
@@ -526,7 +558,8 @@ def train_step(
 ) -> None:
     """One optimizer step over the passes that make it up, added to the run's metrics; skipped if it is not finite.
 
-    All processes learn of a request to stop that one has received.
+    All processes learn of a request to stop that one has received. Nothing here waits for the device: what the host
+    must know of a step it learns a step later (see `LateReader`).
 
     Raises:
         RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped.
@@ -546,46 +579,59 @@ def train_step(
             accelerator.backward(loss * scale)
         sums = {"loss": loss.detach().double(), **sums}
         step_sums.add({name: value / num_sharing for name, value in sums.items()})
-    parameters = trainable_parameters(run.model)
-    grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
+    grad_norm = accelerator.clip_grad_norm_(trainable_parameters(run.model), config.max_grad_norm or float("inf"))
     if isinstance(grad_norm, DTensor):  # FSDP2
         grad_norm = grad_norm.full_tensor()
     grad_norm = torch.as_tensor(grad_norm, device=accelerator.device)  # DeepSpeed has a float
-    took_step = accelerator.scaler is not None or bool(torch.isfinite(grad_norm))
-    if took_step:
-        run.optimizer.step()
-        took_step = not accelerator.optimizer_step_was_skipped  # float16's scaler skips on its own
+    took_step = step_optimizer(run, grad_norm)
     run.lr_scheduler.step()
     run.optimizer.zero_grad()
-    stop.agreed = bool(num_stops)  # read here, where the host has waited for the gradients anyway
+    if run.ema is not None:
+        run.ema.step(trainable_parameters(run.unwrapped_model))
 
-    if took_step:
-        run.state.num_nonfinite_in_a_row = 0
-        if run.ema is not None:
-            run.ema.step(trainable_parameters(run.unwrapped_model))
-        # The norm is the same on all processes and the sums are added up over them.
-        step_sums.add({"grad_norm": grad_norm.detach().double() / accelerator.num_processes})
-        run.metrics.add(step_sums.sums)
-        run.metrics.num_steps += 1
-    else:
-        count_nonfinite_step(run)
+    # Counts and the norm are the same on all processes, and sums are added up over them.
+    counts = {"num_steps": took_step, "num_nonfinite_steps": ~took_step}
+    is_main = accelerator.is_main_process
+    step_sums.add({"grad_norm": grad_norm.double() * is_main})
+    run.metrics.add({name: value.where(took_step, torch.zeros_like(value)) for name, value in step_sums.sums.items()})
+    run.metrics.add({name: value.double() * is_main for name, value in counts.items()})
+    run.late.hand_in(torch.stack([~took_step, num_stops > 0]), partial(note_step, run, stop, run.state.step + 1))
 
 
-def count_nonfinite_step(run: Run) -> None:
-    """Notes a skipped step and stops the run when there were too many in a row.
+def step_optimizer(run: Run, grad_norm: torch.Tensor) -> torch.Tensor:
+    """Takes the step if the gradients are finite; whether it did, as a bool scalar on the device.
+
+    AdamW is told on the device, as `GradScaler` tells it, so that the host need not wait for the gradients.
+    """
+    is_finite, optimizer = torch.isfinite(grad_norm), run.optimizer.optimizer
+    if run.accelerator.scaler is not None:  # float16's scaler skips on its own
+        run.optimizer.step()
+        return torch.full_like(is_finite, not run.accelerator.optimizer_step_was_skipped)
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
+        run.optimizer.step()
+    elif is_finite:
+        run.optimizer.step()
+    return is_finite
+
+
+def note_step(run: Run, stop: StopRequest, step: int, was_skipped: bool, is_to_stop: bool) -> None:
+    """Notes on the host what became of a step, and stops the run when too many were skipped in a row.
 
     Raises:
         RuntimeError: After `max_nonfinite_steps` in a row.
     """
     state, limit = run.state, run.config.max_nonfinite_steps
-    state.num_nonfinite_in_a_row += 1
-    logger.warning("step %d skipped: its loss or gradient is not finite", state.step + 1)
-    run.metrics.add({"num_nonfinite_steps": torch.ones((), device=run.accelerator.device, dtype=torch.float64)})
+    stop.agreed = stop.agreed or is_to_stop
+    state.num_nonfinite_in_a_row = state.num_nonfinite_in_a_row + 1 if was_skipped else 0
+    if not was_skipped:
+        return
+    logger.warning("step %d skipped: its loss or gradient is not finite", step)
     if state.num_nonfinite_in_a_row >= limit:
         checkpoints = list_checkpoints(run.config.output_dir)
         kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
         raise RuntimeError(
-            f"the loss must be finite, but {limit} steps in a row up to step {state.step + 1} were not; nothing was "
+            f"the loss must be finite, but {limit} steps in a row up to step {step} were not; nothing was "
             f"saved over earlier checkpoints ({kept}). Lower --learning_rate, use --mixed_precision bf16 instead of "
             "fp16, or check the data, then go on with --resume_from_checkpoint latest."
         )
