@@ -233,10 +233,8 @@ def test_teacher_forcing_on_continuous_levels_trains_adapters_in_16_bits_and_say
         latents_dtype="fp32",
     )
     run_here(SCRIPT, "--config", path)
-    assert (
-        "logit_normal levels with shift 5, augmented context, l1 of velocity with bell weights"
-        in capsys.readouterr().out
-    )
+    plan = capsys.readouterr().out
+    assert "logit_normal levels with shift 5, augmented context, l1 of velocity with bell weights" in plan
     names = set().union(*metrics(output_dir))
     assert any(name.startswith("blur_gap_at_time_") and "_to_" in name for name in names)
     assert any(name.startswith("validation_loss_at_time_") and "_to_" in name for name in names)
