@@ -35,7 +35,7 @@ from causal_wan.dataset_survey import BLACK_LUMA, STATIC_MOTION, Survey, count_r
 from causal_wan.hub import HubConfig
 from causal_wan.memory import MemoryConfig
 from causal_wan.models import ModelConfig
-from causal_wan.regression import RegressionConfig
+from causal_wan.regression_config import RegressionConfig
 from causal_wan.row_records import FACTS, NUM_LOOKS, WHOLE_FILE_BYTES, RecordFile, RowChecker, check_rows, hash_bytes
 from causal_wan.tables import Tables
 from causal_wan.training import TrainingConfig

@@ -76,9 +76,14 @@ def sources_of(config: DataConfig) -> list[Source]:
     """The tables of a config: its own, or those that `dataset_config` lists.
 
     Raises:
-        ValueError: If that list cannot be used.
+        ValueError: If there are none, or that list cannot be used.
     """
     if config.dataset_config is None:
+        if config.metadata_path is None:
+            raise ValueError(
+                "exactly one of metadata_path and dataset_config must be given, got neither; --metadata_path names "
+                "one table, --dataset_config a YAML list of several."
+            )
         own = {name: vars(config)[name] for name in ("metadata_path", "dataset_base_path")}
         return [Source(**own, video_column=config.video_column, caption_column=config.caption_column)]
     return [

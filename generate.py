@@ -14,7 +14,6 @@ than the run's, add `--local_attn_size 21 --sink_size 3`. With `--stream` the mp
 """
 
 import contextlib
-import csv
 import itertools
 import time
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from causal_wan.config import parse_config, user_errors
 from causal_wan.encoding import check_video_size, encode_prompts, pad_prompt_embeds
 from causal_wan.flow import Sampler
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.prompt_files import read_prompts_file
 from causal_wan.regression import sample_generator
 from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
 from causal_wan.video_writing import FRAME_RATE, VideoWriter, as_frames
@@ -263,27 +263,11 @@ def read_prompts(config: Config) -> list[str]:
     Raises:
         ValueError: If the file is not there or has no prompt.
     """
-    if config.prompt is not None:
-        prompts = [config.prompt]
-    elif not Path(config.prompts_file).is_file():
-        raise ValueError(f"prompts_file must be a text or CSV file, but {config.prompts_file} does not exist.")
-    elif config.prompts_file.endswith(".csv"):
-        prompts = read_csv_prompts(config.prompts_file)
-    else:
-        prompts = Path(config.prompts_file).read_text().splitlines()
-    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
-    if not prompts:
+    if config.prompt is None:
+        return read_prompts_file(config.prompts_file)[: config.num_prompts]
+    if not config.prompt.strip():
         raise ValueError("at least one prompt must not be empty; got none.")
-    return prompts[: config.num_prompts]
-
-
-def read_csv_prompts(path: str) -> list[str]:
-    """The `prompt` column of a CSV."""
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if rows and "prompt" not in rows[0]:
-        raise ValueError(f"{path} must have a column named prompt, got {', '.join(rows[0])}.")
-    return [row["prompt"] or "" for row in rows]
+    return [config.prompt.strip()]
 
 
 def output_paths(config: Config, count: int) -> list[Path]:

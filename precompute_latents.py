@@ -14,7 +14,6 @@ asked to stop (SIGTERM, SIGUSR1): run the same command again.
 """
 
 import logging
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from causal_wan.cached_data import (
     CachedData,
     LatentsDtype,
     check_can_be_cached,
+    drop_damaged,
     gather_lists,
     open_cache,
 )
@@ -42,10 +42,10 @@ from causal_wan.encoding import encode_prompts, encode_videos
 from causal_wan.hub import HubConfig
 from causal_wan.memory import MemoryConfig, cut_up_vae
 from causal_wan.models import DTYPES, CheckpointConfig, ModelConfig, load_text_encoder, load_vae
-from causal_wan.regression import RegressionConfig
+from causal_wan.regression_config import RegressionConfig
 from causal_wan.run_data import load_run_data
 from causal_wan.sample_order import ClipShape
-from causal_wan.tensor_cache import CacheWriter, remove_stale_shards
+from causal_wan.tensor_cache import GIB, CacheWriter, check_disk, free_bytes, remove_stale_shards
 from causal_wan.training import EXIT_STOPPED, StopRequest, TrainingConfig
 from causal_wan.validation import ValidationConfig
 from dataset_utils import (
@@ -58,7 +58,6 @@ from dataset_utils import (
 )
 
 
-GIB = 2**30
 PROMPT_BYTES = 1 << 20  # about what an embedding of UMT5-XXL takes in 16 bits, of a prompt of 128 tokens
 PROMPTS_AT_ONCE = 64
 # Processes wait for each other at the start, while one downloads and reads the encoders, and then not until their
@@ -101,7 +100,7 @@ class Config:
 
 
 # What a recipe of the training script may hold beside.
-TRAINING_SETTINGS = {"dry_run"} | names_of(
+TRAINING_SETTINGS = {"dry_run", "trajectories_dir"} | names_of(
     CacheConfig, HubConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig
 )
 
@@ -136,7 +135,7 @@ def main(config: Config) -> None:
         for cache in (cached.latents, cached.prompts):
             remove_stale_shards(cache.folder)
     if config.verify:
-        drop_damaged(accelerator, cached)
+        drop_damaged((cached.latents, cached.prompts))
     found = []
     if accelerator.is_main_process:  # for all: on a shared disk, others may not see the newest shards yet
         missing = cached.missing_clips(rows, data.wanted_shapes())
@@ -148,7 +147,7 @@ def main(config: Config) -> None:
         num_bytes = needed_bytes(config, missing, missing_prompts)
         print(describe_work(config, rows, missing, missing_prompts, num_bytes))
         with user_errors():
-            check_disk(config, num_bytes)
+            check_disk("latents_dir", config.latents_dir, num_bytes)
     if config.dry_run:
         return
     accelerator.wait_for_everyone()  # until the disk is checked
@@ -167,19 +166,6 @@ def main(config: Config) -> None:
 
 
 # --- what is missing -------------------------------------------------------------------------------------------------
-
-
-def drop_damaged(accelerator: Accelerator, cached: CachedData) -> None:
-    """Reads all entries, each process its share, and takes out those that are damaged."""
-    for cache in (cached.latents, cached.prompts):
-        keys = list(cache.in_order())[accelerator.process_index :: accelerator.num_processes]
-        bar = tqdm(keys, desc="verifying", disable=not accelerator.is_main_process)
-        damaged = gather_lists(list(cache.corrupt_keys(bar)))
-        if accelerator.is_main_process:
-            print(f"{len(damaged)} of {len(cache)} entries of {cache.folder} are damaged")
-            cache.drop(damaged)
-        accelerator.wait_for_everyone()
-        cache.forget(damaged)
 
 
 def describe_work(config: Config, rows: list[Row], missing: list[Work], prompts: list[str], num_bytes: int) -> str:
@@ -210,26 +196,6 @@ def needed_bytes(config: Config, missing: list[Work], prompts: list[str]) -> int
         for _, shape in missing
     )
     return latents * vae["z_dim"] * DTYPES[config.latents_dtype].itemsize + len(prompts) * PROMPT_BYTES
-
-
-def free_bytes(folder: str) -> int:
-    """Disk that is free where a folder is or will be."""
-    path = Path(folder).absolute()
-    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
-
-
-def check_disk(config: Config, num_bytes: int) -> None:
-    """Checks that there is so much room.
-
-    Raises:
-        ValueError: If not.
-    """
-    free = free_bytes(config.latents_dir)
-    if num_bytes > free:
-        raise ValueError(
-            f"latents_dir must have room for {num_bytes / GIB:.2f} GiB, but {config.latents_dir} has "
-            f"{free / GIB:.2f} GiB; make room, use another folder, or --latents_dtype bf16."
-        )
 
 
 # --- encoding --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import torch
 
 from causal_wan.config import parse_config
 from causal_wan.flow import latents_from_velocity, velocity
-from causal_wan.losses import frame_losses, level_statistics, masked_sum_over_count
+from causal_wan.losses import frame_losses, masked_sum_over_count
 from causal_wan.regression import draw_noisy_batch
 from causal_wan.regression_run import Inputs, run_regression
 from causal_wan.run_config import RunConfig
@@ -35,6 +35,10 @@ from causal_wan.training import Batch, Sums
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     """Settings of a run, by group."""
+
+
+# What a recipe of train_ode_regression.py may hold beside.
+TRAINING_SETTINGS = {"trajectories_dir"}
 
 
 def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:
@@ -65,10 +69,7 @@ def compute_loss(
     else:
         errors = frame_losses(predicted_velocity, velocity(noisy.latents, noisy.noise), method.loss_type)
     loss = masked_sum_over_count(method.loss_weights(noisy.sigmas) * errors, noisy.mask, num_items)
-    statistics = level_statistics(
-        predicted_latents, noisy.latents, noisy.level_indices, noisy.mask, len(inputs.levels)
-    )
-    return loss, {"levels": statistics, "num_bad_samples": loss.new_tensor(batch["num_bad_samples"])}
+    return loss, inputs.count_errors(batch, predicted_latents)
 
 
 def main(config: Config) -> None:
@@ -77,4 +78,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__))
+    main(parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS))

@@ -320,6 +320,19 @@ def open_cache(
     return CachedData(manifest.path.parent, data, encoders, config.latents_dtype), rows
 
 
+def drop_damaged(caches: Iterable[TensorCache]) -> None:
+    """Reads all entries, each process its share, and takes out those that are damaged. Called by every process."""
+    for cache in caches:
+        keys = list(cache.in_order())[_process_index() :: _num_processes()]
+        bar = tqdm(keys, desc="verifying", disable=_process_index() != 0)
+        damaged = gather_lists(list(cache.corrupt_keys(bar)))
+        if _process_index() == 0:
+            print(f"{len(damaged)} of {len(cache)} entries of {cache.folder} are damaged")
+            cache.drop(damaged)
+        gather_lists([])  # until they are out
+        cache.forget(damaged)
+
+
 def gather_lists(items: list[Any]) -> list[Any]:
     """The items of all processes, in their order."""
     if not torch.distributed.is_initialized():

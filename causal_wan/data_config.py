@@ -69,11 +69,10 @@ class DataConfig:
     limits: VideoLimits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
-        if (self.metadata_path is None) == (self.dataset_config is None):
-            given = "neither" if self.metadata_path is None else "both"
+        if self.metadata_path is not None and self.dataset_config is not None:
             raise ValueError(
-                f"exactly one of metadata_path and dataset_config must be given, got {given}; --metadata_path names "
-                "one table, --dataset_config a YAML list of several."
+                "exactly one of metadata_path and dataset_config must be given, got both; --metadata_path names one "
+                "table, --dataset_config a YAML list of several."
             )
         if self.time_division_factor < 1:
             raise ValueError(

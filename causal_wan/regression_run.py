@@ -25,6 +25,7 @@ from causal_wan.checkpoints import check_output_dir
 from causal_wan.config import flat_dict, user_errors, write_recipe
 from causal_wan.encoding import check_video_size, encode_videos, pad_prompt_embeds
 from causal_wan.hub import DATA_SUMMARY_NAME, HubUploads, start_uploads
+from causal_wan.losses import level_statistics
 from causal_wan.memory import on_device
 from causal_wan.models import check_generator_ckpt
 from causal_wan.regression import NoisyBatch, num_valid_latent_frames, summarize_levels
@@ -120,6 +121,14 @@ class Inputs:
             "num_tokens": noisy.latents[:, 0].numel() // 4,  # patches of 1 x 2 x 2
         }
 
+    def count_errors(self, batch: Batch, predicted_latents: torch.Tensor) -> Sums:
+        """What `summarize` makes metrics of, for a prepared batch and predicted clean latents `(B, C, F, H, W)`."""
+        noisy = batch["noisy"]
+        statistics = level_statistics(
+            predicted_latents, noisy.latents, noisy.level_indices, noisy.mask, len(self.levels)
+        )
+        return {"levels": statistics, "num_bad_samples": statistics.new_tensor(batch["num_bad_samples"])}
+
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Sums of `compute_loss` over steps and processes -> metrics by level."""
         metrics = summarize_levels(sums["levels"].cpu(), self.levels, bin_width=self.config.method.bin_width)
@@ -166,6 +175,21 @@ def load_clips(config: RunConfig) -> RunData:
     )
     data.check_stream(config.training.seed)
     return data
+
+
+def load_held_out_clips(config: RunConfig) -> RunData:
+    """The held-out clips of a run that trains on something else.
+
+    Raises:
+        ValueError: If they cannot be used.
+    """
+    return load_run_data(
+        config.data,
+        validation_metadata_path=config.validation.validation_metadata_path,
+        num_validation_samples=config.validation.num_validation_samples,
+        cache_dir=config.cache_dir,
+        held_out_only=True,
+    )
 
 
 def run_regression(
@@ -279,7 +303,7 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
             text_dtype="bf16" if text_dtype(accelerator) == torch.bfloat16 else "fp32",
             encodes=config.encodes,
         )
-    prompt_embeds = embed_prompts(accelerator, config, prompts, data.cached)
+    prompt_embeds = embed_prompts(accelerator, config.model, prompts, data.cached, streaming=config.data.streaming)
     with user_errors():
         transformer = make_student(config, accelerator)
     vae = make_vae(config, accelerator.device, is_needed=config.encodes or bool(held_out))

@@ -37,7 +37,10 @@ from dataset_utils import (
     VideoDataset,
     clip_shapes,
     collate,
+    describe_flip,
     describe_rows,
+    describe_shapes,
+    describe_speed_up,
     load_rows,
     order_samples,
     source_weights,
@@ -208,6 +211,20 @@ class RunData:
         """Collects how far each process has come in the streams. Called by every process."""
         self.lane_states.merge(gather_lists([self.lane_states.state_dict()]))
 
+    @property
+    def num_samples(self) -> int:
+        """Clips to train on; 0 if nobody knows."""
+        return len(self.rows)
+
+    def describe_shapes(self) -> list[str]:
+        """Lines on the buckets and stages of a run that has more than one shape."""
+        return describe_shapes(self.rows, self.config)
+
+    def describe_changes(self) -> list[str]:
+        """What clips go through that may surprise, a sentence each."""
+        speed_up = describe_speed_up(self.rows, self.config) if self.rows else None
+        return [note for note in (speed_up, describe_flip(self.rows, self.config)) if note]
+
     def describe(self) -> str:
         """Clips and prompts, or streams, in one line."""
         if not self.streams:
@@ -222,6 +239,7 @@ def load_run_data(
     validation_metadata_path: str | None,
     num_validation_samples: int,
     cache_dir: Path | None,
+    held_out_only: bool = False,
 ) -> RunData:
     """Reads and checks the tables of a run, or opens its streams.
 
@@ -230,15 +248,16 @@ def load_run_data(
         validation_metadata_path: Table of held-out clips.
         num_validation_samples: How many of them are used, from the first row on.
         cache_dir: Folder of the cache, if there is one.
+        held_out_only: Leave out the clips to train on.
 
     Raises:
         ValueError: If they cannot be used.
     """
-    if cache_dir is not None:
+    if cache_dir is not None and not held_out_only:
         check_can_be_cached(config)
     manifest = None if cache_dir is None else FileManifest(cache_dir)
-    streams = [open_stream(source) for source in sources_of(config)] if config.streaming else []
-    rows = [] if config.streaming else load_rows(config, manifest)
+    streams = [open_stream(source) for source in sources_of(config)] if config.streaming and not held_out_only else []
+    rows = [] if config.streaming or held_out_only else load_rows(config, manifest)
     held_out = []
     if validation_metadata_path is not None:
         data = replace(config.for_validation(), metadata_path=validation_metadata_path, dataset_config=None)

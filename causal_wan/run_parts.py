@@ -18,6 +18,7 @@ from causal_wan.export import write_pipeline_file
 from causal_wan.memory import cut_up_vae, enable_gradient_checkpointing, quantization_config, store_in_fp8
 from causal_wan.models import (
     DTYPES,
+    CheckpointConfig,
     add_lora,
     causal_settings,
     load_text_encoder,
@@ -119,7 +120,12 @@ def make_vae(config: RunConfig, device: torch.device, *, is_needed: bool) -> Aut
 
 
 def embed_prompts(
-    accelerator: Any, config: RunConfig, prompts: list[str], cached: CachedData | None
+    accelerator: Any,
+    checkpoint: CheckpointConfig,
+    prompts: list[str],
+    cached: CachedData | None,
+    *,
+    streaming: bool = False,
 ) -> Mapping[str, torch.Tensor]:
     """Embeds each distinct prompt once, split over the processes; the text encoder is freed on return.
 
@@ -127,24 +133,23 @@ def embed_prompts(
         Prompt -> `(S, D)` of its true length S, on the CPU; read from the cache if there is one; encoded when needed
         if clips are streamed, since their prompts are not known beforehand.
     """
-    model = config.model
     missing = sorted(set(prompts)) if cached is None else cached.missing_prompts(prompts)
     own = missing[accelerator.process_index :: accelerator.num_processes]
     embeds = []
-    if missing or config.data.streaming:
+    if missing or streaming:
         tokenizer, text_encoder = load_text_encoder(
-            model.pretrained_model_name_or_path,
+            checkpoint.pretrained_model_name_or_path,
             dtype=text_dtype(accelerator),
-            revision=model.revision,
+            revision=checkpoint.revision,
             device=accelerator.device,
         )
-        if config.data.streaming:
-            return PromptEncoder(tokenizer, text_encoder, model.max_sequence_length)
+        if streaming:
+            return PromptEncoder(tokenizer, text_encoder, checkpoint.max_sequence_length)
         embeds = encode_prompts(
             tokenizer,
             text_encoder,
             own,
-            model.max_sequence_length,
+            checkpoint.max_sequence_length,
             show_progress=accelerator.is_main_process,
         )
     if cached is None:

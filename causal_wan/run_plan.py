@@ -10,15 +10,15 @@ from causal_wan.run_config import RunConfig
 from causal_wan.run_data import RunData
 from causal_wan.run_parts import text_dtype, weight_dtype
 from causal_wan.strategies import free_memory, is_sharded, sharding
-from dataset_utils import describe_flip, describe_shapes, describe_speed_up
 
 
 def describe_plan(config: RunConfig, run_data: RunData, num_replicas: int) -> str:
     """What is going to happen, in numbers."""
-    training, method, data, rows = config.training, config.method, config.data, run_data.rows
+    training, method, data = config.training, config.method, config.data
     lengths = method.block_lengths(config.num_latent_frames(data.shape))
     samples_per_step = training.samples_per_step(num_replicas)
     num_samples = training.max_train_steps * samples_per_step
+    passes = f" = {num_samples / run_data.num_samples:.1f} passes over the data" if run_data.num_samples else ""
     weights = f"LoRA of rank {config.model.lora_rank}" if config.model.lora_rank else "all weights"
     lines = [
         f"checkpoint  {config.model.pretrained_model_name_or_path}"
@@ -26,16 +26,14 @@ def describe_plan(config: RunConfig, run_data: RunData, num_replicas: int) -> st
         f"data        {run_data.describe()}",
         f"clips       {data.num_frames} frames of {data.height} x {data.width}, {data.frame_sampling} sampling: "
         f"{sum(lengths)} latent frames in {len(lengths)} block(s) of {' '.join(map(str, sorted(set(lengths))))}",
-        *describe_shapes(rows, data),
+        *run_data.describe_shapes(),
         f"method      {method.describe()}",
         f"training    {weights}, {training.max_train_steps} steps of {samples_per_step} clips "
         f"({training.train_batch_size} x {training.gradient_accumulation_steps} accumulated x {num_replicas} "
-        f"process(es))" + (f" = {num_samples / len(rows):.1f} passes over the data" if rows else ""),
+        f"process(es)){passes}",
         f"result      {training.output_dir}",
     ]
-    speed_up = describe_speed_up(rows, data) if rows else None
-    notes = [note for note in (speed_up, describe_flip(rows, data)) if note]
-    return "\n".join(lines + [f"note        {note}" for note in notes])
+    return "\n".join(lines + [f"note        {note}" for note in run_data.describe_changes()])
 
 
 def describe_memory(config: RunConfig, accelerator: Any) -> str:

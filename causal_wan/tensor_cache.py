@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 
 logger = logging.getLogger(__name__)
 
+GIB = 2**30
 SHARD_BYTES = 256 << 20
 MAX_SHARD_ENTRIES = 512  # the header is read with each entry: thousands of small ones would cost more than they are
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # as safetensors calls them
@@ -114,6 +116,16 @@ class TensorCache:
         if checksum(tensor, facts) != expected:
             raise CorruptTensorError(_corrupt(path, name, "its checksum is another"))
         return tensor, facts
+
+    def facts(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """(settings, facts) of each entry, of the headers alone: shard by shard."""
+        for number, path in enumerate(self.shards):
+            with safe_open(path, framework="pt") as shard:
+                metadata = shard.metadata()
+            settings = json.loads(metadata["settings"])
+            for name, stored in json.loads(metadata["facts"]).items():
+                if self._entries.get(bytes.fromhex(name)) == number:  # and is not made anew in another shard
+                    yield settings, stored["facts"]
 
     def in_order(self) -> Iterator[bytes]:
         """All keys as they lie on disk: shard by shard, front to back."""
@@ -260,6 +272,26 @@ class CacheWriter:
             except SafetensorError as error:  # as safetensors reports a full disk
                 raise OSError(f"a shard could not be written to {self.folder}: {error}") from error
         self._last = time.monotonic()
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Disk that is free where a folder is or will be."""
+    path = Path(folder).absolute()
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
+
+
+def check_disk(name: str, folder: str | Path, num_bytes: int) -> None:
+    """Checks that there is so much room in the folder that a setting names.
+
+    Raises:
+        ValueError: If not.
+    """
+    free = free_bytes(folder)
+    if num_bytes > free:
+        raise ValueError(
+            f"{name} must have room for {num_bytes / GIB:.2f} GiB, but {folder} has {free / GIB:.2f} GiB; make room, "
+            "use another folder, or --latents_dtype bf16."
+        )
 
 
 def remove_stale_shards(folder: str | Path) -> None:

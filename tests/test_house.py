@@ -58,6 +58,13 @@ ALLOWED = {
         *("cached_data", "data_config", "dataset_utils", "file_manifest", "models"),
         *("sample_order", "stream_sources", "streaming", "video_files"),
     },
+    "prompt_files": set(),
+    "trajectories": {"flow", "pipeline", "regression", "regression_config", "rollout", "transformer"},
+    "teacher": {"models", "pipeline", "student", "transformer"},
+    "trajectory_data": {
+        *("cached_data", "data_config", "dataset_utils", "file_manifest", "models"),
+        *("run_data", "sample_order", "streaming", "tensor_cache"),
+    },
     "run_config": {
         *("cached_data", "data_config", "hub", "memory", "models"),
         *("regression", "regression_config", "sample_order", "training", "validation"),
@@ -67,12 +74,12 @@ ALLOWED = {
         *("models", "run_config", "strategies", "transformer"),
     },
     "run_plan": {
-        *("config", "dataset_utils", "memory_plan", "models"),
+        *("config", "memory_plan", "models"),
         *("run_config", "run_data", "run_parts", "strategies"),
     },
     "regression_run": {
-        *("checkpoints", "config", "dataset_utils", "encoding", "hub", "memory", "models", "regression"),
-        *("run_config", "run_data", "run_parts", "run_plan", "sample_order", "strategies"),
+        *("checkpoints", "config", "dataset_utils", "encoding", "hub", "losses", "memory", "models"),
+        *("regression", "run_config", "run_data", "run_parts", "run_plan", "sample_order", "strategies"),
         *("trackers", "training", "transformer", "validation"),
     },
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},

@@ -142,7 +142,7 @@ def test_a_clip_that_breaks_is_named_and_the_others_are_kept(own_clips, write_re
 
 def test_a_plan_that_does_not_fit_the_disk_is_refused(write_recipe, tmp_path, capsys, monkeypatch):
     path, _ = write_recipe()
-    monkeypatch.setattr(precompute_latents, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("causal_wan.tensor_cache.free_bytes", lambda folder: 1000)
     with pytest.raises(SystemExit):
         run_here(SCRIPT, "--config", path, "--latents_dir", tmp_path / "cache")
     assert "latents_dir must have room for" in said(capsys)

@@ -468,7 +468,7 @@ def test_a_list_that_is_missing_or_no_yaml_is_named(tmp_path):
 
 def test_one_table_or_a_list_must_be_given():
     with pytest.raises(ValueError, match="exactly one of metadata_path and dataset_config must be given, got neither"):
-        DataConfig()
+        sources_of(DataConfig())
     with pytest.raises(ValueError, match="got both"):
         DataConfig(metadata_path="a.csv", dataset_config="b.yaml")
 

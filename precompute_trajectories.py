@@ -1,0 +1,358 @@
+"""Samples ODE trajectories from a teacher once: prompts -> pairs of noisy and clean latents to train a student on.
+
+    accelerate launch precompute_trajectories.py --config examples/wan_1.3b_full.yaml \\
+        --prompts_file prompts.txt --trajectories_dir data/trajectories
+
+    accelerate launch train_ode_regression.py --config examples/wan_1.3b_full.yaml --trajectories_dir data/trajectories
+
+From fresh noise the flow's ODE is solved in `num_inference_steps` steps by Euler's method, on a grid that contains the
+levels of `denoising_step_list` exactly; latents are kept there and at the end. The teacher is the recipe's base model,
+or `--teacher`, such as the output of a run. A causal teacher is sampled block by block, each after the clean ones
+before it, for a causal student; a bidirectional one suits a bidirectional student.
+
+Takes the recipe of the training script; its other settings are passed over. Every process of the launch takes its
+share. Trajectories are found by all that shapes them: prompt, seed, number, teacher, steps, guidance, shift, levels,
+size. So a second run does nothing, more prompts are their own work alone, an interrupted run goes on where it was, and
+`--verify` makes damaged ones anew.
+
+Exit status: 0 if all is there, 2 if settings cannot be used, 75 if it was asked to stop (SIGTERM, SIGUSR1): run the
+same command again.
+
+Source: CausVid, arXiv 2412.07772, section 4.3; with a causal teacher Causal Forcing, arXiv 2602.02214.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from tqdm.auto import tqdm
+
+from causal_wan.cached_data import CacheConfig, CachedData, LatentsDtype, drop_damaged, gather_lists, open_cache
+from causal_wan.config import names_of, parse_config, user_errors
+from causal_wan.encoding import check_video_size, pad_prompt_embeds
+from causal_wan.file_manifest import FileManifest
+from causal_wan.flow import frame_block_lengths
+from causal_wan.hub import HubConfig
+from causal_wan.memory import MemoryConfig
+from causal_wan.models import DTYPES, CheckpointConfig, ModelConfig, load_vae_config
+from causal_wan.prompt_files import read_prompts_file
+from causal_wan.regression_config import RegressionConfig
+from causal_wan.run_parts import embed_prompts, weight_dtype
+from causal_wan.teacher import Teacher, find_teacher, identify_teacher, load_teacher
+from causal_wan.tensor_cache import GIB, CacheWriter, TensorCache, check_disk, free_bytes, remove_stale_shards
+from causal_wan.training import EXIT_STOPPED, StopRequest, TrainingConfig
+from causal_wan.trajectories import sample_trajectories, trajectory_timesteps
+from causal_wan.trajectory_data import FOLDER, TrajectoryName, student_settings
+from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.validation import ValidationConfig
+from dataset_utils import DataConfig, read_tables
+
+
+# Processes wait for each other at the start and then not until their shares are done, which may be hours apart.
+PATIENCE = timedelta(days=7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to sample, from whom, and where it goes."""
+
+    data: DataConfig
+    model: CheckpointConfig
+    method: RegressionConfig
+    trajectories_dir: str
+    """Folder of the result."""
+    teacher: str | None = None
+    """Output folder of a run, diffusers folder, hub id or file of weights; None is the checkpoint of the recipe."""
+    prompts_file: str | None = None
+    """Text file with one prompt a line, or a CSV with a `prompt` column; in the place of the tables' prompts."""
+    num_trajectories_per_prompt: int = 1
+    """Each from noise of its own."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance above 1, which the student learns to do without."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    seed: int = 0
+    """Seeds the noise."""
+    latents_dtype: LatentsDtype = "bf16"
+    """Precision that trajectories are kept in."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of teacher and text encoder; what the launch says by default."""
+    sample_batch_size: int = 1
+    """Trajectories that the teacher samples at once; more than one may change the last bits."""
+    verify: bool = False
+    """Read all that is there, and make anew what is damaged."""
+    dry_run: bool = False
+    """Say what is missing and how much disk it takes, and sample nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_trajectories_per_prompt", "sample_batch_size"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be 1 or more, got {vars(self)[name]}.")
+        if len(self.data.all_shapes()) > 1:
+            raise ValueError("trajectories have one size and length; leave out buckets and schedules.")
+        if self.method.is_continuous:
+            raise ValueError(
+                "trajectories are kept at the levels of denoising_step_list, got timestep_sampling "
+                f"{self.method.timestep_sampling}; leave it out for a student of few steps."
+            )
+        if self.data.streaming and self.prompts_file is None:
+            raise ValueError("the prompts of streams are not known beforehand; list them in a --prompts_file.")
+        self.timesteps()
+
+    @property
+    def num_latent_frames(self) -> int:
+        """F."""
+        return (self.data.num_frames - 1) // self.data.time_division_factor + 1
+
+    def kept_levels(self) -> torch.Tensor:
+        """Timesteps at which latents are kept, beside the clean end."""
+        levels = self.method.levels()
+        return levels[levels > 0]
+
+    def timesteps(self) -> torch.Tensor:
+        """Timesteps that the teacher is sampled at."""
+        return trajectory_timesteps(self.kept_levels(), self.method.num_inference_steps, self.method.timestep_shift)
+
+
+# What a recipe of the training scripts may hold beside.
+TRAINING_SETTINGS = names_of(CacheConfig, HubConfig, MemoryConfig, ModelConfig, TrainingConfig, ValidationConfig)
+
+
+def main(config: Config) -> None:
+    """Finds what is missing, and samples it."""
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    with user_errors():
+        prompts = find_prompts(config)
+        base = config.model.pretrained_model_name_or_path
+        teacher = find_teacher(config.teacher or base, base, config.model.revision)
+        check_blocks(config, teacher)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    with user_errors():
+        embeddings = open_embeddings(accelerator, config)
+    cache = TensorCache(f"{config.trajectories_dir}/{FOLDER}")
+    if config.verify:
+        drop_damaged((cache, embeddings.prompts))
+    found = []
+    if accelerator.is_main_process:  # for all: on a shared disk, others may not see the newest shards yet
+        remove_stale_shards(cache.folder)
+        settings = trajectory_settings(accelerator, config, teacher, embeddings)
+        wanted = [
+            TrajectoryName(prompt, config.seed, number)
+            for number in range(config.num_trajectories_per_prompt)
+            for prompt in prompts
+        ]
+        missing = [name for name in wanted if name.key(settings) not in cache]
+        num_bytes = len(missing) * trajectory_bytes(config)
+        print(describe_work(config, settings, len(wanted), len(missing), num_bytes))
+        with user_errors():
+            check_disk("trajectories_dir", config.trajectories_dir, num_bytes)
+        found = [(settings, missing)]
+    ((settings, missing),) = gather_lists(found)
+    if config.dry_run:
+        return
+    guides = [config.negative_prompt] if config.guidance_scale > 1 else []
+    embeds = embed_prompts(accelerator, config.model, [*{name.prompt for name in missing}, *guides], embeddings)
+    with StopRequest() as stop, user_errors():
+        own = missing[accelerator.process_index :: accelerator.num_processes]
+        if own:
+            with CacheWriter(cache.folder, eager=True) as writer:
+                sample_missing(accelerator, config, teacher, settings, own, embeds=embeds, writer=writer, stop=stop)
+    stopped = any(gather_lists([stop.received]))
+    accelerator.end_training()
+    if stopped:
+        sys.exit(EXIT_STOPPED)
+    if accelerator.is_main_process:
+        print(f"{len(missing)} trajectories sampled in {config.trajectories_dir}")
+
+
+# --- what is wanted --------------------------------------------------------------------------------------------------
+
+
+def find_prompts(config: Config) -> list[str]:
+    """The distinct prompts of the file or of the tables, in their order.
+
+    Raises:
+        ValueError: If they cannot be read.
+    """
+    if config.prompts_file is not None:
+        return list(dict.fromkeys(read_prompts_file(config.prompts_file)))
+    tables = read_tables(config.data, need_files=False)
+    return list(dict.fromkeys(prompt for table in tables for row in table for prompt in row.prompts))
+
+
+def check_blocks(config: Config, teacher: Teacher) -> None:
+    """Checks that the clip divides into a causal teacher's blocks, and that they are the student's.
+
+    Raises:
+        ValueError: If not.
+    """
+    of_teacher = teacher_blocks(config, teacher)
+    of_student = config.method.block_lengths(config.num_latent_frames)
+    if len(of_teacher) > 1 and of_teacher != of_student:
+        raise ValueError(
+            f"a causal teacher's blocks must be the student's, got {of_teacher} latent frames and {of_student}; set "
+            "--num_frame_per_block, --independent_first_frame and --generator_task as they were for the teacher."
+        )
+    if len(of_teacher) == 1 and len(of_student) > 1:
+        logging.getLogger(__name__).warning(
+            "the teacher is bidirectional and the student causal: what a block ends as depends on the noise of later "
+            "blocks, which the student does not see, so part of the difference is blur (arXiv 2602.02214)"
+        )
+
+
+def teacher_blocks(config: Config, teacher: Teacher) -> list[int]:
+    """Latent frames of each block of the teacher; one block of a bidirectional one."""
+    return frame_block_lengths(
+        config.num_latent_frames,
+        teacher.causal["num_frame_per_block"],
+        independent_first_frame=teacher.causal["independent_first_frame"],
+    )
+
+
+def open_embeddings(accelerator: Accelerator, config: Config) -> CachedData:
+    """The embeddings beside the trajectories. Called by every process.
+
+    Raises:
+        ValueError: If they cannot be told.
+    """
+    clips, _ = open_cache(
+        CacheConfig(latents_dir=config.trajectories_dir),
+        replace(config.data.for_validation(), streaming=False),
+        config.model,
+        [],
+        FileManifest(config.trajectories_dir),
+        vae_tiling=False,
+        text_dtype="bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        encodes=True,
+    )
+    return clips
+
+
+def trajectory_settings(
+    accelerator: Accelerator, config: Config, teacher: Teacher, embeddings: CachedData
+) -> dict[str, Any]:
+    """All that a trajectory depends on beside its name."""
+    manifest = FileManifest(config.trajectories_dir)
+    is_guided = config.guidance_scale > 1
+    settings = {
+        **student_settings(config.data.shape, config.kept_levels()),
+        **embeddings.prompt_settings,
+        "teacher": identify_teacher(teacher, manifest.content),
+        "blocks": teacher_blocks(config, teacher),
+        "local_attn_size": teacher.causal["local_attn_size"],
+        "sink_size": teacher.causal["sink_size"],
+        "num_inference_steps": config.method.num_inference_steps,
+        "timestep_shift": config.method.timestep_shift,
+        "guidance_scale": config.guidance_scale if is_guided else 1.0,
+        "negative_prompt": config.negative_prompt if is_guided else "",
+        "precision": str(weight_dtype(accelerator)).removeprefix("torch."),
+        "dtype": config.latents_dtype,
+    }
+    manifest.save()
+    return settings
+
+
+def latent_shape(config: Config) -> tuple[int, int, int, int]:
+    """(C, F, H, W)."""
+    vae = load_vae_config(config.model.pretrained_model_name_or_path, revision=config.model.revision)
+    spatial = vae.config.scale_factor_spatial
+    return vae.config.z_dim, config.num_latent_frames, config.data.height // spatial, config.data.width // spatial
+
+
+def trajectory_bytes(config: Config) -> int:
+    """Disk that one takes."""
+    return (len(config.kept_levels()) + 1) * math.prod(latent_shape(config)) * DTYPES[config.latents_dtype].itemsize
+
+
+def describe_work(config: Config, settings: dict[str, Any], num_wanted: int, num_missing: int, num_bytes: int) -> str:
+    """What is there and what is going to be done."""
+    blocks, timesteps, levels = settings["blocks"], config.timesteps(), config.kept_levels()
+    steps = [int((timesteps == level).nonzero()) for level in levels]
+    kept = ", ".join(f"{level:g} after {step}" for level, step in zip(levels.tolist(), steps, strict=True))
+    return "\n".join(
+        [
+            f"teacher     {config.teacher or config.model.pretrained_model_name_or_path}, "
+            + (f"causal, {len(blocks)} blocks" if len(blocks) > 1 else "bidirectional")
+            + f", guidance {settings['guidance_scale']:g}",
+            f"steps       {config.method.num_inference_steps}, shift {settings['timestep_shift']:g}; kept are "
+            f"{kept} steps, and the clean end",
+            f"missing     {num_missing} of {num_wanted} trajectories",
+            f"disk        {num_bytes / GIB:.2f} GiB needed, {free_bytes(config.trajectories_dir) / GIB:.1f} GiB free",
+            f"result      {config.trajectories_dir}",
+        ]
+    )
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def sample_missing(
+    accelerator: Accelerator,
+    config: Config,
+    teacher: Teacher,
+    settings: dict[str, Any],
+    names: Sequence[TrajectoryName],
+    *,
+    embeds: Mapping[str, torch.Tensor],
+    writer: CacheWriter,
+    stop: StopRequest,
+) -> None:
+    """Samples this process's share of the trajectories.
+
+    Raises:
+        ValueError: If the teacher's weights or the size do not fit.
+    """
+    transformer = load_teacher(teacher, weight_dtype(accelerator), accelerator.device)
+    vae = load_vae_config(config.model.pretrained_model_name_or_path, revision=config.model.revision)
+    check_video_size(*config.data.shape, vae=vae, transformer=transformer)
+    bar = tqdm(total=len(names), desc="trajectories", disable=not accelerator.is_main_process)
+    for start in range(0, len(names), config.sample_batch_size):
+        if stop.received:
+            return
+        batch = names[start : start + config.sample_batch_size]
+        for name, trajectory in zip(batch, sample_batch(transformer, config, batch, embeds), strict=True):
+            facts = {"prompt": name.prompt, "seed": name.seed, "number": name.number}
+            writer.add(name.key(settings), trajectory.to(DTYPES[config.latents_dtype]), settings, **facts)
+        bar.update(len(batch))
+    bar.close()
+
+
+def sample_batch(
+    transformer: CausalWanTransformer3DModel,
+    config: Config,
+    names: Sequence[TrajectoryName],
+    embeds: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    """Trajectories `(B, K, C, F, H, W)`, each from noise of its own."""
+    shape = latent_shape(config)
+    noise = torch.stack([torch.randn(shape, generator=name.generator()) for name in names]).to(transformer.device)
+
+    def embed(prompts: list[str]) -> torch.Tensor:
+        padded = pad_prompt_embeds([embeds[prompt] for prompt in prompts], config.model.max_sequence_length)
+        return padded.to(transformer.device, transformer.dtype)
+
+    is_guided = config.guidance_scale > 1
+    return sample_trajectories(
+        transformer,
+        noise,
+        embed([name.prompt for name in names]),
+        config.timesteps(),
+        config.kept_levels(),
+        negative_prompt_embeds=embed([config.negative_prompt] * len(names)) if is_guided else None,
+        guidance_scale=config.guidance_scale,
+    )
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS))

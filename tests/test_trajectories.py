@@ -1,0 +1,160 @@
+"""Trajectories of teachers, against closed forms and diffusers' solver; and what a student sees of them."""
+
+import pytest
+import torch
+from conftest import TINY_TRANSFORMER
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from causal_wan.flow import add_noise, inference_timesteps
+from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.regression import draw_noisy_batch
+from causal_wan.regression_config import RegressionConfig
+from causal_wan.trajectories import sample_trajectories, take_noisy_batch, trajectory_timesteps
+from causal_wan.transformer import CausalWanTransformer3DModel
+
+
+LEVELS = torch.tensor([1000.0, 757.0, 522.0])
+METHOD = RegressionConfig(num_frame_per_block=2)
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return torch.randn(2, 4, 6, 4, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def prompt_embeds():
+    return torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(2))
+
+
+def tiny_teacher(num_frame_per_block=None):
+    torch.manual_seed(0)
+    return CausalWanTransformer3DModel(**TINY_TRANSFORMER, num_frame_per_block=num_frame_per_block).eval()
+
+
+class KnownTeacher(CausalWanTransformer3DModel):
+    """Its velocity is a times the latents, whatever the timestep: an ODE with a closed form."""
+
+    def forward(self, hidden_states, timestep, *args, **kwargs):
+        return (0.7 * hidden_states,)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
+@pytest.mark.parametrize("levels", [(1000.0, 757.0, 522.0), (1000.0, 937.5, 625.0, 3.0), (990.0,), (1000.0,)])
+def test_the_grid_has_the_levels_exactly_and_falls_in_as_many_steps_as_asked_for(shift, levels):
+    grid = trajectory_timesteps(torch.tensor(levels), 20, shift)
+    assert len(grid) == 20
+    assert grid[0] == 1000
+    assert (grid.diff() < 0).all()
+    assert set(levels) <= set(grid.tolist())
+
+
+def test_the_grid_of_50_steps_with_shift_8_hardly_moves_for_the_default_list():
+    """They are its entries 36 and 44, rounded."""
+    grid = trajectory_timesteps(LEVELS, 50, 8.0)
+    assert grid[36] == 757
+    assert grid[44] == 522
+    assert (grid - inference_timesteps(50, 8.0)).abs().max() < 0.3
+
+
+def test_a_grid_with_too_few_steps_is_refused():
+    with pytest.raises(ValueError, match=r"num_inference_steps must be enough .* got 2 with timestep_shift 1"):
+        trajectory_timesteps(torch.tensor([1000.0, 757.0, 522.0]), 2, 1.0)
+
+
+def test_a_known_teacher_gives_the_closed_form_of_eulers_method_and_nearly_that_of_the_ode(noise, prompt_embeds):
+    teacher = KnownTeacher(**TINY_TRANSFORMER)
+    timesteps = trajectory_timesteps(LEVELS, 200, 3.0)
+    kept = sample_trajectories(teacher, noise, prompt_embeds, timesteps, LEVELS)
+    factors = torch.cat([torch.ones(1), 1 + 0.7 * torch.cat([timesteps, torch.zeros(1)]).diff() / 1000]).double()
+    products = factors.cumprod(0)
+    for slot, level in enumerate([1000.0, 757.0, 522.0, 0.0]):
+        step = int((timesteps == level).nonzero()) if level else 200
+        torch.testing.assert_close(kept[:, slot], (products[step] * noise.double()).float(), rtol=1e-5, atol=1e-5)
+        exact = torch.tensor(-0.7 * (1 - level / 1000)).exp() * noise
+        torch.testing.assert_close(kept[:, slot], exact, rtol=5e-3, atol=1e-6)
+
+
+def test_kept_latents_are_what_diffusers_solver_has_at_the_levels(noise, prompt_embeds):
+    teacher = tiny_teacher()
+    timesteps = trajectory_timesteps(LEVELS, 12, 5.0)
+    kept = sample_trajectories(teacher, noise, prompt_embeds, timesteps, LEVELS)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(timesteps=timesteps.tolist(), sigmas=(timesteps / 1000).tolist())
+    latents, found = noise, []
+    for timestep in scheduler.timesteps:
+        if timestep in LEVELS:
+            found.append(latents)
+        with torch.no_grad():
+            velocity = teacher(latents, timestep.expand(2), prompt_embeds, return_dict=False)[0]
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    torch.testing.assert_close(kept, torch.stack([*found, latents], dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_going_on_from_a_kept_latent_leads_to_the_kept_end(noise, prompt_embeds):
+    teacher = tiny_teacher()
+    timesteps = trajectory_timesteps(LEVELS, 12, 5.0)
+    kept = sample_trajectories(teacher, noise, prompt_embeds, timesteps, LEVELS)
+    pipeline = CausalWanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=teacher)
+    for slot, level in enumerate(LEVELS.tolist()):
+        rest = timesteps[timesteps <= level].tolist()
+        end = pipeline.sample_latents(prompt_embeds, kept[:, slot][None], rest, sampler="euler")
+        assert torch.equal(end, kept[:, -1])
+
+
+def test_guidance_leads_away_from_the_negative_prompt(noise, prompt_embeds):
+    teacher = tiny_teacher()
+    timesteps = trajectory_timesteps(LEVELS, 4, 1.0)
+
+    def sample(scale, negative):
+        guidance = {"guidance_scale": scale, "negative_prompt_embeds": negative}
+        return sample_trajectories(teacher, noise, prompt_embeds, timesteps, LEVELS, **guidance)
+
+    plain = sample(1.0, None)
+    torch.testing.assert_close(sample(3.0, prompt_embeds), plain, rtol=1e-4, atol=1e-4)  # away from itself
+    assert not torch.allclose(sample(3.0, -prompt_embeds), plain, rtol=1e-3, atol=1e-3)
+
+
+def test_a_causal_teacher_solves_each_block_after_the_clean_ones_before_it(noise, prompt_embeds):
+    teacher = tiny_teacher(num_frame_per_block=2)
+    timesteps = trajectory_timesteps(LEVELS, 6, 3.0)
+    kept = sample_trajectories(teacher, noise, prompt_embeds, timesteps, LEVELS)
+    other = noise.clone()
+    other[:, :, 4:] = 0
+    changed = sample_trajectories(teacher, other, prompt_embeds, timesteps, LEVELS)
+    assert torch.equal(changed[:, :, :, :4], kept[:, :, :, :4])
+    # The second block once more, from the first one's clean end alone.
+    cache = teacher.make_cache(2, 6, 4, 6)
+    with torch.no_grad():
+        teacher(kept[:, -1, :, :2], torch.zeros(2), prompt_embeds, cache=cache)
+        latents = noise[:, :, 2:4]
+        for timestep, following in zip(timesteps, [*timesteps[1:], 0.0], strict=True):
+            velocity = teacher(
+                latents, timestep.expand(2), prompt_embeds, cache=cache, start_frame=2, return_dict=False
+            )[0]
+            latents = latents + (following - timestep) / 1000 * velocity
+    torch.testing.assert_close(latents, kept[:, -1, :, 2:4], rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_is_its_trajectory_at_the_level_that_video_regression_would_draw():
+    levels = METHOD.levels()
+    latents, noise = torch.randn(2, 8, 4, 6, 2, 2).unbind(0)
+    straight = torch.stack([add_noise(latents, noise, (level / 1000).expand(8)) for level in levels], dim=1)
+    draws = {"seed": 7, "sample_numbers": range(8)}
+    taken = take_noisy_batch(straight, latents, METHOD, [2, 2, 2], **draws)
+    drawn = draw_noisy_batch(latents, METHOD, [2, 2, 2], **draws, num_valid_frames=[6] * 8)
+    assert torch.equal(taken.level_indices, drawn.level_indices)
+    assert torch.equal(taken.mask, drawn.mask)
+    torch.testing.assert_close(taken.noisy_latents, add_noise(latents, noise, taken.sigmas))
+    noisy = taken.mask[:, None, :, None, None].expand_as(noise)
+    torch.testing.assert_close(taken.noise[noisy], noise[noisy])  # of a straight trajectory, its own noise
+    assert torch.isfinite(taken.noise).all()
+
+
+def test_a_clean_context_is_the_end_of_the_trajectory():
+    method = RegressionConfig(num_frame_per_block=2, context="clean")
+    trajectories = torch.randn(2, 3, 4, 6, 2, 2)
+    latents = torch.randn(2, 4, 6, 2, 2)
+    taken = take_noisy_batch(trajectories, latents, method, [2, 2, 2], seed=0, sample_numbers=[0, 1])
+    assert torch.equal(taken.context_latents, latents)
+    assert taken.mask.all()
