@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from causal_wan.context_parallel import check_divides_by_group
+from causal_wan.devices import to_device
 from causal_wan.transformer import CausalWanTransformer3DModel
 
 
@@ -107,7 +108,7 @@ def pad_prompt_embeds(embeds: Sequence[torch.Tensor], max_sequence_length: int =
 
 def _latents_mean_std(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mean, std = (
-        torch.tensor(values, device=like.device, dtype=torch.float32).view(1, -1, 1, 1, 1)
+        to_device(torch.tensor(values, dtype=torch.float32), like.device).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, std

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from causal_wan.devices import to_device
 from causal_wan.flow import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
@@ -169,18 +170,19 @@ def draw_noisy_batch(
     ]
     timesteps, level_indices = (torch.stack(parts) for parts in zip(*drawn, strict=True))
     device = latents.device
-    noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators]).to(device)
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+    noise = to_device(noise, device)
     context_latents, context_timesteps = draw_context(latents, method, generators)
     valid = torch.arange(latents.shape[2]) < torch.tensor(list(num_valid_frames))[:, None]
-    sigmas = sigmas_from_timesteps(timesteps).to(device)
+    sigmas = to_device(sigmas_from_timesteps(timesteps), device)
     return NoisyBatch(
         latents=latents,
         noise=noise,
         noisy_latents=add_noise(latents, noise, sigmas),
-        level_indices=level_indices.to(device),
-        timesteps=timesteps.to(device),
+        level_indices=to_device(level_indices, device),
+        timesteps=to_device(timesteps, device),
         sigmas=sigmas,
-        mask=((timesteps > 0) & valid).to(device),
+        mask=to_device((timesteps > 0) & valid, device),
         context_latents=context_latents,
         context_timesteps=context_timesteps,
     )
@@ -207,7 +209,7 @@ def draw_context(
         return latents, latents.new_zeros(len(latents))
     levels = torch.cat([torch.rand(1, generator=generator) for generator in generators]) * method.context_noise
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-    levels, noise = levels.to(latents.device), noise.to(latents.device)
+    levels, noise = to_device(levels, latents.device), to_device(noise, latents.device)
     return add_noise(latents, noise, sigmas_from_timesteps(levels)), levels
 
 

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from causal_wan.checkpoints import check_output_dir
 from causal_wan.config import flat_dict, user_errors, write_recipe
+from causal_wan.devices import to_device
 from causal_wan.encoding import check_video_size, encode_videos, pad_prompt_embeds
 from causal_wan.hub import DATA_SUMMARY_NAME, HubUploads, start_uploads
 from causal_wan.losses import level_statistics
@@ -87,7 +88,7 @@ class Inputs:
 
     def find_latents(self, batch: Batch) -> torch.Tensor:
         """Latents `(B, C, F, H, W)` of a batch of clips, some of which may be latents already."""
-        clips = [clip.to(self.device) for clip in batch["clips"]]
+        clips = [to_device(clip, self.device) for clip in batch["clips"]]
         if self.data.keeper is None and not clips[0].is_floating_point():
             return self.encode(torch.stack(clips))
         for number, (clip, key) in enumerate(zip(clips, batch["cache_keys"], strict=True)):
@@ -104,7 +105,7 @@ class Inputs:
     def embed(self, prompts: list[str]) -> torch.Tensor:
         """Padded embeddings `(B, S, D)` of prompts that were embedded before training."""
         embeds = [self.prompt_embeds[prompt] for prompt in prompts]
-        return pad_prompt_embeds(embeds, self.config.model.max_sequence_length).to(self.device)
+        return to_device(pad_prompt_embeds(embeds, self.config.model.max_sequence_length), self.device)
 
     def count_valid_frames(self, batch: Batch) -> list[int]:
         """Latent frames before padding, of each clip of a batch."""
@@ -127,7 +128,7 @@ class Inputs:
         statistics = level_statistics(
             predicted_latents, noisy.latents, noisy.level_indices, noisy.mask, len(self.levels)
         )
-        return {"levels": statistics, "num_bad_samples": statistics.new_tensor(batch["num_bad_samples"])}
+        return {"levels": statistics, "num_bad_samples": statistics.new_full((), batch["num_bad_samples"])}
 
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Sums of `compute_loss` over steps and processes -> metrics by level."""

@@ -1,0 +1,54 @@
+"""A training step never waits for the device. On a GPU torch itself says so: `tests/test_gpu.py`."""
+
+import pytest
+import torch
+from conftest import run_here
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import causal_wan.training
+
+
+aten = torch.ops.aten
+# What `.item()`, `float()`, `if tensor:` and `nonzero` come down to: the host needs the value.
+READS = {aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, aten.masked_select, aten.equal}
+INDEXING = {aten.index, aten.index_put, aten.index_put_}  # by a mask: the host needs to know how many
+
+
+class RefuseReads(TorchDispatchMode):
+    """Fails where the host needs what the device has computed."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_masked = func.overloadpacket in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert func.overloadpacket not in READS and not is_masked, f"{func} makes the host wait"
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_waits_is_noticed():
+    value = torch.ones(3)
+    for wait in (lambda: value[0].item(), lambda: bool(value.sum() > 0), lambda: value[value > 0], value.nonzero):
+        with pytest.raises(AssertionError, match="makes the host wait"), RefuseReads():
+            wait()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_ema": True, "gradient_checkpointing": True}, {"lora_rank": 2}, {"context": "clean"}],
+    ids=["plain", "ema", "lora", "teacher-forcing"],
+)
+def test_a_step_of_a_run_reads_nothing(write_recipe, monkeypatch, changes):
+    train_step, num_checked = causal_wan.training.train_step, 0
+
+    def checked_step(run, batches, compute_loss, stop):
+        nonlocal num_checked
+        hand_in, handed_in = run.late.hand_in, []
+        run.late.hand_in = lambda *given: handed_in.append(given)
+        with RefuseReads():
+            train_step(run, batches, compute_loss, stop)
+        run.late.hand_in = hand_in
+        hand_in(*handed_in[0])
+        num_checked += 1
+
+    monkeypatch.setattr(causal_wan.training, "train_step", checked_step)
+    path, _ = write_recipe(max_train_steps=2, **changes)
+    run_here("train_video_regression.py", "--config", path)
+    assert num_checked == 2
