@@ -22,6 +22,7 @@ from diffusers import AutoencoderKLWan
 from tqdm.auto import tqdm
 
 from causal_wan.checkpoints import check_output_dir
+from causal_wan.compiling import seconds_compiling
 from causal_wan.config import flat_dict, user_errors, write_recipe
 from causal_wan.devices import to_device
 from causal_wan.encoding import check_video_size, encode_videos, pad_prompt_embeds
@@ -133,7 +134,8 @@ class Inputs:
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Sums of `compute_loss` over steps and processes -> metrics by level."""
         metrics = summarize_levels(sums["levels"].cpu(), self.levels, bin_width=self.config.method.bin_width)
-        return metrics | {"num_bad_samples": float(sums["num_bad_samples"])}
+        metrics["num_bad_samples"] = float(sums["num_bad_samples"])
+        return metrics | ({"compile_seconds": seconds_compiling()} if self.config.compile else {})
 
     def take_note(self, batch: Batch) -> None:
         """Remembers how far the batch has come in the streams, and reports clips of it that broke and were replaced.

@@ -29,6 +29,8 @@ class RunConfig:
     validation: ValidationConfig
     cache: CacheConfig
     hub: HubConfig
+    compile: bool = False
+    """Compile the transformer's layers: faster steps, after a minute or so for each shape of clips."""
     dry_run: bool = False
     """Resolve the config, check the data, print the plan and the memory it takes, and stop; loads no weights."""
 
@@ -41,6 +43,11 @@ class RunConfig:
             raise ValueError(
                 f"quantize_base {self.memory.quantize_base} freezes the base, so something else must be trained; add "
                 "--lora_rank 64, or leave it out."
+            )
+        if self.compile and (self.memory.keep_attention_outputs or self.memory.quantize_base):
+            raise ValueError(
+                "compile makes one operation of a layer, in which neither keep_attention_outputs finds attention nor "
+                "quantize_base unpacks weights; leave it or them out."
             )
 
     @property

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from causal_wan.cached_data import CachedData, CachedPrompts, gather_lists
+from causal_wan.compiling import compile_layers
 from causal_wan.config import flat_dict
 from causal_wan.encoding import PromptEncoder, encode_prompts
 from causal_wan.export import write_pipeline_file
@@ -30,6 +31,7 @@ from causal_wan.models import (
 )
 from causal_wan.run_config import RunConfig
 from causal_wan.strategies import (
+    check_can_be_compiled,
     context_mesh,
     is_sharded,
     keeps_weights_in_16_bits,
@@ -106,6 +108,9 @@ def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DM
         )
     if memory.gradient_checkpointing:
         enable_gradient_checkpointing(transformer, memory)
+    if config.compile:
+        check_can_be_compiled(accelerator)
+        compile_layers(transformer, len(config.data.all_shapes()))
     return transformer
 
 

@@ -62,6 +62,19 @@ def sharding(accelerator: Accelerator) -> dict[str, Any]:
     return {}
 
 
+def check_can_be_compiled(accelerator: Accelerator) -> None:
+    """Checks that layers can be compiled under the strategy.
+
+    Raises:
+        ValueError: If something of it comes between the operations of a layer.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED or context_mesh(accelerator) is not None:
+        raise ValueError(
+            "--compile makes one operation of a layer, but DeepSpeed and context parallelism work inside of it; "
+            "launch with accelerate_configs/single_gpu.yaml, ddp.yaml or fsdp2.yaml, or leave it out."
+        )
+
+
 def free_memory(accelerator: Accelerator) -> int:
     """Bytes that this process may take on its device."""
     if accelerator.device.type == "cpu":

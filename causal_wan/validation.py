@@ -84,6 +84,7 @@ class Validation:
         self.latent_shape = latent_shape
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # layers that are compiled are so for whole clips, not for each block
     def __call__(
         self, transformer: CausalWanTransformer3DModel, step: int
     ) -> tuple[dict[str, float], dict[str, CaptionedVideo]]:

@@ -20,6 +20,8 @@ ALLOWED = {
     "context_parallel": set(),
     "block_attention": set(),
     "devices": set(),
+    "flops": {"block_attention"},
+    "compiling": {"transformer"},
     "transformer": {"block_attention", "context_parallel", "flow", "kv_cache"},
     "wan_names": set(),
     "lora_names": {"wan_names"},
@@ -72,7 +74,7 @@ ALLOWED = {
         *("regression", "regression_config", "sample_order", "training", "validation"),
     },
     "run_parts": {
-        *("cached_data", "config", "encoding", "export", "memory"),
+        *("cached_data", "compiling", "config", "encoding", "export", "memory"),
         *("models", "run_config", "strategies", "transformer"),
     },
     "run_plan": {
@@ -80,7 +82,18 @@ ALLOWED = {
         *("run_config", "run_data", "run_parts", "strategies"),
     },
     "regression_run": {
-        *("checkpoints", "config", "dataset_utils", "devices", "encoding", "hub", "losses", "memory", "models"),
+        *(
+            "checkpoints",
+            "compiling",
+            "config",
+            "dataset_utils",
+            "devices",
+            "encoding",
+            "hub",
+            "losses",
+            "memory",
+            "models",
+        ),
         *("regression", "run_config", "run_data", "run_parts", "run_plan", "sample_order", "strategies"),
         *("trackers", "training", "transformer", "validation"),
     },
