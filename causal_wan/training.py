@@ -41,6 +41,7 @@ from causal_wan.checkpoints import (
     load_ema,
     save_checkpoint,
 )
+from causal_wan.profiling import StepProfiler
 from causal_wan.run_log import METRICS_NAME, MetricSums, StepLog, Sums, truncate_metrics
 from causal_wan.strategies import count_replicas
 from causal_wan.trackers import CaptionedVideo, Trackers, identify_run, resolve_trackers, start_each
@@ -116,6 +117,8 @@ class TrainingConfig:
     """Steps between validations."""
     max_nonfinite_steps: int = 10
     """Steps in a row that may be skipped because the loss is not finite, before the run stops."""
+    profile: tuple[int, int] | None = None
+    """First and last step to profile, e.g. 10 12: a trace and a chart of a step's parts go to profile/."""
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -137,6 +140,11 @@ class TrainingConfig:
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] <= self.max_train_steps:
+            raise ValueError(
+                f"profile must be a first and a last step, from 1 to max_train_steps={self.max_train_steps}, got "
+                f"{self.profile[0]} {self.profile[1]}; 10 12 is a good choice."
+            )
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(
                 "lr_warmup_steps needs a schedule that warms up; use --lr_scheduler constant_with_warmup."
@@ -516,14 +524,17 @@ def train(
         disable=not run.accelerator.is_local_main_process,
         dynamic_ncols=True,
     )
+    profiler = StepProfiler(run.accelerator, config.profile, config.output_dir, state.step)
     run.model.train()
-    with StopRequest() as stop, progress:
+    with StopRequest() as stop, progress, profiler:
         while state.step < config.max_train_steps and not stop.agreed:
-            with log.timed("data"):
+            with log.timed("data"), profiler.part("data"):
                 loaded = [next(batches) for _ in range(config.gradient_accumulation_steps)]
             with log.timed("compute"):
-                prepared = [prepare_batch(batch) for batch in loaded]
-                train_step(run, prepared, compute_loss, stop)
+                with profiler.part("encode and noise"):
+                    prepared = [prepare_batch(batch) for batch in loaded]
+                train_step(run, prepared, compute_loss, stop, profiler)
+            profiler.end_step()
             log.count_step(num_tokens=sum(batch["num_tokens"] for batch in prepared))
             state.num_samples += samples_per_step
             state.step += 1
@@ -555,6 +566,7 @@ def train_step(
     batches: list[Batch],
     compute_loss: Callable[[torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]],
     stop: StopRequest,
+    profiler: StepProfiler,
 ) -> None:
     """One optimizer step over the passes that make it up, added to the run's metrics; skipped if it is not finite.
 
@@ -575,19 +587,14 @@ def train_step(
     step_sums = MetricSums()
     for batch in batches:
         with accelerator.accumulate(run.model):
-            loss, sums = compute_loss(run.model, batch, num_items)
-            accelerator.backward(loss * scale)
+            with profiler.part("forward"):
+                loss, sums = compute_loss(run.model, batch, num_items)
+            with profiler.part("backward"):
+                accelerator.backward(loss * scale)
         sums = {"loss": loss.detach().double(), **sums}
         step_sums.add({name: value / num_sharing for name, value in sums.items()})
-    grad_norm = accelerator.clip_grad_norm_(trainable_parameters(run.model), config.max_grad_norm or float("inf"))
-    if isinstance(grad_norm, DTensor):  # FSDP2
-        grad_norm = grad_norm.full_tensor()
-    grad_norm = torch.as_tensor(grad_norm, device=accelerator.device)  # DeepSpeed has a float
-    took_step = step_optimizer(run, grad_norm)
-    run.lr_scheduler.step()
-    run.optimizer.zero_grad()
-    if run.ema is not None:
-        run.ema.step(trainable_parameters(run.unwrapped_model))
+    with profiler.part("optimizer"):
+        grad_norm, took_step = update_weights(run)
 
     # Counts and the norm are the same on all processes, and sums are added up over them.
     counts = {"num_steps": took_step, "num_nonfinite_steps": ~took_step}
@@ -596,6 +603,21 @@ def train_step(
     run.metrics.add({name: value.where(took_step, torch.zeros_like(value)) for name, value in step_sums.sums.items()})
     run.metrics.add({name: value.double() * is_main for name, value in counts.items()})
     run.late.hand_in(torch.stack([~took_step, num_stops > 0]), partial(note_step, run, stop, run.state.step + 1))
+
+
+def update_weights(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clips, steps, averages; the norm of the gradients before, and whether the step was taken, on the device."""
+    accelerator, max_norm = run.accelerator, run.config.max_grad_norm
+    grad_norm = accelerator.clip_grad_norm_(trainable_parameters(run.model), max_norm or float("inf"))
+    if isinstance(grad_norm, DTensor):  # FSDP2
+        grad_norm = grad_norm.full_tensor()
+    grad_norm = torch.as_tensor(grad_norm, device=accelerator.device)  # DeepSpeed has a float
+    took_step = step_optimizer(run, grad_norm)
+    run.lr_scheduler.step()
+    run.optimizer.zero_grad()
+    if run.ema is not None:
+        run.ema.step(trainable_parameters(run.unwrapped_model))
+    return grad_norm, took_step
 
 
 def step_optimizer(run: Run, grad_norm: torch.Tensor) -> torch.Tensor:

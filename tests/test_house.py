@@ -105,7 +105,8 @@ ALLOWED = {
     "run_log": {"trackers"},
     "checkpoints": set(),
     "strategies": set(),
-    "training": {"checkpoints", "run_log", "strategies", "trackers"},
+    "profiling": set(),
+    "training": {"checkpoints", "profiling", "run_log", "strategies", "trackers"},
     "validation": {
         *("encoding", "memory", "pipeline", "regression", "rollout", "run_log"),
         *("trackers", "transformer", "video_writing"),
