@@ -37,6 +37,7 @@ from causal_wan.cached_data import CachedClips, CachedData, Encoders
 from causal_wan.encoding import encode_videos
 from causal_wan.models import load_vae
 from causal_wan.regression import draw_noisy_batch
+from causal_wan.regression_config import RegressionConfig
 from causal_wan.sample_order import ClipShape
 from causal_wan.tensor_cache import CacheWriter, TensorCache
 from dataset_utils import DataConfig, Row, VideoDataset, load_rows, load_video, normalize_videos
@@ -157,10 +158,15 @@ def benchmark_cache(folder: Path, config: Config) -> list[str]:
     clips = CachedClips(videos, cached, fills=False)
 
     def noise(latents: torch.Tensor) -> None:
-        levels, number = torch.tensor([1000.0, 757.0, 522.0, 0.0]), next(turns)
+        number = next(turns)
         lengths, count = [latents.shape[1]], latents.shape[1]
         draw_noisy_batch(
-            latents[None].float(), levels, lengths, seed=0, sample_numbers=[number], num_valid_frames=[count]
+            latents[None].float(),
+            RegressionConfig(),
+            lengths,
+            seed=0,
+            sample_numbers=[number],
+            num_valid_frames=[count],
         )
         if device.type == "cuda":
             torch.cuda.synchronize()

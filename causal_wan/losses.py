@@ -90,7 +90,7 @@ def level_weights(
     The errors of the two spaces differ by themselves: mse of latents = sigma^2 mse of velocity. Then
 
         none      1 in either space: mse of velocity weighs a level by 1 / sigma^2 against mse of latents
-        bell      max(bell_weights, min_loss_weight) in either space: of velocity, the loss of the lineage
+        bell      max(bell_weights, min_loss_weight) in either space: of velocity, with a minimum of 0, the lineage's
         min_snr   w = max(min_snr_weights, min_loss_weight) for latents, sigma^2 w for velocity: of mse the same loss
 
     Args:

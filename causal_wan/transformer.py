@@ -433,11 +433,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 rotary_emb=_repeat_first(context.rotary_emb, num_context * frame_tokens),
                 spans=teacher_forcing_spans(lengths, frame_tokens, self.config.local_attn_size),
             )
-            if context_timestep is None:
-                context_timestep = timestep.new_zeros(batch_size)
-            levels = (_by_frame(context_timestep, num_frames)[:, :num_context], _by_frame(timestep, num_frames))
-            timestep = torch.cat(levels, dim=1)
-            hidden_states = torch.cat([context_latents[:, :, :num_context], hidden_states], dim=2)
+            hidden_states, timestep = _prepend_context(
+                hidden_states, timestep, context_latents[:, :, :num_context], context_timestep
+            )
         elif cache is None:
             spans = block_causal_spans(self.block_lengths(num_frames), frame_tokens, self.config.local_attn_size)
             context = replace(context, spans=spans)
@@ -481,8 +479,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 tokens = layer(*inputs)
 
         if num_context:  # only the noisy frames are predicted
-            tokens = tokens.unflatten(0, (batch_size, num_groups))[:, num_context:].flatten(0, 1)
-            temb = temb.unflatten(0, (batch_size, num_groups))[:, num_context:].flatten(0, 1)
+            tokens, temb = (
+                states.unflatten(0, (batch_size, num_groups))[:, num_context:].flatten(0, 1)
+                for states in (tokens, temb)
+            )
         shift, scale = (self.scale_shift_table + temb).chunk(2, dim=1)
         tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
         tokens = self.proj_out(tokens)
@@ -537,9 +537,21 @@ def _repeat_first(rotary_emb: tuple[torch.Tensor, torch.Tensor], num_tokens: int
     return cos, sin
 
 
-def _by_frame(timestep: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """`(B,)` or `(B, F)` -> `(B, F)`."""
-    return timestep[:, None].expand(-1, num_frames) if timestep.ndim == 1 else timestep
+def _prepend_context(
+    hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    context_latents: torch.Tensor,
+    context_timestep: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[context | noisy] latents `(B, C, F' + F, H, W)` and timesteps `(B, F' + F)`, of a context of F' frames."""
+    num_context, num_frames = context_latents.shape[2], hidden_states.shape[2]
+    if context_timestep is None:
+        context_timestep = timestep.new_zeros(len(timestep))
+    by_frame = [
+        level[:, None].expand(-1, length) if level.ndim == 1 else level[:, :length]
+        for level, length in ((context_timestep, num_context), (timestep, num_frames))
+    ]
+    return torch.cat([context_latents, hidden_states], dim=2), torch.cat(by_frame, dim=1)
 
 
 def _check_context(

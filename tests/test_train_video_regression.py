@@ -215,6 +215,32 @@ def test_other_tasks_losses_and_optimizers_run(write_recipe, finished):
     assert list((output_dir / "trackio").rglob("*.db")) + list((output_dir / "trackio").rglob("*.parquet"))
 
 
+def test_teacher_forcing_on_continuous_levels_trains_adapters_in_16_bits_and_says_so(write_recipe, capsys):
+    path, output_dir = write_recipe(
+        timestep_sampling="logit_normal",
+        context="augmented",
+        loss_space="velocity",
+        loss_type="l1",
+        loss_weighting="bell",
+        num_inference_steps=2,
+        independent_first_frame=True,
+        num_frame_per_block=2,
+        lora_rank=4,
+        max_train_steps=2,
+        validation_steps=2,
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+        latents_dtype="fp32",
+    )
+    run_here(SCRIPT, "--config", path)
+    plan = capsys.readouterr().out
+    assert "logit_normal levels with shift 5, augmented context, l1 of velocity with bell weights" in plan
+    names = set().union(*metrics(output_dir))
+    assert any(name.startswith("blur_gap_at_time_") and "_to_" in name for name in names)
+    assert any(name.startswith("validation_loss_at_time_") and "_to_" in name for name in names)
+    assert (output_dir / "pytorch_lora_weights.safetensors").exists()
+
+
 LEVERS = {
     "gradient_checkpointing": True,
     "gradient_checkpointing_interval": 2,
@@ -290,6 +316,9 @@ output_dir: {tmp_path / "run"}
         (["--cache_latents", "--frame_sampling", "random"], "--frame_sampling random makes each another"),
         (["--latents_dir", "x", "--horizontal_flip", "0.5"], "--horizontal_flip makes each another"),
         (["--denoising_step_list", "0", "500"], "must begin with a timestep above 0"),
+        (["--context", "clean", "--generator_task", "bidirectional_video"], "use --context noisy or --generator_task"),
+        (["--loss_weighting", "bell", "--min_loss_weight", "0"], "the first step of sampling would never be learned"),
+        (["--timestep_sampling", "uniform", "--warp_denoising_step"], "leave it out: timestep_shift acts"),
         (["--learning_rte", "1"], "--learning_rate"),
     ],
 )
