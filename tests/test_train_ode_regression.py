@@ -1,6 +1,7 @@
 """precompute_trajectories.py and train_ode_regression.py as users run them, on a tiny WAN."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -294,3 +295,22 @@ def test_a_tiny_student_overfits_one_pair(write_recipe, tmp_path):
     run_here(TRAINING, "--config", path, *pairs)
     losses = [entry["generator_loss"] for entry in metrics(output_dir) if "generator_loss" in entry]
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.slow
+def test_the_ladder_climbs_all_rungs_in_one_command_and_again_without_work(tmp_path):
+    env = {
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+        "OUTPUT_DIR": str(tmp_path),
+        "MAX_TRAIN_STEPS": "2",
+        "NUM_INFERENCE_STEPS": "4",
+        "NUM_TRAJECTORIES_PER_PROMPT": "1",
+        "DATASET_FLAGS": "--kinds bird --num_clips 8 --num_targets 2 --num_heldout 1",
+    }
+    flags = ("--train_batch_size", 2, "--validation_steps", 100)
+    shown = run_script(["examples/ladder.sh", *flags], env=env, timeout=1500).stdout
+    entries = json.loads((tmp_path / "comparison.json").read_text())
+    rungs = [("video-regression", "3"), ("teacher", "4"), ("student", "3")]
+    assert [(entry["method"], entry["steps"]) for entry in entries[2:]] == rungs
+    assert "causal, 7 blocks" in shown
+    assert "0 trajectories sampled" in run_script(["examples/ladder.sh", *flags], env=env, timeout=1500).stdout
