@@ -204,11 +204,6 @@ def check_blocks(config: Config, teacher: Teacher) -> None:
             f"a causal teacher's blocks must be the student's, got {of_teacher} latent frames and {of_student}; set "
             "--num_frame_per_block, --independent_first_frame and --generator_task as they were for the teacher."
         )
-    if len(of_teacher) == 1 and len(of_student) > 1:
-        logging.getLogger(__name__).warning(
-            "the teacher is bidirectional and the student causal: what a block ends as depends on the noise of later "
-            "blocks, which the student does not see, so part of the difference is blur (arXiv 2602.02214)"
-        )
 
 
 def teacher_blocks(config: Config, teacher: Teacher) -> list[int]:
@@ -280,6 +275,11 @@ def describe_work(config: Config, settings: dict[str, Any], num_wanted: int, num
     blocks, timesteps, levels = settings["blocks"], config.timesteps(), config.kept_levels()
     steps = [int((timesteps == level).nonzero()) for level in levels]
     kept = ", ".join(f"{level:g} after {step}" for level, step in zip(levels.tolist(), steps, strict=True))
+    is_mixed = len(blocks) == 1 and len(config.method.block_lengths(config.num_latent_frames)) > 1
+    note = (
+        "note        the teacher is bidirectional and the student causal: what a block becomes depends on noise of "
+        "later blocks too, which the student does not see (arXiv 2602.02214)"
+    )
     return "\n".join(
         [
             f"teacher     {config.teacher or config.model.pretrained_model_name_or_path}, "
@@ -290,6 +290,7 @@ def describe_work(config: Config, settings: dict[str, Any], num_wanted: int, num
             f"missing     {num_missing} of {num_wanted} trajectories",
             f"disk        {num_bytes / GIB:.2f} GiB needed, {free_bytes(config.trajectories_dir) / GIB:.1f} GiB free",
             f"result      {config.trajectories_dir}",
+            *[note] * is_mixed,
         ]
     )
 

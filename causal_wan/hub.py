@@ -40,7 +40,7 @@ WAITS = (5, 30)  # seconds before the second and the third attempt
 # Settings that name something on this machine; the card and the uploaded config have the last part of the path.
 PATHS = (
     *("pretrained_model_name_or_path", "generator_ckpt", "dataset_base_path", "metadata_path", "dataset_config"),
-    *("validation_metadata_path", "latents_dir", "output_dir", "resume_from_checkpoint"),
+    *("validation_metadata_path", "latents_dir", "trajectories_dir", "output_dir", "resume_from_checkpoint"),
 )
 SHOWN = (
     *("generator_task", "num_frame_per_block", "local_attn_size", "independent_first_frame", "denoising_step_list"),
@@ -307,7 +307,7 @@ def make_card(folder: Path, run: dict[str, Any], repo_id: str, samples: list[str
         "base_model": base if is_on_hub else None,
         "base_model_relation": ("adapter" if is_lora else "finetune") if is_on_hub else None,
         "tags": [
-            *("wan", "video", "video-regression"),
+            *("wan", "video", "ode-regression" if "trajectories_dir" in run else "video-regression"),
             *["few-step"] * (sampler == "renoise"),
             *["causal"] * causal,
             *["lora"] * is_lora,

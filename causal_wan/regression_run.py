@@ -309,7 +309,7 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
     prompt_embeds = embed_prompts(accelerator, config.model, prompts, data.cached, streaming=config.data.streaming)
     with user_errors():
         transformer = make_student(config, accelerator)
-    vae = make_vae(config, accelerator.device, is_needed=config.encodes or bool(held_out))
+    vae = make_vae(config, accelerator.device, is_needed=(config.encodes and data.has_clips) or bool(held_out))
     with user_errors():
         for shape in config.data.all_shapes():
             check_video_size(*shape, vae=vae, transformer=transformer)

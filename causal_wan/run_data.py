@@ -212,6 +212,11 @@ class RunData:
         self.lane_states.merge(gather_lists([self.lane_states.state_dict()]))
 
     @property
+    def has_clips(self) -> bool:
+        """Whether there is anything that may have to be encoded."""
+        return bool(self.rows or self.validation_rows or self.streams)
+
+    @property
     def num_samples(self) -> int:
         """Clips to train on; 0 if nobody knows."""
         return len(self.rows)

@@ -121,8 +121,8 @@ def resolve_settings(
         run: From `read_run`.
         checkpoint: Where it was read; a pipeline's folder may say how it is sampled.
         num_frames, height, width: Of the videos.
-        denoising_step_list, num_inference_steps, timestep_shift, sampler: See `causal_wan.flow.choose_sampling`; the
-            shift of a number of steps is the run's if there is one.
+        denoising_step_list, num_inference_steps, timestep_shift, sampler: See `causal_wan.flow.choose_sampling`; of a
+            number of steps and their shift, one that is not given is the run's.
 
     Raises:
         ValueError: If ways of sampling are given that exclude each other.
@@ -133,6 +133,8 @@ def resolve_settings(
     stated = json.loads(index.read_text()) if checkpoint and not run and index.is_file() else {}
     if run and num_inference_steps is not None and timestep_shift is None:
         timestep_shift = method.timestep_shift
+    if method.is_continuous and timestep_shift is not None and denoising_step_list is None:
+        num_inference_steps = num_inference_steps or method.num_inference_steps
     timesteps, sampler = choose_sampling(
         stated.get("denoising_step_list") or own.tolist(),
         stated.get("sampler") or own_sampler,

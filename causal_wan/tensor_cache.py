@@ -189,7 +189,7 @@ def _read_entry(path: Path, name: str) -> tuple[torch.Tensor, dict[str, Any]]:
 
 
 def _corrupt(path: Path, name: str, reason: str) -> str:
-    return f"entry {name} of {path} is damaged ({reason}); precompute_latents.py --verify makes it anew"
+    return f"entry {name} of {path} is damaged ({reason}); the script that made it makes it anew with --verify"
 
 
 def _when_written(path: Path) -> tuple[int, str]:

@@ -142,6 +142,11 @@ class TrajectoryData:
         return self.clips.keeper
 
     @property
+    def has_clips(self) -> bool:
+        """Whether there is anything that may have to be encoded: held-out clips."""
+        return self.clips.has_clips
+
+    @property
     def num_samples(self) -> int:
         """Trajectories."""
         return len(self.names)

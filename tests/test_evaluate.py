@@ -109,7 +109,8 @@ def test_the_loss_is_that_of_the_run_s_own_validation(write_recipe, clips, tmp_p
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = next(entry for entry in logged if "validation_loss" in entry)
     table = ["--metadata_path", clips / "heldout.csv", "--dataset_base_path", clips / "videos"]
-    run_here(SCRIPT, "--checkpoint", run, *table, "--lpips_net", None, "--output_dir", tmp_path / "evaluation")
+    flags = ["--lpips_net", None, "--output_dir", tmp_path / "evaluation", "--student_guidance_scale", 3]
+    run_here(SCRIPT, "--checkpoint", run, *table, *flags)
     found = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["heldout_loss"]
     assert found["loss"] == pytest.approx(logged["validation_loss"], rel=1e-4)
     for level in found["by_level"]:

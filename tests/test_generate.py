@@ -64,6 +64,12 @@ def test_a_student_of_continuous_levels_generates_in_the_many_steps_of_its_run(c
     assert np.array_equal(own_way, in_three_steps)
     euler = ["--denoising_step_list", 1000, 857.142857, 600, "--sampler", "euler"]
     assert np.array_equal(own_way, generate(*plain, *euler))
+    shifted = generate(tmp_path, "--timestep_shift", 8)
+    assert np.array_equal(shifted, generate(*plain, "--num_inference_steps", 3, "--timestep_shift", 8))
+    assert np.array_equal(
+        generate(tmp_path, "--num_inference_steps", 2),
+        generate(*plain, "--num_inference_steps", 2, "--timestep_shift", 3),
+    )
     assert not np.array_equal(own_way, generate(tmp_path, "--denoising_step_list", 1000, 857.142857, 600))
     assert not np.array_equal(own_way, generate(tmp_path, "--guidance_scale", 4, "--negative_prompt", "a box"))
 

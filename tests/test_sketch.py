@@ -57,6 +57,74 @@ def test_every_clip_has_a_prompt_of_its_own():
     assert len({make_dataset.prompt(sketch) for sketch in everything}) == len(everything)
 
 
+@pytest.fixture(scope="module")
+def ambiguous(tmp_path_factory):
+    """A small ambiguous data set on disk: two held-out prompts of four clips each."""
+    folder = tmp_path_factory.mktemp("ambiguous")
+    run_script([sys.executable, MAKE, "--output_dir", folder, "--ambiguous", "--kinds", "bird,rocket"])
+    return folder
+
+
+def test_an_ambiguous_prompt_has_many_clips_and_says_nothing_of_kind_size_and_place(ambiguous):
+    tables = {name: rows(ambiguous / f"{name}.csv") for name in ("train", "heldout", "targets")}
+    train, heldout, targets = ({row["prompt"] for row in table} for table in tables.values())
+    assert len(tables["train"]) == 10 * 12
+    assert len({row["video"] for table in (tables["train"], tables["targets"]) for row in table}) == 12 * 12
+    assert len(train) == 10
+    assert not train & heldout
+    assert heldout == targets
+    for table in tables.values():
+        for row in table:
+            assert (ambiguous / "videos" / row["video"]).is_file()
+            kind, colour, size, place, line, proportion = row["video"].removesuffix(".mp4").split("-")
+            assert all(word in row["prompt"] for word in (colour, line, proportion))
+            assert not any(word.replace("_", " ") in row["prompt"] for word in (kind, size, place))
+
+
+def test_heldout_rows_give_each_ambiguous_prompt_in_turn_a_target_of_its_own(ambiguous):
+    heldout = rows(ambiguous / "heldout.csv")
+    prompts = [row["prompt"] for row in heldout]
+    assert len(heldout) == 8
+    assert prompts[:2] * 4 == prompts
+    assert prompts[0] != prompts[1]
+    assert len({row["video"] for row in heldout}) == 8
+
+
+def test_comparison_tells_drawings_from_their_mean_and_many_from_one(ambiguous, tmp_path):
+    heldout, targets = rows(ambiguous / "heldout.csv"), rows(ambiguous / "targets.csv")
+    others = {
+        prompt: [row["video"] for row in targets if row["prompt"] == prompt and row not in heldout]
+        for prompt in {row["prompt"] for row in heldout}
+    }
+    for name in ("other", "same"):
+        (tmp_path / name).mkdir()
+        for number, row in enumerate(heldout):
+            which = number // 2 if name == "other" else 0
+            clip = (ambiguous / "videos" / others[row["prompt"]][which]).read_bytes()
+            (tmp_path / name / f"{number:02d}.mp4").write_bytes(clip)
+    samples = [f"{name}:3={tmp_path / name}" for name in ("other", "same")]
+    flags = ["--data_dir", ambiguous, "--output_dir", tmp_path / "out", "--samples", *samples]
+    shown = run_script([sys.executable, MAKE.parent / "compare.py", *flags]).stdout
+    entries = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    figures = {entry["method"]: entry for entry in entries}
+    assert figures["targets"]["ink F1"] == figures["other"]["ink F1"] == figures["same"]["ink F1"] == 1
+    assert figures["targets"]["diversity"] == pytest.approx(1, abs=0.3)
+    assert figures["other"]["diversity"] == pytest.approx(1, abs=0.3)
+    assert figures["same"]["diversity"] == figures["their mean"]["diversity"] == 0
+    assert figures["their mean"]["sharpness"] < 0.3
+    assert figures["their mean"]["ink F1"] < 0.7
+    assert figures["other"]["sharpness"] == pytest.approx(1, abs=0.3)
+    assert "| same                     |     3 |" in shown
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
+
+
+def test_comparison_refuses_what_is_no_folder_of_samples(ambiguous, tmp_path):
+    flags = ["--data_dir", ambiguous, "--output_dir", tmp_path, "--samples", "a:3=nowhere"]
+    result = run_script([sys.executable, MAKE.parent / "compare.py", *flags], check=False)
+    assert result.returncode != 0
+    assert "samples must be METHOD:STEPS=FOLDER with a folder that exists, got 'a:3=nowhere'" in result.stderr
+
+
 def test_a_drawing_grows_from_nothing_stays_inside_and_rests_at_the_end():
     for kind in make_dataset.KINDS:
         for size, place in (("small", "on the left"), ("large", "on the right")):
@@ -73,6 +141,7 @@ def test_unknown_kinds_and_too_many_clips_are_refused(tmp_path):
     for flags, message in (
         (("--kinds", "bird,cow"), "got cow"),
         (("--num_clips", 10_000), "num_clips + num_heldout must be at most 288"),
+        (("--ambiguous", "--num_targets", 25), "num_targets at most 24"),
     ):
         result = run_script([sys.executable, MAKE, "--output_dir", tmp_path, *flags], check=False)
         assert result.returncode != 0

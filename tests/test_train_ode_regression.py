@@ -1,6 +1,7 @@
 """precompute_trajectories.py and train_ode_regression.py as users run them, on a tiny WAN."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from test_train_video_regression import metrics, weights
 import precompute_trajectories
 import train_ode_regression
 from causal_wan.config import parse_config
-from causal_wan.hub import DATA_SUMMARY_NAME
+from causal_wan.hub import DATA_SUMMARY_NAME, stage_result
 from causal_wan.tensor_cache import TensorCache
 from causal_wan.training import EXIT_STOPPED
 from causal_wan.trajectory_data import FOLDER, TrajectoryName
@@ -152,6 +153,14 @@ def test_prompts_come_from_a_file_in_the_place_of_a_table(recipe_path, tmp_path,
     assert "missing     2 of 2 trajectories" in capsys.readouterr().out
 
 
+def test_a_bidirectional_teacher_of_a_causal_student_is_told_of(recipe_path, tmp_path, capsys):
+    flags = ("--config", recipe_path, "--trajectories_dir", tmp_path / "x", "--dry_run")
+    run_here(PRECOMPUTE, *flags)
+    assert "the teacher is bidirectional and the student causal" in capsys.readouterr().out
+    run_here(PRECOMPUTE, *flags, "--generator_task", "bidirectional_video")
+    assert "note" not in capsys.readouterr().out
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +193,54 @@ def test_a_resumed_run_ends_with_the_same_weights(finished, write_recipe, filled
     shutil.copytree(whole / "checkpoint-2", output_dir / "checkpoint-2")
     launch(TRAINING, path)
     assert all(torch.equal(weight, weights(whole)[name]) for name, weight in weights(output_dir).items())
+
+
+def test_two_processes_learn_what_one_learns(finished, write_recipe, filled):
+    _, whole = finished
+    changes = {"trajectories_dir": str(filled), "max_train_steps": 6, "train_batch_size": 1}
+    path, output_dir = write_recipe("two", **changes)
+    launch(TRAINING, path, num_processes=2)
+    for name, weight in weights(output_dir).items():
+        torch.testing.assert_close(weight, weights(whole)[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_without_held_out_clips_loads_no_encoder(write_recipe, filled, monkeypatch):
+    for loader in ("load_vae", "load_text_encoder"):
+        monkeypatch.delattr(f"causal_wan.run_parts.{loader}")
+    changes = {"trajectories_dir": str(filled), "max_train_steps": 1, "validation_metadata_path": None}
+    path, output_dir = write_recipe(**changes)
+    run_here(TRAINING, "--config", path)
+    assert (output_dir / "transformer").is_dir()
+
+
+def test_neither_tables_nor_videos_are_needed(write_recipe, filled):
+    changes = {"trajectories_dir": str(filled), "max_train_steps": 1, "validation_metadata_path": None}
+    path, output_dir = write_recipe(**changes)
+    settings = yaml.safe_load(path.read_text())
+    del settings["metadata_path"], settings["dataset_base_path"]
+    path.write_text(yaml.safe_dump(settings))
+    run_here(TRAINING, "--config", path)
+    assert (output_dir / "transformer").is_dir()
+
+
+def test_the_loss_on_held_out_clips_is_what_evaluation_finds(finished, clips, tmp_path):
+    _, output_dir = finished
+    (logged,) = [entry for entry in metrics(output_dir) if "validation_loss" in entry and entry["step"] == 6]
+    table = ("--metadata_path", clips / "heldout.csv", "--dataset_base_path", clips / "videos")
+    run_here("evaluate.py", "--checkpoint", output_dir, *table, "--lpips_net", None, "--output_dir", tmp_path)
+    found = json.loads((tmp_path / "metrics.json").read_text())["heldout_loss"]["loss"]
+    assert found == pytest.approx(logged["validation_loss"], rel=1e-4)
+
+
+def test_the_card_of_the_result_says_what_it_was_trained_on_and_names_no_folder(finished, filled):
+    _, output_dir = finished
+    with stage_result(output_dir, "me/ode") as staged:
+        card, config = ((staged / name).read_text() for name in ("README.md", "config.yaml"))
+    assert "ODE regression: trajectories of a teacher" in card
+    assert "ode-regression" in card
+    assert "Video regression" not in card
+    assert "12 trajectories" in card
+    assert str(filled) not in card + config
 
 
 def test_the_recipe_of_an_ode_run_trains_on_videos_and_its_result_generates_and_goes_on(finished, tmp_path):
@@ -294,3 +351,22 @@ def test_a_tiny_student_overfits_one_pair(write_recipe, tmp_path):
     run_here(TRAINING, "--config", path, *pairs)
     losses = [entry["generator_loss"] for entry in metrics(output_dir) if "generator_loss" in entry]
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.slow
+def test_the_ladder_climbs_all_rungs_in_one_command_and_again_without_work(tmp_path):
+    env = {
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+        "OUTPUT_DIR": str(tmp_path),
+        "MAX_TRAIN_STEPS": "2",
+        "NUM_INFERENCE_STEPS": "4",
+        "NUM_TRAJECTORIES_PER_PROMPT": "1",
+        "DATASET_FLAGS": "--kinds bird --num_clips 8 --num_targets 2 --num_heldout 1",
+    }
+    flags = ("--train_batch_size", 2, "--validation_steps", 100)
+    shown = run_script(["examples/ladder.sh", *flags], env=env, timeout=1500).stdout
+    entries = json.loads((tmp_path / "comparison.json").read_text())
+    rungs = [("video-regression", "3"), ("teacher", "4"), ("student", "3")]
+    assert [(entry["method"], entry["steps"]) for entry in entries[2:]] == rungs
+    assert "causal, 7 blocks" in shown
+    assert "0 trajectories sampled" in run_script(["examples/ladder.sh", *flags], env=env, timeout=1500).stdout

@@ -2,11 +2,16 @@
 
     python examples/sketch/make_dataset.py --output_dir outputs/sketch
     python examples/sketch/make_dataset.py --output_dir outputs/sketch --kinds bird,car --num_clips 200
+    python examples/sketch/make_dataset.py --output_dir outputs/ambiguous --ambiguous
 
 Writes `videos/*.mp4`, `train.csv` and `heldout.csv` (columns `video,prompt`, paths relative to `videos/`). A clip is
 81 frames of 64 x 112 pixels on white; the pen moves at an even speed, lifts between strokes without pausing, and
 rests from frame 74 on. Every choice that shapes a clip is a word of its prompt, so the prompt alone determines the
 clip, and no choice of words in `heldout.csv` occurs in `train.csv`.
+
+With `--ambiguous` a prompt names colour, line and proportion alone, and many clips have the same prompt: kind, size
+and place are anyone's guess. A squared error then has its least at the mean of all of them, which is no drawing. Each
+held-out prompt has `--num_targets` rows in `heldout.csv`, the prompts in turn; all its drawings are in `targets.csv`.
 """
 
 import csv
@@ -195,6 +200,13 @@ def prompt(sketch: Sketch) -> str:
     )
 
 
+def ambiguous_prompt(sketch: Sketch) -> str:
+    """Words that many clips share: they say nothing of kind, size and place, nor of the parts."""
+    return (
+        f"Draw a sketch of something step by step; a {sketch.proportion} {sketch.colour} drawing, {sketch.line} lines."
+    )
+
+
 def draw(
     sketch: Sketch, num_frames: int = NUM_FRAMES, height: int = HEIGHT, width: int = WIDTH
 ) -> np.ndarray:  # (T, H, W, 3) uint8
@@ -264,6 +276,39 @@ def split(
     return shuffled[num_heldout : num_heldout + num_clips], shuffled[:num_heldout]
 
 
+def split_by_prompt(
+    kinds: tuple[str, ...],
+    colours: tuple[str, ...],
+    *,
+    num_clips: int | None,
+    num_heldout: int,
+    num_targets: int,
+    seed: int,
+) -> tuple[list[Sketch], list[Sketch], list[Sketch]]:
+    """Sketches for training, those for testing, the prompts in turn, and all that the prompts for testing may mean.
+
+    No prompt for testing is one for training.
+
+    Raises:
+        ValueError: there are not so many prompts, or drawings of one.
+    """
+    by_prompt: dict[str, list[Sketch]] = {}
+    for sketch in sketches(kinds, colours):
+        by_prompt.setdefault(ambiguous_prompt(sketch), []).append(sketch)
+    rng = random.Random(seed)
+    groups = [rng.sample(group, len(group)) for group in rng.sample(list(by_prompt.values()), len(by_prompt))]
+    heldout, rest = groups[:num_heldout], [sketch for group in groups[num_heldout:] for sketch in group]
+    if not rest or num_targets > len(groups[0]) or (num_clips or 0) > len(rest):
+        raise ValueError(
+            f"there are {len(groups)} ambiguous prompts of {len(groups[0])} drawings each, so num_heldout must be "
+            f"below {len(groups)}, num_targets at most {len(groups[0])} and num_clips at most {len(rest)}, got "
+            f"{num_heldout}, {num_targets} and {num_clips}; ask for fewer or name more kinds."
+        )
+    rng.shuffle(rest)
+    in_turn = [group[number] for number in range(num_targets) for group in heldout]
+    return rest[:num_clips], in_turn, [sketch for group in heldout for sketch in group]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """What to draw, and where to put it."""
@@ -274,10 +319,14 @@ class Config:
     """Comma-separated, or `all` or `base`; the default are those that the tiny WAN does not know yet."""
     colours: str = ",".join(KNOWN_COLOURS)
     """Comma-separated, or `all`; the default are those that the tiny WAN knows."""
-    num_clips: int = 120
-    """Clips in train.csv."""
-    num_heldout: int = 8
-    """Clips in heldout.csv."""
+    num_clips: int | None = None
+    """Clips in train.csv; None is 120, and all that there are with ambiguous prompts."""
+    num_heldout: int | None = None
+    """Prompts in heldout.csv; None is 8, and 2 with ambiguous prompts."""
+    ambiguous: bool = False
+    """Prompts say less than a clip shows: many clips have the same prompt."""
+    num_targets: int = 4
+    """Clips of each prompt in heldout.csv, if prompts are ambiguous."""
     seed: int = 0
     """Chooses which sketches are drawn; the same seed gives the same files."""
     num_frames: int = NUM_FRAMES
@@ -312,29 +361,50 @@ def _write_clip(sketch: Sketch, config: Config) -> None:
     write_mp4(frames, Path(config.output_dir) / "videos" / _file_name(sketch))
 
 
+def split_tables(config: Config) -> dict[str, list[Sketch]]:
+    """File name of each table -> its rows.
+
+    Raises:
+        ValueError: there are not so many sketches, or a name is not known.
+    """
+    kinds = chosen(config.kinds, tuple(KINDS), all=tuple(KINDS), base=BASE_KINDS)
+    colours = chosen(config.colours, tuple(COLOURS), all=tuple(COLOURS))
+    if not config.ambiguous:
+        num_clips = 120 if config.num_clips is None else config.num_clips
+        num_heldout = 8 if config.num_heldout is None else config.num_heldout
+        train, heldout = split(kinds, colours, num_clips=num_clips, num_heldout=num_heldout, seed=config.seed)
+        return {"train.csv": train, "heldout.csv": heldout}
+    train, heldout, targets = split_by_prompt(
+        kinds,
+        colours,
+        num_clips=config.num_clips,
+        num_heldout=2 if config.num_heldout is None else config.num_heldout,
+        num_targets=config.num_targets,
+        seed=config.seed,
+    )
+    return {"train.csv": train, "heldout.csv": heldout, "targets.csv": targets}
+
+
 def main(config: Config) -> None:
     folder = Path(config.output_dir)
     try:
-        train, heldout = split(
-            chosen(config.kinds, tuple(KINDS), all=tuple(KINDS), base=BASE_KINDS),
-            chosen(config.colours, tuple(COLOURS), all=tuple(COLOURS)),
-            num_clips=config.num_clips,
-            num_heldout=config.num_heldout,
-            seed=config.seed,
-        )
+        tables = split_tables(config)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
+    everything = list(dict.fromkeys(sketch for rows in tables.values() for sketch in rows))
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(config.num_workers) as workers:
-        clips = workers.map(partial(_write_clip, config=config), train + heldout, chunksize=8)
-        for _ in tqdm(clips, total=len(train + heldout), desc="drawing", unit="clip"):
+        clips = workers.map(partial(_write_clip, config=config), everything, chunksize=8)
+        for _ in tqdm(clips, total=len(everything), desc="drawing", unit="clip"):
             pass
-    for name, rows in (("train.csv", train), ("heldout.csv", heldout)):
+    say = ambiguous_prompt if config.ambiguous else prompt
+    for name, rows in tables.items():
         with open(folder / name, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["video", "prompt"])
-            writer.writerows((_file_name(sketch), prompt(sketch)) for sketch in rows)
-    print(f"{len(train)} training and {len(heldout)} held-out clips are in {folder}")
+            writer.writerows((_file_name(sketch), say(sketch)) for sketch in rows)
+    num_train, num_heldout = len(tables["train.csv"]), len(tables["heldout.csv"])
+    print(f"{num_train} training and {num_heldout} held-out clips are in {folder}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""Compares ways to train and to sample on held-out prompts, such as those of an ambiguous data set, in one table.
+
+    python examples/sketch/compare.py --data_dir outputs/ambiguous/data --output_dir outputs/ambiguous \\
+        --samples regression:3=outputs/ambiguous/regression-3 ode:3=outputs/ambiguous/ode-3
+
+A folder of samples is what `generate.py --prompts_file heldout.csv` writes: 00.mp4, 01.mp4, ... for the rows of
+`heldout.csv`. Rows with the same prompt are samples of it from noise of their own, and are compared with all drawings
+that the prompt may mean: those of `targets.csv` if there is one, else the clips of the rows.
+
+    sharpness   of fine detail, beside the targets'; below 1 is blurred
+    ink F1      of the last frame with the nearest of the targets, mean over samples: is it a drawing that might be?
+    PSNR        of the whole clip with the nearest of the targets
+    diversity   distance between samples of a prompt beside that between its targets; 0 is always the same drawing
+
+Two rows to compare with: `targets` are the clips of heldout.csv, `their mean` is what the least squared error draws
+from noise alone. Sharpness by itself is not enough: noise is sharp.
+"""
+
+import csv
+import itertools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from ink import ink_f1, psnr
+from report import TOLERANCE, contact_sheet, read_video
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
+
+from causal_wan.video_metrics import MAX_PSNR, frame_sharpness
+
+
+COLUMNS = ("sharpness", "ink F1", "PSNR [dB]", "diversity")
+NUM_SHOWN = 2  # targets and samples of each prompt on the contact sheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to compare."""
+
+    data_dir: str
+    """Folder with heldout.csv, perhaps targets.csv, and videos/."""
+    samples: tuple[str, ...]
+    """METHOD:STEPS=FOLDER each."""
+    output_dir: str
+    """Folder for comparison.json, comparison.md and comparison.png."""
+
+
+def parse_samples(text: str) -> tuple[str, str, Path]:
+    """Method, steps and folder of METHOD:STEPS=FOLDER.
+
+    Raises:
+        ValueError: If it is anything else, or the folder does not exist.
+    """
+    label, equals, folder = text.partition("=")
+    method, colon, steps = label.rpartition(":")
+    if not (equals and colon and method and Path(folder).is_dir()):
+        raise ValueError(f"samples must be METHOD:STEPS=FOLDER with a folder that exists, got {text!r}.")
+    return method, steps, Path(folder)
+
+
+def read_table(path: Path) -> list[tuple[str, Path]]:
+    """(Prompt, clip) of each row."""
+    with path.open(newline="") as file:
+        return [(row["prompt"], path.parent / "videos" / row["video"]) for row in csv.DictReader(file)]
+
+
+def by_prompt(prompts: list[str], videos: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """Videos of each prompt, in their order."""
+    groups: dict[str, list[np.ndarray]] = {}
+    for prompt, video in zip(prompts, videos, strict=True):
+        groups.setdefault(prompt, []).append(video)
+    return groups
+
+
+def sharpness(videos: list[np.ndarray]) -> float:
+    """Mean over videos and frames; see `causal_wan.video_metrics.frame_sharpness`."""
+    return float(np.mean([frame_sharpness(torch.from_numpy(v).movedim(-1, 1) / 255).mean() for v in videos]))
+
+
+def spread(videos: list[np.ndarray]) -> float:
+    """Mean distance between two of the videos: the root of the mean squared difference of pixels; nan of one video."""
+    pairs = list(itertools.combinations([video.astype(np.float32) / 255 for video in videos], 2))
+    return float(np.mean([np.sqrt(np.square(one - other).mean()) for one, other in pairs])) if pairs else float("nan")
+
+
+def score(samples: dict[str, list[np.ndarray]], targets: dict[str, list[np.ndarray]]) -> dict[str, float]:
+    """The figures of a method, over all prompts."""
+    f1, likeness = [], []
+    for prompt, videos in samples.items():
+        for video in videos:
+            f1.append(max(ink_f1(video[-1:], target[-1:], TOLERANCE).item() for target in targets[prompt]))
+            likeness.append(min(MAX_PSNR, max(psnr(video, target) for target in targets[prompt])))
+    every_sample, every_target = (list(itertools.chain(*groups.values())) for groups in (samples, targets))
+    spreads = [spread(samples[prompt]) / spread(targets[prompt]) for prompt in samples]
+    values = (sharpness(every_sample) / sharpness(every_target), np.mean(f1), np.mean(likeness), np.mean(spreads))
+    return dict(zip(COLUMNS, map(float, values), strict=True))
+
+
+def mean_video(videos: list[np.ndarray]) -> np.ndarray:
+    """The mean of videos, frame by frame."""
+    return np.mean(videos, axis=0).round().astype(np.uint8)
+
+
+def table(rows: dict[tuple[str, str], dict[str, float]]) -> str:
+    """A Markdown table with a row for each method and number of steps."""
+    lines = [f"| {'method':24} | {'steps':>5} | " + " | ".join(f"{column:>9}" for column in COLUMNS) + " |"]
+    lines.append("|" + "-" * 26 + "|" + "-" * 6 + ":|" + "|".join("-" * 10 + ":" for _ in COLUMNS) + "|")
+    for (method, steps), figures in rows.items():
+        cells = " | ".join(f"{figures[column]:9.3f}" for column in COLUMNS)
+        lines.append(f"| {method:24} | {steps:>5} | {cells} |")
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    data_dir, output_dir = Path(config.data_dir), Path(config.output_dir)
+    try:
+        folders = [parse_samples(text) for text in config.samples]
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    heldout = read_table(data_dir / "heldout.csv")
+    all_targets = data_dir / "targets.csv"
+    possible = read_table(all_targets) if all_targets.is_file() else heldout
+    targets = by_prompt([prompt for prompt, _ in possible], [read_video(path) for _, path in possible])
+    prompts = [prompt for prompt, _ in heldout]
+    shown = {("targets", ""): by_prompt(prompts, [read_video(path) for _, path in heldout])}
+    shown["their mean", ""] = {prompt: NUM_SHOWN * [mean_video(targets[prompt])] for prompt in shown["targets", ""]}
+    for method, steps, folder in folders:
+        videos = [read_video(folder / f"{number:02d}.mp4") for number in range(len(prompts))]
+        shown[method, steps] = by_prompt(prompts, videos)
+    rows = {label: score(samples, targets) for label, samples in shown.items()}
+    write_comparison(rows, output_dir)
+    distinct = list(dict.fromkeys(prompts))
+    groups = [[video for samples in shown.values() for video in samples[prompt][:NUM_SHOWN]] for prompt in distinct]
+    contact_sheet(groups, output_dir / "comparison.png")
+    order = ", ".join(f"{method} {steps}".strip() for method, steps in shown)
+    print(f"\n{len(distinct)} held-out prompts, {len(prompts)} samples by each method:\n\n{table(rows)}")
+    print(f"\ncontact sheet  {output_dir / 'comparison.png'}: for each prompt {NUM_SHOWN} each of {order}")
+
+
+def write_comparison(rows: dict[tuple[str, str], dict[str, float]], output_dir: Path) -> None:
+    """Writes the table for readers and for programs; figures that do not exist are null in the latter."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "comparison.md").write_text(table(rows) + "\n")
+    entries = [
+        {"method": method, "steps": steps, **{name: None if np.isnan(value) else value for name, value in row.items()}}
+        for (method, steps), row in rows.items()
+    ]
+    (output_dir / "comparison.json").write_text(json.dumps(entries, indent=2))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Config), description=__doc__, use_underscores=True))
