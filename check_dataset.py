@@ -22,40 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
-import torch
-from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from causal_wan.cached_data import CacheConfig
 from causal_wan.config import flat_dict, names_of, parse_config, user_errors
-from causal_wan.dataset_report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
-from causal_wan.dataset_survey import BLACK_LUMA, STATIC_MOTION, Survey, count_reason
-from causal_wan.hub import HubConfig
-from causal_wan.memory import MemoryConfig
-from causal_wan.models import ModelConfig
+from causal_wan.data_config import DataConfig
 from causal_wan.regression_config import RegressionConfig
-from causal_wan.row_records import FACTS, NUM_LOOKS, WHOLE_FILE_BYTES, RecordFile, RowChecker, check_rows, hash_bytes
-from causal_wan.tables import Tables
-from causal_wan.training import TrainingConfig
-from causal_wan.validation import ValidationConfig
-from causal_wan.video_files import describe_error
-from dataset_utils import (
-    DataConfig,
-    Row,
-    clip_shapes,
-    find_video,
-    load_video,
-    min_num_frames,
-    num_sampleable_frames,
-    read_tables,
-    seeded_generator,
-)
-
-
-NUM_STRIP_FRAMES = 6
-PROMPTS_AT_ONCE = 1000
+from causal_wan.settings import CacheConfig, HubConfig, MemoryConfig, ModelConfig, TrainingConfig, ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +58,36 @@ class Config:
 TRAINING_SETTINGS = {"compile", "dry_run"} | names_of(
     CacheConfig, HubConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig, ValidationConfig
 )
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
+    config = parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS)
+
+import av
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from causal_wan.dataset_report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
+from causal_wan.dataset_survey import BLACK_LUMA, STATIC_MOTION, Survey, count_reason
+from causal_wan.row_records import FACTS, NUM_LOOKS, WHOLE_FILE_BYTES, RecordFile, RowChecker, check_rows, hash_bytes
+from causal_wan.tables import Tables
+from causal_wan.video_files import describe_error
+from dataset_utils import (
+    Row,
+    clip_shapes,
+    find_video,
+    load_video,
+    min_num_frames,
+    num_sampleable_frames,
+    read_tables,
+    seeded_generator,
+)
+
+
+NUM_STRIP_FRAMES = 6
+PROMPTS_AT_ONCE = 1000
 
 
 def main(config: Config) -> int:
@@ -269,4 +269,4 @@ def describe_figures(config: Config, unit: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS)))
+    sys.exit(main(config))

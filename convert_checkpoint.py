@@ -22,28 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-import yaml
-from diffusers import WanTransformer3DModel
-from safetensors.torch import save_file
-
-from causal_wan.checkpoints import read_weights
+from causal_wan.basics import LoraNames
 from causal_wan.config import parse_config, user_errors
-from causal_wan.export import export_pipeline
-from causal_wan.lora_names import LoraNames, find_lora, lora_file, read_lora
-from causal_wan.models import (
-    LORA_WEIGHTS_NAME,
-    add_lora,
-    causal_settings,
-    load_transformer,
-    save_lora,
-    save_transformer,
-)
-from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.student import read_run as read_student
-from causal_wan.student import resolve_settings
-from causal_wan.transformer import CausalWanTransformer3DModel
-from causal_wan.wan_names import COMFYUI_PREFIX, infer_architecture, read_state, to_diffusers, to_original
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +42,32 @@ class Config:
     """Take the moving average if the checkpoint has one."""
     attention_head_dim: int = 128
     """Of the transformer that weights in a file are of; 128 in all WAN models."""
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
+    config = parse_config(Config, description=__doc__)
+
+import torch
+import yaml
+from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
+
+from causal_wan.checkpoints import read_weights
+from causal_wan.export import export_pipeline
+from causal_wan.lora_names import find_lora, lora_file, read_lora
+from causal_wan.models import (
+    LORA_WEIGHTS_NAME,
+    add_lora,
+    causal_settings,
+    load_transformer,
+    save_lora,
+    save_transformer,
+)
+from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.student import read_run as read_student
+from causal_wan.student import resolve_settings
+from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.wan_names import COMFYUI_PREFIX, infer_architecture, read_state, to_diffusers, to_original
 
 
 def main(config: Config) -> None:
@@ -242,4 +248,4 @@ def make_empty_student(run: dict) -> CausalWanTransformer3DModel:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__))
+    main(config)

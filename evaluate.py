@@ -33,26 +33,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from diffusers import WanPipeline
-from tqdm.auto import tqdm
-
+from causal_wan.basics import MAX_VBENCH_SAMPLES, LpipsNet, Sampler
 from causal_wan.config import parse_config, user_errors
-from causal_wan.encoding import check_video_size, decode_latents, encode_prompts, pad_prompt_embeds
-from causal_wan.evaluation_report import write_metrics, write_report, write_videos
-from causal_wan.flow import Sampler
-from causal_wan.heldout_loss import heldout_statistics, summarize_heldout_loss
-from causal_wan.learned_metrics import ClipScore, LpipsNet, load_lpips
-from causal_wan.models import load_vae
-from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.regression import sample_generator
+from causal_wan.data_config import ClipShape, DataConfig
 from causal_wan.regression_config import RegressionConfig, method_of_run
-from causal_wan.sample_figures import Judges, Sample, measure, measure_clips
-from causal_wan.sample_order import ClipShape
-from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
-from causal_wan.vbench_export import MAX_VBENCH_SAMPLES, VBenchExport, read_vbench_prompts
-from causal_wan.video_metrics import first_frames_of_blocks
-from dataset_utils import DataConfig, load_rows, load_video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +111,27 @@ class Config:
             )
         if self.vbench_prompts is not None and self.vbench_export is None:
             raise ValueError("vbench_prompts are written to vbench_export, which is missing; name a folder with it.")
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
+    config = parse_config(Config, description=__doc__)
+
+import torch
+from diffusers import WanPipeline
+from tqdm.auto import tqdm
+
+from causal_wan.encoding import check_video_size, decode_latents, encode_prompts, pad_prompt_embeds
+from causal_wan.evaluation_report import write_metrics, write_report, write_videos
+from causal_wan.heldout_loss import heldout_statistics, summarize_heldout_loss
+from causal_wan.learned_metrics import ClipScore, load_lpips
+from causal_wan.models import load_vae
+from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.regression import sample_generator
+from causal_wan.sample_figures import Judges, Sample, measure, measure_clips
+from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
+from causal_wan.vbench_export import VBenchExport, read_vbench_prompts
+from causal_wan.video_metrics import first_frames_of_blocks
+from dataset_utils import load_rows, load_video
 
 
 def main(config: Config) -> None:
@@ -370,4 +375,4 @@ def measure_loss(
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__))
+    main(config)

@@ -21,21 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import imageio.v3 as iio
-import PIL.Image
-import PIL.ImageOps
-import torch
-from accelerate import PartialState
-from tqdm.auto import tqdm
-
+from causal_wan.basics import FRAME_RATE, Sampler
 from causal_wan.config import parse_config, user_errors
-from causal_wan.encoding import check_video_size, encode_prompts, pad_prompt_embeds
-from causal_wan.flow import Sampler
-from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.prompt_files import read_prompts_file
-from causal_wan.regression import sample_generator
-from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
-from causal_wan.video_writing import FRAME_RATE, VideoWriter, as_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +97,24 @@ class Config:
             )
         if self.num_video_frames is not None and self.video is None:
             raise ValueError("num_video_frames is about a video to continue; name it with --video.")
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
+    config = parse_config(Config, description=__doc__)
+
+import imageio.v3 as iio
+import PIL.Image
+import PIL.ImageOps
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from causal_wan.encoding import check_video_size, encode_prompts, pad_prompt_embeds
+from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.prompt_files import read_prompts_file
+from causal_wan.regression import sample_generator
+from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
+from causal_wan.video_writing import VideoWriter, as_frames
 
 
 def main(config: Config) -> None:
@@ -278,4 +283,4 @@ def output_paths(config: Config, count: int) -> list[Path]:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__))
+    main(config)

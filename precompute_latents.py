@@ -21,50 +21,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from diffusers import AutoencoderKLWan
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-
-from causal_wan.cached_data import (
-    CacheConfig,
-    CachedData,
-    LatentsDtype,
-    check_can_be_cached,
-    drop_damaged,
-    gather_lists,
-    open_cache,
-)
 from causal_wan.config import names_of, parse_config, user_errors
-from causal_wan.encoding import encode_prompts, encode_videos
-from causal_wan.hub import HubConfig
-from causal_wan.memory import MemoryConfig, cut_up_vae
-from causal_wan.models import DTYPES, CheckpointConfig, ModelConfig, load_text_encoder, load_vae
+from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached
 from causal_wan.regression_config import RegressionConfig
-from causal_wan.run_data import load_run_data
-from causal_wan.sample_order import ClipShape
-from causal_wan.tensor_cache import GIB, CacheWriter, check_disk, free_bytes, remove_stale_shards
-from causal_wan.training import EXIT_STOPPED, StopRequest, TrainingConfig
-from causal_wan.validation import ValidationConfig
-from dataset_utils import (
-    DataConfig,
-    Row,
-    VideoDataset,
-    describe_rows,
-    name_clips_of_dead_workers,
-    normalize_videos,
+from causal_wan.settings import (
+    CacheConfig,
+    CheckpointConfig,
+    HubConfig,
+    LatentsDtype,
+    MemoryConfig,
+    ModelConfig,
+    TrainingConfig,
+    ValidationConfig,
 )
-
-
-PROMPT_BYTES = 1 << 20  # about what an embedding of UMT5-XXL takes in 16 bits, of a prompt of 128 tokens
-PROMPTS_AT_ONCE = 64
-# Processes wait for each other at the start, while one downloads and reads the encoders, and then not until their
-# shares are done, which may be hours apart: NCCL would give up after ten minutes.
-PATIENCE = timedelta(days=7)
-
-Work = tuple[int, ClipShape]  # index of a row, and a shape in which it is wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +72,34 @@ class Config:
 TRAINING_SETTINGS = {"compile", "dry_run", "trajectories_dir"} | names_of(
     CacheConfig, HubConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig
 )
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
+    config = parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS)
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from diffusers import AutoencoderKLWan
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from causal_wan.cached_data import CachedData, drop_damaged, gather_lists, open_cache
+from causal_wan.encoding import encode_prompts, encode_videos
+from causal_wan.memory import cut_up_vae
+from causal_wan.models import DTYPES, load_text_encoder, load_vae
+from causal_wan.run_data import load_run_data
+from causal_wan.tensor_cache import GIB, CacheWriter, check_disk, free_bytes, remove_stale_shards
+from causal_wan.training import EXIT_STOPPED, StopRequest
+from dataset_utils import Row, VideoDataset, describe_rows, name_clips_of_dead_workers, normalize_videos
+
+
+PROMPT_BYTES = 1 << 20  # about what an embedding of UMT5-XXL takes in 16 bits, of a prompt of 128 tokens
+PROMPTS_AT_ONCE = 64
+# Processes wait for each other at the start, while one downloads and reads the encoders, and then not until their
+# shares are done, which may be hours apart: NCCL would give up after ten minutes.
+PATIENCE = timedelta(days=7)
+Work = tuple[int, ClipShape]  # index of a row, and a shape in which it is wanted
 
 
 def main(config: Config) -> None:
@@ -325,4 +322,4 @@ def store(
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS))
+    main(config)

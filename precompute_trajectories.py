@@ -29,34 +29,20 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from tqdm.auto import tqdm
-
-from causal_wan.cached_data import CacheConfig, CachedData, LatentsDtype, drop_damaged, gather_lists, open_cache
+from causal_wan.basics import frame_block_lengths
 from causal_wan.config import names_of, parse_config, user_errors
-from causal_wan.encoding import check_video_size, pad_prompt_embeds
-from causal_wan.file_manifest import FileManifest
-from causal_wan.flow import frame_block_lengths
-from causal_wan.hub import HubConfig
-from causal_wan.memory import MemoryConfig
-from causal_wan.models import DTYPES, CheckpointConfig, ModelConfig, load_vae_config
-from causal_wan.prompt_files import read_prompts_file
+from causal_wan.data_config import DataConfig
 from causal_wan.regression_config import RegressionConfig
-from causal_wan.run_parts import embed_prompts, weight_dtype
-from causal_wan.teacher import Teacher, find_teacher, identify_teacher, load_teacher
-from causal_wan.tensor_cache import GIB, CacheWriter, TensorCache, check_disk, free_bytes, remove_stale_shards
-from causal_wan.training import EXIT_STOPPED, StopRequest, TrainingConfig
-from causal_wan.trajectories import sample_trajectories, trajectory_timesteps
-from causal_wan.trajectory_data import FOLDER, TrajectoryName, student_settings
-from causal_wan.transformer import CausalWanTransformer3DModel
-from causal_wan.validation import ValidationConfig
-from dataset_utils import DataConfig, read_tables
-
-
-# Processes wait for each other at the start and then not until their shares are done, which may be hours apart.
-PATIENCE = timedelta(days=7)
+from causal_wan.settings import (
+    CacheConfig,
+    CheckpointConfig,
+    HubConfig,
+    LatentsDtype,
+    MemoryConfig,
+    ModelConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,31 +90,49 @@ class Config:
             )
         if self.data.streaming and self.prompts_file is None:
             raise ValueError("the prompts of streams are not known beforehand; list them in a --prompts_file.")
-        self.timesteps()
 
     @property
     def num_latent_frames(self) -> int:
         """F."""
         return (self.data.num_frames - 1) // self.data.time_division_factor + 1
 
-    def kept_levels(self) -> torch.Tensor:
-        """Timesteps at which latents are kept, beside the clean end."""
-        levels = self.method.levels()
-        return levels[levels > 0]
-
-    def timesteps(self) -> torch.Tensor:
-        """Timesteps that the teacher is sampled at."""
-        return trajectory_timesteps(self.kept_levels(), self.method.num_inference_steps, self.method.timestep_shift)
-
 
 # What a recipe of the training scripts may hold beside.
 TRAINING_SETTINGS = names_of(CacheConfig, HubConfig, MemoryConfig, ModelConfig, TrainingConfig, ValidationConfig)
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
+    config = parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS)
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from tqdm.auto import tqdm
+
+from causal_wan.cached_data import CachedData, drop_damaged, gather_lists, open_cache
+from causal_wan.encoding import check_video_size, pad_prompt_embeds
+from causal_wan.file_manifest import FileManifest
+from causal_wan.models import DTYPES, load_vae_config
+from causal_wan.prompt_files import read_prompts_file
+from causal_wan.run_parts import embed_prompts, weight_dtype
+from causal_wan.teacher import Teacher, find_teacher, identify_teacher, load_teacher
+from causal_wan.tensor_cache import GIB, CacheWriter, TensorCache, check_disk, free_bytes, remove_stale_shards
+from causal_wan.training import EXIT_STOPPED, StopRequest
+from causal_wan.trajectories import sample_trajectories, trajectory_timesteps
+from causal_wan.trajectory_data import FOLDER, TrajectoryName, student_settings
+from causal_wan.transformer import CausalWanTransformer3DModel
+from dataset_utils import read_tables
+
+
+# Processes wait for each other at the start and then not until their shares are done, which may be hours apart.
+PATIENCE = timedelta(days=7)
 
 
 def main(config: Config) -> None:
     """Finds what is missing, and samples it."""
     logging.basicConfig(format="%(levelname)s %(message)s")
     with user_errors():
+        teacher_timesteps(config)  # may not fit
         prompts = find_prompts(config)
         base = config.model.pretrained_model_name_or_path
         teacher = find_teacher(config.teacher or base, base, config.model.revision)
@@ -174,6 +178,22 @@ def main(config: Config) -> None:
         sys.exit(EXIT_STOPPED)
     if accelerator.is_main_process:
         print(f"{len(missing)} trajectories sampled in {config.trajectories_dir}")
+
+
+def kept_levels(config: Config) -> torch.Tensor:
+    """Timesteps at which latents are kept, beside the clean end."""
+    levels = config.method.levels()
+    return levels[levels > 0]
+
+
+def teacher_timesteps(config: Config) -> torch.Tensor:
+    """Timesteps that the teacher is sampled at.
+
+    Raises:
+        ValueError: If there are fewer than levels to keep.
+    """
+    method = config.method
+    return trajectory_timesteps(kept_levels(config), method.num_inference_steps, method.timestep_shift)
 
 
 # --- what is wanted --------------------------------------------------------------------------------------------------
@@ -241,7 +261,7 @@ def trajectory_settings(
     manifest = FileManifest(config.trajectories_dir)
     is_guided = config.guidance_scale > 1
     settings = {
-        **student_settings(config.data.shape, config.kept_levels()),
+        **student_settings(config.data.shape, kept_levels(config)),
         **embeddings.prompt_settings,
         "teacher": identify_teacher(teacher, manifest.content),
         "blocks": teacher_blocks(config, teacher),
@@ -267,12 +287,12 @@ def latent_shape(config: Config) -> tuple[int, int, int, int]:
 
 def trajectory_bytes(config: Config) -> int:
     """Disk that one takes."""
-    return (len(config.kept_levels()) + 1) * math.prod(latent_shape(config)) * DTYPES[config.latents_dtype].itemsize
+    return (len(kept_levels(config)) + 1) * math.prod(latent_shape(config)) * DTYPES[config.latents_dtype].itemsize
 
 
 def describe_work(config: Config, settings: dict[str, Any], num_wanted: int, num_missing: int, num_bytes: int) -> str:
     """What is there and what is going to be done."""
-    blocks, timesteps, levels = settings["blocks"], config.timesteps(), config.kept_levels()
+    blocks, timesteps, levels = settings["blocks"], teacher_timesteps(config), kept_levels(config)
     steps = [int((timesteps == level).nonzero()) for level in levels]
     kept = ", ".join(f"{level:g} after {step}" for level, step in zip(levels.tolist(), steps, strict=True))
     is_mixed = len(blocks) == 1 and len(config.method.block_lengths(config.num_latent_frames)) > 1
@@ -348,12 +368,12 @@ def sample_batch(
         transformer,
         noise,
         embed([name.prompt for name in names]),
-        config.timesteps(),
-        config.kept_levels(),
+        teacher_timesteps(config),
+        kept_levels(config),
         negative_prompt_embeds=embed([config.negative_prompt] * len(names)) if is_guided else None,
         guidance_scale=config.guidance_scale,
     )
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS))
+    main(config)

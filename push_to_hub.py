@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from causal_wan.config import parse_config, user_errors
-from causal_wan.hub import HubConfig, describe, open_repository, upload_result
+from causal_wan.settings import HubConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,12 @@ class Config:
     """Name of the repository, USER/NAME."""
     hub_private_repo: bool = False
     """Make a new repository private."""
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
+    config = parse_config(Config, description=__doc__)
+
+from causal_wan.hub import describe, open_repository, upload_result
 
 
 def main(config: Config) -> None:
@@ -43,4 +49,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__))
+    main(config)

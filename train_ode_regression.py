@@ -19,17 +19,8 @@ Source: CausVid, arXiv 2412.07772, section 4.3; with a causal teacher Causal For
 
 from dataclasses import dataclass
 
-import torch
-
 from causal_wan.config import parse_config
-from causal_wan.flow import latents_from_velocity, velocity
-from causal_wan.losses import frame_losses, masked_sum_over_count
-from causal_wan.regression import draw_noisy_batch
-from causal_wan.regression_run import Inputs, load_held_out_clips, run_regression
 from causal_wan.run_config import RunConfig
-from causal_wan.training import Batch, Sums
-from causal_wan.trajectories import take_noisy_batch
-from causal_wan.trajectory_data import TrajectoryData, load_trajectory_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +37,20 @@ class Config(RunConfig):
                 "trajectories are kept at the levels of denoising_step_list, got timestep_sampling "
                 f"{self.method.timestep_sampling}; leave it out, or use train_video_regression.py."
             )
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
+    config = parse_config(Config, description=__doc__)
+
+import torch
+
+from causal_wan.flow import latents_from_velocity, velocity
+from causal_wan.losses import frame_losses, masked_sum_over_count
+from causal_wan.regression import draw_noisy_batch
+from causal_wan.regression_run import Inputs, load_held_out_clips, run_regression
+from causal_wan.training import Batch, Sums
+from causal_wan.trajectories import take_noisy_batch
+from causal_wan.trajectory_data import TrajectoryData, load_trajectory_data
 
 
 def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:
@@ -113,4 +118,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__))
+    main(config)

@@ -21,15 +21,8 @@ Source: CausVid, arXiv 2412.07772, section 4.3, with (clip, fresh noise) in the 
 
 from dataclasses import dataclass
 
-import torch
-
 from causal_wan.config import parse_config
-from causal_wan.flow import latents_from_velocity, velocity
-from causal_wan.losses import frame_losses, masked_sum_over_count
-from causal_wan.regression import draw_noisy_batch
-from causal_wan.regression_run import Inputs, run_regression
 from causal_wan.run_config import RunConfig
-from causal_wan.training import Batch, Sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +32,18 @@ class Config(RunConfig):
 
 # What a recipe of train_ode_regression.py may hold beside.
 TRAINING_SETTINGS = {"trajectories_dir"}
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
+    config = parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS)
+
+import torch
+
+from causal_wan.flow import latents_from_velocity, velocity
+from causal_wan.losses import frame_losses, masked_sum_over_count
+from causal_wan.regression import draw_noisy_batch
+from causal_wan.regression_run import Inputs, run_regression
+from causal_wan.training import Batch, Sums
 
 
 def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:
@@ -78,4 +83,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS))
+    main(config)

@@ -34,13 +34,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from causal_wan.cached_data import CachedClips, CachedData, Encoders
+from causal_wan.data_config import ClipShape, DataConfig
 from causal_wan.encoding import encode_videos
 from causal_wan.models import load_vae
 from causal_wan.regression import draw_noisy_batch
 from causal_wan.regression_config import RegressionConfig
-from causal_wan.sample_order import ClipShape
 from causal_wan.tensor_cache import CacheWriter, TensorCache
-from dataset_utils import DataConfig, Row, VideoDataset, load_rows, load_video, normalize_videos
+from dataset_utils import Row, VideoDataset, load_rows, load_video, normalize_videos
 
 
 SHAPES = {"small": ClipShape(81, 64, 112), "1.3b": ClipShape(81, 480, 832)}

@@ -27,14 +27,7 @@ from transformers import UMT5Config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from causal_wan.encoding import encode_videos
-from causal_wan.memory import (
-    MemoryConfig,
-    cut_up_vae,
-    enable_gradient_checkpointing,
-    on_device,
-    quantization_config,
-    store_in_fp8,
-)
+from causal_wan.memory import cut_up_vae, enable_gradient_checkpointing, on_device, quantization_config, store_in_fp8
 from causal_wan.memory_plan import (
     CUDA_OVERHEAD,
     GIB,
@@ -46,7 +39,8 @@ from causal_wan.memory_plan import (
     text_encoder_bytes,
 )
 from causal_wan.models import add_lora, load_transformer
-from causal_wan.training import TrainingConfig, make_optimizer, trainable_parameters
+from causal_wan.settings import MemoryConfig, TrainingConfig
+from causal_wan.training import make_optimizer, trainable_parameters
 from causal_wan.transformer import CausalWanTransformer3DModel
 
 

@@ -32,8 +32,9 @@ from causal_wan.block_attention import block_causal_spans
 from causal_wan.flow import add_noise, latents_from_velocity, sampling_timesteps, sigmas_from_timesteps
 from causal_wan.pipeline import DEFAULT_STEP_LIST, CausalWanPipeline
 from causal_wan.rollout import draw_noise
+from causal_wan.settings import TrainingConfig
 from causal_wan.streaming_vae import StreamingDecoder
-from causal_wan.training import TrainingConfig, make_accelerator, make_optimizer, prepare_run, train
+from causal_wan.training import make_accelerator, make_optimizer, prepare_run, train
 from causal_wan.transformer import CausalWanTransformer3DModel
 
 

@@ -15,37 +15,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed
 from tqdm.auto import tqdm
 
-from causal_wan.data_config import DataConfig
+from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached
 from causal_wan.file_manifest import FileFacts, FileManifest, hash_content, stat_of
-from causal_wan.models import DTYPES, CheckpointConfig, find_part
-from causal_wan.sample_order import ClipShape
+from causal_wan.models import DTYPES, find_part
+from causal_wan.settings import CacheConfig, CheckpointConfig, LatentsDtype
 from causal_wan.tensor_cache import CacheWriter, TensorCache, describe_differences, settings_key
 
 
 logger = logging.getLogger(__name__)
 
-LatentsDtype = Literal["bf16", "fp16", "fp32"]
 MAX_SHOWN = 5
 PROMPT_SHARD_BYTES = 32 << 20
 MODEL_SUFFIXES = {".json", ".model", ".safetensors"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig:
-    """Latents and prompt embeddings on disk, in the place of VAE and text encoder."""
-
-    latents_dir: str | None = None
-    """Folder that precompute_latents.py has filled; nothing is encoded then."""
-    cache_latents: bool = False
-    """Keep latents as they are encoded, in latents_dir else in `cache` of the output folder, and read them after."""
-    latents_dtype: LatentsDtype = "bf16"
-    """Precision that latents are kept in."""
 
 
 @dataclass(frozen=True)
@@ -158,21 +145,6 @@ class CachedData:
     def prompt_writer(self) -> CacheWriter:
         """Writes prompt embeddings."""
         return CacheWriter(self.prompts.folder, shard_bytes=PROMPT_SHARD_BYTES)
-
-
-def check_can_be_cached(data: DataConfig) -> None:
-    """Checks that all samples of a clip are the same.
-
-    Raises:
-        ValueError: If not.
-    """
-    if data.streaming:
-        raise ValueError("latents of a stream are not kept; leave out --latents_dir and --cache_latents.")
-    if data.random_views:
-        raise ValueError(
-            f"latents can be kept only if all samples of a clip are the same, but {' and '.join(data.random_views)} "
-            "makes each another; leave that out, or train without --cache_latents and --latents_dir."
-        )
 
 
 class CachedPrompts(Mapping[str, torch.Tensor]):

@@ -6,10 +6,37 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
-from causal_wan.sample_order import ClipShape
-from causal_wan.video_files import DEFAULT_LIMITS, VideoLimits
+
+class ClipShape(NamedTuple):
+    """Video frames, height and width in pixels of a clip as the model sees it."""
+
+    num_frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoLimits:
+    """What a video file may ask for at most, so that none takes all memory or time."""
+
+    max_video_pixels: int = 8192 * 4320
+    """Pixels of a frame of a file; the default allows 8K."""
+    max_video_frames: int = 1_000_000
+    """Frames of a file."""
+    max_video_seconds: float = 6 * 3600.0
+    """Duration of a file."""
+    decode_timeout: float = 300.0
+    """Seconds that decoding one clip may take; uniform and random sampling decode files to their end."""
+
+    def __post_init__(self) -> None:
+        for name, limit in vars(self).items():
+            if not limit > 0:
+                raise ValueError(f"{name} must be above 0, got {limit}; the default is {vars(VideoLimits)[name]}.")
+
+
+DEFAULT_LIMITS = VideoLimits()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,3 +273,18 @@ def parse_schedule(name: str, text: str | None, parse: Callable[[str], Any]) -> 
 
 def _at_step(stages: Sequence[tuple[int, Any]], step: int) -> Any:
     return [value for first, value in stages if first <= step][-1]
+
+
+def check_can_be_cached(data: DataConfig) -> None:
+    """Checks that all samples of a clip are the same.
+
+    Raises:
+        ValueError: If not.
+    """
+    if data.streaming:
+        raise ValueError("latents of a stream are not kept; leave out --latents_dir and --cache_latents.")
+    if data.random_views:
+        raise ValueError(
+            f"latents can be kept only if all samples of a clip are the same, but {' and '.join(data.random_views)} "
+            "makes each another; leave that out, or train without --cache_latents and --latents_dir."
+        )

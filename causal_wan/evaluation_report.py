@@ -13,7 +13,8 @@ from typing import Any
 import jinja2
 import torch
 
-from causal_wan.video_writing import FRAME_RATE, write_video
+from causal_wan.basics import FRAME_RATE
+from causal_wan.video_writing import write_video
 
 
 # What the table shows: name, how it is written, what it says.

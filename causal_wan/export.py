@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 
 # In the order in which they build on each other.
 SAMPLING_MODULES = (
-    *("flow", "devices", "block_attention", "context_parallel", "kv_cache", "transformer"),
+    *("basics", "flow", "devices", "block_attention", "context_parallel", "kv_cache", "transformer"),
     *("encoding", "streaming_vae", "rollout", "pipeline"),
 )
 PIPELINE_NAME = "pipeline.py"

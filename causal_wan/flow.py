@@ -10,18 +10,16 @@ Nothing here draws random numbers, knows a model or looks a level up in a table:
 Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width.
 """
 
-import itertools
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
+from causal_wan.basics import NUM_TRAIN_TIMESTEPS, Sampler, check_denoising_step_list, check_timestep_shift
 
-NUM_TRAIN_TIMESTEPS = 1000
+
 DEFAULT_TIMESTEP_SHIFT = 5.0  # of sampling in many steps: what WAN and Self Forcing use
 
 # From a level to the next: predict the clean latents and noise them again, or follow the flow's ODE.
-Sampler = Literal["renoise", "euler"]
 
 
 def sigmas_from_timesteps(timesteps: torch.Tensor) -> torch.Tensor:
@@ -134,21 +132,6 @@ def shift_timesteps(timesteps: torch.Tensor, shift: float) -> torch.Tensor:
     return (NUM_TRAIN_TIMESTEPS * shift * u / (1 + (shift - 1) * u)).to(torch.float32)
 
 
-def check_denoising_step_list(denoising_step_list: Sequence[float]) -> None:
-    """Checks that a step list can be trained on and sampled from.
-
-    Raises:
-        ValueError: If the list is empty, leaves [0, 1000], does not fall strictly, or has no entry above 0.
-    """
-    steps = list(denoising_step_list)
-    if not steps or steps[0] <= 0:
-        raise ValueError(f"denoising_step_list must begin with a timestep above 0, got {steps}; use 1000 757 522 0.")
-    if any(not 0 <= step <= NUM_TRAIN_TIMESTEPS for step in steps):
-        raise ValueError(f"denoising_step_list must lie in [0, 1000], got {steps}.")
-    if any(after >= before for before, after in itertools.pairwise(steps)):
-        raise ValueError(f"denoising_step_list must fall from noise to data, got {steps}; sort it and drop doubles.")
-
-
 def training_timesteps(
     denoising_step_list: Sequence[float], *, warp_denoising_step: bool = False, timestep_shift: float = 1.0
 ) -> torch.Tensor:
@@ -221,49 +204,6 @@ def choose_sampling(
         shift = DEFAULT_TIMESTEP_SHIFT if timestep_shift is None else timestep_shift
         return inference_timesteps(num_inference_steps, shift).tolist(), sampler or "euler"
     return list(own_timesteps), sampler or own_sampler
-
-
-def check_timestep_shift(timestep_shift: float) -> None:
-    """Checks that timesteps can be shifted by it.
-
-    Raises:
-        ValueError: If it is not above 0.
-    """
-    if timestep_shift <= 0:
-        raise ValueError(f"timestep_shift must be above 0, got {timestep_shift}; 1 shifts nothing.")
-
-
-def frame_block_lengths(
-    num_latent_frames: int, num_frame_per_block: int | None, *, independent_first_frame: bool = False
-) -> list[int]:
-    """How the latent frames of a clip fall into blocks.
-
-    Args:
-        num_latent_frames: F.
-        num_frame_per_block: Latent frames a block; None, or F or more, makes the whole clip one block.
-        independent_first_frame: The first frame is a block of its own, later blocks have `num_frame_per_block`.
-
-    Returns:
-        Latent frames of each block, in order; they add up to F.
-
-    Raises:
-        ValueError: If F does not divide into blocks.
-
-    Source: CausVid, arXiv 2412.07772, section 4.1; `independent_first_frame` as in Self Forcing, arXiv 2506.08009.
-    """
-    first = [1] if independent_first_frame and num_frame_per_block is not None else []
-    rest = num_latent_frames - len(first)
-    if num_frame_per_block is None or num_frame_per_block >= rest > 0:
-        return [*first, rest]
-    if num_frame_per_block < 1 or rest % num_frame_per_block:
-        below = rest // max(num_frame_per_block, 1) * max(num_frame_per_block, 1) + len(first)
-        above = below + max(num_frame_per_block, 1)
-        raise ValueError(
-            f"the number of latent frames must be {'1 + ' if first else ''}a multiple of num_frame_per_block="
-            f"{num_frame_per_block}, got {num_latent_frames}; use {below or above} or {above} latent frames "
-            f"(num_frames {4 * (below or above) - 3} or {4 * above - 3}), or another num_frame_per_block."
-        )
-    return first + [num_frame_per_block] * (rest // num_frame_per_block)
 
 
 def per_frame(per_block: torch.Tensor, block_lengths: Sequence[int]) -> torch.Tensor:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from causal_wan.basics import num_valid_latent_frames
 from causal_wan.encoding import encode_prompts, encode_videos, pad_prompt_embeds
 from causal_wan.flow import latents_from_velocity
 from causal_wan.losses import NUM_STATISTICS, level_metrics, level_statistics
 from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.regression import draw_noisy_batch, num_valid_latent_frames
+from causal_wan.regression import draw_noisy_batch
 from causal_wan.regression_config import RegressionConfig
 from dataset_utils import normalize_videos
 

@@ -13,17 +13,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-from causal_wan.flow import Sampler
+from causal_wan.basics import Sampler
 from causal_wan.regression_config import method_of_run
+from causal_wan.settings import HubConfig
 
 
 logger = logging.getLogger(__name__)
@@ -48,29 +47,6 @@ SHOWN = (
     *("learning_rate", "lr_scheduler", "optimizer", "mixed_precision", "use_ema", "lora_rank", "loss_type", "seed"),
     *("timestep_sampling", "timestep_shift", "context", "loss_space", "loss_weighting"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubConfig:
-    """Where the result goes beside the output folder. The token is that of `hf auth login`, or HF_TOKEN's."""
-
-    push_to_hub: bool = False
-    """Upload the result, with a model card, to the hub."""
-    hub_model_id: str | None = None
-    """Name of the repository, USER/NAME; None is the name of the output folder, of the user who is logged in."""
-    hub_strategy: Literal["end", "every_save"] = "end"
-    """every_save also uploads each checkpoint while training goes on, as last-checkpoint/."""
-    hub_private_repo: bool = False
-    """Make a new repository private."""
-
-    def __post_init__(self) -> None:
-        if not self.push_to_hub and (self.hub_model_id or self.hub_strategy != "end" or self.hub_private_repo):
-            raise ValueError("settings of the hub are given, but nothing is to be uploaded; add --push_to_hub.")
-        if self.hub_model_id is not None:
-            try:
-                validate_repo_id(self.hub_model_id)
-            except HFValidationError as error:
-                raise ValueError(f"hub_model_id must be a name on the hub such as me/my-wan: {error}") from None
 
 
 # --- uploads ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Shapes: T = frames, height, width in pixels; videos are in [0, 1], `(T, 3, heigh
 """
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torchvision
@@ -14,8 +13,8 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from transformers import AutoModel, AutoProcessor
 
+from causal_wan.basics import LpipsNet
 
-LpipsNet = Literal["alex", "vgg", "squeeze"]
 
 BACKBONES = {
     "alex": torchvision.models.AlexNet_Weights.DEFAULT,

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
@@ -20,10 +20,9 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
+from causal_wan.basics import LoraNames
 from causal_wan.wan_names import COMFYUI_PREFIX, INSIDE, MAX_SHOWN, OUTSIDE, PREFIXES, State, read_state
 
-
-LoraNames = Literal["diffusers", "original", "comfyui", "kohya"]
 
 DIFFUSERS_PREFIX, KOHYA_PREFIX, PEFT_PREFIX = "transformer.", "lora_unet_", "base_model.model."
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -5,17 +5,13 @@ or bins of continuous ones.
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from causal_wan.flow import NUM_TRAIN_TIMESTEPS, shift_timesteps, sigmas_from_timesteps
+from causal_wan.basics import NUM_TRAIN_TIMESTEPS, LossSpace, LossType, LossWeighting
+from causal_wan.flow import shift_timesteps, sigmas_from_timesteps
 
-
-LossType = Literal["mse", "l1", "huber"]
-LossSpace = Literal["latents", "velocity"]
-LossWeighting = Literal["none", "bell", "min_snr"]
 
 # Columns of the per-level statistics: sums over elements.
 NUM_STATISTICS = 6

@@ -6,15 +6,15 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, BitsAndBytesConfig
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from causal_wan.settings import MemoryConfig
 from causal_wan.transformer import CausalWanTransformer3DModel
 
 
@@ -34,38 +34,6 @@ _TO_THE_HOST = partial(save_on_cpu, pin_memory=True)
 
 # Kept whole: they are small, and what enters and leaves the layers goes through them.
 _NOT_QUANTIZED = ["patch_embedding", "condition_embedder", "proj_out"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
-    """What to trade for memory; see the table in the README."""
-
-    gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass: far less memory for a third more compute."""
-    gradient_checkpointing_interval: int = 1
-    """Recompute every n-th layer only: 2 is half of them."""
-    keep_attention_outputs: bool = False
-    """Recompute layers but for their attention, whose outputs are kept."""
-    offload_activations: bool = False
-    """Keep the inputs of recomputed layers in the host's memory until the backward pass."""
-    quantize_base: Literal["nf4", "int8", "fp8"] | None = None
-    """Store the frozen base of a LoRA run in 4 or 8 bits: nf4 (QLoRA) and int8 by bitsandbytes, fp8 by diffusers."""
-    vae_slicing: bool = False
-    """Encode and decode the clips of a batch one after another."""
-    vae_tiling: bool = False
-    """Encode and decode clips in overlapping tiles; blends them, so that latents differ a little from whole ones."""
-    offload_vae: bool = False
-    """Keep the VAE in the host's memory while it is not in use."""
-
-    def __post_init__(self) -> None:
-        if self.gradient_checkpointing_interval < 1:
-            raise ValueError(
-                "gradient_checkpointing_interval must be 1 (every layer) or more, got "
-                f"{self.gradient_checkpointing_interval}."
-            )
-        for name in ("keep_attention_outputs", "offload_activations"):
-            if getattr(self, name) and not self.gradient_checkpointing:
-                raise ValueError(f"{name} is about recomputed layers; add --gradient_checkpointing.")
 
 
 def enable_gradient_checkpointing(

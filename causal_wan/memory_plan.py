@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_iter
 from transformers import UMT5Config, UMT5EncoderModel
 
 from causal_wan.encoding import encode_videos
-from causal_wan.memory import MemoryConfig, cut_up_vae, enable_gradient_checkpointing
-from causal_wan.models import DEFAULT_LORA_TARGETS, add_lora, load_transformer_config
+from causal_wan.memory import cut_up_vae, enable_gradient_checkpointing
+from causal_wan.models import add_lora, load_transformer_config
+from causal_wan.settings import DEFAULT_LORA_TARGETS, MemoryConfig
 from causal_wan.transformer import CausalWanTransformer3DModel
 
 

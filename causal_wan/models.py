@@ -6,9 +6,8 @@ height and width, S = prompt tokens, D = text dimension.
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, BitsAndBytesConfig, WanPipeline
@@ -25,48 +24,7 @@ from causal_wan.wan_names import WEIGHTS_SUFFIXES, read_state, strip_prefixes, t
 # Precisions by the names of flags.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Attention projections and feed-forward of every layer; what WAN LoRAs are commonly trained on.
-DEFAULT_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """The checkpoint to start from, and how it encodes clips and prompts."""
-
-    pretrained_model_name_or_path: str
-    """Diffusers folder or hub id of a WAN text-to-video pipeline, e.g. Wan-AI/Wan2.1-T2V-1.3B-Diffusers."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub repository."""
-    max_sequence_length: int = 512
-    """Tokens that prompts are cut and padded to; 512 is what WAN was trained with."""
-    vae_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the VAE; bf16 rounds the latents."""
-
-    def __post_init__(self) -> None:
-        if self.max_sequence_length < 1:
-            raise ValueError(f"max_sequence_length must be 1 or more, got {self.max_sequence_length}; use 512.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(CheckpointConfig):
-    """The checkpoint to start from, and which of its weights are trained."""
-
-    generator_ckpt: str | None = None
-    """Start the student from these weights: a diffusers folder, the result of a run, a .safetensors, or a .pt of
-    CausVid or Self Forcing, in diffusers' names or WAN's own."""
-    lora_rank: int = 0
-    """Train LoRA adapters of this rank; 0 trains all weights."""
-    lora_alpha: float | None = None
-    """Adapters are scaled by alpha / rank; None is the rank (scale 1)."""
-    lora_target_modules: tuple[str, ...] = DEFAULT_LORA_TARGETS
-    """Linear layers that get adapters, by the ends of their names."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must be 0 (train all weights) or more, got {self.lora_rank}.")
-        if not self.lora_target_modules:
-            raise ValueError(f"lora_target_modules must name linear layers, e.g. {' '.join(DEFAULT_LORA_TARGETS)}.")
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from causal_wan.basics import Sampler
 from causal_wan.encoding import check_video_size, decode_latents, encode_prompts, encode_videos, pad_prompt_embeds
-from causal_wan.flow import Sampler, choose_sampling, sampling_timesteps
+from causal_wan.flow import choose_sampling, sampling_timesteps
 from causal_wan.rollout import (
     Generators,
     Rollout,

@@ -16,14 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from causal_wan.basics import NUM_TRAIN_TIMESTEPS
 from causal_wan.devices import to_device
-from causal_wan.flow import (
-    NUM_TRAIN_TIMESTEPS,
-    add_noise,
-    per_frame,
-    shift_timesteps,
-    sigmas_from_timesteps,
-)
+from causal_wan.flow import add_noise, per_frame, shift_timesteps, sigmas_from_timesteps
 from causal_wan.losses import level_metrics
 from causal_wan.regression_config import BIN_WIDTH, RegressionConfig
 
@@ -211,11 +206,6 @@ def draw_context(
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
     levels, noise = to_device(levels, latents.device), to_device(noise, latents.device)
     return add_noise(latents, noise, sigmas_from_timesteps(levels)), levels
-
-
-def num_valid_latent_frames(num_valid_frames: int, time_division_factor: int = 4) -> int:
-    """Latent frames that see no padded video frame, of a clip with so many real ones: (T - 1) // 4 + 1."""
-    return (num_valid_frames - 1) // time_division_factor + 1
 
 
 def summarize_levels(

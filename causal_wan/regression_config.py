@@ -4,20 +4,21 @@ Shapes: B = batch, F = latent frames, K = levels of the step list, or bins of co
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from causal_wan.flow import (
+from causal_wan.basics import (
     NUM_TRAIN_TIMESTEPS,
+    LossSpace,
+    LossType,
+    LossWeighting,
     check_denoising_step_list,
     check_timestep_shift,
     frame_block_lengths,
-    inference_timesteps,
-    sampling_timesteps,
-    training_timesteps,
 )
-from causal_wan.losses import LossSpace, LossType, LossWeighting, level_weights
+
+
+if TYPE_CHECKING:  # settings are read before torch is there; methods that make tensors import what they need
+    import torch
 
 
 BIN_WIDTH = 100  # of the timesteps that metrics of continuous levels are told by
@@ -161,11 +162,15 @@ class RegressionConfig:
             num_latent_frames, self.attention_block, independent_first_frame=self.independent_first_frame
         )
 
-    def levels(self) -> torch.Tensor:
+    def levels(self) -> "torch.Tensor":
         """What metrics are told by, float32 `(K,)`: timesteps of the step list after warping, or where bins begin.
 
         With a clean context the list has no 0: every block is to be learned.
         """
+        import torch
+
+        from causal_wan.flow import sampling_timesteps, training_timesteps
+
         if self.is_continuous:
             return torch.arange(0, NUM_TRAIN_TIMESTEPS, BIN_WIDTH, dtype=torch.float32)
         of_list = sampling_timesteps if self.has_clean_context else training_timesteps
@@ -175,8 +180,10 @@ class RegressionConfig:
             timestep_shift=self.timestep_shift,
         )
 
-    def inference_timesteps(self) -> torch.Tensor:
+    def inference_timesteps(self) -> "torch.Tensor":
         """The timesteps that the student is sampled at, float32 `(num_steps,)`, from noise to data."""
+        from causal_wan.flow import inference_timesteps
+
         if self.is_continuous:
             return inference_timesteps(self.num_inference_steps, self.timestep_shift)
         levels = self.levels()
@@ -187,8 +194,10 @@ class RegressionConfig:
         """How the student is sampled; see `causal_wan.rollout.Rollout`."""
         return "euler" if self.is_continuous else "renoise"
 
-    def loss_weights(self, sigmas: torch.Tensor) -> torch.Tensor:
+    def loss_weights(self, sigmas: "torch.Tensor") -> "torch.Tensor":
         """Weights of frames at these levels, of the same shape; see `causal_wan.losses.level_weights`."""
+        from causal_wan.losses import level_weights
+
         return level_weights(
             sigmas,
             self.loss_weighting,

@@ -21,16 +21,18 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKLWan
 from tqdm.auto import tqdm
 
+from causal_wan.basics import num_valid_latent_frames
 from causal_wan.checkpoints import check_output_dir
 from causal_wan.compiling import seconds_compiling
 from causal_wan.config import flat_dict, user_errors, write_recipe
+from causal_wan.data_config import ClipShape
 from causal_wan.devices import to_device
 from causal_wan.encoding import check_video_size, encode_videos, pad_prompt_embeds
 from causal_wan.hub import DATA_SUMMARY_NAME, HubUploads, start_uploads
 from causal_wan.losses import level_statistics
 from causal_wan.memory import on_device
 from causal_wan.models import check_generator_ckpt
-from causal_wan.regression import NoisyBatch, num_valid_latent_frames, summarize_levels
+from causal_wan.regression import NoisyBatch, summarize_levels
 from causal_wan.run_config import RunConfig
 from causal_wan.run_data import RunData, load_run_data
 from causal_wan.run_parts import (
@@ -44,7 +46,6 @@ from causal_wan.run_parts import (
     with_checkpointing_of_launch,
 )
 from causal_wan.run_plan import describe_memory, describe_plan
-from causal_wan.sample_order import ClipShape
 from causal_wan.strategies import count_replicas
 from causal_wan.trackers import Trackers, resolve_trackers
 from causal_wan.training import (

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from causal_wan.flow import Sampler, add_noise, euler_step, latents_from_velocity, sigmas_from_timesteps
+from causal_wan.basics import Sampler
+from causal_wan.flow import add_noise, euler_step, latents_from_velocity, sigmas_from_timesteps
 from causal_wan.kv_cache import KVCache
 from causal_wan.transformer import CausalWanTransformer3DModel
 

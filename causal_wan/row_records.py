@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-from causal_wan.data_config import DataConfig
+from causal_wan.data_config import DataConfig, VideoLimits
 from causal_wan.file_manifest import stat_of
 from causal_wan.tables import TableRow
-from causal_wan.video_files import Video, VideoLimits, decode_frames, describe_error
+from causal_wan.video_files import Video, decode_frames, describe_error
 from dataset_utils import check_row, find_video
 
 

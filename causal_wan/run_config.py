@@ -3,18 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from causal_wan.cached_data import CacheConfig, check_can_be_cached
-from causal_wan.data_config import DataConfig
-from causal_wan.hub import HubConfig
-from causal_wan.memory import MemoryConfig
-from causal_wan.models import DTYPES, ModelConfig
-from causal_wan.regression import num_valid_latent_frames
+from causal_wan.basics import num_valid_latent_frames
+from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached
 from causal_wan.regression_config import RegressionConfig
-from causal_wan.sample_order import ClipShape
-from causal_wan.training import TrainingConfig
-from causal_wan.validation import ValidationConfig
+from causal_wan.settings import CacheConfig, HubConfig, MemoryConfig, ModelConfig, TrainingConfig, ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +41,6 @@ class RunConfig:
                 "compile makes one operation of a layer, in which neither keep_attention_outputs finds attention nor "
                 "quantize_base unpacks weights; leave it or them out."
             )
-
-    @property
-    def vae_dtype(self) -> torch.dtype:
-        """Of the VAE's weights and passes."""
-        return DTYPES[self.model.vae_dtype]
 
     @property
     def cache_dir(self) -> Path | None:

@@ -13,19 +13,10 @@ import av
 import torch
 from torch.utils.data import DataLoader
 
-from causal_wan.cached_data import (
-    CacheConfig,
-    CachedClips,
-    CachedData,
-    LatentKeeper,
-    check_can_be_cached,
-    gather_lists,
-    open_cache,
-)
-from causal_wan.data_config import DataConfig
+from causal_wan.cached_data import CachedClips, CachedData, LatentKeeper, gather_lists, open_cache
+from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached
 from causal_wan.file_manifest import FileManifest
-from causal_wan.models import CheckpointConfig
-from causal_wan.sample_order import ClipShape
+from causal_wan.settings import CacheConfig, CheckpointConfig
 from causal_wan.stream_sources import Stream, open_stream
 from causal_wan.streaming import LaneStates, StreamedClips, collate_streamed
 from causal_wan.video_files import describe_error

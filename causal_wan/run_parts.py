@@ -19,7 +19,6 @@ from causal_wan.export import write_pipeline_file
 from causal_wan.memory import cut_up_vae, enable_gradient_checkpointing, quantization_config, store_in_fp8
 from causal_wan.models import (
     DTYPES,
-    CheckpointConfig,
     add_lora,
     causal_settings,
     load_text_encoder,
@@ -30,6 +29,7 @@ from causal_wan.models import (
     save_transformer,
 )
 from causal_wan.run_config import RunConfig
+from causal_wan.settings import CheckpointConfig
 from causal_wan.strategies import (
     check_can_be_compiled,
     context_mesh,
@@ -119,7 +119,7 @@ def make_vae(config: RunConfig, device: torch.device, *, is_needed: bool) -> Aut
     name, revision = config.model.pretrained_model_name_or_path, config.model.revision
     if not is_needed:
         return load_vae_config(name, revision=revision)
-    vae = load_vae(name, dtype=config.vae_dtype, revision=revision)
+    vae = load_vae(name, dtype=DTYPES[config.model.vae_dtype], revision=revision)
     cut_up_vae(vae, config.memory)
     return vae if config.memory.offload_vae else vae.to(device)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from causal_wan.config import flat_dict
 from causal_wan.memory_plan import describe_shortage, plan_run
-from causal_wan.models import causal_settings
+from causal_wan.models import DTYPES, causal_settings
 from causal_wan.run_config import RunConfig
 from causal_wan.run_data import RunData
 from causal_wan.run_parts import text_dtype, weight_dtype
@@ -46,7 +46,7 @@ def describe_memory(config: RunConfig, accelerator: Any) -> str:
         causal_config=causal_settings(flat_dict(config)),
         generator_ckpt=model.generator_ckpt,
         revision=model.revision,
-        vae_dtype=config.vae_dtype,
+        vae_dtype=DTYPES[config.model.vae_dtype],
         text_dtype=text_dtype(accelerator),
         batch_size=training.train_batch_size,
         num_passes=training.gradient_accumulation_steps + keeps_gradients,

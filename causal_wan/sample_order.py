@@ -6,7 +6,6 @@ from several sources with weights.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,14 +13,6 @@ import torch
 
 ORDER_STREAM, CLIP_STREAM, CAPTION_STREAM = 0, 1, 3  # of a run's random numbers; 2 is the noise in `regression`
 BUCKET_STREAM, SOURCE_STREAM = 4, 5
-
-
-class ClipShape(NamedTuple):
-    """Video frames, height and width in pixels of a clip as the model sees it."""
-
-    num_frames: int
-    height: int
-    width: int
 
 
 def seeded_generator(seed: int, *stream: int) -> torch.Generator:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import yaml
 
-from causal_wan.flow import Sampler, check_denoising_step_list, choose_sampling
+from causal_wan.basics import Sampler, check_denoising_step_list
+from causal_wan.flow import choose_sampling
 from causal_wan.models import (
     DTYPES,
     LORA_WEIGHTS_NAME,

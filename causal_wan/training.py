@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +43,7 @@ from causal_wan.checkpoints import (
 )
 from causal_wan.profiling import StepProfiler
 from causal_wan.run_log import METRICS_NAME, MetricSums, StepLog, Sums, truncate_metrics
+from causal_wan.settings import TrainingConfig
 from causal_wan.strategies import count_replicas
 from causal_wan.trackers import CaptionedVideo, Trackers, identify_run, resolve_trackers, start_each
 
@@ -53,106 +54,6 @@ Batch = dict[str, Any]
 
 EXIT_STOPPED = 75
 """Exit status after SIGTERM or SIGUSR1: a checkpoint was written, the same command goes on (EX_TEMPFAIL)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """The run: how long, how fast, what is kept."""
-
-    output_dir: str
-    """Folder of the result, the checkpoints, the logs and the validation videos."""
-    seed: int = 0
-    """Seeds the order of the data, the noise and the draws of noise levels."""
-    max_train_steps: int = 10_000
-    """Optimizer steps of the whole run."""
-    train_batch_size: int = 1
-    """Clips in one pass of one process."""
-    gradient_accumulation_steps: int = 1
-    """Passes of each process that make one optimizer step."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit keeps the optimizer's states in 8 bits (bitsandbytes)."""
-    learning_rate: float = 2e-6
-    """2e-6 suits full fine-tuning (CausVid, Self Forcing); LoRA wants about 1e-4."""
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = "constant"
-    """One of diffusers' schedules."""
-    lr_warmup_steps: int = 0
-    """Steps in which the learning rate rises from 0; not with the plain constant schedule."""
-    adam_beta1: float = 0.9
-    """Decay of the mean of gradients."""
-    adam_beta2: float = 0.999
-    """Decay of the mean of squared gradients."""
-    adam_weight_decay: float = 0.01
-    """Decoupled weight decay."""
-    adam_epsilon: float = 1e-8
-    """Keeps AdamW from dividing by zero."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them as they are."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the passes; what `accelerate launch` or its config file says by default."""
-    allow_tf32: bool = False
-    """TensorFloat-32 matrix products on Ampere GPUs and newer."""
-    use_ema: bool = False
-    """Keep an exponential moving average of the weights; it is what is validated and saved as the result."""
-    ema_decay: float = 0.99
-    """Decay of the average; reached after a warm-up."""
-    dataloader_num_workers: int = 2
-    """Processes that read and decode ahead, for each training process."""
-    checkpointing_steps: int = 500
-    """Steps between checkpoints, from which a run can be resumed."""
-    checkpoints_total_limit: int | None = None
-    """How many checkpoints are kept, the newest; None keeps all."""
-    resume_from_checkpoint: str | None = None
-    """`latest` (starts anew when there is none) or the path of a checkpoint."""
-    logging_steps: int = 10
-    """Steps between log entries, each over all steps since the last."""
-    report_to: tuple[Literal["wandb", "tensorboard", "trackio", "all", "none"], ...] = ("tensorboard",)
-    """Trackers, any number; `all` that are installed. metrics.jsonl is written in any case."""
-    tracker_project_name: str = "causal-wan"
-    """Project that wandb and trackio file the run under."""
-    run_name: str | None = None
-    """What trackers call the run; the name of the output folder by default. A resumed run keeps its name."""
-    validation_steps: int = 500
-    """Steps between validations."""
-    max_nonfinite_steps: int = 10
-    """Steps in a row that may be skipped because the loss is not finite, before the run stops."""
-    profile: tuple[int, int] | None = None
-    """First and last step to profile, e.g. 10 12: a trace and a chart of a step's parts go to profile/."""
-
-    def __post_init__(self) -> None:
-        at_least_one = (
-            "max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps logging_steps "
-            "validation_steps max_nonfinite_steps"
-        )
-        for name in at_least_one.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        if "none" in self.report_to and len(self.report_to) > 1:
-            raise ValueError(f"report_to must name trackers, or be none alone, got {' '.join(self.report_to)}.")
-        if self.run_name is not None and (self.run_name in ("", ".", "..") or "/" in self.run_name):
-            raise ValueError(f"run_name must serve as the name of a folder, got {self.run_name!r}; leave out slashes.")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}; try 2e-6, or 1e-4 for LoRA.")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise ValueError(
-                f"checkpoints_total_limit must be 1 or more, or None, got {self.checkpoints_total_limit}."
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
-        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] <= self.max_train_steps:
-            raise ValueError(
-                f"profile must be a first and a last step, from 1 to max_train_steps={self.max_train_steps}, got "
-                f"{self.profile[0]} {self.profile[1]}; 10 12 is a good choice."
-            )
-        if self.lr_warmup_steps and self.lr_scheduler == "constant":
-            raise ValueError(
-                "lr_warmup_steps needs a schedule that warms up; use --lr_scheduler constant_with_warmup."
-            )
-
-    def samples_per_step(self, num_replicas: int) -> int:
-        """Clips of an optimizer step, over all passes and processes; see `count_replicas`."""
-        return self.train_batch_size * self.gradient_accumulation_steps * num_replicas
 
 
 @dataclass

@@ -14,13 +14,8 @@ from typing import Any
 
 import torch
 
-from causal_wan.flow import (
-    NUM_TRAIN_TIMESTEPS,
-    broadcast_over_latents,
-    inference_timesteps,
-    sigmas_from_timesteps,
-    velocity_from_latents,
-)
+from causal_wan.basics import NUM_TRAIN_TIMESTEPS
+from causal_wan.flow import broadcast_over_latents, inference_timesteps, sigmas_from_timesteps, velocity_from_latents
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import NoisyBatch, draw_context, draw_level_indices, sample_generator
 from causal_wan.regression_config import RegressionConfig

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from causal_wan.cached_data import CacheConfig, CachedData, LatentKeeper, open_cache
-from causal_wan.data_config import DataConfig
+from causal_wan.cached_data import CachedData, LatentKeeper, open_cache
+from causal_wan.data_config import ClipShape, DataConfig
 from causal_wan.file_manifest import FileManifest
-from causal_wan.models import CheckpointConfig
 from causal_wan.run_data import RunData
-from causal_wan.sample_order import ClipShape, SampleOrder
+from causal_wan.sample_order import SampleOrder
+from causal_wan.settings import CacheConfig, CheckpointConfig
 from causal_wan.streaming import LaneStates
 from causal_wan.tensor_cache import TensorCache, describe_differences, settings_key
 from dataset_utils import Loadable, Row, SampleStream, collate

@@ -30,6 +30,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.utils import apply_lora_scale
 from torch.distributed.device_mesh import DeviceMesh
 
+from causal_wan.basics import frame_block_lengths
 from causal_wan.block_attention import (
     TokenSpan,
     apply_rotary_emb,
@@ -38,7 +39,6 @@ from causal_wan.block_attention import (
     teacher_forcing_spans,
 )
 from causal_wan.context_parallel import ContextParallel, check_divides_by_group
-from causal_wan.flow import frame_block_lengths
 from causal_wan.kv_cache import KVCache, LayerCache
 
 

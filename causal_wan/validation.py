@@ -5,7 +5,6 @@ be laid side by side.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,6 @@ from causal_wan.run_log import MetricSums, Sums
 from causal_wan.trackers import CaptionedVideo
 from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.video_writing import write_video
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationConfig:
-    """What a run is judged by while it trains."""
-
-    validation_prompts: tuple[str, ...] = ()
-    """Prompts to sample at each validation."""
-    validation_metadata_path: str | None = None
-    """CSV of held-out clips, like metadata_path: their loss is measured and their prompts are sampled."""
-    num_validation_samples: int = 4
-    """How many of the held-out clips are used, from the first row on."""
-    validation_guidance_scale: float = 1.0
-    """Classifier-free guidance of the samples above 1, for students in many steps; train with --caption_dropout."""
-
-    @property
-    def negative_prompts(self) -> list[str]:
-        """What is embedded beside the prompts: the empty prompt, if samples are guided."""
-        return [""] if self.validation_guidance_scale > 1 else []
-
-    def __post_init__(self) -> None:
-        if self.num_validation_samples < 1:
-            raise ValueError(f"num_validation_samples must be 1 or more, got {self.num_validation_samples}.")
 
 
 def share(count: int, process_index: int, num_processes: int) -> list[tuple[int, bool]]:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from causal_wan.basics import MAX_VBENCH_SAMPLES
 from causal_wan.video_writing import write_video
 
 
 MAX_NAME_BYTES = 255  # of file systems
-MAX_VBENCH_SAMPLES = 1000  # of a prompt
 UNSAFE = re.compile(r"[/\x00-\x1f\x7f]")
 DIGEST_LENGTH = 10
 

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO, NoReturn
 import av
 import torch
 
+from causal_wan.data_config import DEFAULT_LIMITS, VideoLimits
+
 
 # FFmpeg may also read playlists and lists of files; containers that hold their own pictures are all a clip needs.
 CONTAINERS = "matroska,webm,avi,mpeg,mpegts,flv,ogg,gif,asf,m4v,h264,hevc"
@@ -27,28 +29,6 @@ MP4_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2"
 MP4_BOXES = b"ftyp moov mdat free skip wide pnot styp uuid junk sidx moof".split()  # that an mp4 or mov begins with
 MP4_SAMPLE_TABLES = re.compile(rb"stsz.{4}(.{4})(.{4})|trun.(.{3})(.{4})|cmov", re.DOTALL)
 CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoLimits:
-    """What a video file may ask for at most, so that none takes all memory or time."""
-
-    max_video_pixels: int = 8192 * 4320
-    """Pixels of a frame of a file; the default allows 8K."""
-    max_video_frames: int = 1_000_000
-    """Frames of a file."""
-    max_video_seconds: float = 6 * 3600.0
-    """Duration of a file."""
-    decode_timeout: float = 300.0
-    """Seconds that decoding one clip may take; uniform and random sampling decode files to their end."""
-
-    def __post_init__(self) -> None:
-        for name, limit in vars(self).items():
-            if not limit > 0:
-                raise ValueError(f"{name} must be above 0, got {limit}; the default is {vars(VideoLimits)[name]}.")
-
-
-DEFAULT_LIMITS = VideoLimits()
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
-
-FRAME_RATE = 16  # of WAN's videos
+from causal_wan.basics import FRAME_RATE
 
 
 def as_frames(video: torch.Tensor) -> np.ndarray:

@@ -7,8 +7,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from causal_wan import compiling
 from causal_wan.compiling import compile_layers
-from causal_wan.memory import MemoryConfig, enable_gradient_checkpointing
+from causal_wan.memory import enable_gradient_checkpointing
 from causal_wan.models import add_lora
+from causal_wan.settings import MemoryConfig
 from causal_wan.transformer import CausalWanTransformer3DModel
 
 

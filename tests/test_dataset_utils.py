@@ -11,10 +11,10 @@ import torch
 from test_video_files import shown_indices, write_playlists, write_video
 from torch.utils.data import DataLoader
 
-from causal_wan.sample_order import ClipShape, SampleOrder
+from causal_wan.data_config import ClipShape, DataConfig
+from causal_wan.sample_order import SampleOrder
 from causal_wan.video_files import decode_frames
 from dataset_utils import (
-    DataConfig,
     Row,
     SampleStream,
     VideoDataset,

@@ -15,8 +15,9 @@ import yaml
 from conftest import SCRIPT_ENV, launch, run_script
 from torch.utils.data import DataLoader
 
+from causal_wan.data_config import DataConfig
 from causal_wan.models import load_text_encoder, load_transformer, load_vae
-from dataset_utils import DataConfig, SampleStream, VideoDataset, load_rows, name_clips_of_dead_workers, order_samples
+from dataset_utils import SampleStream, VideoDataset, load_rows, name_clips_of_dead_workers, order_samples
 
 
 SCRIPT = "train_video_regression.py"

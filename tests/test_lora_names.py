@@ -8,8 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from causal_wan.lora_names import find_lora, lora_file, parse_lora, peft_config, read_lora
-from causal_wan.models import DEFAULT_LORA_TARGETS, LORA_WEIGHTS_NAME, add_lora, load_transformer, save_lora
+from causal_wan.models import LORA_WEIGHTS_NAME, add_lora, load_transformer, save_lora
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.settings import DEFAULT_LORA_TARGETS
 
 
 TINY_WAN = str(ROOT / "examples" / "sketch" / "tiny-wan")

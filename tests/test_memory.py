@@ -9,9 +9,10 @@ import torch
 from conftest import ROOT, TINY_TRANSFORMER, run_script
 
 from causal_wan.encoding import encode_videos
-from causal_wan.memory import MemoryConfig, enable_gradient_checkpointing, on_device, quantization_config, store_in_fp8
+from causal_wan.memory import enable_gradient_checkpointing, on_device, quantization_config, store_in_fp8
 from causal_wan.memory_plan import GIB, PeakMemory, Workload, describe_shortage, plan_encoding, plan_training
 from causal_wan.models import add_lora, load_transformer, load_vae
+from causal_wan.settings import MemoryConfig
 from causal_wan.transformer import CausalWanTransformer3DModel
 
 

@@ -14,12 +14,12 @@ from test_train_video_regression import metrics, weights
 import precompute_latents
 from causal_wan import cached_data, encoding, models, regression_run
 from causal_wan.config import parse_config
+from causal_wan.data_config import ClipShape, DataConfig
 from causal_wan.encoding import encode_prompts, encode_videos
 from causal_wan.file_manifest import FileManifest
 from causal_wan.models import load_text_encoder, load_vae
-from causal_wan.sample_order import ClipShape
 from causal_wan.tensor_cache import TensorCache
-from dataset_utils import DataConfig, VideoDataset, load_rows, normalize_videos
+from dataset_utils import VideoDataset, load_rows, normalize_videos
 
 
 SCRIPT = "precompute_latents.py"

@@ -4,12 +4,12 @@ import math
 import pytest
 import torch
 
+from causal_wan.basics import num_valid_latent_frames
 from causal_wan.flow import add_noise, shift_timesteps, sigmas_from_timesteps
 from causal_wan.regression import (
     draw_continuous_timesteps,
     draw_level_indices,
     draw_noisy_batch,
-    num_valid_latent_frames,
     sample_generator,
     summarize_levels,
 )

@@ -17,12 +17,13 @@ from datasets import Dataset, DatasetDict, Video
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 import dataset_utils
+from causal_wan.data_config import DataConfig
 from causal_wan.sample_order import CLIP_STREAM, seeded_generator
 from causal_wan.stream_sources import StreamedVideo, open_stream
 from causal_wan.streaming import LaneStates, StreamedClips, collate_streamed
 from causal_wan.table_sources import Source
 from causal_wan.video_files import decode_frames, probe_video
-from dataset_utils import DataConfig, Row, load_video
+from dataset_utils import Row, load_video
 
 
 COLUMNS = {"video_column": "mp4", "caption_column": ("txt",)}

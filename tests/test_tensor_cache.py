@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from causal_wan.cached_data import CachedData, Encoders
-from causal_wan.data_config import DataConfig
+from causal_wan.data_config import ClipShape, DataConfig
 from causal_wan.file_manifest import FileManifest, hash_content
-from causal_wan.sample_order import ClipShape
 from causal_wan.tensor_cache import (
     MAX_SHARD_ENTRIES,
     STALE_SECONDS,

@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader, Dataset
 
 from causal_wan.checkpoints import check_output_dir, list_checkpoints
-from causal_wan.training import TrainingConfig, ema_weights, gather_weights, make_accelerator, prepare_run, train
+from causal_wan.settings import TrainingConfig
+from causal_wan.training import ema_weights, gather_weights, make_accelerator, prepare_run, train
 
 
 class Numbers(Dataset):

@@ -18,15 +18,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from causal_wan.video_files import (
-    DEFAULT_LIMITS,
-    EmbeddedVideo,
-    VideoLimits,
-    decode_frames,
-    open_video,
-    probe_video,
-    resolve_path,
-)
+from causal_wan.data_config import DEFAULT_LIMITS, VideoLimits
+from causal_wan.video_files import EmbeddedVideo, decode_frames, open_video, probe_video, resolve_path
 
 
 GREY_STEP = 8  # frame i of a test clip is 8 i grey all over
