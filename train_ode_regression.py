@@ -24,8 +24,9 @@ import torch
 from causal_wan.config import parse_config
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.losses import frame_losses, masked_sum_over_count
+from causal_wan.method_inputs import Inputs
 from causal_wan.regression import draw_noisy_batch
-from causal_wan.regression_run import Inputs, load_held_out_clips, run_regression
+from causal_wan.regression_run import load_held_out_clips, run_regression
 from causal_wan.run_config import RunConfig
 from causal_wan.training import Batch, Sums
 from causal_wan.trajectories import take_noisy_batch

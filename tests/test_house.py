@@ -77,9 +77,13 @@ ALLOWED = {
         *("config", "memory_plan", "models"),
         *("run_config", "run_data", "run_parts", "strategies"),
     },
+    "method_inputs": {
+        *("dataset_utils", "encoding", "losses", "memory", "regression"),
+        *("run_config", "run_data", "sample_order", "training"),
+    },
     "regression_run": {
-        *("checkpoints", "config", "dataset_utils", "encoding", "hub", "losses", "memory", "models"),
-        *("regression", "run_config", "run_data", "run_parts", "run_plan", "sample_order", "strategies"),
+        *("checkpoints", "config", "dataset_utils", "encoding", "hub", "method_inputs", "models"),
+        *("run_config", "run_data", "run_parts", "run_plan", "strategies"),
         *("trackers", "training", "transformer", "validation"),
     },
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
