@@ -44,10 +44,12 @@ if __name__ == "__main__":  # before the imports that take seconds: --help and m
 
 import torch
 
+from causal_wan.devices import to_device
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.losses import frame_losses, masked_sum_over_count
+from causal_wan.method_inputs import Inputs
 from causal_wan.regression import draw_noisy_batch
-from causal_wan.regression_run import Inputs, load_held_out_clips, run_regression
+from causal_wan.regression_run import load_held_out_clips, run_regression
 from causal_wan.training import Batch, Sums
 from causal_wan.trajectories import take_noisy_batch
 from causal_wan.trajectory_data import TrajectoryData, load_trajectory_data
@@ -55,7 +57,7 @@ from causal_wan.trajectory_data import TrajectoryData, load_trajectory_data
 
 def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:
     """Trajectories of the data loader -> each block as it is at the level that is drawn for it."""
-    trajectories = torch.stack(batch["clips"]).to(inputs.device).float()  # (B, K, C, F, H, W)
+    trajectories = to_device(torch.stack(batch["clips"]), inputs.device).float()  # (B, K, C, F, H, W)
     noisy = take_noisy_batch(
         trajectories[:, inputs.data.slots],
         trajectories[:, -1],

@@ -41,8 +41,9 @@ import torch
 
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.losses import frame_losses, masked_sum_over_count
+from causal_wan.method_inputs import Inputs
 from causal_wan.regression import draw_noisy_batch
-from causal_wan.regression_run import Inputs, run_regression
+from causal_wan.regression_run import run_regression
 from causal_wan.training import Batch, Sums
 
 

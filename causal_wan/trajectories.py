@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from causal_wan.basics import NUM_TRAIN_TIMESTEPS
+from causal_wan.devices import to_device
 from causal_wan.flow import broadcast_over_latents, inference_timesteps, sigmas_from_timesteps, velocity_from_latents
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import NoisyBatch, draw_context, draw_level_indices, sample_generator
@@ -117,7 +118,7 @@ def take_noisy_batch(
     levels, num_frames = method.levels(), latents.shape[2]
     indices = torch.stack([draw_level_indices(each, levels, block_lengths, num_frames) for each in generators])
     context_latents, context_timesteps = draw_context(latents, method, generators)
-    timesteps, indices = levels[indices].to(latents.device), indices.to(latents.device)
+    timesteps, indices = (to_device(part, latents.device) for part in (levels[indices], indices))
     where = indices[:, None, None, :, None, None].expand(-1, 1, latents.shape[1], -1, *latents.shape[3:])
     noisy_latents, sigmas = trajectories.gather(1, where)[:, 0], sigmas_from_timesteps(timesteps)
     is_clean = broadcast_over_latents(sigmas == 0)

@@ -36,7 +36,7 @@ class Validation:
 
     Args:
         accelerator: Of the run.
-        inputs: Has `config`, `seed`, `vae`, `embed(prompts)` and `summarize`, as `causal_wan.regression_run.Inputs`.
+        inputs: Has `config`, `seed`, `vae`, `embed(prompts)` and `summarize`, as `causal_wan.method_inputs.Inputs`.
         compute_loss: Of a transformer, a batch and the number of its items.
         output_dir: Videos go to `validation/step-N` in it.
         prompts: All prompts, of all processes.

@@ -66,7 +66,7 @@ ALLOWED = {
         *("video_files",),
     },
     "prompt_files": set(),
-    "trajectories": {"flow", "pipeline", "regression", "regression_config", "rollout", "transformer"},
+    "trajectories": {"devices", "flow", "pipeline", "regression", "regression_config", "rollout", "transformer"},
     "teacher": {"models", "pipeline", "student", "transformer"},
     "trajectory_data": {
         *("cached_data", "data_config", "dataset_utils", "file_manifest", "run_data", "sample_order", "settings"),
@@ -81,10 +81,13 @@ ALLOWED = {
         *("config", "memory_plan", "models"),
         *("run_config", "run_data", "run_parts", "strategies"),
     },
+    "method_inputs": {
+        *("compiling", "data_config", "dataset_utils", "devices", "encoding", "losses", "memory", "regression"),
+        *("run_config", "run_data", "training"),
+    },
     "regression_run": {
-        *("checkpoints", "compiling", "config", "data_config", "dataset_utils", "devices", "encoding", "hub"),
-        *("losses", "memory", "models", "regression", "run_config", "run_data", "run_parts", "run_plan", "strategies"),
-        *("trackers", "training", "transformer", "validation"),
+        *("checkpoints", "config", "dataset_utils", "encoding", "hub", "method_inputs", "models", "run_config"),
+        *("run_data", "run_parts", "run_plan", "strategies", "trackers", "training", "transformer", "validation"),
     },
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
     "dataset_survey": {"data_config"},

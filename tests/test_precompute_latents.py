@@ -12,7 +12,7 @@ from conftest import launch, run_here, write_clip
 from test_train_video_regression import metrics, weights
 
 import precompute_latents
-from causal_wan import cached_data, encoding, models, regression_run
+from causal_wan import cached_data, encoding, method_inputs, models
 from causal_wan.config import parse_config
 from causal_wan.data_config import ClipShape, DataConfig
 from causal_wan.encoding import encode_prompts, encode_videos
@@ -238,13 +238,13 @@ def test_filling_reading_and_resuming_give_the_same_numbers(write_recipe, filled
 
 
 def test_clips_are_encoded_in_the_first_epoch_alone(write_recipe, monkeypatch):
-    encoded, encode = [], regression_run.encode_videos
+    encoded, encode = [], method_inputs.encode_videos
 
     def count(vae, videos):
         encoded.append(len(videos))
         return encode(vae, videos)
 
-    monkeypatch.setattr(regression_run, "encode_videos", count)
+    monkeypatch.setattr(method_inputs, "encode_videos", count)
     monkeypatch.setattr("causal_wan.tensor_cache.EAGER_SECONDS", 0.0)
     path, output_dir = write_recipe(cache_latents=True, max_train_steps=12)  # four epochs
     run_here(TRAINING, "--config", path)
