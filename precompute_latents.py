@@ -47,7 +47,7 @@ class Config:
     """Folder of the result; one may serve many tables and settings."""
     latents_dtype: LatentsDtype = "bf16"
     """Precision that latents are kept in."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
     """Precision of the text encoder, that of training; what the launch says by default."""
     encode_batch_size: int = 1
     """Clips that the VAE encodes at once; more than one may change the last bits."""
@@ -114,7 +114,7 @@ def main(config: Config) -> None:
         )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.mixed_precision,
+        mixed_precision="bf16" if config.mixed_precision == "fp8" else config.mixed_precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     with user_errors():

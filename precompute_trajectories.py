@@ -68,7 +68,7 @@ class Config:
     """Seeds the noise."""
     latents_dtype: LatentsDtype = "bf16"
     """Precision that trajectories are kept in."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
     """Precision of teacher and text encoder; what the launch says by default."""
     sample_batch_size: int = 1
     """Trajectories that the teacher samples at once; more than one may change the last bits."""
@@ -139,7 +139,7 @@ def main(config: Config) -> None:
         check_blocks(config, teacher)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.mixed_precision,
+        mixed_precision="bf16" if config.mixed_precision == "fp8" else config.mixed_precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     with user_errors():

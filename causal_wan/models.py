@@ -23,7 +23,6 @@ from causal_wan.wan_names import WEIGHTS_SUFFIXES, read_state, strip_prefixes, t
 
 # Precisions by the names of flags.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Attention projections and feed-forward of every layer; what WAN LoRAs are commonly trained on.
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 

@@ -42,6 +42,7 @@ from causal_wan.training import (
     Batch,
     Run,
     Sums,
+    check_precision,
     ema_weights,
     gather_weights,
     make_accelerator,
@@ -113,6 +114,7 @@ def run_regression(
         check_generator_ckpt(config.model.generator_ckpt)
         check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
         resolve_trackers(config.training.report_to)
+        check_precision(config.training.mixed_precision)
         data = load_data(config)
     if config.dry_run:
         print_plan(config, data)
@@ -156,8 +158,9 @@ def run_regression(
 
 def print_plan(config: RunConfig, data: RunData) -> None:
     """What a run is going to do, and what it takes, without weights."""
+    precision = config.training.mixed_precision
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision=config.training.mixed_precision
+        cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if precision == "fp8" else precision
     )
     config = with_checkpointing_of_launch(config, accelerator)
     if not accelerator.is_main_process:

@@ -43,7 +43,7 @@ from causal_wan.transformer import CausalWanTransformer3DModel
 
 def weight_dtype(accelerator: Any) -> torch.dtype:
     """What weights that are not trained are kept in, and passes computed in."""
-    return DTYPES.get(accelerator.mixed_precision, torch.float32)
+    return DTYPES.get("bf16" if accelerator.mixed_precision == "fp8" else accelerator.mixed_precision, torch.float32)
 
 
 def text_dtype(accelerator: Any) -> torch.dtype:

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 
+# Attention projections and feed-forward of every layer; what WAN LoRAs are commonly trained on.
 DEFAULT_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 LatentsDtype = Literal["bf16", "fp16", "fp32"]
 
@@ -120,8 +121,9 @@ class TrainingConfig:
     """Keeps AdamW from dividing by zero."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the passes; what `accelerate launch` or its config file says by default."""
+    mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
+    """Precision of the passes; what `accelerate launch` or its config file says by default. fp8 has the products of
+    layers in 8 bits (torchao), for GPUs from Hopper on, and the rest in bf16."""
     allow_tf32: bool = False
     """TensorFloat-32 matrix products on Ampere GPUs and newer."""
     use_ema: bool = False

@@ -6,6 +6,7 @@ random generators, and neither the number of processes nor gradient accumulation
 """
 
 import contextlib
+import importlib.util
 import logging
 import signal
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    AORecipeKwargs,
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     DistributedType,
@@ -44,7 +46,7 @@ from causal_wan.checkpoints import (
 from causal_wan.profiling import StepProfiler
 from causal_wan.run_log import METRICS_NAME, MetricSums, StepLog, Sums, truncate_metrics
 from causal_wan.settings import TrainingConfig
-from causal_wan.strategies import count_replicas
+from causal_wan.strategies import count_replicas, is_sharded
 from causal_wan.trackers import CaptionedVideo, Trackers, identify_run, resolve_trackers, start_each
 
 
@@ -76,6 +78,27 @@ class RunState:
 # --- set up ----------------------------------------------------------------------------------------------------------
 
 
+def check_precision(mixed_precision: str | None) -> None:
+    """Checks that the precision can be had.
+
+    Raises:
+        ValueError: If it needs a library that is not installed.
+    """
+    if mixed_precision == "fp8" and importlib.util.find_spec("torchao") is None:
+        raise ValueError("--mixed_precision fp8 needs torchao; run `pip install torchao`, or use bf16.")
+
+
+def _is_computed_in_fp8(module: torch.nn.Module, name: str) -> bool:
+    """Whether a linear layer has its products in 8 bits: those of the layers, in which nearly all the work is."""
+    is_linear = isinstance(module, torch.nn.Linear) and not (module.in_features % 16 or module.out_features % 16)
+    return is_linear and "blocks." in name and "lora_" not in name
+
+
+def _fp8_recipe() -> tuple[AORecipeKwargs]:
+    # Gathering in 8 bits is for sharded weights, and would make all of them tensors of a kind that is not saved.
+    return (AORecipeKwargs(module_filter_func=_is_computed_in_fp8, enable_fsdp_float8_all_gather=False),)
+
+
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The Accelerator of a run, with the output folder made."""
     accelerator = Accelerator(
@@ -90,7 +113,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
         step_scheduler_with_optimizer=False,
         # One copy of the gradients, not two.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            *(_fp8_recipe() if config.mixed_precision == "fp8" else ()),
+        ],
     )
     if accelerator.is_fsdp2:
         # Left alone it would round all that goes into a layer, timesteps included (757 to 756), sum gradients in 16
@@ -317,6 +343,11 @@ def prepare_run(
         raise ValueError(
             "bitsandbytes takes sharded weights for whole ones and writes outside of them (its issue 1633); use "
             "--optimizer adamw, or launch with accelerate_configs/ddp.yaml or zero2.yaml."
+        )
+    if accelerator.mixed_precision == "fp8" and is_sharded(accelerator):
+        raise ValueError(
+            "mixed_precision fp8 needs whole weights on each GPU; launch with accelerate_configs/single_gpu.yaml or "
+            "ddp.yaml, or use bf16."
         )
     optimizer = make_optimizer(trainable_parameters(model), config)
     lr_scheduler = get_scheduler(
