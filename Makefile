@@ -1,6 +1,7 @@
 # make quickstart   from nothing to a causal few-step generator that draws new kinds of sketches, on a CPU
 # make test         the tests
 # make lint         ruff
+# make benchmark    tables of ratios against floors and peers, on this machine; about ten minutes
 PYTHON := .venv/bin/python
 SKETCH := outputs/sketch
 # One process a core, 4 at most; together they see 8 clips a step.
@@ -11,7 +12,7 @@ else
 LAUNCH := .venv/bin/accelerate launch --config_file accelerate_configs/cpu_ddp.yaml --num_processes $(PROCESSES)
 endif
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint benchmark
 
 quickstart: .venv/installed
 	rm -rf $(SKETCH)
@@ -27,6 +28,13 @@ quickstart: .venv/installed
 
 test: .venv/installed-tests
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+RESULTS ?= benchmarks/results
+benchmark: .venv/installed-tests
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/speed.py --output $(RESULTS)/speed_cpu.md
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/speed.py --size mid --parts step --output $(RESULTS)/step_cpu.md
+	$(PYTHON) benchmarks/data.py
+	$(PYTHON) benchmarks/memory.py
 
 lint: .venv/installed-tests
 	$(PYTHON) -m ruff check .
