@@ -4,8 +4,9 @@
         --samples regression:3=outputs/ambiguous/regression-3 ode:3=outputs/ambiguous/ode-3
 
 A folder of samples is what `generate.py --prompts_file heldout.csv` writes: 00.mp4, 01.mp4, ... for the rows of
-`heldout.csv`. Rows with the same prompt are samples of it from noise of their own, and are compared with all drawings
-that the prompt may mean: those of `targets.csv` if there is one, else the clips of the rows.
+`heldout.csv`. Rows with the same prompt are samples of it from noise of their own; so are folders with the same METHOD
+and STEPS, made with another `--seed`. They are compared with all drawings that the prompt may mean: those of
+`targets.csv` if there is one, else the clips of the rows.
 
     sharpness   of fine detail, beside the targets'; below 1 is blurred
     ink F1      of the last frame with the nearest of the targets, mean over samples: is it a drawing that might be?
@@ -148,14 +149,15 @@ def main(config: Config) -> None:
     }
     for method, steps, folder in folders:
         videos = [read_video(folder / f"{number:02d}.mp4") for number in range(len(prompts))]
-        shown[method, steps] = by_prompt(prompts, videos)
+        for prompt, samples in by_prompt(prompts, videos).items():
+            shown.setdefault((method, steps), {}).setdefault(prompt, []).extend(samples)
     rows = {label: score(samples, targets) for label, samples in shown.items()}
     write_comparison(rows, output_dir)
     distinct = list(dict.fromkeys(prompts))
     groups = [[video for samples in shown.values() for video in samples[prompt][:NUM_SHOWN]] for prompt in distinct]
     contact_sheet(groups, output_dir / "comparison.png")
     order = ", ".join(f"{method} {steps}".strip() for method, steps in shown)
-    print(f"\n{len(distinct)} held-out prompts, {len(prompts)} samples by each method:\n\n{table(rows)}")
+    print(f"\n{len(distinct)} held-out prompts, {len(prompts)} samples or more by each method:\n\n{table(rows)}")
     print(f"\ncontact sheet  {output_dir / 'comparison.png'}: for each prompt {NUM_SHOWN} each of {order}")
 
 
