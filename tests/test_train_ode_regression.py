@@ -331,7 +331,7 @@ def test_two_kinds_of_trajectories_in_a_folder_are_told_apart_by_name(filled, re
         run_here(TRAINING, "--config", recipe_path, "--trajectories_dir", folder, "--dry_run")
     error = capsys.readouterr().err
     assert "must hold one kind of trajectories" in error
-    assert "guidance_scale is" in error
+    assert "has 2: guidance_scale is 2.0 and 3.0. Keep" in error
 
 
 @pytest.mark.parametrize(
