@@ -55,7 +55,7 @@ class Config:
 
 
 # What a recipe of the training script may hold beside.
-TRAINING_SETTINGS = {"compile", "dry_run"} | names_of(
+TRAINING_SETTINGS = {"compile", "dry_run", "trajectories_dir"} | names_of(
     CacheConfig, HubConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig, ValidationConfig
 )
 

@@ -79,10 +79,7 @@ def measure_vae(bench: Bench) -> list[str]:
     passes = {"forward + backward of a step": functools.partial(run_passes, bench, model, bench.make_inputs())}
     ours = {"encode_videos (ours, normalised)": lambda: encode_videos(stock, videos)}
     measured = bench.compare({**variants, **ours, **passes})
-    rows = [
-        (name, f"{ratio:.2f}", f"{errors[name]:.0e}" if name in errors else "")
-        for name, (_, ratio) in measured.items()
-    ]
+    rows = [(name, f"{ratio:.2f}", errors.get(name, "")) for name, (_, ratio) in measured.items()]
     step = measured["forward + backward of a step"][1]
     return [
         *table(

@@ -92,9 +92,14 @@ class KVCache:
         tokens = frame_places[:, None] * self.frame_tokens + torch.arange(self.frame_tokens)
         self.places = tokens.flatten().to(self.layers[0].keys.device)
 
-    def keep_prompt(self, encoder_hidden_states: torch.Tensor) -> None:
-        """Forgets the keys and values of the prompt, unless it is the very tensor of the call before."""
+    def keep_prompt(self, encoder_hidden_states: torch.Tensor) -> bool:
+        """Forgets the keys and values of the prompt, unless it is the very tensor of the call before.
+
+        Returns:
+            Whether they are still there, so that the prompt need not be embedded again.
+        """
         if self._prompt is not encoder_hidden_states:
             self._prompt = encoder_hidden_states
             for layer in self.layers:
                 layer.text = None
+        return all(layer.text is not None for layer in self.layers)

@@ -189,7 +189,10 @@ def _read_entry(path: Path, name: str) -> tuple[torch.Tensor, dict[str, Any]]:
 
 
 def _corrupt(path: Path, name: str, reason: str) -> str:
-    return f"entry {name} of {path} is damaged ({reason}); the script that made it makes it anew with --verify"
+    return (
+        f"entry {name} of {path} is damaged ({reason}); precompute_latents.py --verify makes it anew, or "
+        "precompute_trajectories.py --verify if it is a trajectory"
+    )
 
 
 def _when_written(path: Path) -> tuple[int, str]:

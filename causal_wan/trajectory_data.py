@@ -91,9 +91,11 @@ def find_settings(
             "the trajectories."
         )
     if len(found) > 1:
+        values = {name: sorted({str(settings.get(name)) for settings in found}) for name in found[0]}
+        differing = "; ".join(f"{name} is {' and '.join(each)}" for name, each in values.items() if len(each) > 1)
         raise ValueError(
             f"trajectories_dir must hold one kind of trajectories that fit the run, but {cache.folder} has "
-            f"{len(found)}: {describe_differences(found[0], found[1:])}. Keep them in folders of their own."
+            f"{len(found)}: {differing}. Keep them in folders of their own."
         )
     (settings,) = found
     if len(settings["blocks"]) > 1 and settings["blocks"] != block_lengths:

@@ -358,7 +358,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             context = replace(context, spans=spans)
         else:
             cache.reserve(start_frame, num_frames)
-            cache.keep_prompt(encoder_hidden_states)
+            if cache.keep_prompt(encoder_hidden_states) and encoder_hidden_states_image is None:
+                encoder_hidden_states = encoder_hidden_states[:, :0]  # only their number is asked for
             context = replace(context, places=cache.places, num_held=cache.num_held)
 
         dtype = self.patch_embedding.weight.dtype  # of the weights; under autocast, layers choose for themselves

@@ -43,3 +43,15 @@ def test_blocks_out_of_order_and_blocks_that_do_not_fit_are_refused():
         cache.reserve(4, 2)
     with pytest.raises(ValueError, match=r"1 \+ 4 latent frames, but has room for 4"):
         cache.reserve(2, 4)
+
+
+def test_a_prompt_is_embedded_once_and_another_one_anew():
+    model = CausalWanTransformer3DModel(**TINY_TRANSFORMER, num_frame_per_block=1).eval()
+    cache, seen = model.make_cache(1, 2, 4, 6), []
+    model.condition_embedder.text_embedder.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    latents, timestep = torch.randn(1, 4, 1, 4, 6), torch.zeros(1)
+    one, other = torch.randn(2, 1, 7, 16)
+    with torch.no_grad():
+        for start, embeds in ((0, one), (0, one), (1, one), (1, other), (1, other)):
+            model(latents, timestep, embeds, cache=cache, start_frame=start)
+    assert seen == [7, 0, 0, 7, 0]

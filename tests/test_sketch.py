@@ -103,6 +103,7 @@ def test_comparison_tells_drawings_from_their_mean_and_many_from_one(ambiguous, 
             clip = (ambiguous / "videos" / others[row["prompt"]][which]).read_bytes()
             (tmp_path / name / f"{number:02d}.mp4").write_bytes(clip)
     samples = [f"{name}:3={tmp_path / name}" for name in ("other", "same")]
+    samples += [f"both:3={tmp_path / name}" for name in ("other", "same")]
     flags = ["--data_dir", ambiguous, "--output_dir", tmp_path / "out", "--samples", *samples]
     shown = run_script([sys.executable, MAKE.parent / "compare.py", *flags]).stdout
     entries = json.loads((tmp_path / "out" / "comparison.json").read_text())
@@ -111,6 +112,7 @@ def test_comparison_tells_drawings_from_their_mean_and_many_from_one(ambiguous, 
     assert figures["targets"]["diversity"] == pytest.approx(1, abs=0.3)
     assert figures["other"]["diversity"] == pytest.approx(1, abs=0.3)
     assert figures["same"]["diversity"] == figures["their mean"]["diversity"] == 0
+    assert 0 < figures["both"]["diversity"] < figures["other"]["diversity"]
     assert figures["their mean"]["sharpness"] < 0.3
     assert figures["their mean"]["ink F1"] < 0.7
     assert figures["other"]["sharpness"] == pytest.approx(1, abs=0.3)

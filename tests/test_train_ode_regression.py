@@ -213,6 +213,20 @@ def test_a_run_without_held_out_clips_loads_no_encoder(write_recipe, filled, mon
     assert (output_dir / "transformer").is_dir()
 
 
+def test_a_damaged_trajectory_is_replaced_and_counted(write_recipe, filled, tmp_path, capsys):
+    folder = tmp_path / "trajectories"
+    shutil.copytree(filled, folder)
+    (shard,) = (folder / FOLDER).glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    changes = {"trajectories_dir": str(folder), "max_train_steps": 6, "validation_metadata_path": None}
+    path, output_dir = write_recipe(**changes)
+    run_here(TRAINING, "--config", path)
+    assert sum(entry.get("num_bad_samples", 0) for entry in metrics(output_dir)) == 1
+    assert "is damaged" in "".join(capsys.readouterr())
+
+
 def test_neither_tables_nor_videos_are_needed(write_recipe, filled):
     changes = {"trajectories_dir": str(filled), "max_train_steps": 1, "validation_metadata_path": None}
     path, output_dir = write_recipe(**changes)
@@ -317,7 +331,7 @@ def test_two_kinds_of_trajectories_in_a_folder_are_told_apart_by_name(filled, re
         run_here(TRAINING, "--config", recipe_path, "--trajectories_dir", folder, "--dry_run")
     error = capsys.readouterr().err
     assert "must hold one kind of trajectories" in error
-    assert "guidance_scale is" in error
+    assert "has 2: guidance_scale is 2.0 and 3.0. Keep" in error
 
 
 @pytest.mark.parametrize(
@@ -327,6 +341,8 @@ def test_two_kinds_of_trajectories_in_a_folder_are_told_apart_by_name(filled, re
         (["--num_trajectories_per_prompt", "0"], "num_trajectories_per_prompt must be 1 or more, got 0"),
         (["--timestep_sampling", "uniform"], "trajectories are kept at the levels of denoising_step_list"),
         (["--prompts_file", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["--streaming"], "the prompts of streams are not known beforehand; list them in a --prompts_file"),
+        (["--frames_schedule", "0:9,2:17"], "trajectories have one size and length"),
         (["--teacher", "tests"], "which has neither"),
     ],
 )

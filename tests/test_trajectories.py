@@ -158,3 +158,47 @@ def test_a_clean_context_is_the_end_of_the_trajectory():
     taken = take_noisy_batch(trajectories, latents, method, [2, 2, 2], seed=0, sample_numbers=[0, 1])
     assert torch.equal(taken.context_latents, latents)
     assert taken.mask.all()
+
+
+class BlackOrWhite(CausalWanTransformer3DModel):
+    """The exact flow to clips that are all 1 or all -1: its velocity has a closed form."""
+
+    def forward(self, hidden_states, timestep, *args, **kwargs):
+        sigma = timestep[0] / 1000
+        evidence = (1 - sigma) / sigma**2 * hidden_states.sum(dim=(1, 2, 3, 4), keepdim=True)
+        return ((hidden_states - evidence.tanh()) / sigma,)
+
+
+def test_from_pairs_one_step_learns_which_of_two_clips_a_noise_becomes_and_from_clips_alone_their_mean():
+    torch.manual_seed(0)
+    method, levels = RegressionConfig(denoising_step_list=(1000,), num_frame_per_block=2), torch.tensor([1000.0])
+    prompt_embeds = torch.randn(1, 3, 16)
+    timesteps = trajectory_timesteps(levels, 20, 3.0)
+    teacher = BlackOrWhite(**TINY_TRANSFORMER)
+
+    def pairs(noise):
+        return sample_trajectories(teacher, noise, prompt_embeds.expand(len(noise), -1, -1), timesteps, levels)
+
+    means = {}
+    for name in ("pairs", "clips"):
+        student = CausalWanTransformer3DModel(**TINY_TRANSFORMER, num_frame_per_block=2)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=4e-3)
+        for step in range(200):
+            trajectories = pairs(torch.randn(32, 4, 2, 4, 4))
+            draws = {"seed": 0, "sample_numbers": range(32 * step, 32 * step + 32)}
+            if name == "pairs":
+                batch = take_noisy_batch(trajectories[:, :1], trajectories[:, -1], method, [2], **draws)
+            else:
+                batch = draw_noisy_batch(trajectories[:, -1], method, [2], **draws, num_valid_frames=[2] * 32)
+            velocity = student(batch.noisy_latents, batch.timesteps, prompt_embeds.expand(32, -1, -1)).sample
+            (batch.noisy_latents - velocity - batch.latents).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        noise = torch.randn(64, 4, 2, 4, 4)
+        with torch.no_grad():
+            predicted = noise - student(noise, torch.full((64,), 1000.0), prompt_embeds.expand(64, -1, -1)).sample
+        means[name] = predicted.mean(dim=(1, 2, 3, 4)), pairs(noise)[:, -1].mean(dim=(1, 2, 3, 4))
+    predicted, ends = means["pairs"]
+    assert predicted.abs().mean() > 0.5
+    assert (predicted.sign() == ends.sign()).float().mean() > 0.8
+    assert means["clips"][0].abs().mean() < 0.2

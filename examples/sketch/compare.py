@@ -4,8 +4,9 @@
         --samples regression:3=outputs/ambiguous/regression-3 ode:3=outputs/ambiguous/ode-3
 
 A folder of samples is what `generate.py --prompts_file heldout.csv` writes: 00.mp4, 01.mp4, ... for the rows of
-`heldout.csv`. Rows with the same prompt are samples of it from noise of their own, and are compared with all drawings
-that the prompt may mean: those of `targets.csv` if there is one, else the clips of the rows.
+`heldout.csv`. Rows with the same prompt are samples of it from noise of their own; so are folders with the same METHOD
+and STEPS, made with another `--seed`. They are compared with all drawings that the prompt may mean: those of
+`targets.csv` if there is one, else the clips of the rows.
 
     sharpness   of fine detail, beside the targets'; below 1 is blurred
     ink F1      of the last frame with the nearest of the targets, mean over samples: is it a drawing that might be?
@@ -89,16 +90,30 @@ def spread(videos: list[np.ndarray]) -> float:
     return float(np.mean([np.sqrt(np.square(one - other).mean()) for one, other in pairs])) if pairs else float("nan")
 
 
-def score(samples: dict[str, list[np.ndarray]], targets: dict[str, list[np.ndarray]]) -> dict[str, float]:
+class Targets:
+    """What samples are compared with: the drawings that each prompt may mean, their sharpness, and their spread."""
+
+    def __init__(self, by_prompt: dict[str, list[np.ndarray]]) -> None:
+        self.by_prompt = by_prompt
+        self.sharpness = sharpness(list(itertools.chain(*by_prompt.values())))
+        self.spread = {prompt: spread(videos) for prompt, videos in by_prompt.items()}
+
+
+def score(samples: dict[str, list[np.ndarray]], targets: Targets) -> dict[str, float]:
     """The figures of a method, over all prompts."""
     f1, likeness = [], []
     for prompt, videos in samples.items():
         for video in videos:
-            f1.append(max(ink_f1(video[-1:], target[-1:], TOLERANCE).item() for target in targets[prompt]))
-            likeness.append(min(MAX_PSNR, max(psnr(video, target) for target in targets[prompt])))
-    every_sample, every_target = (list(itertools.chain(*groups.values())) for groups in (samples, targets))
-    spreads = [spread(samples[prompt]) / spread(targets[prompt]) for prompt in samples]
-    values = (sharpness(every_sample) / sharpness(every_target), np.mean(f1), np.mean(likeness), np.mean(spreads))
+            likely = targets.by_prompt[prompt]
+            f1.append(max(ink_f1(video[-1:], target[-1:], TOLERANCE).item() for target in likely))
+            likeness.append(min(MAX_PSNR, max(psnr(video, target) for target in likely)))
+    spreads = [spread(videos) / targets.spread[prompt] for prompt, videos in samples.items()]
+    values = (
+        sharpness(list(itertools.chain(*samples.values()))) / targets.sharpness,
+        np.mean(f1),
+        np.mean(likeness),
+        np.mean(spreads),
+    )
     return dict(zip(COLUMNS, map(float, values), strict=True))
 
 
@@ -126,20 +141,23 @@ def main(config: Config) -> None:
     heldout = read_table(data_dir / "heldout.csv")
     all_targets = data_dir / "targets.csv"
     possible = read_table(all_targets) if all_targets.is_file() else heldout
-    targets = by_prompt([prompt for prompt, _ in possible], [read_video(path) for _, path in possible])
+    targets = Targets(by_prompt([prompt for prompt, _ in possible], [read_video(path) for _, path in possible]))
     prompts = [prompt for prompt, _ in heldout]
     shown = {("targets", ""): by_prompt(prompts, [read_video(path) for _, path in heldout])}
-    shown["their mean", ""] = {prompt: NUM_SHOWN * [mean_video(targets[prompt])] for prompt in shown["targets", ""]}
+    shown["their mean", ""] = {
+        prompt: NUM_SHOWN * [mean_video(targets.by_prompt[prompt])] for prompt in shown["targets", ""]
+    }
     for method, steps, folder in folders:
         videos = [read_video(folder / f"{number:02d}.mp4") for number in range(len(prompts))]
-        shown[method, steps] = by_prompt(prompts, videos)
+        for prompt, samples in by_prompt(prompts, videos).items():
+            shown.setdefault((method, steps), {}).setdefault(prompt, []).extend(samples)
     rows = {label: score(samples, targets) for label, samples in shown.items()}
     write_comparison(rows, output_dir)
     distinct = list(dict.fromkeys(prompts))
     groups = [[video for samples in shown.values() for video in samples[prompt][:NUM_SHOWN]] for prompt in distinct]
     contact_sheet(groups, output_dir / "comparison.png")
     order = ", ".join(f"{method} {steps}".strip() for method, steps in shown)
-    print(f"\n{len(distinct)} held-out prompts, {len(prompts)} samples by each method:\n\n{table(rows)}")
+    print(f"\n{len(distinct)} held-out prompts, {len(prompts)} samples or more by each method:\n\n{table(rows)}")
     print(f"\ncontact sheet  {output_dir / 'comparison.png'}: for each prompt {NUM_SHOWN} each of {order}")
 
 

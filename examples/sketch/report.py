@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio.v3 as iio
+import av
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
@@ -43,7 +43,8 @@ class Config:
 
 def read_video(path: Path) -> np.ndarray:
     """All frames, uint8 `(T, height, width, 3)`."""
-    return iio.imread(path, plugin="pyav")
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def score(predicted: np.ndarray, target: np.ndarray) -> dict[str, float]:
