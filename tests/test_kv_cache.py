@@ -1,7 +1,9 @@
 import pytest
 import torch
+from conftest import TINY_TRANSFORMER
 
 from causal_wan.kv_cache import KVCache, LayerCache
+from causal_wan.transformer import CausalWanTransformer3DModel
 
 
 def make_cache(capacity, sink_size, frame_tokens=2):
