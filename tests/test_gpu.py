@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_here, run_script
 
+import causal_wan.training
+import train_video_regression
 from causal_wan.memory import enable_gradient_checkpointing, store_in_fp8
 from causal_wan.memory_plan import GIB, Workload, plan_training
 from causal_wan.models import add_lora
@@ -30,6 +32,30 @@ def launch(recipe_path, *flags, strategy="single_gpu"):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 1]
     command += ["--config_file", ROOT / "accelerate_configs" / f"{strategy}.yaml", SCRIPT, "--config", recipe_path]
     return run_script([*command, *flags])
+
+
+def test_a_step_never_waits_for_the_gpu(write_recipe, monkeypatch):
+    """Not in preparing a batch of latents that are kept, nor in the step itself."""
+    train_step, prepare = causal_wan.training.train_step, train_video_regression.prepare_batch
+    num_watched = 0
+
+    def watched(action):
+        def run(*given):
+            nonlocal num_watched
+            num_watched += 1
+            torch.cuda.set_sync_debug_mode("error" if num_watched > 8 else "default")  # after a pass over the clips
+            try:
+                return action(*given)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return run
+
+    monkeypatch.setattr(causal_wan.training, "train_step", watched(train_step))
+    monkeypatch.setattr(train_video_regression, "prepare_batch", watched(prepare))
+    path, _ = write_recipe(max_train_steps=8, cache_latents=True, mixed_precision="bf16", logging_steps=100)
+    run_here("train_video_regression.py", "--config", path)
+    assert num_watched == 2 * 8
 
 
 def losses(output_dir):
@@ -58,10 +84,12 @@ def test_a_strategy_on_one_gpu_learns_what_plain_training_does_and_resumes(write
         ["--lora_rank", "4", "--quantize_base", "nf4"],
         ["--lora_rank", "4", "--quantize_base", "int8"],
         ["--lora_rank", "4", "--quantize_base", "fp8"],
+        ["--mixed_precision", "fp8"],
+        ["--compile"],
         ["--gradient_checkpointing", "--offload_activations", "--keep_attention_outputs"],
         ["--vae_tiling", "--vae_slicing", "--offload_vae"],
     ],
-    ids=["adamw8bit", "nf4", "int8", "fp8", "activations", "vae"],
+    ids=["adamw8bit", "nf4", "int8", "fp8-base", "fp8-passes", "compile", "activations", "vae"],
 )
 def test_memory_levers_train_in_bf16(write_recipe, flags):
     if {"adamw8bit", "nf4", "int8"} & set(flags):
