@@ -8,6 +8,7 @@ from typing import Literal
 NUM_TRAIN_TIMESTEPS = 1000
 FRAME_RATE = 16  # frames a second of WAN's videos
 
+# From a level to the next: predict the clean latents and noise them again, or follow the flow's ODE.
 Sampler = Literal["renoise", "euler"]
 LossType = Literal["mse", "l1", "huber"]
 LossSpace = Literal["latents", "velocity"]

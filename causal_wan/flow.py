@@ -19,8 +19,6 @@ from causal_wan.basics import NUM_TRAIN_TIMESTEPS, Sampler, check_denoising_step
 
 DEFAULT_TIMESTEP_SHIFT = 5.0  # of sampling in many steps: what WAN and Self Forcing use
 
-# From a level to the next: predict the clean latents and noise them again, or follow the flow's ODE.
-
 
 def sigmas_from_timesteps(timesteps: torch.Tensor) -> torch.Tensor:
     """sigma = timestep / 1000, in float32.
