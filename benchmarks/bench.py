@@ -1,7 +1,7 @@
 """What the benchmarks share: sizes, timing in turns, tables of ratios, goals.
 
-Only ratios count: the machines are shared and noisy. The variants of a table take turns, round by round, and a ratio
-is the median over rounds of the ratios within a round.
+Only ratios count: the machines are shared and noisy. So on a CPU it is processor time that is compared; variants take
+turns, round by round, and a ratio is the median over rounds of the ratios within a round.
 """
 
 import platform
@@ -102,13 +102,19 @@ class Bench:
         if self.is_gpu:
             torch.cuda.synchronize()
 
+    def now(self) -> float:
+        """Seconds on the device's clock when it has done all that it was told.
+
+        On a CPU it is the processor time of this process alone: others run beside it.
+        """
+        self.wait()
+        return time.perf_counter() if self.is_gpu else time.process_time()
+
     def seconds(self, run: Callable[[], Any]) -> float:
-        """Wall time of one run, to its end on the device."""
-        self.wait()
-        start = time.perf_counter()
+        """Of one run, to its end on the device."""
+        start = self.now()
         run()
-        self.wait()
-        return time.perf_counter() - start
+        return self.now() - start
 
     def compare(self, variants: dict[str, Callable[[], Any]]) -> dict[str, tuple[float, float]]:
         """Of each variant: its median time, and the median of its ratios to the first; after a round to warm up."""

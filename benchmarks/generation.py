@@ -3,7 +3,6 @@
 import copy
 import functools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -171,12 +170,10 @@ def describe_stream(
 
     def stream() -> Iterator[float]:
         decoder = StreamingDecoder(vae)
-        bench.wait()
-        start = time.perf_counter()
+        start = bench.now()
         for block in pipeline.sample_blocks(prompt_embeds, noise, STEP_LIST):
             decoder.decode(block)
-            bench.wait()
-            yield time.perf_counter() - start
+            yield bench.now() - start
 
     list(stream())  # warms up
     times = [list(stream()) for _ in range(max(bench.num_rounds // 2, 1))]

@@ -6,7 +6,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,11 +48,10 @@ def run_in_turns(bench: Bench, bare_step: Callable[[], None], model: torch.nn.Mo
     bare, ours, ends, inputs = [], [], [], bench.make_inputs()
 
     def prepare_batch(batch: Any) -> dict[str, Any]:
-        bench.wait()
         if ends:
-            ours.append(time.perf_counter() - ends[-1])
+            ours.append(bench.now() - ends[-1])
         bare.append(bench.seconds(bare_step))
-        ends.append(time.perf_counter())
+        ends.append(bench.now())
         return {"num_items": torch.ones((), device=bench.device), "num_tokens": bench.size.num_tokens}
 
     def compute_loss(

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Ways to train and to sample, on sketches that the prompt determines and on sketches that it leaves open: the tables
+# and contact sheets of examples/objectives/README.md.
+#   ./examples/objectives/run.sh                    # all; hours on two cores
+#   DATA=ambiguous METHODS="regression teacher-forcing" ./examples/objectives/run.sh
+# Further arguments are flags of the training scripts. After an interruption run the same command again.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+OUTPUT_DIR="${OUTPUT_DIR:-outputs/objectives}"
+DATA="${DATA:-sketch ambiguous}"
+METHODS="${METHODS:-regression lower-levels diffusion-forcing teacher-forcing ode}" # ode needs teacher-forcing
+MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-200}"
+NUM_INFERENCE_STEPS="${NUM_INFERENCE_STEPS:-24}"
+NUM_TRAJECTORIES="${NUM_TRAJECTORIES:-120}" # in all
+export ACCELERATE_USE_CPU="${ACCELERATE_USE_CPU:-true}"
+
+launch() { # a script, on the clips of a data set
+    accelerate launch --config_file "${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}" \
+        --num_processes "${NPROC_PER_NODE:-1}" --main_process_port 0 "$1" --config examples/sketch/recipe.yaml \
+        --dataset_base_path "$folder/data/videos" --metadata_path "$folder/data/train.csv" "${@:2}"
+}
+
+train() { # script, method, flags
+    echo "=== $data: $2"
+    launch "$1" --output_dir "$folder/$2" --validation_metadata_path "$folder/data/heldout.csv" \
+        --validation_steps 50 --latents_dir "$folder/latents" --cache_latents True \
+        --max_train_steps "$MAX_TRAIN_STEPS" --resume_from_checkpoint latest "${@:3}"
+}
+
+sample() { # method, steps
+    python generate.py --checkpoint "$folder/$1" --prompts_file "$folder/data/heldout.csv" --output "$folder/samples/$1"
+    samples+=("$1:$2=$folder/samples/$1")
+}
+
+many=(--num_inference_steps "$NUM_INFERENCE_STEPS")
+continuous=(--timestep_sampling logit_normal --loss_space velocity "${many[@]}")
+
+for data in $DATA; do
+    folder="$OUTPUT_DIR/$data" samples=()
+    flags=(--kinds bird,umbrella)
+    if [ "$data" = ambiguous ]; then flags=(--ambiguous); fi
+    [ -f "$folder/data/heldout.csv" ] || python examples/sketch/make_dataset.py --output_dir "$folder/data" "${flags[@]}"
+    for method in $METHODS; do
+        case "$method" in
+        regression)
+            train train_video_regression.py "$method" "$@"
+            sample "$method" 3
+            ;;
+        lower-levels)
+            train train_video_regression.py "$method" --denoising_step_list 1000 757 522 250 100 0 "$@"
+            sample "$method" 5
+            ;;
+        diffusion-forcing)
+            train train_video_regression.py "$method" "${continuous[@]}" --clean_block_probability 0.25 "$@"
+            sample "$method" "$NUM_INFERENCE_STEPS"
+            ;;
+        teacher-forcing)
+            train train_video_regression.py "$method" "${continuous[@]}" --context clean "$@"
+            sample "$method" "$NUM_INFERENCE_STEPS"
+            ;;
+        ode)
+            prompts=$(python -c "import csv, sys; print(len({r['prompt'] for r in csv.DictReader(open(sys.argv[1]))}))" \
+                "$folder/data/train.csv")
+            launch precompute_trajectories.py --teacher "$folder/teacher-forcing" --guidance_scale 1 \
+                --trajectories_dir "$folder/trajectories" "${many[@]}" --timestep_shift 5 --sample_batch_size 4 \
+                --num_trajectories_per_prompt $(((NUM_TRAJECTORIES + prompts - 1) / prompts))
+            train train_ode_regression.py "$method" --generator_ckpt "$folder/teacher-forcing" \
+                --trajectories_dir "$folder/trajectories" --context clean "$@"
+            sample "$method" 3
+            ;;
+        *)
+            echo "there is no method $method; see the head of this file" >&2
+            exit 2
+            ;;
+        esac
+    done
+    python examples/sketch/compare.py --data_dir "$folder/data" --output_dir "$folder" --samples "${samples[@]}"
+done
