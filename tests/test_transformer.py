@@ -1,3 +1,4 @@
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,8 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 
 from causal_wan.block_attention import block_causal_spans
+from causal_wan.memory import enable_gradient_checkpointing
+from causal_wan.settings import MemoryConfig
 from causal_wan.transformer import CausalWanTransformer3DModel
 
 
@@ -325,3 +328,26 @@ def test_wrong_inputs_are_refused(stock, inputs):
         run(model, inputs, context_latents=clean, context_timestep=torch.zeros(3))
     with pytest.raises(ValueError, match="context_latents are for training"):
         run(model, inputs, context_latents=clean, cache=model.make_cache(B, F, H, W))
+
+
+def kept_for_the_backward_pass(num_layers):
+    """Types of the tensors of all tokens that a forward pass in bf16 keeps, layers recomputed."""
+    model = CausalWanTransformer3DModel(**TINY_TRANSFORMER | {"num_layers": num_layers}, num_frame_per_block=1).train()
+    enable_gradient_checkpointing(model, MemoryConfig(gradient_checkpointing=True))
+    latents, embeds, kept = torch.randn(1, 4, 3, 4, 6), torch.randn(1, 7, 16), []
+
+    def keep(tensor):
+        if tensor.numel() == 3 * 6 * 48:  # L D
+            kept.append(tensor.dtype)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        model(latents, torch.rand(1, 3), embeds)
+    return Counter(kept)
+
+
+def test_between_layers_nothing_is_kept_in_float32():
+    few, many = kept_for_the_backward_pass(2), kept_for_the_backward_pass(5)
+    assert few[torch.float32] == many[torch.float32]  # what the last norm has
+    assert many[torch.bfloat16] - few[torch.bfloat16] == 3  # the input of each layer
