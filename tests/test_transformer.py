@@ -334,10 +334,10 @@ def kept_for_the_backward_pass(num_layers):
     """Types of the tensors of all tokens that a forward pass in bf16 keeps, layers recomputed."""
     model = CausalWanTransformer3DModel(**TINY_TRANSFORMER | {"num_layers": num_layers}, num_frame_per_block=1).train()
     enable_gradient_checkpointing(model, MemoryConfig(gradient_checkpointing=True))
-    latents, embeds, kept = torch.randn(1, 4, 3, 4, 6), torch.randn(1, 7, 16), []
+    latents, embeds, kept = torch.randn(1, 4, 3, 4, 8), torch.randn(1, 7, 16), []
 
     def keep(tensor):
-        if tensor.numel() == 3 * 6 * 48:  # L D
+        if tensor.numel() == 3 * 8 * 48:  # L D
             kept.append(tensor.dtype)
         return tensor
 
