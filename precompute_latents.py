@@ -84,6 +84,7 @@ from diffusers import AutoencoderKLWan
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from causal_wan.basics import beside_fp8
 from causal_wan.cached_data import CachedData, drop_damaged, gather_lists, open_cache
 from causal_wan.encoding import encode_prompts, encode_videos
 from causal_wan.memory import cut_up_vae
@@ -114,7 +115,7 @@ def main(config: Config) -> None:
         )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
-        mixed_precision="bf16" if config.mixed_precision == "fp8" else config.mixed_precision,
+        mixed_precision=beside_fp8(config.mixed_precision),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     with user_errors():

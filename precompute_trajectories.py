@@ -109,6 +109,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
+from causal_wan.basics import beside_fp8
 from causal_wan.cached_data import CachedData, drop_damaged, gather_lists, open_cache
 from causal_wan.encoding import check_video_size, pad_prompt_embeds
 from causal_wan.file_manifest import FileManifest
@@ -139,7 +140,7 @@ def main(config: Config) -> None:
         check_blocks(config, teacher)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
-        mixed_precision="bf16" if config.mixed_precision == "fp8" else config.mixed_precision,
+        mixed_precision=beside_fp8(config.mixed_precision),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     with user_errors():

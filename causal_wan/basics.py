@@ -79,3 +79,8 @@ def frame_block_lengths(
 def num_valid_latent_frames(num_valid_frames: int, time_division_factor: int = 4) -> int:
     """Latent frames that see no padded video frame, of a clip with so many real ones: (T - 1) // 4 + 1."""
     return (num_valid_frames - 1) // time_division_factor + 1
+
+
+def beside_fp8(mixed_precision: str | None) -> str | None:
+    """The precision of all but the products that fp8 has in 8 bits: bf16; any other precision is everything's."""
+    return "bf16" if mixed_precision == "fp8" else mixed_precision

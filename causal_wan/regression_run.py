@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from causal_wan.basics import beside_fp8
 from causal_wan.checkpoints import check_output_dir
 from causal_wan.config import flat_dict, user_errors, write_recipe
 from causal_wan.encoding import check_video_size
@@ -158,10 +159,8 @@ def run_regression(
 
 def print_plan(config: RunConfig, data: RunData) -> None:
     """What a run is going to do, and what it takes, without weights."""
-    precision = config.training.mixed_precision
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if precision == "fp8" else precision
-    )
+    precision = beside_fp8(config.training.mixed_precision)  # without weights there is nothing in 8 bits
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
     config = with_checkpointing_of_launch(config, accelerator)
     if not accelerator.is_main_process:
         return

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
+from causal_wan.basics import beside_fp8
 from causal_wan.cached_data import CachedData, CachedPrompts, gather_lists
 from causal_wan.compiling import compile_layers
 from causal_wan.config import flat_dict
@@ -43,7 +44,7 @@ from causal_wan.transformer import CausalWanTransformer3DModel
 
 def weight_dtype(accelerator: Any) -> torch.dtype:
     """What weights that are not trained are kept in, and passes computed in."""
-    return DTYPES.get("bf16" if accelerator.mixed_precision == "fp8" else accelerator.mixed_precision, torch.float32)
+    return DTYPES.get(beside_fp8(accelerator.mixed_precision), torch.float32)
 
 
 def text_dtype(accelerator: Any) -> torch.dtype:
@@ -79,6 +80,8 @@ def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DM
     Raises:
         ValueError: If weights or memory levers do not fit the checkpoint or the strategy.
     """
+    if config.compile:
+        check_can_be_compiled(accelerator)
     lora, memory, dtype = config.model.lora_rank > 0, config.memory, weight_dtype(accelerator)
     shards = is_sharded(accelerator)
     if memory.quantize_base and shards:
@@ -109,7 +112,6 @@ def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DM
     if memory.gradient_checkpointing:
         enable_gradient_checkpointing(transformer, memory)
     if config.compile:
-        check_can_be_compiled(accelerator)
         compile_layers(transformer, len(config.data.all_shapes()))
     return transformer
 
