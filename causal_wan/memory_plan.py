@@ -29,7 +29,7 @@ from causal_wan.transformer import CausalWanTransformer3DModel
 GIB = 2**30
 CUDA_OVERHEAD = GIB  # what is not foreseen, roughly
 SHALLOW_DEPTHS = (2, 4)  # times the checkpointing interval
-ENCODED_FRAMES = (9, 13)
+ENCODED_FRAMES = (17, 25)
 BYTES_PER_PARAMETER = {"nf4": 0.5 + 4 / 64, "int8": 1, "fp8": 1}  # nf4 has a float32 scale for each 64 weights
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}  # a trainable parameter
 
@@ -277,7 +277,9 @@ def plan_encoding(
     for parameter in vae.parameters():
         parameter.data = parameter.data.to(dtype)
     peaks = {}
-    few, more = (min(num_frames, frames) for frames in ENCODED_FRAMES)  # it goes through a clip four frames at a time
+    few, more = (
+        min(num_frames, frames) for frames in ENCODED_FRAMES
+    )  # it goes through a clip 4 or 8 frames at a time
     with FakeTensorMode(), torch.no_grad():
         _take_shape(vae)
         cut_up_vae(vae, memory)

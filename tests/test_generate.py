@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -214,3 +215,27 @@ def test_latents_are_the_normalised_posterior_mode_and_decode_undoes_the_normali
     latents = encode_videos(vae, videos)
     torch.testing.assert_close(latents, (mode - 0.5) / 2)
     torch.testing.assert_close(decode_latents(vae, latents), vae.decode(mode).sample, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 9, 13, 17])
+def test_small_frames_are_encoded_8_a_pass_and_large_ones_as_diffusers_does(checkpoint, monkeypatch, num_frames):
+    vae = load_vae(checkpoint)
+    videos = torch.rand(2, 3, num_frames, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    passes = []
+    vae.encoder.register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[2]))
+    small = encode_videos(vae, videos)
+    first, *others = passes
+    assert first == 1 and sum(others) == num_frames - 1 and all(frames == 8 for frames in others[:-1])
+    passes.clear()
+    monkeypatch.setattr("causal_wan.encoding.MAX_SMALL_FRAME", 32 * 48 - 1)
+    torch.testing.assert_close(small, encode_videos(vae, videos), rtol=1e-5, atol=1e-5)
+    assert passes == [1, *(num_frames - 1) // 4 * [4]]
+
+
+def test_weights_that_are_offloaded_come_before_inputs_are_put_beside_them(checkpoint):
+    vae = load_vae(checkpoint).to("meta")
+    vae._hf_hook = SimpleNamespace(pre_forward=lambda module: module.to_empty(device="cpu"))
+    latents = encode_videos(vae, torch.zeros(1, 3, 5, 32, 48))
+    assert latents.device.type == "cpu"
+    vae.to("meta")
+    assert decode_latents(vae, latents).device.type == "cpu"

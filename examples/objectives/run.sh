@@ -9,10 +9,10 @@ cd "$(dirname "$0")/../.."
 
 OUTPUT_DIR="${OUTPUT_DIR:-outputs/objectives}"
 DATA="${DATA:-sketch ambiguous}"
-METHODS="${METHODS:-regression lower-levels diffusion-forcing teacher-forcing ode}" # ode needs teacher-forcing
+METHODS="${METHODS:-regression l1 huber bell lower-levels diffusion-forcing min-snr teacher-forcing augmented ode}"
 MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-200}"
 NUM_INFERENCE_STEPS="${NUM_INFERENCE_STEPS:-24}"
-NUM_TRAJECTORIES="${NUM_TRAJECTORIES:-120}" # in all
+NUM_TRAJECTORIES="${NUM_TRAJECTORIES:-120}" # in all, several counts one after another
 export ACCELERATE_USE_CPU="${ACCELERATE_USE_CPU:-true}"
 
 launch() { # a script, on the clips of a data set
@@ -28,9 +28,10 @@ train() { # script, method, flags
         --max_train_steps "$MAX_TRAIN_STEPS" --resume_from_checkpoint latest "${@:3}"
 }
 
-sample() { # method, steps
-    python generate.py --checkpoint "$folder/$1" --prompts_file "$folder/data/heldout.csv" --output "$folder/samples/$1"
-    samples+=("$1:$2=$folder/samples/$1")
+sample() { # method, steps, flags of generate.py
+    local videos="$folder/samples/$1-$2"
+    python generate.py --checkpoint "$folder/$1" --prompts_file "$folder/data/heldout.csv" --output "$videos" "${@:3}"
+    samples+=("$1:$2=$videos")
 }
 
 many=(--num_inference_steps "$NUM_INFERENCE_STEPS")
@@ -47,6 +48,14 @@ for data in $DATA; do
             train train_video_regression.py "$method" "$@"
             sample "$method" 3
             ;;
+        l1 | huber)
+            train train_video_regression.py "$method" --loss_type "$method" "$@"
+            sample "$method" 3
+            ;;
+        bell)
+            train train_video_regression.py "$method" --loss_space velocity --loss_weighting bell "$@"
+            sample "$method" 3
+            ;;
         lower-levels)
             train train_video_regression.py "$method" --denoising_step_list 1000 757 522 250 100 0 "$@"
             sample "$method" 5
@@ -55,19 +64,31 @@ for data in $DATA; do
             train train_video_regression.py "$method" "${continuous[@]}" --clean_block_probability 0.25 "$@"
             sample "$method" "$NUM_INFERENCE_STEPS"
             ;;
-        teacher-forcing)
-            train train_video_regression.py "$method" "${continuous[@]}" --context clean "$@"
+        min-snr) # diffusion forcing, weighted
+            train train_video_regression.py "$method" "${continuous[@]}" --clean_block_probability 0.25 \
+                --loss_weighting min_snr "$@"
             sample "$method" "$NUM_INFERENCE_STEPS"
             ;;
-        ode)
+        teacher-forcing)
+            train train_video_regression.py "$method" "${continuous[@]}" --context clean "$@"
+            for steps in 3 6 12; do sample "$method" "$steps" --num_inference_steps "$steps"; done
+            sample "$method" "$NUM_INFERENCE_STEPS"
+            ;;
+        augmented) # teacher forcing, with noise on the context
+            train train_video_regression.py "$method" "${continuous[@]}" --context augmented "$@"
+            sample "$method" "$NUM_INFERENCE_STEPS"
+            ;;
+        ode) # of the teacher that teacher-forcing makes
             prompts=$(python -c "import csv, sys; print(len({r['prompt'] for r in csv.DictReader(open(sys.argv[1]))}))" \
                 "$folder/data/train.csv")
-            launch precompute_trajectories.py --teacher "$folder/teacher-forcing" --guidance_scale 1 \
-                --trajectories_dir "$folder/trajectories" "${many[@]}" --timestep_shift 5 --sample_batch_size 4 \
-                --num_trajectories_per_prompt $(((NUM_TRAJECTORIES + prompts - 1) / prompts))
-            train train_ode_regression.py "$method" --generator_ckpt "$folder/teacher-forcing" \
-                --trajectories_dir "$folder/trajectories" --context clean "$@"
-            sample "$method" 3
+            for count in $NUM_TRAJECTORIES; do
+                launch precompute_trajectories.py --teacher "$folder/teacher-forcing" --guidance_scale 1 \
+                    --trajectories_dir "$folder/trajectories-$count" "${many[@]}" --timestep_shift 5 \
+                    --sample_batch_size 4 --num_trajectories_per_prompt $(((count + prompts - 1) / prompts))
+                train train_ode_regression.py "ode-$count" --generator_ckpt "$folder/teacher-forcing" \
+                    --trajectories_dir "$folder/trajectories-$count" --context clean "$@"
+                sample "ode-$count" 3
+            done
             ;;
         *)
             echo "there is no method $method; see the head of this file" >&2
