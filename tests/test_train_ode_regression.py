@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, SCRIPT_ENV, launch, run_here, run_script
+from test_strategies import NEEDS_DEEPSPEED, flat, result
 from test_train_video_regression import metrics, weights
 
 import precompute_trajectories
@@ -195,13 +196,25 @@ def test_a_resumed_run_ends_with_the_same_weights(finished, write_recipe, filled
     assert all(torch.equal(weight, weights(whole)[name]) for name, weight in weights(output_dir).items())
 
 
-def test_two_processes_learn_what_one_learns(finished, write_recipe, filled):
-    _, whole = finished
-    changes = {"trajectories_dir": str(filled), "max_train_steps": 6, "train_batch_size": 1}
-    path, output_dir = write_recipe("two", **changes)
-    launch(TRAINING, path, num_processes=2)
-    for name, weight in weights(output_dir).items():
-        torch.testing.assert_close(weight, weights(whole)[name], rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize(
+    ("strategy", "lora_rank"),
+    [
+        (None, 0),
+        ("fsdp2", 4),
+        pytest.param("fsdp2", 0, marks=pytest.mark.slow),
+        pytest.param("zero2", 0, marks=[pytest.mark.slow, NEEDS_DEEPSPEED]),
+        pytest.param("zero3", 4, marks=[pytest.mark.slow, NEEDS_DEEPSPEED]),
+    ],
+    ids=["ddp", "fsdp2-lora", "fsdp2", "zero2", "zero3-lora"],
+)
+def test_two_processes_learn_what_one_learns(write_recipe, filled, strategy, lora_rank):
+    changes = {"trajectories_dir": str(filled), "max_train_steps": 6, "lora_rank": lora_rank, "mixed_precision": "no"}
+    path, alone = write_recipe("one", train_batch_size=2, **changes)
+    run_here(TRAINING, "--config", path)
+    path, together = write_recipe("two", train_batch_size=1, **changes)
+    launch(TRAINING, path, num_processes=2, strategy=strategy)
+    expected, learned = flat(result(alone)), flat(result(together))
+    assert (learned - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_a_run_without_held_out_clips_loads_no_encoder(write_recipe, filled, monkeypatch):
