@@ -40,7 +40,7 @@ from causal_wan.memory_plan import (
 )
 from causal_wan.models import add_lora, load_transformer
 from causal_wan.settings import MemoryConfig, TrainingConfig
-from causal_wan.training import make_optimizer, trainable_parameters
+from causal_wan.training_setup import make_optimizer, trainable_parameters
 from causal_wan.transformer import CausalWanTransformer3DModel
 
 

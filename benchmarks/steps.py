@@ -18,7 +18,8 @@ from causal_wan.basics import frame_block_lengths
 from causal_wan.flops import count_forward_flops
 from causal_wan.profiling import draw_parts
 from causal_wan.settings import TrainingConfig
-from causal_wan.training import make_accelerator, make_optimizer, prepare_run, train
+from causal_wan.training import train
+from causal_wan.training_setup import make_accelerator, make_optimizer, prepare_run
 
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,6 @@
-"""Copies to a device that the host does not wait for."""
+"""Copies to a device, and back, that the host does not wait for."""
+
+from collections.abc import Callable
 
 import torch
 
@@ -8,3 +10,31 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+class LateReader:
+    """Reads small tensors of a GPU one step late, when they are there without waiting; those of a CPU at once."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[torch.Tensor, torch.cuda.Event, Callable[..., None]] | None = None
+
+    def hand_in(self, values: torch.Tensor, read: Callable[..., None]) -> None:
+        """Has `read` called with the values, and before that the reader of what was handed in last."""
+        self.flush()
+        if values.device.type != "cuda":
+            read(*values.tolist())
+            return
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._pending = (host, copied, read)
+
+    def flush(self) -> None:
+        """Waits for what has been handed in, and has it read."""
+        if self._pending is None:
+            return
+        host, copied, read = self._pending
+        self._pending = None
+        copied.synchronize()
+        read(*host.tolist())

@@ -38,19 +38,8 @@ from causal_wan.run_parts import (
 from causal_wan.run_plan import describe_memory, describe_plan
 from causal_wan.strategies import count_replicas
 from causal_wan.trackers import Trackers, resolve_trackers
-from causal_wan.training import (
-    EXIT_STOPPED,
-    Batch,
-    Run,
-    Sums,
-    check_precision,
-    ema_weights,
-    gather_weights,
-    make_accelerator,
-    prepare_run,
-    start_trackers,
-    train,
-)
+from causal_wan.training import EXIT_STOPPED, Batch, Sums, ema_weights, gather_weights, train
+from causal_wan.training_setup import Run, check_precision, make_accelerator, prepare_run, start_trackers
 from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.validation import Validation, share
 from dataset_utils import name_clips_of_dead_workers

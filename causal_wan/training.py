@@ -1,4 +1,4 @@
-"""The training loop: Accelerator, optimizer, EMA, logging, checkpoints, resume.
+"""The training loop: passes, steps, logging, validation, checkpoints.
 
 Knows no video and no diffusion: a batch is opaque but for two keys, and the loss is an argument. Everything random in
 a step comes from the batch, whose samples are numbered through the whole run; so a resumed run needs no state of
@@ -6,48 +6,28 @@ random generators, and neither the number of processes nor gradient accumulation
 """
 
 import contextlib
-import importlib.util
 import logging
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    AORecipeKwargs,
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    DistributedType,
-    GradientAccumulationPlugin,
-    ProjectConfiguration,
-    set_seed,
-)
-from diffusers.optimization import get_scheduler
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers.integrations import unset_hf_deepspeed_config
 
-from causal_wan.checkpoints import (
-    check_process_count,
-    checkpoint_trainable_weights_only,
-    find_checkpoint,
-    list_checkpoints,
-    load_ema,
-    save_checkpoint,
-)
+from causal_wan.checkpoints import list_checkpoints, save_checkpoint
 from causal_wan.profiling import StepProfiler
-from causal_wan.run_log import METRICS_NAME, MetricSums, StepLog, Sums, truncate_metrics
+from causal_wan.run_log import MetricSums, StepLog, Sums
 from causal_wan.settings import TrainingConfig
-from causal_wan.strategies import count_replicas, is_sharded
-from causal_wan.trackers import CaptionedVideo, Trackers, identify_run, resolve_trackers, start_each
+from causal_wan.trackers import CaptionedVideo
+from causal_wan.training_setup import Run, trainable_parameters
 
 
 logger = logging.getLogger(__name__)
@@ -56,148 +36,6 @@ Batch = dict[str, Any]
 
 EXIT_STOPPED = 75
 """Exit status after SIGTERM or SIGUSR1: a checkpoint was written, the same command goes on (EX_TEMPFAIL)."""
-
-
-@dataclass
-class RunState:
-    """How far a run is; stored in checkpoints."""
-
-    step: int = 0
-    num_samples: int = 0  # seen by all processes together
-    num_nonfinite_in_a_row: int = 0
-    num_processes: int = 1
-    num_replicas: int = 1
-
-    def state_dict(self) -> dict[str, int]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        vars(self).update(state)
-
-
-# --- set up ----------------------------------------------------------------------------------------------------------
-
-
-def check_precision(mixed_precision: str | None) -> None:
-    """Checks that the precision can be had.
-
-    Raises:
-        ValueError: If it needs a library that is not installed.
-    """
-    if mixed_precision == "fp8" and importlib.util.find_spec("torchao") is None:
-        raise ValueError("--mixed_precision fp8 needs torchao; run `pip install torchao`, or use bf16.")
-
-
-def _is_computed_in_fp8(module: torch.nn.Module, name: str) -> bool:
-    """Whether a linear layer has its products in 8 bits: those of the layers, in which nearly all the work is."""
-    is_linear = isinstance(module, torch.nn.Linear) and not (module.in_features % 16 or module.out_features % 16)
-    return is_linear and "blocks." in name and "lora_" not in name
-
-
-def _fp8_recipe() -> tuple[AORecipeKwargs]:
-    # Gathering in 8 bits is for sharded weights, and would make all of them tensors of a kind that is not saved.
-    return (AORecipeKwargs(module_filter_func=_is_computed_in_fp8, enable_fsdp_float8_all_gather=False),)
-
-
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The Accelerator of a run, with the output folder made."""
-    accelerator = Accelerator(
-        # Told nothing, accelerate takes several processes on a machine without a GPU for so many separate runs.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.mixed_precision,
-        project_config=ProjectConfiguration(project_dir=config.output_dir),
-        # The loop hands over exactly the passes of one step, so the loader's end must not force a step.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
-        step_scheduler_with_optimizer=False,
-        # One copy of the gradients, not two.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            *(_fp8_recipe() if config.mixed_precision == "fp8" else ()),
-        ],
-    )
-    if accelerator.is_fsdp2:
-        # Left alone it would round all that goes into a layer, timesteps included (757 to 756), sum gradients in 16
-        # bits, and follow the config file where --mixed_precision says otherwise.
-        plugin, half = accelerator.state.fsdp_plugin, {"bf16": torch.bfloat16, "fp16": torch.float16}
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=half.get(accelerator.mixed_precision), reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # DeepSpeed counts samples itself; and only the model that is trained is to be sharded, not the text encoder.
-        plugin = accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
-        unset_hf_deepspeed_config()
-    logging.basicConfig(
-        format="%(levelname)s %(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR
-    )
-    for noisy in ("httpx", "httpx2", "accelerate", "datasets"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    if config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-    set_seed(config.seed)
-    if accelerator.is_main_process:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    return accelerator
-
-
-def start_trackers(accelerator: Accelerator, config: TrainingConfig, settings: dict[str, Any]) -> Trackers:
-    """The trackers of a run, started on the main process.
-
-    Args:
-        accelerator: Of the run.
-        config: Says which trackers, and what the run is called.
-        settings: The resolved settings, flat, for the trackers to show.
-
-    Raises:
-        ValueError: If a tracker is not installed, or does not start for a new run.
-    """
-    names = resolve_trackers(config.report_to)
-    if not names or not accelerator.is_main_process:
-        return Trackers()
-    run = identify_run(
-        config.output_dir,
-        project=config.tracker_project_name,
-        run_name=config.run_name,
-        resumes=config.resume_from_checkpoint is not None,
-    )
-    has_checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir) is not None
-    return start_each(names, run, settings, must_start=not has_checkpoint)
-
-
-def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, in 8 bits on demand.
-
-    Raises:
-        ValueError: If bitsandbytes is needed and not installed.
-    """
-    settings = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-    if config.optimizer == "adamw8bit":
-        try:
-            import bitsandbytes
-        except ImportError:
-            raise ValueError(
-                "--optimizer adamw8bit needs bitsandbytes; run `pip install bitsandbytes`, or use --optimizer adamw."
-            ) from None
-        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, **settings, fused=True)
-
-
-def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that an optimizer changes, in the model's order."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-# --- the loop --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -248,58 +86,6 @@ class StopRequest:
         self.received = True
 
 
-class LateReader:
-    """Reads small tensors of a GPU one step late, when they are there without waiting; those of a CPU at once."""
-
-    def __init__(self) -> None:
-        self._pending: tuple[torch.Tensor, torch.cuda.Event, Callable[..., None]] | None = None
-
-    def hand_in(self, values: torch.Tensor, read: Callable[..., None]) -> None:
-        """Has `read` called with the values, and before that the reader of what was handed in last."""
-        self.flush()
-        if values.device.type != "cuda":
-            read(*values.tolist())
-            return
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        self._pending = (host, copied, read)
-
-    def flush(self) -> None:
-        """Waits for what has been handed in, and has it read."""
-        if self._pending is None:
-            return
-        host, copied, read = self._pending
-        self._pending = None
-        copied.synchronize()
-        read(*host.tolist())
-
-
-@dataclass
-class Run:
-    """The prepared parts of a run."""
-
-    accelerator: Accelerator
-    config: TrainingConfig
-    model: torch.nn.Module  # as wrapped by accelerate: the forward must go through it
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    ema: EMAModel | None
-    state: RunState
-    metrics: MetricSums
-    trackers: Trackers
-    late: LateReader = field(default_factory=LateReader)
-
-    @property
-    def unwrapped_model(self) -> torch.nn.Module:
-        return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def num_replicas(self) -> int:
-        return count_replicas(self.accelerator)
-
-
 def gather_weights(run: Run) -> dict[str, torch.Tensor]:
     """The trainable weights, whole, on the CPU of the main process; one weight at a time, so that nobody holds two.
 
@@ -322,93 +108,6 @@ def _whole(accelerator: Accelerator, parameter: torch.nn.Parameter) -> torch.Ten
 
         return safe_get_full_fp32_param(parameter)
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def prepare_run(
-    accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module, trackers: Trackers | None = None
-) -> Run:
-    """Optimizer, schedule and EMA of a model, prepared by accelerate and, when the config says so, resumed.
-
-    Trackers come from `start_trackers`; without them metrics.jsonl is all that is written.
-
-    Raises:
-        ValueError: If the strategy cannot do what the config asks for, or the checkpoint to resume does not fit.
-    """
-    if config.use_ema and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "use_ema needs weights that can be read in float32 after each step, but DeepSpeed keeps them to itself; "
-            "launch with accelerate_configs/fsdp2.yaml, or leave --use_ema out."
-        )
-    if config.optimizer == "adamw8bit" and accelerator.is_fsdp2:
-        raise ValueError(
-            "bitsandbytes takes sharded weights for whole ones and writes outside of them (its issue 1633); use "
-            "--optimizer adamw, or launch with accelerate_configs/ddp.yaml or zero2.yaml."
-        )
-    if accelerator.mixed_precision == "fp8" and is_sharded(accelerator):
-        raise ValueError(
-            "mixed_precision fp8 needs whole weights on each GPU; launch with accelerate_configs/single_gpu.yaml or "
-            "ddp.yaml, or use bf16."
-        )
-    optimizer = make_optimizer(trainable_parameters(model), config)
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-    )
-    has_frozen_weights = any(not parameter.requires_grad for parameter in model.parameters())
-    if has_frozen_weights:
-        # All processes have loaded the same: DDP need not send them around, and gloo could not send 8 bits.
-        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    ema = None
-    if config.use_ema:
-        ema = EMAModel(trainable_parameters(accelerator.unwrap_model(model)), decay=config.ema_decay)
-    run = Run(
-        accelerator, config, model, optimizer, lr_scheduler, ema, RunState(), MetricSums(), trackers or Trackers()
-    )
-    accelerator.register_for_checkpointing(run.state, run.metrics)
-    unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if has_frozen_weights and accelerator.distributed_type in unsharded:
-        checkpoint_trainable_weights_only(accelerator)
-    resume(run)
-    return run
-
-
-def resume(run: Run) -> None:
-    """Loads the checkpoint that the config names, if any, and cuts the metrics file and the trackers back to it.
-
-    Raises:
-        ValueError: If the checkpoint does not fit the run.
-    """
-    checkpoint = find_checkpoint(run.config.resume_from_checkpoint, run.config.output_dir)
-    num_processes = run.accelerator.num_processes
-    if checkpoint is None:
-        if run.config.resume_from_checkpoint is not None:
-            logger.info("no checkpoint in %s yet: starting at step 0", run.config.output_dir)
-    else:
-        if run.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            check_process_count(checkpoint, num_processes)
-        run.accelerator.load_state(str(checkpoint))
-        if run.ema is not None:
-            load_ema(run.ema, checkpoint)
-        if not run.accelerator.is_main_process:  # the checkpoint holds the sums of all processes
-            run.metrics.sums = {name: torch.zeros_like(value) for name, value in run.metrics.sums.items()}
-        logger.info("resumed from %s at step %d", checkpoint, run.state.step)
-        if (run.state.num_processes, run.state.num_replicas) != (num_processes, run.num_replicas):
-            logger.info(
-                "the checkpoint is from %d process(es), now there are %d: the samples go on in the same order, a step "
-                "has %d of them, and results agree to rounding, not to the last bit",
-                run.state.num_processes,
-                num_processes,
-                run.config.samples_per_step(run.num_replicas),
-            )
-    run.state.num_processes, run.state.num_replicas = num_processes, run.num_replicas
-    run.metrics.sums = {name: value.to(run.accelerator.device) for name, value in run.metrics.sums.items()}
-    if run.accelerator.is_main_process:
-        truncate_metrics(Path(run.config.output_dir) / METRICS_NAME, last_step=run.state.step)
-    run.trackers.rewind(run.state.step)
 
 
 def train(

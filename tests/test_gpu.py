@@ -17,7 +17,7 @@ from causal_wan.memory import enable_gradient_checkpointing, store_in_fp8
 from causal_wan.memory_plan import GIB, Workload, plan_training
 from causal_wan.models import add_lora
 from causal_wan.settings import MemoryConfig, TrainingConfig
-from causal_wan.training import make_optimizer, trainable_parameters
+from causal_wan.training_setup import make_optimizer, trainable_parameters
 from causal_wan.transformer import CausalWanTransformer3DModel
 
 

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from causal_wan.checkpoints import check_output_dir, list_checkpoints
 from causal_wan.settings import TrainingConfig
-from causal_wan.training import ema_weights, gather_weights, make_accelerator, prepare_run, train
+from causal_wan.training import ema_weights, gather_weights, train
+from causal_wan.training_setup import make_accelerator, prepare_run
 
 
 class Numbers(Dataset):
