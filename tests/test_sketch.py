@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 import sys
 
 import av
@@ -104,7 +106,10 @@ def test_comparison_tells_drawings_from_their_mean_and_many_from_one(ambiguous, 
             (tmp_path / name / f"{number:02d}.mp4").write_bytes(clip)
     samples = [f"{name}:3={tmp_path / name}" for name in ("other", "same")]
     samples += [f"both:3={tmp_path / name}" for name in ("other", "same")]
-    flags = ["--data_dir", ambiguous, "--output_dir", tmp_path / "out", "--samples", *samples]
+    run = tmp_path / "run"
+    shutil.copytree(tmp_path / "same", run / "validation" / "step-000002")
+    run.joinpath("metrics.jsonl").write_text('{"step": 1, "blur_gap_at_time_1000": 0.5}\n{"step": 2}\n')
+    flags = ["--data_dir", ambiguous, "--output_dir", tmp_path / "out", "--run", run, "--samples", *samples]
     shown = run_script([sys.executable, MAKE.parent / "compare.py", *flags]).stdout
     entries = json.loads((tmp_path / "out" / "comparison.json").read_text())
     figures = {entry["method"]: entry for entry in entries}
@@ -117,7 +122,8 @@ def test_comparison_tells_drawings_from_their_mean_and_many_from_one(ambiguous, 
     assert figures["their mean"]["ink F1"] < 0.7
     assert figures["other"]["sharpness"] == pytest.approx(1, abs=0.3)
     assert "| same                     |     3 |" in shown
-    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
+    for name in ("comparison.png", "blur_gaps.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
 
 
 def test_comparison_refuses_what_is_no_folder_of_samples(ambiguous, tmp_path):
@@ -125,6 +131,9 @@ def test_comparison_refuses_what_is_no_folder_of_samples(ambiguous, tmp_path):
     result = run_script([sys.executable, MAKE.parent / "compare.py", *flags], check=False)
     assert result.returncode != 0
     assert "samples must be METHOD:STEPS=FOLDER with a folder that exists, got 'a:3=nowhere'" in result.stderr
+    flags = ["--data_dir", ambiguous, "--output_dir", tmp_path, "--samples", f"a:3={tmp_path}", "--run", tmp_path]
+    result = run_script([sys.executable, MAKE.parent / "compare.py", *flags], check=False)
+    assert "run must be the output folder of a run, with metrics.jsonl" in result.stderr
 
 
 def test_a_drawing_grows_from_nothing_stays_inside_and_rests_at_the_end():
@@ -196,3 +205,28 @@ def test_report_compares_with_the_trivial_answer(drawn, tmp_path):
     assert scores["after"]["ink F1, last frame"] == 1
     assert (tmp_path / "contact_sheet.png").stat().st_size > 1000
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_objectives_stand_side_by_side_in_one_command(tmp_path):
+    env = {
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+        "OUTPUT_DIR": str(tmp_path),
+        "DATA": "ambiguous",
+        "METHODS": "regression teacher-forcing ode",
+        "MAX_TRAIN_STEPS": "2",
+        "NUM_INFERENCE_STEPS": "4",
+        "NUM_TRAJECTORIES": "2",
+        "DATASET_FLAGS": "--kinds bird --num_clips 8 --num_targets 2 --num_heldout 1",
+    }
+    run_script(["examples/objectives/run.sh", "--train_batch_size", 2], env=env, timeout=1500)
+    entries = json.loads((tmp_path / "ambiguous" / "comparison.json").read_text())
+    of_student = [("regression, renoise", "3"), ("regression, euler", "3"), ("regression, euler", "4")]
+    of_teacher = [
+        ("teacher-forcing, renoise", "3"),
+        *(("teacher-forcing, euler", number) for number in ("1", "2", "3")),
+    ]
+    rows = [(entry["method"], entry["steps"]) for entry in entries]
+    assert rows[:9] == [("targets", ""), ("their mean", ""), *of_student, *of_teacher]
+    assert rows[-2:] == [("ode-2, renoise", "3"), ("ode-2, euler", "3")]
+    assert (tmp_path / "ambiguous" / "blur_gaps.png").is_file()

@@ -13,6 +13,7 @@ METHODS="${METHODS:-regression l1 huber bell lower-levels diffusion-forcing min-
 MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-200}"
 NUM_INFERENCE_STEPS="${NUM_INFERENCE_STEPS:-24}"
 NUM_TRAJECTORIES="${NUM_TRAJECTORIES:-120}" # in all, several counts one after another
+DATASET_FLAGS="${DATASET_FLAGS:-}" # of examples/sketch/make_dataset.py
 export ACCELERATE_USE_CPU="${ACCELERATE_USE_CPU:-true}"
 
 launch() { # a script, on the clips of a data set
@@ -28,10 +29,19 @@ train() { # script, method, flags
         --max_train_steps "$MAX_TRAIN_STEPS" --resume_from_checkpoint latest "${@:3}"
 }
 
-sample() { # method, steps, flags of generate.py
-    local videos="$folder/samples/$1-$2"
-    python generate.py --checkpoint "$folder/$1" --prompts_file "$folder/data/heldout.csv" --output "$videos" "${@:3}"
-    samples+=("$1:$2=$videos")
+sample() { # run, steps, sampler, flags of generate.py
+    local videos="$folder/samples/$1-$2-$3"
+    python generate.py --checkpoint "$folder/$1" --prompts_file "$folder/data/heldout.csv" --output "$videos" \
+        --sampler "$3" "${@:4}"
+    samples+=("$1, $3:$2=$videos")
+}
+
+sample_list() { # run, steps of its list
+    for sampler in renoise euler; do sample "$1" "$2" "$sampler"; done
+}
+
+sample_flow() { # run, numbers of steps along the flow
+    for steps in "${@:2}"; do sample "$1" "$steps" euler --num_inference_steps "$steps" --timestep_shift 5; done
 }
 
 many=(--num_inference_steps "$NUM_INFERENCE_STEPS")
@@ -41,42 +51,45 @@ for data in $DATA; do
     folder="$OUTPUT_DIR/$data" samples=()
     flags=(--kinds bird,umbrella)
     if [ "$data" = ambiguous ]; then flags=(--ambiguous); fi
-    [ -f "$folder/data/heldout.csv" ] || python examples/sketch/make_dataset.py --output_dir "$folder/data" "${flags[@]}"
+    # shellcheck disable=SC2086
+    [ -f "$folder/data/heldout.csv" ] ||
+        python examples/sketch/make_dataset.py --output_dir "$folder/data" "${flags[@]}" $DATASET_FLAGS
     for method in $METHODS; do
         case "$method" in
         regression)
             train train_video_regression.py "$method" "$@"
-            sample "$method" 3
+            sample_list "$method" 3
+            sample_flow "$method" "$NUM_INFERENCE_STEPS"
             ;;
         l1 | huber)
             train train_video_regression.py "$method" --loss_type "$method" "$@"
-            sample "$method" 3
+            sample_list "$method" 3
             ;;
         bell)
             train train_video_regression.py "$method" --loss_space velocity --loss_weighting bell "$@"
-            sample "$method" 3
+            sample_list "$method" 3
             ;;
         lower-levels)
             train train_video_regression.py "$method" --denoising_step_list 1000 757 522 250 100 0 "$@"
-            sample "$method" 5
+            sample_list "$method" 5
             ;;
         diffusion-forcing)
             train train_video_regression.py "$method" "${continuous[@]}" --clean_block_probability 0.25 "$@"
-            sample "$method" "$NUM_INFERENCE_STEPS"
+            sample_flow "$method" 3 "$NUM_INFERENCE_STEPS"
             ;;
         min-snr) # diffusion forcing, weighted
             train train_video_regression.py "$method" "${continuous[@]}" --clean_block_probability 0.25 \
                 --loss_weighting min_snr "$@"
-            sample "$method" "$NUM_INFERENCE_STEPS"
+            sample_flow "$method" 3 "$NUM_INFERENCE_STEPS"
             ;;
         teacher-forcing)
             train train_video_regression.py "$method" "${continuous[@]}" --context clean "$@"
-            for steps in 3 6 12; do sample "$method" "$steps" --num_inference_steps "$steps"; done
-            sample "$method" "$NUM_INFERENCE_STEPS"
+            sample "$method" 3 renoise --denoising_step_list 1000 757 522
+            sample_flow "$method" 1 2 3 6 12 "$NUM_INFERENCE_STEPS"
             ;;
         augmented) # teacher forcing, with noise on the context
             train train_video_regression.py "$method" "${continuous[@]}" --context augmented "$@"
-            sample "$method" "$NUM_INFERENCE_STEPS"
+            sample_flow "$method" 3 "$NUM_INFERENCE_STEPS"
             ;;
         ode) # of the teacher that teacher-forcing makes
             prompts=$(python -c "import csv, sys; print(len({r['prompt'] for r in csv.DictReader(open(sys.argv[1]))}))" \
@@ -87,7 +100,7 @@ for data in $DATA; do
                     --sample_batch_size 4 --num_trajectories_per_prompt $(((count + prompts - 1) / prompts))
                 train train_ode_regression.py "ode-$count" --generator_ckpt "$folder/teacher-forcing" \
                     --trajectories_dir "$folder/trajectories-$count" --context clean "$@"
-                sample "ode-$count" 3
+                sample_list "ode-$count" 3
             done
             ;;
         *)
@@ -96,5 +109,8 @@ for data in $DATA; do
             ;;
         esac
     done
-    python examples/sketch/compare.py --data_dir "$folder/data" --output_dir "$folder" --samples "${samples[@]}"
+    limit=()
+    if [ -d "$folder/regression" ]; then limit=(--run "$folder/regression"); fi
+    python examples/sketch/compare.py --data_dir "$folder/data" --output_dir "$folder" --samples "${samples[@]}" \
+        "${limit[@]}"
 done

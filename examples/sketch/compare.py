@@ -15,6 +15,8 @@ and STEPS, made with another `--seed`. They are compared with all drawings that 
 
 Two rows to compare with: `targets` are the clips of heldout.csv, `their mean` is what the least squared error draws
 from noise alone. Sharpness by itself is not enough: noise is sharp.
+
+`--run` shows a run of regression at its limit: its blur gaps over the steps, beside the sharpness of its samples.
 """
 
 import csv
@@ -24,11 +26,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
 from ink import ink_f1, psnr
-from report import TOLERANCE, contact_sheet, read_video
+from report import TOLERANCE, contact_sheet, plot_by_level, read_video
 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
@@ -49,7 +52,9 @@ class Config:
     samples: tuple[str, ...]
     """METHOD:STEPS=FOLDER each."""
     output_dir: str
-    """Folder for comparison.json, comparison.md and comparison.png."""
+    """Folder for comparison.json, comparison.md, comparison.png and blur_gaps.png."""
+    run: str | None = None
+    """Output folder of a run, with metrics.jsonl and validation/, whose blur gaps are to be plotted."""
 
 
 def parse_samples(text: str) -> tuple[str, str, Path]:
@@ -132,12 +137,33 @@ def table(rows: dict[tuple[str, str], dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def plot_blur_gaps(run: Path, targets: Targets, path: Path) -> None:
+    """Blur gaps of a run over its steps, and beside them the sharpness of the samples that its validations left."""
+    figure, (gaps, samples) = plt.subplots(1, 2, figsize=(10, 3.5))
+    plot_by_level(gaps, run / "metrics.jsonl", "blur_gap_at_time_")
+    gaps.axhline(0, color="black", linewidth=0.8)
+    gaps.set(ylabel="blur gap")
+    gaps.legend()
+    folders = sorted((run / "validation").glob("step-*"))
+    steps = [int(folder.name.removeprefix("step-")) for folder in folders]
+    values = [sharpness([read_video(path) for path in sorted(folder.glob("*.mp4"))]) for folder in folders]
+    samples.plot(steps, np.array(values) / targets.sharpness, marker="o", label="validation samples")
+    samples.axhline(1, color="black", linewidth=0.8, label="targets")
+    samples.set(xlabel="step", ylabel="sharpness", ylim=(0, 1.1))
+    samples.grid(alpha=0.3)
+    samples.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def main(config: Config) -> None:
     data_dir, output_dir = Path(config.data_dir), Path(config.output_dir)
     try:
         folders = [parse_samples(text) for text in config.samples]
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
+    if config.run is not None and not (Path(config.run) / "metrics.jsonl").is_file():
+        raise SystemExit(f"error: run must be the output folder of a run, with metrics.jsonl, got {config.run!r}.")
     heldout = read_table(data_dir / "heldout.csv")
     all_targets = data_dir / "targets.csv"
     possible = read_table(all_targets) if all_targets.is_file() else heldout
@@ -153,6 +179,8 @@ def main(config: Config) -> None:
             shown.setdefault((method, steps), {}).setdefault(prompt, []).extend(samples)
     rows = {label: score(samples, targets) for label, samples in shown.items()}
     write_comparison(rows, output_dir)
+    if config.run is not None:
+        plot_blur_gaps(Path(config.run), targets, output_dir / "blur_gaps.png")
     distinct = list(dict.fromkeys(prompts))
     groups = [[video for samples in shown.values() for video in samples[prompt][:NUM_SHOWN]] for prompt in distinct]
     contact_sheet(groups, output_dir / "comparison.png")

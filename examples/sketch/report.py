@@ -10,6 +10,7 @@ import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import matplotlib.pyplot as plt
@@ -90,17 +91,23 @@ def contact_sheet(groups: list[list[np.ndarray]], path: Path) -> None:
     sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.LANCZOS).save(path)
 
 
+def plot_by_level(axis: plt.Axes, metrics_path: Path, prefix: str, **style: Any) -> None:
+    """The metrics of that prefix, one for each level, over the steps."""
+    entries = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    for name in sorted({name for entry in entries for name in entry if name.startswith(prefix)}):
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        axis.plot(*zip(*points, strict=True), label=name, **style)
+    axis.set(xlabel="step")
+    axis.grid(alpha=0.3)
+
+
 def plot_losses(metrics_path: Path, path: Path) -> None:
     """The loss, and the loss at each level, over the steps."""
-    entries = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     figure, axis = plt.subplots(figsize=(7, 4))
-    names = sorted({name for entry in entries for name in entry if name.startswith("loss_at_time_")})
-    for name in ["generator_loss", *names]:
-        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-        axis.plot(*zip(*points, strict=True), label=name, linewidth=2.5 if name == "generator_loss" else 1.2)
-    axis.set(xlabel="step", ylabel="squared error of predicted latents", yscale="log")
+    plot_by_level(axis, metrics_path, "generator_loss", linewidth=2.5)
+    plot_by_level(axis, metrics_path, "loss_at_time_", linewidth=1.2)
+    axis.set(ylabel="squared error of predicted latents", yscale="log")
     axis.legend()
-    axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
