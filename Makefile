@@ -32,7 +32,7 @@ test: .venv/installed-tests
 RESULTS ?= benchmarks/results
 benchmark: .venv/installed-tests
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/speed.py --output $(RESULTS)/speed_cpu_small.md \
-		--parts attention modulation compilation checkpointing scaling vae precision parts startup
+		--parts attention modulation compilation checkpointing scaling context vae precision parts startup
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/speed.py --size mid --output $(RESULTS)/speed_cpu_mid.md --parts step sampling
 	$(PYTHON) benchmarks/data.py
 	$(PYTHON) benchmarks/memory.py

@@ -22,7 +22,7 @@ for command in "${@:-layers steps sampling scaling runs memory data tests}"; do
         layers) speed layers attention modulation compilation checkpointing ;;
         steps) speed steps step ;;
         sampling) speed sampling vae sampling ;;
-        scaling) speed scaling scaling ;;
+        scaling) speed scaling scaling context ;;
         runs) speed runs precision parts startup ;;
         memory) "$PYTHON" benchmarks/memory.py --size "$SIZE" | tee "$RESULTS/gpu_memory.md" || failed=1 ;;
         data) "$PYTHON" benchmarks/data.py --size "$SIZE" | tee "$RESULTS/gpu_data.md" || failed=1 ;;

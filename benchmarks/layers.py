@@ -113,10 +113,12 @@ def of_gpu_backends(
     return forms
 
 
-def run_passes(bench: Bench, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+def run_passes(
+    bench: Bench, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **context: torch.Tensor
+) -> None:
     """Forward and backward."""
     with bench.autocast():
-        velocity = model(*inputs, return_dict=False)[0]
+        velocity = model(*inputs, return_dict=False, **context)[0]
     velocity.float().square().mean().backward()
     model.zero_grad()
 

@@ -24,11 +24,11 @@ from bench import SIZES, Bench
 from generation import measure_sampling, measure_vae
 from layers import measure_attention, measure_checkpointing, measure_compilation, measure_modulation
 from startup import measure_startup
-from steps import measure_parts, measure_precision, measure_scaling, measure_step
+from steps import measure_context, measure_parts, measure_precision, measure_scaling, measure_step
 
 
 Part = Literal[
-    *("attention", "modulation", "compilation", "checkpointing", "step", "scaling", "vae", "sampling"),
+    *("attention", "modulation", "compilation", "checkpointing", "step", "scaling", "context", "vae", "sampling"),
     *("precision", "parts", "startup"),
 ]
 
@@ -40,7 +40,7 @@ class Config:
     size: Literal["small", "mid", "1.3b"] = "small"
     """Architecture and clip; the last three parts run the embedded checkpoint whatever it is."""
     parts: tuple[Part, ...] = (
-        *("attention", "modulation", "compilation", "checkpointing", "step", "scaling", "vae", "sampling"),
+        *("attention", "modulation", "compilation", "checkpointing", "step", "scaling", "context", "vae", "sampling"),
         *("precision", "parts", "startup"),
     )
     """Tables to make."""
@@ -64,6 +64,7 @@ def main(config: Config) -> None:
         "checkpointing": measure_checkpointing,
         "step": measure_step,
         "scaling": measure_scaling,
+        "context": measure_context,
         "vae": measure_vae,
         "sampling": measure_sampling,
         "precision": measure_precision,

@@ -147,6 +147,30 @@ def measure_scaling(bench: Bench) -> list[str]:
     return table(("forward + backward", f"time, of {whole}", "operations, of the same"), rows)
 
 
+def measure_context(bench: Bench) -> list[str]:
+    """Forward and backward of teacher forcing, against blocks that see noisy ones."""
+    model = bench.make_transformer(num_frame_per_block=bench.size.block).train()
+    if bench.is_gpu:
+        model.enable_gradient_checkpointing()
+    inputs = bench.make_inputs()
+    variants = {
+        "--context noisy": functools.partial(run_passes, bench, model, inputs),
+        "--context clean": functools.partial(run_passes, bench, model, inputs, context_latents=inputs[0]),
+    }
+    work = [
+        count_forward_flops(
+            bench.size.architecture, bench.size.latent_shape, bench.size.block_lengths, has_clean_context=is_clean
+        ).total
+        for is_clean in (False, True)
+    ]
+    measured = bench.compare(variants)
+    rows = [
+        (name, f"{ratio:.2f}", f"{operations / work[0]:.2f}")
+        for (name, (_, ratio)), operations in zip(measured.items(), work, strict=True)
+    ]
+    return table(("forward + backward", "time, of noisy context", "operations, of the same"), rows)
+
+
 # --- real runs on the embedded checkpoint ----------------------------------------------------------------------------
 
 

@@ -39,10 +39,13 @@ train() { # script, name of the run, flags
 }
 
 SAMPLES=()
-compare() { # name of the run, steps, flags of generate.py
+sample() { # name of the run, steps, sampler, flags of generate.py
     python generate.py --checkpoint "$OUTPUT_DIR/$1" --prompts_file "$DATA/heldout.csv" \
-        --output "$OUTPUT_DIR/samples/$1" "${@:3}"
-    SAMPLES+=("$1:$2=$OUTPUT_DIR/samples/$1")
+        --output "$OUTPUT_DIR/samples/$1-$2-$3" --sampler "$3" "${@:4}"
+    SAMPLES+=("$1, $3:$2=$OUTPUT_DIR/samples/$1-$2-$3")
+}
+
+compare() {
     python examples/sketch/compare.py --data_dir "$DATA" --output_dir "$OUTPUT_DIR" --samples "${SAMPLES[@]}"
 }
 
@@ -52,11 +55,16 @@ STEPS=(--num_inference_steps "$NUM_INFERENCE_STEPS" --timestep_shift "$TIMESTEP_
 [ -f "$DATA/heldout.csv" ] || python examples/sketch/make_dataset.py --ambiguous --output_dir "$DATA" $DATASET_FLAGS
 
 train train_video_regression.py video-regression "$@"
-compare video-regression 3
+sample video-regression 3 renoise
+compare
 
 train train_video_regression.py teacher --timestep_sampling logit_normal --loss_space velocity --context clean \
     "${STEPS[@]}" "$@"
-compare teacher "$NUM_INFERENCE_STEPS" --guidance_scale "$GUIDANCE_SCALE"
+for number in 3 "$NUM_INFERENCE_STEPS"; do
+    sample teacher "$number" euler --num_inference_steps "$number" --timestep_shift "$TIMESTEP_SHIFT" \
+        --guidance_scale "$GUIDANCE_SCALE"
+done
+compare
 
 echo "=== trajectories"
 run precompute_trajectories.py --teacher "$OUTPUT_DIR/teacher" --trajectories_dir "$OUTPUT_DIR/trajectories" \
@@ -65,4 +73,5 @@ run precompute_trajectories.py --teacher "$OUTPUT_DIR/teacher" --trajectories_di
 
 train train_ode_regression.py student --generator_ckpt "$OUTPUT_DIR/teacher" \
     --trajectories_dir "$OUTPUT_DIR/trajectories" --context clean "$@"
-compare student 3
+for sampler in renoise euler; do sample student 3 "$sampler"; done
+compare

@@ -40,6 +40,7 @@ def tiny(benchmarks):
         ("layers", "measure_checkpointing", ("all kept | 1.00", "--keep_attention_outputs")),
         ("steps", "measure_step", ("bare loop", "`training.train`", "MFU of our loop")),
         ("steps", "measure_scaling", ("21 latent frames | 1.000 | 1.000", "42 latent frames", "2 clips")),
+        ("steps", "measure_context", ("--context noisy | 1.00 | 1.00", "--context clean")),
         ("generation", "measure_vae", ("stock diffusers | 1.00 | 0e+00", "16 frames a pass")),
         ("generation", "measure_sampling", ("with the cache | 1.00", "over the past again", "frames a second")),
     ],

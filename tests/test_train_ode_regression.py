@@ -395,7 +395,8 @@ def test_the_ladder_climbs_all_rungs_in_one_command_and_again_without_work(tmp_p
     flags = ("--train_batch_size", 2, "--validation_steps", 100)
     shown = run_script(["examples/ladder.sh", *flags], env=env, timeout=1500).stdout
     entries = json.loads((tmp_path / "comparison.json").read_text())
-    rungs = [("video-regression", "3"), ("teacher", "4"), ("student", "3")]
+    rungs = [("video-regression, renoise", "3"), ("teacher, euler", "3"), ("teacher, euler", "4")]
+    rungs += [("student, renoise", "3"), ("student, euler", "3")]
     assert [(entry["method"], entry["steps"]) for entry in entries[2:]] == rungs
     assert "causal, 7 blocks" in shown
     assert "0 trajectories sampled" in run_script(["examples/ladder.sh", *flags], env=env, timeout=1500).stdout

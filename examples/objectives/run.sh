@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 
 OUTPUT_DIR="${OUTPUT_DIR:-outputs/objectives}"
 DATA="${DATA:-sketch ambiguous}"
-METHODS="${METHODS:-regression l1 huber bell lower-levels diffusion-forcing min-snr teacher-forcing augmented ode}"
+METHODS="${METHODS:-regression l1 huber velocity bell lower-levels diffusion-forcing min-snr teacher-forcing augmented ode}"
 MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-200}"
 NUM_INFERENCE_STEPS="${NUM_INFERENCE_STEPS:-24}"
 NUM_TRAJECTORIES="${NUM_TRAJECTORIES:-120}" # in all, several counts one after another
@@ -63,6 +63,10 @@ for data in $DATA; do
             ;;
         l1 | huber)
             train train_video_regression.py "$method" --loss_type "$method" "$@"
+            sample_list "$method" 3
+            ;;
+        velocity)
+            train train_video_regression.py "$method" --loss_space velocity "$@"
             sample_list "$method" 3
             ;;
         bell)
