@@ -40,7 +40,8 @@ from causal_wan.video_metrics import MAX_PSNR, frame_sharpness
 
 
 COLUMNS = ("sharpness", "ink F1", "PSNR [dB]", "diversity")
-NUM_SHOWN = 2  # targets and samples of each prompt on the contact sheet
+NUM_SHOWN = 2  # targets and samples of each prompt on the contact sheet, if there are so many
+NUM_PROMPTS_SHOWN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +183,15 @@ def main(config: Config) -> None:
     if config.run is not None:
         plot_blur_gaps(Path(config.run), targets, output_dir / "blur_gaps.png")
     distinct = list(dict.fromkeys(prompts))
-    groups = [[video for samples in shown.values() for video in samples[prompt][:NUM_SHOWN]] for prompt in distinct]
-    contact_sheet(groups, output_dir / "comparison.png")
-    order = ", ".join(f"{method} {steps}".strip() for method, steps in shown)
+    num_shown = min(NUM_SHOWN, *(len(videos) for samples in shown.values() for videos in samples.values()))
+    groups = [
+        [video for samples in shown.values() for video in samples[prompt][:num_shown]]
+        for prompt in distinct[:NUM_PROMPTS_SHOWN]
+    ]
+    labels = [f"{method} {steps}".strip() for method, steps in shown for _ in range(num_shown)]
+    contact_sheet(groups, output_dir / "comparison.png", labels)
     print(f"\n{len(distinct)} held-out prompts, {len(prompts)} samples or more by each method:\n\n{table(rows)}")
-    print(f"\ncontact sheet  {output_dir / 'comparison.png'}: for each prompt {NUM_SHOWN} each of {order}")
+    print(f"\ncontact sheet  {output_dir / 'comparison.png'}: {num_shown} of each for {len(groups)} prompts")
 
 
 def write_comparison(rows: dict[tuple[str, str], dict[str, float]], output_dir: Path) -> None:

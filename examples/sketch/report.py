@@ -8,6 +8,7 @@ Every figure is over all held-out clips; the contact sheet shows the first of th
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from ink import colour_error, ink_f1, mean_ink_f1, psnr
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 
 TOLERANCE = 2  # pixels
 NUM_FRAMES_SHOWN = 8
+LABEL_WIDTH = 140  # pixels, before they are enlarged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +76,29 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(groups: list[list[np.ndarray]], path: Path) -> None:
+def contact_sheet(groups: list[list[np.ndarray]], path: Path, labels: Sequence[str] = ()) -> None:
     """One group a prompt: target above, then before and after training; time from left to right.
 
-    Frames are enlarged twice.
+    Frames are enlarged twice. With labels, one for each video of a group, each row has its own before it.
     """
     rows = []
     for group in groups:
-        for video in group:
+        for number, video in enumerate(group):
             times = np.linspace(len(video) // NUM_FRAMES_SHOWN, len(video) - 1, NUM_FRAMES_SHOWN).round().astype(int)
-            rows.append(
-                np.concatenate([np.pad(f, ((1, 0), (1, 0), (0, 0)), constant_values=225) for f in video[times]], 1)
-            )
+            frames = [np.pad(f, ((1, 0), (1, 0), (0, 0)), constant_values=225) for f in video[times]]
+            if labels:
+                frames.insert(0, label_image(labels[number], len(frames[0])))
+            rows.append(np.concatenate(frames, axis=1))
         rows.append(np.full((5, rows[-1].shape[1], 3), 120, np.uint8))
     sheet = Image.fromarray(np.concatenate(rows[:-1]))
     sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.LANCZOS).save(path)
+
+
+def label_image(text: str, height: int) -> np.ndarray:
+    """Black text on white, uint8 `(height, LABEL_WIDTH, 3)`."""
+    image = Image.new("RGB", (LABEL_WIDTH, height), "white")
+    ImageDraw.Draw(image).text((4, height // 2), text, fill="black", anchor="lm", font=ImageFont.load_default(11))
+    return np.asarray(image)
 
 
 def plot_by_level(axis: plt.Axes, metrics_path: Path, prefix: str, **style: Any) -> None:
