@@ -110,6 +110,7 @@ def test_comparison_tells_drawings_from_their_mean_and_many_from_one(ambiguous, 
     shutil.copytree(tmp_path / "same", run / "validation" / "step-000002")
     run.joinpath("metrics.jsonl").write_text('{"step": 1, "blur_gap_at_time_1000": 0.5}\n{"step": 2}\n')
     flags = ["--data_dir", ambiguous, "--output_dir", tmp_path / "out", "--run", run, "--samples", *samples]
+    flags += ["--vae", MAKE.parent / "tiny-wan"]
     shown = run_script([sys.executable, MAKE.parent / "compare.py", *flags]).stdout
     entries = json.loads((tmp_path / "out" / "comparison.json").read_text())
     figures = {entry["method"]: entry for entry in entries}
@@ -119,6 +120,7 @@ def test_comparison_tells_drawings_from_their_mean_and_many_from_one(ambiguous, 
     assert figures["same"]["diversity"] == figures["their mean"]["diversity"] == 0
     assert 0 < figures["both"]["diversity"] < figures["other"]["diversity"]
     assert figures["their mean"]["sharpness"] < 0.3
+    assert 0.5 < figures["encoded, decoded"]["sharpness"] < 1
     assert figures["their mean"]["ink F1"] < 0.7
     assert figures["other"]["sharpness"] == pytest.approx(1, abs=0.3)
     assert "| same                     |     3 |" in shown
@@ -227,6 +229,6 @@ def test_objectives_stand_side_by_side_in_one_command(tmp_path):
         *(("teacher-forcing, euler", number) for number in ("1", "2", "3")),
     ]
     rows = [(entry["method"], entry["steps"]) for entry in entries]
-    assert rows[:9] == [("targets", ""), ("their mean", ""), *of_student, *of_teacher]
+    assert rows[:10] == [("targets", ""), ("their mean", ""), ("encoded, decoded", ""), *of_student, *of_teacher]
     assert rows[-2:] == [("ode-2, renoise", "3"), ("ode-2, euler", "3")]
     assert (tmp_path / "ambiguous" / "blur_gaps.png").is_file()

@@ -116,5 +116,5 @@ for data in $DATA; do
     limit=()
     if [ -d "$folder/regression" ]; then limit=(--run "$folder/regression"); fi
     python examples/sketch/compare.py --data_dir "$folder/data" --output_dir "$folder" --samples "${samples[@]}" \
-        "${limit[@]}"
+        --vae examples/sketch/tiny-wan "${limit[@]}"
 done

@@ -14,7 +14,8 @@ and STEPS, made with another `--seed`. They are compared with all drawings that 
     diversity   distance between samples of a prompt beside that between its targets; 0 is always the same drawing
 
 Two rows to compare with: `targets` are the clips of heldout.csv, `their mean` is what the least squared error draws
-from noise alone. Sharpness by itself is not enough: noise is sharp.
+from noise alone; with `--vae` a third, what the VAE leaves of the targets. Sharpness by itself is not enough: noise is
+sharp.
 
 `--run` shows a run of regression at its limit: its blur gaps over the steps, beside the sharpness of its samples.
 """
@@ -30,12 +31,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
+from diffusers import AutoencoderKLWan
 from ink import ink_f1, psnr
 from report import TOLERANCE, contact_sheet, plot_by_level, read_video
 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
 
+from causal_wan.encoding import decode_latents, encode_videos
+from causal_wan.models import load_vae
 from causal_wan.video_metrics import MAX_PSNR, frame_sharpness
 
 
@@ -54,6 +58,8 @@ class Config:
     """METHOD:STEPS=FOLDER each."""
     output_dir: str
     """Folder for comparison.json, comparison.md, comparison.png and blur_gaps.png."""
+    vae: str | None = None
+    """A checkpoint, for a row of the targets encoded and decoded by its VAE: no sample can be sharper."""
     run: str | None = None
     """Output folder of a run, with metrics.jsonl and validation/, whose blur gaps are to be plotted."""
 
@@ -128,6 +134,13 @@ def mean_video(videos: list[np.ndarray]) -> np.ndarray:
     return np.mean(videos, axis=0).round().astype(np.uint8)
 
 
+def encode_and_decode(vae: AutoencoderKLWan, video: np.ndarray) -> np.ndarray:
+    """What the VAE leaves of a video."""
+    pixels = torch.from_numpy(video).movedim(-1, 0)[None].float() / 127.5 - 1  # (1, 3, T, height, width)
+    decoded = decode_latents(vae, encode_videos(vae, pixels))[0].movedim(0, -1)
+    return ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+
+
 def table(rows: dict[tuple[str, str], dict[str, float]]) -> str:
     """A Markdown table with a row for each method and number of steps."""
     lines = [f"| {'method':24} | {'steps':>5} | " + " | ".join(f"{column:>9}" for column in COLUMNS) + " |"]
@@ -174,6 +187,12 @@ def main(config: Config) -> None:
     shown["their mean", ""] = {
         prompt: NUM_SHOWN * [mean_video(targets.by_prompt[prompt])] for prompt in shown["targets", ""]
     }
+    if config.vae is not None:
+        vae = load_vae(config.vae)
+        shown["encoded, decoded", ""] = {
+            prompt: [encode_and_decode(vae, video) for video in videos]
+            for prompt, videos in shown["targets", ""].items()
+        }
     for method, steps, folder in folders:
         videos = [read_video(folder / f"{number:02d}.mp4") for number in range(len(prompts))]
         for prompt, samples in by_prompt(prompts, videos).items():
