@@ -62,7 +62,7 @@ class Config:
     guidance_scale: float = 5.0
     """Classifier-free guidance of the base model; 1 is none."""
     student_guidance_scale: float = 1.0
-    """Classifier-free guidance of the student above 1: for students in many steps, trained with caption dropout."""
+    """Classifier-free guidance of the student above 1: for students of any level, trained with caption dropout."""
     num_frame_per_block: int | None = None
     """Latent frames of a block; None is the checkpoint's own setting."""
     denoising_step_list: tuple[float, ...] | None = None

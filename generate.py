@@ -44,8 +44,8 @@ class Config:
     negative_prompt: str = ""
     """What guidance leads away from."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance above 1: for students in many steps, trained with --caption_dropout. Those in few steps
-    are trained without."""
+    """Classifier-free guidance above 1: for students of any level, trained with --caption_dropout. Those of a step
+    list are trained without."""
     video: str | None = None
     """A video to continue: its last frames become the first blocks of the clip."""
     num_video_frames: int | None = None
@@ -71,8 +71,8 @@ class Config:
     timestep_shift: float | None = None
     """Shift of these steps towards noise, above 1; None is the run's, or 5."""
     sampler: Sampler | None = None
-    """renoise predicts the clean latents and noises them again: for few steps. euler follows the flow: for many. None
-    is renoise for a list, euler for a number of steps."""
+    """renoise predicts the clean latents and noises them again: for students of a step list. euler follows the flow:
+    for those of any level. None is renoise for a list, euler for a number of steps."""
     num_frame_per_block: int | None = None
     """Latent frames of a block; None is the checkpoint's own setting, and 3 for a .pt file."""
     local_attn_size: int | None = None

@@ -86,7 +86,7 @@ class Config:
         if self.method.is_continuous:
             raise ValueError(
                 "trajectories are kept at the levels of denoising_step_list, got timestep_sampling "
-                f"{self.method.timestep_sampling}; leave it out for a student of few steps."
+                f"{self.method.timestep_sampling}; leave it out for a student of trajectories."
             )
         if self.data.streaming and self.prompts_file is None:
             raise ValueError("the prompts of streams are not known beforehand; list them in a --prompts_file.")

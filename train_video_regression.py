@@ -10,11 +10,12 @@
 For every block of `num_frame_per_block` latent frames, a level is drawn from `denoising_step_list` and the block is
 noised to it. The transformer sees each block and those before it, at their levels, and predicts the velocity; the loss
 is the squared error of the clean latents that follow from it, over the frames that are not clean already. Other
-objectives are settings: `--timestep_sampling uniform` draws any level, for sampling in many steps; `--context clean`
-shows each block the clean blocks before it; `--loss_type`, `--loss_space` and `--loss_weighting` change the error.
+objectives are settings: `--timestep_sampling logit_normal` draws any level, for following the flow in any number of
+steps; `--context clean` shows each block the clean blocks before it; `--loss_type`, `--loss_space` and
+`--loss_weighting` change the error.
 
-Regression learns a conditional mean: where the prompt and the past do not determine the video, few steps blur. See
-`blur_gap_at_time_*` in the README for telling that from too little training.
+Regression learns a conditional mean: where the prompt and the past do not determine the video, a step list blurs (see
+examples/objectives). `blur_gap_at_time_*` tells that from too little training; see the README.
 
 Source: CausVid, arXiv 2412.07772, section 4.3, with (clip, fresh noise) in the place of ODE pairs.
 """

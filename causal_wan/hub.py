@@ -35,6 +35,7 @@ LORA_NAME = "pytorch_lora_weights.safetensors"
 RESULT = ("transformer/*", LORA_NAME, "pipeline.py", "metrics.jsonl", DATA_SUMMARY_NAME)
 PIPELINE = ("model_index.json", "scheduler/*", "text_encoder/*", "tokenizer/*", "vae/*")
 MAX_SAMPLES = 4
+MAX_FEW_STEPS = 8  # of a block, to be called few
 WAITS = (5, 30)  # seconds before the second and the third attempt
 # Settings that name something on this machine; the card and the uploaded config have the last part of the path.
 PATHS = (
@@ -275,6 +276,8 @@ def make_card(folder: Path, run: dict[str, Any], repo_id: str, samples: list[str
     is_on_hub = bool(base) and "/" in base
     causal = run.get("generator_task", "causal_video") == "causal_video"
     steps, sampler = sampled_at(folder, run)
+    has_step_list = sampler == "renoise"
+    is_few_step = has_step_list or 0 < len(steps) <= MAX_FEW_STEPS
     method = method_of_run(run)
     settings = {
         "library_name": "diffusers",
@@ -284,7 +287,7 @@ def make_card(folder: Path, run: dict[str, Any], repo_id: str, samples: list[str
         "base_model_relation": ("adapter" if is_lora else "finetune") if is_on_hub else None,
         "tags": [
             *("wan", "video", "ode-regression" if "trajectories_dir" in run else "video-regression"),
-            *["few-step"] * (sampler == "renoise"),
+            *["few-step"] * is_few_step,
             *["causal"] * causal,
             *["lora"] * is_lora,
         ],
@@ -303,7 +306,8 @@ def make_card(folder: Path, run: dict[str, Any], repo_id: str, samples: list[str
         is_causal=causal,
         run=run,
         steps=steps,
-        is_few_step=sampler == "renoise",
+        is_few_step=is_few_step,
+        has_step_list=has_step_list,
         timestep_shift=method.timestep_shift,
         shown={
             name: run[name]

@@ -40,7 +40,8 @@ class CausalWanPipeline(WanPipeline):
 
     Args beside those of `WanPipeline`:
         denoising_step_list: Timesteps that the student is sampled at, falling; None is 1000, 757, 522.
-        sampler: How it goes from one to the next: "renoise", for students in few steps, or "euler", for many.
+        sampler: How it goes from one to the next: "renoise", for students of a step list, or "euler", for those of any
+            level.
 
     Source: CausVid, arXiv 2412.07772, Algorithm 2.
     """
@@ -309,7 +310,7 @@ class CausalWanPipeline(WanPipeline):
             timestep_shift: Of num_inference_steps towards noise, 1000 k u / (1 + (k - 1) u); None is 5.
             sampler: "renoise" noises the prediction again, with fresh noise: the sampler of a list. "euler" follows
                 the flow's ODE: the sampler of num_inference_steps.
-            guidance_scale: Classifier-free guidance above 1; few-step students are trained without.
+            guidance_scale: Classifier-free guidance above 1; students of a step list are trained without.
             num_videos_per_prompt: Of each prompt, next to each other in the batch.
             generator: Source of the noise, or a list of one a video.
             noise: See `sample_latents`; drawn from `generator` when not given.

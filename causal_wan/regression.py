@@ -1,7 +1,8 @@
 """What regression shares, whatever its data: the draw of levels, noise and context, and the metrics by level.
 
-Levels come from a step list, for a student that samples in few steps, or from a continuous range, for one that samples
-in many. Of the blocks before it, a block sees noisy latents (diffusion forcing) or clean ones (teacher forcing).
+Levels come from a step list, for a student that is sampled at them, or from a continuous range, for one that follows
+the flow in any number of steps. Of the blocks before it, a block sees noisy latents (diffusion forcing) or clean ones
+(teacher forcing).
 
 Everything random about a sample is a function of (seed, sample number): the same with any number of processes,
 accumulation steps or restarts.

@@ -44,8 +44,9 @@ class RegressionConfig:
     warp_denoising_step: bool = False
     """Shift the step list towards noise by timestep_shift. The default list is shifted already (shift 8)."""
     timestep_sampling: Literal["step_list", "uniform", "logit_normal"] = "step_list"
-    """step_list draws entries of denoising_step_list, for sampling in few steps. The others draw any timestep, for
-    sampling in many: 1000 u with u uniform, or the sigmoid of a normal variable, shifted by timestep_shift."""
+    """step_list draws entries of denoising_step_list, for sampling at them. The others draw any timestep, for sampling
+    in any number of steps along the flow: 1000 u with u uniform, or the sigmoid of a normal variable, shifted by
+    timestep_shift."""
     timestep_shift: float = 5.0
     """k in 1000 k u / (1 + (k - 1) u): towards noise above 1. Always acts on continuous levels, and on the steps that
     their students sample in; on a step list only with warp_denoising_step."""

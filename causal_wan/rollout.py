@@ -3,8 +3,8 @@
 For each block of latent frames: start from noise; at each level predict the velocity and go to the next level; then
 one pass on the clean block at timestep 0 writes the cache for the blocks to come. Two samplers go from level to level:
 
-    renoise     predict the clean latents and noise them again, with fresh noise: few steps, at levels trained on
-    euler       follow the flow's ODE, with no further noise: many steps
+    renoise     predict the clean latents and noise them again, with fresh noise: for students of a step list
+    euler       follow the flow's ODE, with no further noise: for students of any level, in few steps or many
 
 Shapes: B = batch, C = latent channels, F = latent frames, f = those of a block, H, W = latent height and width,
 N = sampling steps, M = draws of noise: N of renoise, 1 of euler.

@@ -199,7 +199,7 @@ class ValidationConfig:
     num_validation_samples: int = 4
     """How many of the held-out clips are used, from the first row on."""
     validation_guidance_scale: float = 1.0
-    """Classifier-free guidance of the samples above 1, for students in many steps; train with --caption_dropout."""
+    """Classifier-free guidance of the samples above 1, for students of any level; train with --caption_dropout."""
 
     @property
     def negative_prompts(self) -> list[str]:

@@ -148,6 +148,22 @@ def test_the_card_of_a_student_in_many_steps_says_how_many(hub, run_folder, is_l
     compile(card.text.split("```python")[1].split("```")[0], "card", "exec")
 
 
+def test_the_card_of_a_student_of_any_level_in_three_steps_calls_them_few(hub, run_folder):
+    run = yaml.safe_load((run_folder / "config.yaml").read_text())
+    run |= {"timestep_sampling": "logit_normal", "num_inference_steps": 3}
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(run))
+    push(run_folder)
+    card = ModelCard(hub.repos["me/my-wan"]["README.md"].decode())
+    assert "few-step" in card.data.tags
+    for text in (
+        "A **causal, few-step** WAN",
+        "in 3 steps along the flow",
+        "num_inference_steps=3, timestep_shift=5.0",
+    ):
+        assert text in card.text, text
+    assert "denoising_step_list" not in card.text
+
+
 def test_a_lora_is_said_to_be_an_adapter(hub, run_folder):
     import shutil
 
