@@ -8,7 +8,8 @@
 
 For every block of `num_frame_per_block` latent frames a level is drawn from `denoising_step_list`, and the block is
 what the teacher's trajectory is at that level. The loss is the squared error of the clean latents that the student
-predicts, against the trajectory's end: noise and end belong together, so that even pure noise tells what to draw.
+predicts, against the trajectory's end: noise and end belong together, so that even pure noise tells what to draw. So
+the student keeps its noise from step to step (`--sampler euler`): fresh noise between steps belongs to another end.
 
 The choice of the script is all that changes: flags, recipes, checkpoints, resuming, validation and evaluation are as
 in video regression. Tables and video settings concern held-out clips alone (`--validation_metadata_path`), whose loss
@@ -17,9 +18,10 @@ is that of video regression.
 Source: CausVid, arXiv 2412.07772, section 4.3; with a causal teacher Causal Forcing, arXiv 2602.02214.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from causal_wan.config import parse_config
+from causal_wan.regression_config import RegressionConfig
 from causal_wan.run_config import RunConfig
 
 
@@ -29,6 +31,7 @@ class Config(RunConfig):
 
     trajectories_dir: str
     """Folder that precompute_trajectories.py has filled."""
+    method: RegressionConfig = field(default_factory=lambda: RegressionConfig(sampler="euler"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -276,9 +276,9 @@ def make_card(folder: Path, run: dict[str, Any], repo_id: str, samples: list[str
     is_on_hub = bool(base) and "/" in base
     causal = run.get("generator_task", "causal_video") == "causal_video"
     steps, sampler = sampled_at(folder, run)
-    has_step_list = sampler == "renoise"
-    is_few_step = has_step_list or 0 < len(steps) <= MAX_FEW_STEPS
     method = method_of_run(run)
+    has_step_list = not method.is_continuous if run else sampler == "renoise"
+    is_few_step = len(steps) <= MAX_FEW_STEPS if steps else sampler == "renoise"
     settings = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-video",
@@ -308,6 +308,7 @@ def make_card(folder: Path, run: dict[str, Any], repo_id: str, samples: list[str
         steps=steps,
         is_few_step=is_few_step,
         has_step_list=has_step_list,
+        sampler=sampler,
         timestep_shift=method.timestep_shift,
         shown={
             name: run[name]
@@ -326,7 +327,7 @@ def sampled_at(folder: Path, run: dict[str, Any]) -> tuple[list[float], Sampler]
         index = _read_json(folder / "model_index.json")
         return [step for step in index.get("denoising_step_list") or [] if step], index.get("sampler", "renoise")
     method = method_of_run(run)
-    return [round(step, 3) for step in method.inference_timesteps().tolist()], method.sampler
+    return [round(step, 3) for step in method.inference_timesteps().tolist()], method.student_sampler
 
 
 def base_license(base: str | None, folder: Path) -> str | None:

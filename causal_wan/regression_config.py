@@ -11,6 +11,7 @@ from causal_wan.basics import (
     LossSpace,
     LossType,
     LossWeighting,
+    Sampler,
     check_denoising_step_list,
     check_timestep_shift,
     frame_block_lengths,
@@ -59,6 +60,9 @@ class RegressionConfig:
     (and with shift 5) 1 % of the blocks have a timestep below 50, while in sampling all past blocks are clean."""
     num_inference_steps: int = 50
     """Steps that a student of continuous levels samples in (validation, generate.py, evaluate.py)."""
+    sampler: Sampler | None = None
+    """How the student goes from step to step there: renoise noises its prediction anew, euler keeps its noise and
+    follows the flow. None is renoise for a step list and euler for continuous levels."""
     context: Literal["noisy", "clean", "augmented"] = "noisy"
     """What a block sees of those before it. noisy: their noisy selves, each at its level (diffusion forcing). clean:
     the clip itself (teacher forcing), at twice the tokens. augmented: the clip with a little noise."""
@@ -191,9 +195,9 @@ class RegressionConfig:
         return levels[levels > 0]
 
     @property
-    def sampler(self) -> Literal["renoise", "euler"]:
+    def student_sampler(self) -> Sampler:
         """How the student is sampled; see `causal_wan.rollout.Rollout`."""
-        return "euler" if self.is_continuous else "renoise"
+        return self.sampler or ("euler" if self.is_continuous else "renoise")
 
     def loss_weights(self, sigmas: "torch.Tensor") -> "torch.Tensor":
         """Weights of frames at these levels, of the same shape; see `causal_wan.losses.level_weights`."""

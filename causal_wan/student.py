@@ -129,7 +129,7 @@ def resolve_settings(
         ValueError: If ways of sampling are given that exclude each other.
     """
     method = method_of_run(run)
-    own, own_sampler = method.inference_timesteps() if method.is_continuous else method.levels(), method.sampler
+    own = method.inference_timesteps() if method.is_continuous else method.levels()
     index = Path(checkpoint or "", "model_index.json")
     stated = json.loads(index.read_text()) if checkpoint and not run and index.is_file() else {}
     if run and num_inference_steps is not None and timestep_shift is None:
@@ -138,7 +138,7 @@ def resolve_settings(
         num_inference_steps = num_inference_steps or method.num_inference_steps
     timesteps, sampler = choose_sampling(
         stated.get("denoising_step_list") or own.tolist(),
-        stated.get("sampler") or own_sampler,
+        stated.get("sampler") or method.student_sampler,
         denoising_step_list=denoising_step_list,
         num_inference_steps=num_inference_steps,
         timestep_shift=timestep_shift,

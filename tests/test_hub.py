@@ -1,6 +1,7 @@
 """Uploads to a hub on this machine: what goes there, what does not, and what happens when it fails."""
 
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,8 +126,6 @@ def test_the_card_says_what_it_is_and_is_valid(hub, run_folder):
 
 @pytest.mark.parametrize("is_lora", [False, True])
 def test_the_card_of_a_student_in_many_steps_says_how_many(hub, run_folder, is_lora):
-    import shutil
-
     run = yaml.safe_load((run_folder / "config.yaml").read_text())
     run |= {"timestep_sampling": "uniform", "timestep_shift": 3.0, "context": "clean", "num_inference_steps": 40}
     (run_folder / "config.yaml").write_text(yaml.safe_dump(run))
@@ -164,9 +163,22 @@ def test_the_card_of_a_student_of_any_level_in_three_steps_calls_them_few(hub, r
     assert "denoising_step_list" not in card.text
 
 
-def test_a_lora_is_said_to_be_an_adapter(hub, run_folder):
-    import shutil
+@pytest.mark.parametrize("is_lora", [False, True])
+def test_the_card_of_a_student_of_trajectories_follows_the_flow_at_its_list(hub, run_folder, is_lora):
+    run = yaml.safe_load((run_folder / "config.yaml").read_text())
+    run |= {"trajectories_dir": "trajectories", "sampler": "euler"}
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(run))
+    if is_lora:
+        shutil.rmtree(run_folder / "transformer")
+        (run_folder / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    push(run_folder)
+    card = ModelCard(hub.repos["me/my-wan"]["README.md"].decode())
+    assert {"few-step", "ode-regression"} <= set(card.data.tags)
+    assert 'denoising_step_list=[1000.0, 757.0, 522.0], sampler="euler",' in card.text
+    compile(card.text.split("```python")[1].split("```")[0], "card", "exec")
 
+
+def test_a_lora_is_said_to_be_an_adapter(hub, run_folder):
     shutil.rmtree(run_folder / "transformer")
     (run_folder / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
     push(run_folder)
@@ -280,7 +292,6 @@ def test_folders_without_a_result_are_refused(tmp_path):
 
 
 def test_checkpoints_go_up_in_the_background_one_at_a_time_even_if_they_are_rotated_away(hub, run_folder, caplog):
-    import shutil
     import threading
 
     let_go = threading.Event()

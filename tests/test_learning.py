@@ -58,9 +58,9 @@ def sample(transformer, method, prompt_embeds, latent_shape, count=1):
         tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer.eval()
     )
     timesteps = method.inference_timesteps().tolist()
-    noise = torch.randn(count_draws(len(timesteps), method.sampler), count, *latent_shape)
+    noise = torch.randn(count_draws(len(timesteps), method.student_sampler), count, *latent_shape)
     embeds = prompt_embeds.repeat(count, 1, 1)
-    return pipeline.sample_latents(embeds, noise, timesteps, sampler=method.sampler)
+    return pipeline.sample_latents(embeds, noise, timesteps, sampler=method.student_sampler)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())

@@ -192,10 +192,10 @@ def test_an_augmented_context_has_noise_of_its_own_of_one_drawn_level_a_clip():
 
 def test_students_of_continuous_levels_are_sampled_in_many_steps_and_others_at_their_list():
     assert RegressionConfig().inference_timesteps().tolist() == [1000, 757, 522]
-    assert RegressionConfig().sampler == "renoise"
+    assert RegressionConfig().student_sampler == "renoise"
     many = RegressionConfig(timestep_sampling="uniform", num_inference_steps=4, timestep_shift=3.0)
     torch.testing.assert_close(many.inference_timesteps(), torch.tensor([1000.0, 900.0, 750.0, 500.0]))
-    assert many.sampler == "euler"
+    assert many.student_sampler == "euler"
 
 
 def test_the_method_of_a_run_is_read_back_from_its_config():

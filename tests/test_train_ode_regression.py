@@ -19,6 +19,7 @@ import precompute_trajectories
 import train_ode_regression
 from causal_wan.config import parse_config
 from causal_wan.hub import DATA_SUMMARY_NAME, stage_result
+from causal_wan.student import read_run, resolve_settings
 from causal_wan.tensor_cache import TensorCache
 from causal_wan.training import EXIT_STOPPED
 from causal_wan.trajectory_data import FOLDER, TrajectoryName
@@ -184,6 +185,12 @@ def test_a_run_learns_logs_and_validates_as_video_regression_does(finished):
         assert f"validation_loss_at_time_{level}" in everything
     assert len(list((output_dir / "validation").rglob("*.mp4"))) >= 2
     assert json.loads((output_dir / DATA_SUMMARY_NAME).read_text())["trajectories"] == 12
+
+
+def test_a_student_of_trajectories_keeps_its_noise_from_step_to_step(finished):
+    _, output_dir = finished
+    settings = resolve_settings(read_run(str(output_dir)), checkpoint=str(output_dir))
+    assert (settings.timesteps, settings.sampler) == ([1000, 757, 522, 0], "euler")
 
 
 def test_a_resumed_run_ends_with_the_same_weights(finished, write_recipe, filled):
