@@ -7,7 +7,7 @@ import torch
 from conftest import run_here
 from safetensors.torch import load_file
 
-from causal_wan import training
+from causal_wan import training_setup
 
 
 pytest.importorskip("torchao", reason="optional: pip install torchao")
@@ -23,13 +23,13 @@ def run(write_recipe, name, **changes):
 @pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "lora"])
 def test_fp8_learns_about_what_bf16_does_and_leaves_the_same_files(write_recipe, monkeypatch, lora_rank):
     chosen = []
-    is_computed_in_fp8 = training._is_computed_in_fp8
+    is_computed_in_fp8 = training_setup._is_computed_in_fp8
 
     def watched(module, name):
         chosen.append(name) if is_computed_in_fp8(module, name) else None
         return is_computed_in_fp8(module, name)
 
-    monkeypatch.setattr(training, "_is_computed_in_fp8", watched)
+    monkeypatch.setattr(training_setup, "_is_computed_in_fp8", watched)
     folders, losses = zip(
         *(
             run(write_recipe, precision, mixed_precision=precision, lora_rank=lora_rank, learning_rate=1e-3)
@@ -48,7 +48,7 @@ def test_fp8_learns_about_what_bf16_does_and_leaves_the_same_files(write_recipe,
 
 
 def test_a_missing_library_is_named_before_anything_is_loaded(write_recipe, monkeypatch, capsys):
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(training_setup.importlib.util, "find_spec", lambda name: None)
     path, _ = write_recipe(mixed_precision="fp8")
     with pytest.raises(SystemExit):
         run_here("train_video_regression.py", "--config", path)

@@ -107,7 +107,7 @@ def context_parallel(num_groups, group_size):
 @pytest.mark.parametrize(
     ("num_groups", "lora_rank", "context", "resumes"),
     [
-        (1, 0, "noisy", False),
+        pytest.param(1, 0, "noisy", False, marks=pytest.mark.slow),
         (1, 0, "augmented", False),
         pytest.param(1, 0, "noisy", True, marks=pytest.mark.slow),
         pytest.param(1, 4, "noisy", True, marks=pytest.mark.slow),

@@ -112,7 +112,7 @@ def test_two_processes_make_what_one_makes(filled, recipe_path, tmp_path):
 def test_a_damaged_trajectory_is_made_anew(filled, recipe_path, tmp_path, capsys):
     folder = tmp_path / "trajectories"
     shutil.copytree(filled, folder)
-    (shard,) = (folder / FOLDER).glob("*.safetensors")
+    shard = min((folder / FOLDER).glob("*.safetensors"))  # there are several where sampling took long
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
@@ -236,7 +236,7 @@ def test_a_run_without_held_out_clips_loads_no_encoder(write_recipe, filled, mon
 def test_a_damaged_trajectory_is_replaced_and_counted(write_recipe, filled, tmp_path, capsys):
     folder = tmp_path / "trajectories"
     shutil.copytree(filled, folder)
-    (shard,) = (folder / FOLDER).glob("*.safetensors")
+    shard = min((folder / FOLDER).glob("*.safetensors"))  # there are several where sampling took long
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)

@@ -31,15 +31,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from diffusers import AutoencoderKLWan
 from ink import ink_f1, psnr
 from report import TOLERANCE, contact_sheet, plot_by_level, read_video
 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
 
-from causal_wan.encoding import decode_latents, encode_videos
-from causal_wan.models import load_vae
 from causal_wan.video_metrics import MAX_PSNR, frame_sharpness
 
 
@@ -134,11 +131,17 @@ def mean_video(videos: list[np.ndarray]) -> np.ndarray:
     return np.mean(videos, axis=0).round().astype(np.uint8)
 
 
-def encode_and_decode(vae: AutoencoderKLWan, video: np.ndarray) -> np.ndarray:
-    """What the VAE leaves of a video."""
-    pixels = torch.from_numpy(video).movedim(-1, 0)[None].float() / 127.5 - 1  # (1, 3, T, height, width)
-    decoded = decode_latents(vae, encode_videos(vae, pixels))[0].movedim(0, -1)
-    return ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+def encode_and_decode(checkpoint: str, videos: list[np.ndarray]) -> list[np.ndarray]:
+    """What a checkpoint's VAE leaves of videos."""
+    from causal_wan.encoding import decode_latents, encode_videos  # it takes seconds, and not all need it
+    from causal_wan.models import load_vae
+
+    vae, decoded = load_vae(checkpoint), []
+    for video in videos:
+        pixels = torch.from_numpy(video).movedim(-1, 0)[None].float() / 127.5 - 1  # (1, 3, T, height, width)
+        pixels = decode_latents(vae, encode_videos(vae, pixels))[0].movedim(0, -1)
+        decoded.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
+    return decoded
 
 
 def table(rows: dict[tuple[str, str], dict[str, float]]) -> str:
@@ -188,11 +191,8 @@ def main(config: Config) -> None:
         prompt: NUM_SHOWN * [mean_video(targets.by_prompt[prompt])] for prompt in shown["targets", ""]
     }
     if config.vae is not None:
-        vae = load_vae(config.vae)
-        shown["encoded, decoded", ""] = {
-            prompt: [encode_and_decode(vae, video) for video in videos]
-            for prompt, videos in shown["targets", ""].items()
-        }
+        targets_decoded = encode_and_decode(config.vae, [read_video(path) for _, path in heldout])
+        shown["encoded, decoded", ""] = by_prompt(prompts, targets_decoded)
     for method, steps, folder in folders:
         videos = [read_video(folder / f"{number:02d}.mp4") for number in range(len(prompts))]
         for prompt, samples in by_prompt(prompts, videos).items():
