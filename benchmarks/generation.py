@@ -10,7 +10,7 @@ from bench import SIZES, Bench, table
 from diffusers import AutoencoderKLWan
 from layers import run_passes
 
-from causal_wan.encoding import encode_videos
+from causal_wan.encoding import encode_in_passes, encode_videos
 from causal_wan.flow import add_noise, latents_from_velocity, sampling_timesteps, sigmas_from_timesteps
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.rollout import draw_noise
@@ -22,18 +22,6 @@ STEP_LIST = (1000, 937.5, 833.333, 625)  # four steps, those of Self Forcing
 
 
 # --- encoding --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def encode_in_passes(vae: AutoencoderKLWan, videos: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """What stock diffusers encodes, the posterior's mean, with so many frames a pass instead of 4."""
-    vae.clear_cache()
-    parts = []
-    for frames in (videos[:, :, :1], *videos[:, :, 1:].split(num_frames, dim=2)):
-        vae._enc_conv_idx = [0]
-        parts.append(vae.encoder(frames, feat_cache=vae._enc_feat_map, feat_idx=vae._enc_conv_idx))
-    vae.clear_cache()
-    return vae.quant_conv(torch.cat(parts, dim=2)).chunk(2, dim=1)[0]
 
 
 def in_channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
@@ -54,7 +42,7 @@ def measure_vae(bench: Bench) -> list[str]:
         num_frames = 9  # the encoder does the same for every four frames
     shape = (1, 3, 4 * (num_frames - 1) + 1, 8 * height, 8 * width)
     videos = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(bench.device, bench.dtype) * 2 - 1
-    stock = bench.make_vae()
+    stock = bench.make_vae().requires_grad_(False)  # no variant is to pay for gradients
     model = bench.make_transformer(num_frame_per_block=bench.size.block).train()
     if bench.is_gpu:
         model.enable_gradient_checkpointing()

@@ -141,12 +141,23 @@ def _posterior_mode(vae: AutoencoderKLWan, videos: torch.Tensor) -> torch.Tensor
     videos = videos.to(vae.device, vae.dtype)
     if vae.use_slicing or vae.use_tiling or videos[0, 0, 0].numel() > MAX_SMALL_FRAME:
         return vae.encode(videos).latent_dist.mode()
+    return encode_in_passes(vae, videos, 8)
+
+
+def encode_in_passes(vae: AutoencoderKLWan, videos: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """The posterior's mode, as `vae.encode` finds it with 4 frames a pass: not normalised, neither sliced nor tiled.
+
+    Args:
+        vae: Its convolutions remember the frames of the passes before.
+        videos: In [-1, 1], `(B, 3, T, height, width)`, T = 4k + 1, where the VAE is and in its dtype.
+        num_frames: Of a pass after the first frame's; a multiple of 4.
+    """
     if vae.config.patch_size is not None:
         videos = patchify(videos, patch_size=vae.config.patch_size)
-    vae.clear_cache()  # of what the convolutions remember of the frames before
+    vae.clear_cache()
     hidden = [
         vae.encoder(frames, feat_cache=vae._enc_feat_map, feat_idx=[0])
-        for frames in (videos[:, :, :1], *videos[:, :, 1:].split(8, dim=2))
+        for frames in (videos[:, :, :1], *videos[:, :, 1:].split(num_frames, dim=2))
         if frames.shape[2]
     ]
     vae.clear_cache()
