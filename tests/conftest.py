@@ -150,6 +150,8 @@ def recipe(clips, checkpoint, tmp_path_factory):
 # One thread: sums over threads depend on how many there are, and the tests compare to the last bit.
 torch.set_num_threads(1)
 SCRIPT_ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "10"}
+# Shell scripts find the `python` and `accelerate` that the tests run with.
+SCRIPT_ENV["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
 
 def run_script(command, *, check=True, env=None, timeout=300):
@@ -161,6 +163,13 @@ def run_script(command, *, check=True, env=None, timeout=300):
     if check:
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     return result
+
+
+def flip_last_bit(path):
+    """Damages a file as little as can be."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 def launch(

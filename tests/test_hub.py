@@ -124,16 +124,28 @@ def test_the_card_says_what_it_is_and_is_valid(hub, run_folder):
     compile(card.text.split("```python")[1].split("```")[0], "card", "exec")
 
 
+@pytest.fixture
+def card_of(hub, run_folder):
+    """The card of the run with other settings, or as a LoRA; its code compiles."""
+
+    def make(is_lora=False, **changes):
+        run = yaml.safe_load((run_folder / "config.yaml").read_text())
+        (run_folder / "config.yaml").write_text(yaml.safe_dump(run | changes))
+        if is_lora:
+            shutil.rmtree(run_folder / "transformer")
+            (run_folder / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+        push(run_folder)
+        card = ModelCard(hub.repos["me/my-wan"]["README.md"].decode())
+        compile(card.text.split("```python")[1].split("```")[0], "card", "exec")
+        return card
+
+    return make
+
+
 @pytest.mark.parametrize("is_lora", [False, True])
-def test_the_card_of_a_student_in_many_steps_says_how_many(hub, run_folder, is_lora):
-    run = yaml.safe_load((run_folder / "config.yaml").read_text())
-    run |= {"timestep_sampling": "uniform", "timestep_shift": 3.0, "context": "clean", "num_inference_steps": 40}
-    (run_folder / "config.yaml").write_text(yaml.safe_dump(run))
-    if is_lora:
-        shutil.rmtree(run_folder / "transformer")
-        (run_folder / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
-    push(run_folder)
-    card = ModelCard(hub.repos["me/my-wan"]["README.md"].decode())
+def test_the_card_of_a_student_in_many_steps_says_how_many(card_of, is_lora):
+    changes = {"timestep_sampling": "uniform", "timestep_shift": 3.0, "context": "clean", "num_inference_steps": 40}
+    card = card_of(is_lora, **changes)
     assert "few-step" not in card.data.tags
     for text in (
         "A **causal** WAN",
@@ -144,15 +156,10 @@ def test_the_card_of_a_student_in_many_steps_says_how_many(hub, run_folder, is_l
         assert text in card.text, text
     for text in ("few-step", "denoising_step_list"):
         assert text not in card.text, text
-    compile(card.text.split("```python")[1].split("```")[0], "card", "exec")
 
 
-def test_the_card_of_a_student_of_any_level_in_three_steps_calls_them_few(hub, run_folder):
-    run = yaml.safe_load((run_folder / "config.yaml").read_text())
-    run |= {"timestep_sampling": "logit_normal", "num_inference_steps": 3}
-    (run_folder / "config.yaml").write_text(yaml.safe_dump(run))
-    push(run_folder)
-    card = ModelCard(hub.repos["me/my-wan"]["README.md"].decode())
+def test_the_card_of_a_student_of_any_level_in_three_steps_calls_them_few(card_of):
+    card = card_of(timestep_sampling="logit_normal", num_inference_steps=3)
     assert "few-step" in card.data.tags
     for text in (
         "A **causal, few-step** WAN",
@@ -164,30 +171,18 @@ def test_the_card_of_a_student_of_any_level_in_three_steps_calls_them_few(hub, r
 
 
 @pytest.mark.parametrize("is_lora", [False, True])
-def test_the_card_of_a_student_of_trajectories_follows_the_flow_at_its_list(hub, run_folder, is_lora):
-    run = yaml.safe_load((run_folder / "config.yaml").read_text())
-    run |= {"trajectories_dir": "trajectories", "sampler": "euler"}
-    (run_folder / "config.yaml").write_text(yaml.safe_dump(run))
-    if is_lora:
-        shutil.rmtree(run_folder / "transformer")
-        (run_folder / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
-    push(run_folder)
-    card = ModelCard(hub.repos["me/my-wan"]["README.md"].decode())
+def test_the_card_of_a_student_of_trajectories_follows_the_flow_at_its_list(card_of, is_lora):
+    card = card_of(is_lora, trajectories_dir="trajectories", sampler="euler")
     assert {"few-step", "ode-regression"} <= set(card.data.tags)
     assert 'denoising_step_list=[1000.0, 757.0, 522.0], sampler="euler",' in card.text
-    compile(card.text.split("```python")[1].split("```")[0], "card", "exec")
 
 
-def test_a_lora_is_said_to_be_an_adapter(hub, run_folder):
-    shutil.rmtree(run_folder / "transformer")
-    (run_folder / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
-    push(run_folder)
-    card = ModelCard(hub.repos["me/my-wan"]["README.md"].decode())
+def test_a_lora_is_said_to_be_an_adapter(card_of):
+    card = card_of(is_lora=True)
     assert card.data.to_dict()["base_model_relation"] == "adapter"
     assert "lora" in card.data.tags
     assert 'pipeline.load_lora_weights("me/my-wan")' in card.text
     assert "license" not in card.data.to_dict()
-    compile(card.text.split("```python")[1].split("```")[0], "card", "exec")
 
 
 def test_a_base_model_on_this_disk_is_named_without_its_path_and_gives_its_licence(hub, run_folder, tmp_path):

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 import yaml
-from conftest import launch, run_here, write_clip
+from conftest import flip_last_bit, launch, run_here, write_clip
 from test_train_video_regression import metrics, weights
 
 import precompute_latents
@@ -108,9 +108,7 @@ def test_damaged_entries_are_found_and_made_anew(write_recipe, tmp_path, capsys,
     run_here(*command)
     whole = entries(cache)
     (shard,) = (cache / "latents").glob("*.safetensors")
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    flip_last_bit(shard)
     run_here(*command, "--verify")
     output = said(capsys)
     assert f"1 of 8 entries of {cache / 'latents'} are damaged" in output

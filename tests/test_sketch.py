@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import sys
 
@@ -212,7 +211,6 @@ def test_report_compares_with_the_trivial_answer(drawn, tmp_path):
 @pytest.mark.slow
 def test_objectives_stand_side_by_side_in_one_command(tmp_path):
     env = {
-        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
         "OUTPUT_DIR": str(tmp_path),
         "DATA": "ambiguous",
         "METHODS": "regression teacher-forcing ode",

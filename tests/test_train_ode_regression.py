@@ -1,7 +1,6 @@
 """precompute_trajectories.py and train_ode_regression.py as users run them, on a tiny WAN."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SCRIPT_ENV, launch, run_here, run_script
+from conftest import ROOT, SCRIPT_ENV, flip_last_bit, launch, run_here, run_script
 from test_strategies import NEEDS_DEEPSPEED, flat, result
 from test_train_video_regression import metrics, weights
 
@@ -112,10 +111,7 @@ def test_two_processes_make_what_one_makes(filled, recipe_path, tmp_path):
 def test_a_damaged_trajectory_is_made_anew(filled, recipe_path, tmp_path, capsys):
     folder = tmp_path / "trajectories"
     shutil.copytree(filled, folder)
-    shard = min((folder / FOLDER).glob("*.safetensors"))  # there are several where sampling took long
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    flip_last_bit(min((folder / FOLDER).glob("*.safetensors")))  # there are several where sampling took long
     flags = (*FEW_STEPS, "--num_trajectories_per_prompt", 2, "--trajectories_dir", folder, "--verify")
     run_here(PRECOMPUTE, "--config", recipe_path, *flags)
     shown = capsys.readouterr().out
@@ -236,10 +232,7 @@ def test_a_run_without_held_out_clips_loads_no_encoder(write_recipe, filled, mon
 def test_a_damaged_trajectory_is_replaced_and_counted(write_recipe, filled, tmp_path, capsys):
     folder = tmp_path / "trajectories"
     shutil.copytree(filled, folder)
-    shard = min((folder / FOLDER).glob("*.safetensors"))  # there are several where sampling took long
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    flip_last_bit(min((folder / FOLDER).glob("*.safetensors")))  # there are several where sampling took long
     changes = {"trajectories_dir": str(folder), "max_train_steps": 6, "validation_metadata_path": None}
     path, output_dir = write_recipe(**changes)
     run_here(TRAINING, "--config", path)
@@ -392,7 +385,6 @@ def test_a_tiny_student_overfits_one_pair(write_recipe, tmp_path):
 @pytest.mark.slow
 def test_the_ladder_climbs_all_rungs_in_one_command_and_again_without_work(tmp_path):
     env = {
-        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
         "OUTPUT_DIR": str(tmp_path),
         "MAX_TRAIN_STEPS": "2",
         "NUM_INFERENCE_STEPS": "4",

@@ -375,12 +375,9 @@ def test_recipes_for_the_real_models_dry_run(name, clips, tmp_path):
 
 
 def test_shell_script_of_the_document_dry_runs(clips, tmp_path):
-    import os
-
     flags = ["--dataset_base_path", clips / "videos", "--metadata_path", clips / "train.csv", "--dry_run"]
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     result = run_script(
         ["examples/run_video_training.sh", *flags, "--short_clips", "pad", "--output_dir", tmp_path / "run"],
-        env={"NPROC_PER_NODE": "1", "PATH": path, "ACCELERATE_CONFIG": "accelerate_configs/cpu.yaml"},
+        env={"NPROC_PER_NODE": "1", "ACCELERATE_CONFIG": "accelerate_configs/cpu.yaml"},
     )
     assert "wan" in result.stdout.lower()
