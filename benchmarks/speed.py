@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import tyro
@@ -39,10 +39,7 @@ class Config:
 
     size: Literal["small", "mid", "1.3b"] = "small"
     """Architecture and clip; the last three parts run the embedded checkpoint whatever it is."""
-    parts: tuple[Part, ...] = (
-        *("attention", "modulation", "compilation", "checkpointing", "step", "scaling", "context", "vae", "sampling"),
-        *("precision", "parts", "startup"),
-    )
+    parts: tuple[Part, ...] = get_args(Part)
     """Tables to make."""
     num_rounds: int = 5
     """Rounds of each table, after one that warms up."""

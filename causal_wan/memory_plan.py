@@ -277,9 +277,8 @@ def plan_encoding(
     for parameter in vae.parameters():
         parameter.data = parameter.data.to(dtype)
     peaks = {}
-    few, more = (
-        min(num_frames, frames) for frames in ENCODED_FRAMES
-    )  # it goes through a clip 4 or 8 frames at a time
+    # The encoder goes through a clip 4 or 8 frames at a time.
+    few, more = (min(num_frames, frames) for frames in ENCODED_FRAMES)
     with FakeTensorMode(), torch.no_grad():
         _take_shape(vae)
         cut_up_vae(vae, memory)

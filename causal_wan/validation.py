@@ -82,9 +82,8 @@ class Validation:
         """The video of a prompt, from noise of the prompt's own number, in [-1, 1], `(3, T, height, width)`."""
         method, validation = self.inputs.config.method, self.inputs.config.validation
         timesteps, generator = method.inference_timesteps().tolist(), sample_generator(self.inputs.seed, number)
-        noise = draw_noise(
-            1, self.latent_shape, count_draws(len(timesteps), method.student_sampler), generator=generator
-        )
+        sampler = method.student_sampler
+        noise = draw_noise(1, self.latent_shape, count_draws(len(timesteps), sampler), generator=generator)
         pipeline = CausalWanPipeline(
             tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer
         )
@@ -92,7 +91,7 @@ class Validation:
             self.inputs.embed([self.prompts[number]]),
             noise.to(self.accelerator.device),
             timesteps,
-            sampler=method.student_sampler,
+            sampler=sampler,
             negative_prompt_embeds=self.inputs.embed([""]) if validation.negative_prompts else None,
             guidance_scale=validation.validation_guidance_scale,
         )

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import tyro
 from ink import ink_f1, psnr
-from report import TOLERANCE, contact_sheet, plot_by_level, read_video
+from report import TOLERANCE, contact_sheet, plot_by_level, read_metrics, read_video
 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
@@ -157,7 +157,7 @@ def table(rows: dict[tuple[str, str], dict[str, float]]) -> str:
 def plot_blur_gaps(run: Path, targets: Targets, path: Path) -> None:
     """Blur gaps of a run over its steps, and beside them the sharpness of the samples that its validations left."""
     figure, (gaps, samples) = plt.subplots(1, 2, figsize=(10, 3.5))
-    plot_by_level(gaps, run / "metrics.jsonl", "blur_gap_at_time_")
+    plot_by_level(gaps, read_metrics(run), "blur_gap_at_time_")
     gaps.axhline(0, color="black", linewidth=0.8)
     gaps.set(ylabel="blur gap")
     gaps.legend()
@@ -186,13 +186,13 @@ def main(config: Config) -> None:
     possible = read_table(all_targets) if all_targets.is_file() else heldout
     targets = Targets(by_prompt([prompt for prompt, _ in possible], [read_video(path) for _, path in possible]))
     prompts = [prompt for prompt, _ in heldout]
-    shown = {("targets", ""): by_prompt(prompts, [read_video(path) for _, path in heldout])}
+    clips = [read_video(path) for _, path in heldout]
+    shown = {("targets", ""): by_prompt(prompts, clips)}
     shown["their mean", ""] = {
         prompt: NUM_SHOWN * [mean_video(targets.by_prompt[prompt])] for prompt in shown["targets", ""]
     }
     if config.vae is not None:
-        targets_decoded = encode_and_decode(config.vae, [read_video(path) for _, path in heldout])
-        shown["encoded, decoded", ""] = by_prompt(prompts, targets_decoded)
+        shown["encoded, decoded", ""] = by_prompt(prompts, encode_and_decode(config.vae, clips))
     for method, steps, folder in folders:
         videos = [read_video(folder / f"{number:02d}.mp4") for number in range(len(prompts))]
         for prompt, samples in by_prompt(prompts, videos).items():

@@ -101,9 +101,13 @@ def label_image(text: str, height: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def plot_by_level(axis: plt.Axes, metrics_path: Path, prefix: str, **style: Any) -> None:
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """What a run has logged, entry by entry."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def plot_by_level(axis: plt.Axes, entries: list[dict[str, float]], prefix: str, **style: Any) -> None:
     """The metrics of that prefix, one for each level, over the steps."""
-    entries = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     for name in sorted({name for entry in entries for name in entry if name.startswith(prefix)}):
         points = [(entry["step"], entry[name]) for entry in entries if name in entry]
         axis.plot(*zip(*points, strict=True), label=name, **style)
@@ -111,11 +115,12 @@ def plot_by_level(axis: plt.Axes, metrics_path: Path, prefix: str, **style: Any)
     axis.grid(alpha=0.3)
 
 
-def plot_losses(metrics_path: Path, path: Path) -> None:
+def plot_losses(run: Path, path: Path) -> None:
     """The loss, and the loss at each level, over the steps."""
+    entries = read_metrics(run)
     figure, axis = plt.subplots(figsize=(7, 4))
-    plot_by_level(axis, metrics_path, "generator_loss", linewidth=2.5)
-    plot_by_level(axis, metrics_path, "loss_at_time_", linewidth=1.2)
+    plot_by_level(axis, entries, "generator_loss", linewidth=2.5)
+    plot_by_level(axis, entries, "loss_at_time_", linewidth=1.2)
     axis.set(ylabel="squared error of predicted latents", yscale="log")
     axis.legend()
     figure.tight_layout()
@@ -133,7 +138,7 @@ def main(config: Config) -> None:
     )
     white = [np.full_like(target, 255) for target in targets]
     contact_sheet(list(zip(targets, before, after, strict=True))[: config.num_rows], output_dir / "contact_sheet.png")
-    plot_losses(Path(config.run) / "metrics.jsonl", output_dir / "loss.png")
+    plot_losses(Path(config.run), output_dir / "loss.png")
     columns = {
         "white paper": mean_scores(white, targets),
         "before": mean_scores(before, targets),
