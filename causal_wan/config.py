@@ -132,9 +132,9 @@ def flat_dict(config: Any) -> dict[str, Any]:
     return settings
 
 
-def write_recipe(config: Any, path: str | Path) -> None:
-    """Writes the resolved config as a recipe that `--config` takes."""
-    Path(path).write_text(yaml.safe_dump(flat_dict(config), sort_keys=False, allow_unicode=True))
+def write_recipe(settings: dict[str, Any], path: str | Path) -> None:
+    """Writes the settings of a resolved config, from `flat_dict`, as a recipe that `--config` takes."""
+    Path(path).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def _canonical_setting(key: str, value: Any) -> tuple[str, Any]:

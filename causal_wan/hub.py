@@ -111,6 +111,7 @@ class HubUploads:
             return
         staged = tempfile.mkdtemp(prefix="uploading-", dir=self.output_dir)
         link_tree(checkpoint, Path(staged) / "files")  # the checkpoint may be rotated away meanwhile
+        (Path(staged) / "files" / "config.yaml").unlink(missing_ok=True)  # it has paths of this machine
         self._checkpoint = self._worker.submit(self._upload_checkpoint, Path(staged), checkpoint.name)
 
     def _upload_checkpoint(self, staged: Path, name: str) -> None:
