@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from causal_wan.basics import beside_fp8
+from causal_wan.changed_settings import SETTINGS_NAME
 from causal_wan.checkpoints import check_output_dir
 from causal_wan.config import flat_dict, user_errors, write_recipe
 from causal_wan.encoding import check_video_size
@@ -35,7 +36,7 @@ from causal_wan.run_parts import (
     with_absolute_paths,
     with_checkpointing_of_launch,
 )
-from causal_wan.run_plan import describe_memory, describe_plan
+from causal_wan.run_plan import describe_memory, describe_plan, describe_resumption
 from causal_wan.strategies import count_replicas
 from causal_wan.trackers import Trackers, resolve_trackers
 from causal_wan.training import EXIT_STOPPED, Batch, Sums, ema_weights, gather_weights, train
@@ -115,7 +116,10 @@ def run_regression(
     if data.streams:
         accelerator.register_for_checkpointing(data.lane_states)
     with user_errors():
-        run = prepare_run(accelerator, config.training, begun.transformer, begun.trackers)
+        settings = flat_dict(with_absolute_paths(config))
+        run = prepare_run(accelerator, config.training, begun.transformer, begun.trackers, settings)
+    if accelerator.is_main_process:  # not before: a run that cannot be resumed keeps its own
+        write_recipe(settings, Path(config.training.output_dir) / SETTINGS_NAME)
     compute_loss = partial(compute_loss, inputs)
     validate = Validation(
         accelerator,
@@ -142,8 +146,9 @@ def run_regression(
             validate=validate if validate.prompts else None,
             before_checkpoint=data.gather_lane_states if data.streams else None,
             after_checkpoint=begun.uploads.upload_checkpoint if begun.uploads else None,
+            save_result=partial(save_result, begun, run),
         )
-    finish_run(begun, run, complete=complete)
+    finish_run(begun, complete=complete)
 
 
 def print_plan(config: RunConfig, data: RunData) -> None:
@@ -153,7 +158,8 @@ def print_plan(config: RunConfig, data: RunData) -> None:
     config = with_checkpointing_of_launch(config, accelerator)
     if not accelerator.is_main_process:
         return
-    print(describe_plan(config, data, count_replicas(accelerator)))
+    with user_errors():
+        print("\n".join([describe_plan(config, data, count_replicas(accelerator)), *describe_resumption(config)]))
     try:
         print(describe_memory(config, accelerator))
     except OSError as error:  # the checkpoint is on the hub, and the hub out of reach
@@ -175,9 +181,10 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
     """Says what is going to happen, opens the cache, and loads what the run needs; ends with status 2 if it cannot."""
     accelerator = make_accelerator(config.training)
     config = with_checkpointing_of_launch(config, accelerator)
+    with user_errors():
+        resumption = describe_resumption(config)
     if accelerator.is_main_process:
-        write_recipe(with_absolute_paths(config), Path(config.training.output_dir) / "config.yaml")
-        print(describe_plan(config, data, count_replicas(accelerator)))
+        print("\n".join([describe_plan(config, data, count_replicas(accelerator)), *resumption]))
         with user_errors():
             print(describe_memory(config, accelerator))
     held_out = validation_prompts(config, data)
@@ -205,13 +212,9 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
     return BegunRun(accelerator, inputs, transformer, trackers, uploads)
 
 
-def finish_run(begun: BegunRun, run: Run, *, complete: bool) -> None:
-    """Saves the result; or ends the program with `EXIT_STOPPED` if it is not complete."""
+def save_result(begun: BegunRun, run: Run) -> None:
+    """Writes the weights of the result, and what a model card says of the data."""
     accelerator, config = begun.accelerator, begun.inputs.config
-    if not complete:
-        begun.trackers.finish()
-        accelerator.end_training()
-        sys.exit(EXIT_STOPPED)
     with ema_weights(run.ema, run.unwrapped_model):
         weights = gather_weights(run)
     if accelerator.is_main_process:
@@ -219,8 +222,14 @@ def finish_run(begun: BegunRun, run: Run, *, complete: bool) -> None:
         (Path(config.training.output_dir) / DATA_SUMMARY_NAME).write_text(json.dumps(begun.inputs.data.count()))
         print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
     accelerator.wait_for_everyone()
+
+
+def finish_run(begun: BegunRun, *, complete: bool) -> None:
+    """Waits for trackers and uploads; or ends the program with `EXIT_STOPPED` if the run is not complete."""
     begun.trackers.finish()
-    accelerator.end_training()
+    begun.accelerator.end_training()
+    if not complete:
+        sys.exit(EXIT_STOPPED)
     if begun.uploads:
         begun.uploads.finish()
 

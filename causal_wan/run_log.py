@@ -52,6 +52,12 @@ def truncate_metrics(path: Path, last_step: int) -> None:
     path.write_text("".join(line + "\n" for line in kept))
 
 
+def has_validation(path: Path, step: int) -> bool:
+    """Whether a metrics file has the entry of a validation after a step."""
+    entries = [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+    return any(entry["step"] == step and "lr" not in entry for entry in entries)  # every step's entry has it
+
+
 class StepLog:
     """Writes the metrics of the steps since the last entry to metrics.jsonl and the trackers."""
 

@@ -3,12 +3,14 @@
 import math
 from typing import Any
 
+from causal_wan.changed_settings import compare_settings, read_settings
+from causal_wan.checkpoints import describe_damaged, find_checkpoint, passed_over
 from causal_wan.config import flat_dict
 from causal_wan.memory_plan import describe_shortage, plan_run
 from causal_wan.models import DTYPES, causal_settings
 from causal_wan.run_config import RunConfig
 from causal_wan.run_data import RunData
-from causal_wan.run_parts import text_dtype, weight_dtype
+from causal_wan.run_parts import text_dtype, weight_dtype, with_absolute_paths
 from causal_wan.strategies import free_memory, is_sharded, sharding
 
 
@@ -34,6 +36,31 @@ def describe_plan(config: RunConfig, run_data: RunData, num_replicas: int) -> st
         f"result      {training.output_dir}",
     ]
     return "\n".join(lines + [f"note        {note}" for note in run_data.describe_changes()])
+
+
+def describe_resumption(config: RunConfig) -> list[str]:
+    """Lines on the checkpoint that a run goes on from, and on each setting that differs from that run's.
+
+    Raises:
+        ValueError: If the checkpoint is none, or depends on other settings.
+    """
+    training = config.training
+    checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    if checkpoint is None:
+        return []
+    damaged = passed_over(checkpoint, training.output_dir)
+    lines = [f"resumes     {checkpoint}" + (f"; damaged: {describe_damaged(damaged)}" if damaged else "")]
+    number = checkpoint.name.rpartition("-")[2]
+    if number.isdigit() and int(number) > training.max_train_steps:
+        raise ValueError(
+            f"max_train_steps must be at least the steps that are done, but {checkpoint} is at step {number}, got "
+            f"{training.max_train_steps}; raise it, or resume an earlier checkpoint."
+        )
+    before = read_settings(checkpoint)
+    if before is None:
+        return [*lines, "note        the settings of the checkpoint's run are not known: nothing is compared"]
+    changes = compare_settings(checkpoint, before, flat_dict(with_absolute_paths(config)))
+    return lines + [f"changed     {change}" for change in changes]
 
 
 def describe_memory(config: RunConfig, accelerator: Any) -> str:

@@ -4,11 +4,14 @@ The same prompts, noise and draws at every validation and in every run of the sa
 be laid side by side.
 """
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from causal_wan.encoding import decode_latents
 from causal_wan.memory import on_device
@@ -16,9 +19,13 @@ from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.regression import sample_generator
 from causal_wan.rollout import count_draws, draw_noise
 from causal_wan.run_log import MetricSums, Sums
+from causal_wan.strategies import is_sharded
 from causal_wan.trackers import CaptionedVideo
 from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.video_writing import write_video
+
+
+logger = logging.getLogger(__name__)
 
 
 def share(count: int, process_index: int, num_processes: int) -> list[tuple[int, bool]]:
@@ -58,28 +65,77 @@ class Validation:
         self.accelerator, self.inputs, self.compute_loss = accelerator, inputs, compute_loss
         self.output_dir, self.prompts, self.batches = Path(output_dir), prompts, batches
         self.latent_shape = latent_shape
+        num_items = sum(batch["num_items"] for batch, counts in batches if counts)
+        self.num_items = accelerator.reduce(torch.as_tensor(num_items, device=accelerator.device))
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # layers that are compiled are so for whole clips, not for each block
     def __call__(
         self, transformer: CausalWanTransformer3DModel, step: int
     ) -> tuple[dict[str, float], dict[str, CaptionedVideo]]:
-        """Metrics, and a video for each prompt, named `validation/NN`."""
+        """Metrics, and a video for each prompt, named `validation/NN`.
+
+        What fails (memory, disk, a codec) is reported and counted in the metric `validation_failed`; the rest is done.
+
+        Raises:
+            Exception: Whatever a pass of sharded weights ends with, which processes make together.
+        """
         transformer.eval()
         folder = self.output_dir / "validation" / f"step-{step:06d}"
         videos = {
             f"validation/{number:02d}": CaptionedVideo(folder / f"{number:02d}.mp4", prompt)
             for number, prompt in enumerate(self.prompts)
         }
+        sample_failures: list[str] = []
         for number, counts in share(len(self.prompts), self.accelerator.process_index, self.accelerator.num_processes):
-            video = self.sample(transformer, number)
-            if counts:
-                write_video(videos[f"validation/{number:02d}"].path, video)
-        self.accelerator.wait_for_everyone()
-        return self.measure_loss(transformer) if self.batches else {}, videos
+            name = f"validation/{number:02d}"
+            with self._noted(name, sample_failures):
+                latents = self.sample(transformer, number)
+                with self._noted(name, sample_failures, is_common=False):
+                    video = self.decode(latents)
+                    if counts:
+                        write_video(videos[name].path, video)
+        sums, loss_failures = MetricSums(), []
+        with self._noted("the loss on held-out clips", loss_failures):
+            sums = self.sum_losses(transformer)
+        metrics = self._gather(sums, len(sample_failures), len(loss_failures))
+        return metrics, {name: video for name, video in videos.items() if video.path.is_file()}
+
+    @contextlib.contextmanager
+    def _noted(self, name: str, failures: list[str], *, is_common: bool = True) -> Iterator[None]:
+        """Reports what its body raises, and notes it; but for a pass that others wait for, in common with this one."""
+        try:
+            yield
+        except Exception as error:
+            if is_common and is_sharded(self.accelerator) and self.accelerator.num_processes > 1:
+                raise
+            is_of_the_machine = isinstance(error, OSError | torch.OutOfMemoryError)
+            logger.error(
+                "%s failed (%s: %s); the run goes on",
+                name,
+                type(error).__name__,
+                error,
+                exc_info=None if is_of_the_machine else error,
+            )
+            failures.append(name)
+        if failures:  # outside of the handler, which holds the tensors of the failed pass
+            clear_device_cache(garbage_collection=True)
+
+    def _gather(self, sums: MetricSums, num_failed_samples: int, num_failed_losses: int) -> dict[str, float]:
+        """Metrics of all processes, on the main one."""
+        counts = torch.tensor([num_failed_samples, num_failed_losses], device=self.accelerator.device)
+        num_failed_samples, num_failed_losses = self.accelerator.reduce(counts).tolist()
+        failed = num_failed_samples + num_failed_losses
+        metrics = {"validation_failed": float(failed)} if failed else {}
+        if self.batches and not num_failed_losses:
+            sums.reduce_to_main(self.accelerator)
+            if self.accelerator.is_main_process:
+                losses = {"loss": float(sums.sums.pop("loss")), **self.inputs.summarize(sums.sums)}
+                metrics |= {f"validation_{name}": value for name, value in losses.items()}
+        return metrics
 
     def sample(self, transformer: CausalWanTransformer3DModel, number: int) -> torch.Tensor:
-        """The video of a prompt, from noise of the prompt's own number, in [-1, 1], `(3, T, height, width)`."""
+        """The latents `(1, C, F, H, W)` of a prompt, from noise of the prompt's own number."""
         method, validation = self.inputs.config.method, self.inputs.config.validation
         timesteps, generator = method.inference_timesteps().tolist(), sample_generator(self.inputs.seed, number)
         sampler = method.student_sampler
@@ -87,7 +143,7 @@ class Validation:
         pipeline = CausalWanPipeline(
             tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer
         )
-        latents = pipeline.sample_latents(
+        return pipeline.sample_latents(
             self.inputs.embed([self.prompts[number]]),
             noise.to(self.accelerator.device),
             timesteps,
@@ -95,20 +151,17 @@ class Validation:
             negative_prompt_embeds=self.inputs.embed([""]) if validation.negative_prompts else None,
             guidance_scale=validation.validation_guidance_scale,
         )
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The video of latents `(1, C, F, H, W)`, in [-1, 1], `(3, T, height, width)`."""
         with on_device(self.inputs.vae, self.accelerator.device):
             return decode_latents(self.inputs.vae, latents)[0]
 
-    def measure_loss(self, transformer: CausalWanTransformer3DModel) -> dict[str, float]:
-        """The training loss on the held-out batches, in all and by level."""
+    def sum_losses(self, transformer: CausalWanTransformer3DModel) -> MetricSums:
+        """The training loss on this process's held-out batches, as sums in all and by level."""
         sums = MetricSums()
-        num_items = sum(batch["num_items"] for batch, counts in self.batches if counts)
-        num_items = self.accelerator.reduce(torch.as_tensor(num_items, device=self.accelerator.device))
         for batch, counts in self.batches:
-            loss, batch_sums = self.compute_loss(transformer, batch, num_items)
+            loss, batch_sums = self.compute_loss(transformer, batch, self.num_items)
             weight = float(counts)
             sums.add({"loss": weight * loss, **{name: weight * value for name, value in batch_sums.items()}})
-        sums.reduce_to_main(self.accelerator)
-        if not self.accelerator.is_main_process:
-            return {}
-        metrics = {"loss": float(sums.sums.pop("loss")), **self.inputs.summarize(sums.sums)}
-        return {f"validation_{name}": value for name, value in metrics.items()}
+        return sums

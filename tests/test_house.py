@@ -78,7 +78,7 @@ ALLOWED = {
         *("strategies", "transformer"),
     },
     "run_plan": {
-        *("config", "memory_plan", "models"),
+        *("changed_settings", "checkpoints", "config", "memory_plan", "models"),
         *("run_config", "run_data", "run_parts", "strategies"),
     },
     "method_inputs": {
@@ -86,8 +86,18 @@ ALLOWED = {
         *("run_config", "run_data", "training"),
     },
     "regression_run": {
-        *("checkpoints", "config", "dataset_utils", "encoding", "hub", "method_inputs", "models", "run_config"),
-        *("run_data", "run_parts", "run_plan", "strategies", "trackers", "training", "training_setup"),
+        *("changed_settings", "checkpoints", "config", "dataset_utils", "encoding", "hub", "method_inputs"),
+        *(
+            "models",
+            "run_config",
+            "run_data",
+            "run_parts",
+            "run_plan",
+            "strategies",
+            "trackers",
+            "training",
+            "training_setup",
+        ),
         *("transformer", "validation"),
     },
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
@@ -96,13 +106,17 @@ ALLOWED = {
     "config": set(),
     "trackers": set(),
     "run_log": {"trackers"},
-    "checkpoints": set(),
+    "changed_settings": set(),
+    "checkpoint_checks": set(),
+    "checkpoints": {"changed_settings", "checkpoint_checks", "config"},
     "strategies": set(),
     "profiling": set(),
-    "training_setup": {"checkpoints", "devices", "run_log", "settings", "strategies", "trackers"},
+    "training_setup": {
+        *("checkpoint_checks", "checkpoints", "devices", "run_log", "settings", "strategies", "trackers"),
+    },
     "training": {"checkpoints", "profiling", "run_log", "settings", "trackers", "training_setup"},
     "validation": {
-        *("encoding", "memory", "pipeline", "regression", "rollout", "run_log"),
+        *("encoding", "memory", "pipeline", "regression", "rollout", "run_log", "strategies"),
         *("trackers", "transformer", "video_writing"),
     },
 }
@@ -159,7 +173,9 @@ def test_only_training_and_the_runs_of_scripts_know_accelerate():
     knowing = {
         m for m in PACKAGE if any(n.split(".")[0] == "accelerate" for n in imports(ROOT / f"causal_wan/{m}.py"))
     }
-    assert knowing == {"regression_run", "strategies", "training", "training_setup"}
+    assert knowing == {
+        *("checkpoint_checks", "regression_run", "strategies", "training", "training_setup", "validation"),
+    }
 
 
 def test_flow_and_losses_draw_no_random_numbers_of_their_own():
