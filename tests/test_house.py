@@ -36,7 +36,7 @@ ALLOWED = {
     "streaming_vae": {"encoding"},
     "kv_cache": set(),
     "export": set(),
-    "hub": {"regression_config", "settings"},
+    "hub": {"regression_config", "run_log", "settings"},
     "encoding": {"context_parallel", "devices", "transformer"},
     "rollout": {"flow", "kv_cache", "transformer"},
     "video_writing": set(),

@@ -26,6 +26,7 @@ from causal_wan.checkpoint_checks import (
 from causal_wan.checkpoints import find_checkpoint, list_checkpoints
 from causal_wan.config import names_of
 from causal_wan.run_config import RunConfig
+from causal_wan.run_log import truncate_metrics
 from causal_wan.training import ChangeCheck, step_optimizer
 
 
@@ -314,6 +315,37 @@ def test_a_validation_that_a_stop_prevented_comes_first_when_the_run_goes_on(tmp
     lines = [(Path(training.output_dir) / "metrics.jsonl").read_text() for training in (unbroken, stopped)]
     steps = [[json.loads(line)["step"] for line in text.splitlines()] for text in lines]
     assert steps[0] == steps[1]
+
+
+def test_a_metrics_file_whose_last_line_was_cut_off_is_read_as_far_as_it_goes(tmp_path):
+    training = config(tmp_path, logging_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(training, validate=kill_at_step(6))
+    path = Path(training.output_dir) / "metrics.jsonl"
+    cut(path)
+    before = path.read_text().splitlines()[:-1]
+    run_training(resumed(training))
+    lines = path.read_text().splitlines()
+    assert lines[: len(before)] == before
+    assert json.loads(lines[-1])["step"] == 8
+
+
+def test_a_disk_that_is_full_when_a_run_goes_on_leaves_the_metrics_as_they_are(tmp_path, monkeypatch):
+    training = config(tmp_path)
+    run_training(training)
+    path = Path(training.output_dir) / "metrics.jsonl"
+    before, stock = path.read_text(), Path.write_text
+
+    def write_text(self, text, *given, **settings):
+        if "metrics" in self.name:
+            stock(self, "", *given, **settings)
+            raise OSError(28, "No space left on device")
+        return stock(self, text, *given, **settings)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(OSError, match="No space left"):
+        truncate_metrics(path, last_step=4)
+    assert path.read_text() == before
 
 
 # --- steps that are none ---------------------------------------------------------------------------------------------
