@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 import convert_checkpoint
-from causal_wan.checkpoints import check_process_count
+from causal_wan.checkpoint_checks import check_process_count
 
 
 SCRIPT = "train_video_regression.py"
