@@ -20,6 +20,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "datase
 ALLOWED = {
     "basics": set(),
     "settings": set(),
+    "library_messages": set(),
     "flow": set(),
     "losses": {"flow"},
     "context_parallel": set(),
