@@ -15,7 +15,7 @@ steps; `--context clean` shows each block the clean blocks before it; `--loss_ty
 `--loss_weighting` change the error.
 
 Regression learns a conditional mean: where the prompt and the past do not determine the video, a step list blurs (see
-examples/objectives). `blur_gap_at_time_*` tells that from too little training; see the README.
+examples/objectives). `blur_gap_at_time_*` tells that from too little training; see docs/metrics.md.
 
 Source: CausVid, arXiv 2412.07772, section 4.3, with (clip, fresh noise) in the place of ODE pairs.
 """

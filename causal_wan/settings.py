@@ -57,7 +57,7 @@ class ModelConfig(CheckpointConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """What to trade for memory; see the table in the README."""
+    """What to trade for memory; see docs/memory_and_speed.md."""
 
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: far less memory for a third more compute."""

@@ -1,6 +1,8 @@
 """The rules of the house: who imports whom, and that what the documents show works."""
 
 import ast
+import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -216,15 +218,22 @@ def test_accelerate_configs_load_and_say_when_to_use_them(path):
     assert path.read_text().startswith("# ")
 
 
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+LAUNCHER = r"(?:\w+=\S+ )*(?:python|accelerate launch\b.*?) "
+
+
+def command_lines(text):
+    """Its lines, those that a backslash continues as one."""
+    return re.sub(r" \\+\n[#\s]*", " ", text).splitlines()
+
+
 def documented_commands():
-    """Every whole command line of ours in the README, the recipes and the docstrings: (script, arguments)."""
-    files = [ROOT / "README.md", *(ROOT / "examples").rglob("*.yaml"), *(ROOT / "examples").rglob("*.sh")]
+    """Every whole command line of ours in the documents, the recipes and the docstrings: (script, arguments)."""
+    files = [*DOCUMENTS, *(ROOT / "examples").rglob("*.yaml"), *(ROOT / "examples").rglob("*.sh")]
     files += [ROOT / f"{script}.py" for script in SCRIPTS]
     for file in files:
-        text = re.sub(r" \\+\n[#\s]*", " ", file.read_text())
-        for line in text.splitlines():
-            launcher = r"^[#\s]*(?:\w+=\S+ )*(?:python|accelerate launch\b.*?) "
-            match = re.match(launcher + "(" + "|".join(SCRIPTS) + r")\.py +(--[^#$]*)$", line)
+        for line in command_lines(file.read_text()):
+            match = re.match(r"^[#\s]*" + LAUNCHER + "(" + "|".join(SCRIPTS) + r")\.py +(--[^#$]*)$", line)
             if match:
                 name = f"{file.name}: {match[1]} {match[2]}"[:80]
                 yield pytest.param(match[1], shlex.split(match[2]), id=name)
@@ -237,13 +246,105 @@ def test_there_are_documented_commands():
 
 @pytest.mark.parametrize(("script", "arguments"), documented_commands())
 def test_documented_commands_parse(script, arguments, monkeypatch):
-    import importlib
-
     from causal_wan.config import parse_config
 
     monkeypatch.chdir(ROOT)
     module = importlib.import_module(script)
     parse_config(module.Config, arguments, also_known=getattr(module, "TRAINING_SETTINGS", ()))
+
+
+# --- the documents ---------------------------------------------------------------------------------------------------
+
+
+def blocks(document, language):
+    """The blocks of code of a language in a document."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def shown_commands():
+    """Every line of the documents that is meant for a shell: (document, line)."""
+    for document in DOCUMENTS:
+        for block in blocks(document, "sh"):
+            for line in command_lines(block):
+                if line.strip():
+                    name = f"{document.relative_to(ROOT)}: {line}"[:80]
+                    yield pytest.param(line.split(" #")[0].strip(), id=name)
+
+
+def fields_of(path):
+    """Names of the settings of a script's `Config`."""
+    classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    (config,) = (node for node in classes if node.name == "Config")
+    return {node.target.id for node in config.body if isinstance(node, ast.AnnAssign)}
+
+
+@pytest.mark.parametrize("command", shown_commands())
+def test_every_command_of_the_documents_is_there(command):
+    scripts = {parameters.values[0] for parameters in documented_commands()}
+    if match := re.match(LAUNCHER + r"(\S+)\.py\b(.*)", command):
+        if match[1] in scripts:
+            assert match[2].startswith(" --")  # it is parsed above
+        else:
+            flags = {flag.split("=")[0] for flag in re.findall(r"--(\S+)", match[2])}
+            assert flags <= fields_of(ROOT / f"{match[1]}.py")
+    elif match := re.match(r"make (\w+)$", command):
+        assert re.search(rf"^{match[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    elif match := re.match(r"(?:\w+=\S+ )*(sbatch )?(\S+\.sh)\b", command):
+        assert match[1] or os.access(ROOT / match[2], os.X_OK)
+        assert (ROOT / match[2]).is_file()
+    else:
+        assert re.match(r"(pip install [\w -]+|hf auth login)$", command)
+
+
+def python_blocks():
+    for document in DOCUMENTS:
+        for number, block in enumerate(blocks(document, "python")):
+            yield pytest.param(block, id=f"{document.relative_to(ROOT)}-{number}")
+
+
+@pytest.mark.parametrize("block", python_blocks())
+def test_python_of_the_documents_imports_what_there_is(block):
+    imported = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    assert imported or "import" not in block
+    for node in imported:
+        module = importlib.import_module(node.module)
+        assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def anchors(document):
+    """What GitHub calls the headings of a document."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_and_paths_of_the_documents_lead_somewhere(document):
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        found = document if not path else document.parent / path
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+    folders = "accelerate_configs|benchmarks|causal_wan|docs|examples|tests"
+    for path in re.findall(rf"`(?:\./)?((?:{folders})/[\w./*-]*)`", text):
+        assert any(ROOT.glob(path)), path
+
+
+def test_every_document_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/\w+\.md)\)", (ROOT / "README.md").read_text()))
+    assert linked == {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 220
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_documents_do_without_words_of_our_own(document):
+    assert not re.findall(r"\b(?:levers?|rungs?|lineage)\b", document.read_text(), flags=re.IGNORECASE)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("wan_*.yaml")), ids=lambda path: path.name)

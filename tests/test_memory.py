@@ -292,8 +292,8 @@ def test_a_run_that_does_not_fit_is_told_what_to_do():
 
 
 @pytest.mark.slow
-def test_the_table_of_the_readme_is_what_the_benchmark_plans():
+def test_the_table_of_the_document_is_what_the_benchmark_plans():
     run = run_script([sys.executable, "benchmarks/memory.py", "--plan"])
     assert run.stdout.count("|") > 100
-    for text in ("README.md", "benchmarks/results/memory_plan.md"):
+    for text in ("docs/memory_and_speed.md", "benchmarks/results/memory_plan.md"):
         assert run.stdout.strip() in (ROOT / text).read_text()
