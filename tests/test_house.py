@@ -321,7 +321,7 @@ def anchors(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_and_paths_of_the_documents_lead_somewhere(document):
     text = document.read_text()
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
         if target.startswith("https://"):
             continue
         path, _, anchor = target.partition("#")
