@@ -231,6 +231,7 @@ def wan(tmp_path_factory):
         AutoencoderKLWan().save_config(folder / "vae")
     UMT5Config(**UMT5_XXL, feed_forward_proj="gated-gelu").save_pretrained(folder / "text_encoder")
     shutil.copytree(ROOT / "examples" / "sketch" / "tiny-wan" / "tokenizer", folder / "tokenizer")
+    (folder / "model_index.json").write_text("{}")
     return {"pretrained_model_name_or_path": str(folder), **REAL_SIZE}
 
 
