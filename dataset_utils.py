@@ -537,17 +537,17 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Samples -> a batch.
 
     Returns:
-        clips: a list of videos, uint8 `(3, T, height, width)`, and latents, float `(C, F, H, W)`; cache_keys: of
-        videos whose latents are to be kept, else None; prompts and errors: lists; row_indices, sample_numbers and
-        num_valid_frames: int64 `(B,)`.
+        Lists. clips: videos, uint8 `(3, T, height, width)`, and latents, float `(C, F, H, W)`; cache_keys: of videos
+        whose latents are to be kept, else None; prompts and errors; row_indices, sample_numbers and num_valid_frames:
+        ints and no tensors, which would wait for a GPU to tell them.
     """
     return {
         "clips": [sample["latents"] if "latents" in sample else sample["video"] for sample in samples],
         "cache_keys": [sample.get("cache_key") for sample in samples],
         "prompts": [sample["prompt"] for sample in samples],
-        "row_indices": torch.tensor([sample["row_index"] for sample in samples]),
-        "sample_numbers": torch.tensor([sample["sample_number"] for sample in samples]),
-        "num_valid_frames": torch.tensor([sample["num_valid_frames"] for sample in samples]),
+        "row_indices": [sample["row_index"] for sample in samples],
+        "sample_numbers": [sample["sample_number"] for sample in samples],
+        "num_valid_frames": [sample["num_valid_frames"] for sample in samples],
         "errors": [error for sample in samples for error in sample["errors"]],
     }
 

@@ -56,7 +56,7 @@ def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:
         inputs.config.method,
         inputs.config.method.block_lengths(latents.shape[2]),
         seed=inputs.seed,
-        sample_numbers=batch["sample_numbers"].tolist(),
+        sample_numbers=batch["sample_numbers"],
         num_valid_frames=inputs.count_valid_frames(batch),
     )
     return inputs.with_prompts(noisy, batch)

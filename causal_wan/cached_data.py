@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ import torch.distributed
 from tqdm.auto import tqdm
 
 from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached
+from causal_wan.devices import LateCopy
 from causal_wan.file_manifest import FileFacts, FileManifest, hash_content, stat_of
 from causal_wan.models import DTYPES, find_part
 from causal_wan.settings import CacheConfig, CheckpointConfig, LatentsDtype
@@ -174,11 +176,13 @@ class LatentKeeper:
     def __init__(self, cached: CachedData, writer: CacheWriter) -> None:
         self.cached, self.writer = cached, writer
         self.is_broken = False
+        self._late = LateCopy()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._late.flush()
         try:
             self.writer.flush()
         except OSError as error:
@@ -187,14 +191,18 @@ class LatentKeeper:
     def keep(self, key: bytes, latents: torch.Tensor, shape: ClipShape, num_valid_frames: int) -> torch.Tensor:
         """Keeps the latents `(C, F, H, W)` of a clip, and returns them as they will be read, in float32."""
         latents = latents.to(self.cached.dtype)
-        if not self.is_broken:
-            try:
-                settings = self.cached.latent_settings(shape)
-                self.writer.add(key, latents, settings, num_valid_frames=num_valid_frames)
-            except OSError as error:
-                self.is_broken = True
-                logger.error("latents are not kept any longer, the run goes on without: %s", error)
+        facts = {"settings": self.cached.latent_settings(shape), "num_valid_frames": num_valid_frames}
+        self._late.hand_in(latents, partial(self._add, key, **facts))
         return latents.float()
+
+    def _add(self, key: bytes, latents: torch.Tensor, **facts: Any) -> None:
+        if self.is_broken:
+            return
+        try:
+            self.writer.add(key, latents, **facts)
+        except OSError as error:
+            self.is_broken = True
+            logger.error("latents are not kept any longer, the run goes on without: %s", error)
 
 
 class CachedClips:

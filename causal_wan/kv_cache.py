@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from causal_wan.devices import to_device
+
 
 @dataclass
 class LayerCache:
@@ -90,7 +92,7 @@ class KVCache:
         in_turn = self.sink_size + (frames - self.sink_size) % (self.capacity - self.sink_size)
         frame_places = torch.where(frames < self.sink_size, frames, in_turn)
         tokens = frame_places[:, None] * self.frame_tokens + torch.arange(self.frame_tokens)
-        self.places = tokens.flatten().to(self.layers[0].keys.device)
+        self.places = to_device(tokens.flatten(), self.layers[0].keys.device)
 
     def keep_prompt(self, encoder_hidden_states: torch.Tensor) -> bool:
         """Forgets the keys and values of the prompt, unless it is the very tensor of the call before.

@@ -131,8 +131,9 @@ def train(
         run: From `prepare_run`.
         make_dataloader: (*, start, end, step) -> the batches of the run's samples from `start`, the first of `step`,
             to `end`, in order.
-        prepare_batch: A batch of the loader -> what `compute_loss` takes, with at least `num_items`, a scalar tensor:
-            how many elements its loss is a mean over, and `num_tokens`, an int, for the throughput. No gradients.
+        prepare_batch: A batch of the loader, on the host -> what `compute_loss` takes, on the device, with at least
+            `num_items`, a scalar tensor: how many elements its loss is a mean over, and `num_tokens`, an int, for the
+            throughput. No gradients.
         compute_loss: (wrapped model, prepared batch, num_items of the whole step over all processes) -> (this batch's
             share of the loss: a sum over its elements divided by that number, sums to log).
         summarize: Sums over processes and steps -> metrics.
@@ -151,7 +152,9 @@ def train(
     config, state = run.config, run.state
     samples_per_step = config.samples_per_step(run.num_replicas)
     end_sample = state.num_samples + (config.max_train_steps - state.step) * samples_per_step
-    batches = iter(run.accelerator.prepare(make_dataloader(start=state.num_samples, end=end_sample, step=state.step)))
+    loader = make_dataloader(start=state.num_samples, end=end_sample, step=state.step)
+    # On the device, the clips of all passes would wait for their turn to be encoded.
+    batches = iter(run.accelerator.prepare_data_loader(loader, device_placement=False))
     log = StepLog(run, summarize)
     validation = None if validate is None else ValidationRuns(run, validate, log)
     progress = tqdm(
@@ -169,11 +172,8 @@ def train(
         if validation is not None and validation.is_owed():
             validation()
         while state.step < config.max_train_steps and not stop.agreed:
-            with log.timed("data"), profiler.part("data"):
-                loaded = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+            prepared = prepare_passes(batches, prepare_batch, config.gradient_accumulation_steps, log, profiler)
             with log.timed("compute"):
-                with profiler.part("encode and noise"):
-                    prepared = [prepare_batch(batch) for batch in loaded]
                 train_step(run, prepared, compute_loss, stop, profiler)
             profiler.end_step()
             log.count_step(num_tokens=sum(batch["num_tokens"] for batch in prepared))
@@ -265,6 +265,24 @@ class ValidationRuns:
         run.model.train()
         if run.accelerator.is_main_process:
             self._begun.unlink(missing_ok=True)
+
+
+def prepare_passes(
+    batches: Iterator[Batch],
+    prepare_batch: Callable[[Batch], Batch],
+    num_passes: int,
+    log: StepLog,
+    profiler: StepProfiler,
+) -> list[Batch]:
+    """The prepared batches of a step, each as it comes: no more than one is there that is not prepared."""
+    prepared = []
+    for _ in range(num_passes):
+        with log.timed("data"), profiler.part("data"):
+            batch = next(batches)
+        with log.timed("compute"), profiler.part("encode and noise"):
+            prepared.append(prepare_batch(batch))
+        del batch  # before the next one is waited for
+    return prepared
 
 
 def train_step(

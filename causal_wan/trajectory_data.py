@@ -116,7 +116,7 @@ class TrajectoryData:
         folder: Of the trajectories.
         cache: In it.
         settings: Of those that are used.
-        slots: Where in a trajectory each entry of the step list is, int64 `(K',)`.
+        slots: Where in a trajectory each entry of the step list is.
         names: The trajectories, in an order that does not depend on who made them.
         clips: The held-out clips, and no others.
         cached: The embeddings of the prompts, once they are open.
@@ -126,7 +126,7 @@ class TrajectoryData:
     folder: Path
     cache: TensorCache
     settings: dict[str, Any]
-    slots: torch.Tensor
+    slots: list[int]
     names: list[TrajectoryName]
     clips: RunData
     cached: CachedData | None = None
@@ -276,7 +276,7 @@ def load_trajectory_data(
     settings = find_settings(cache, config.shape, levels, block_lengths)
     names = sorted(names_in(cache, settings))
     places = [*settings["levels"], 0.0]
-    slots = torch.tensor([places.index(level) for level in levels.tolist()])
+    slots = [places.index(level) for level in levels.tolist()]
     return TrajectoryData(config, folder, cache, settings, slots, names, clips)
 
 

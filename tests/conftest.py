@@ -2,10 +2,12 @@
 
 import csv
 import importlib
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,32 @@ def clips(tmp_path_factory):
                 write_clip(folder / "videos" / f"{seed}.mp4", seed)
                 writer.writerow([f"{seed}.mp4", f"a ball, number {seed}, crosses the field"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def tars(clips, tmp_path_factory):
+    """The clips as WebDataset tars, two clips a tar; settings of a run that streams them."""
+    folder = tmp_path_factory.mktemp("tars")
+    for number in range(3):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for seed in (2 * number, 2 * number + 1):
+                tar.add(clips / "videos" / f"{seed}.mp4", f"{seed}.mp4")
+                prompt = f"a ball, number {seed}, crosses the field".encode()
+                info = tarfile.TarInfo(f"{seed}.txt")
+                info.size = len(prompt)
+                tar.addfile(info, io.BytesIO(prompt))
+    return {
+        "streaming": True,
+        "dataset_base_path": None,
+        "metadata_path": str(folder),
+        "video_column": "mp4",
+        "caption_column": "txt",
+        "validation_metadata_path": None,
+        "lr_scheduler": "constant",
+        "max_train_steps": 6,
+        "shuffle_buffer_size": 2,
+        "frames_schedule": "0:9,3:17",
+    }
 
 
 @pytest.fixture(scope="session")

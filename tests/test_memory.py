@@ -191,6 +191,17 @@ def test_a_module_is_on_another_device_for_a_while_and_comes_back():
         raise RuntimeError("inside")
 
 
+def test_a_module_that_waits_on_the_host_comes_back_without_a_copy():
+    module = torch.nn.Linear(2, 2).requires_grad_(False)
+    weight, where = module.weight, module.weight.data_ptr()
+    with pytest.raises(RuntimeError, match="inside"), on_device(module, torch.device("meta")):
+        assert module.weight.device.type == module.bias.device.type == "meta"
+        raise RuntimeError("inside")
+    assert module.weight.data_ptr() == where
+    assert torch.equal(module.weight, weight)
+    assert not module.weight.requires_grad
+
+
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 

@@ -63,7 +63,14 @@ def config(tmp_path, **changes):
     return TrainingConfig(**{**defaults, **changes})
 
 
-def run_training(training, break_samples=(), validate=None, save_result=None, change=lambda accelerator: None):
+def run_training(
+    training,
+    break_samples=(),
+    validate=None,
+    save_result=None,
+    change=lambda accelerator: None,
+    on_prepare=lambda batch: None,
+):
     """Fits y = 3 x of numbers modulo 7, with every third number masked out of the loss."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -71,8 +78,10 @@ def run_training(training, break_samples=(), validate=None, save_result=None, ch
     change(accelerator)
 
     def prepare_batch(batch):
+        on_prepare(batch)
+        batch = batch.to(accelerator.device)
         x = (batch % 7)[:, None] / 7
-        x = torch.where(torch.isin(batch, torch.tensor(break_samples))[:, None], float("nan"), x)
+        x = torch.where(torch.isin(batch, torch.tensor(break_samples, device=batch.device))[:, None], float("nan"), x)
         mask = batch % 3 != 0
         return {"x": x, "mask": mask, "num_items": mask.sum(), "num_tokens": len(batch)}
 
@@ -186,6 +195,16 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
     torch.testing.assert_close(result, expected)
     for a, b in zip(entries(halves), entries(whole), strict=True):
         assert a == pytest.approx(b)
+
+
+def test_the_passes_of_a_step_are_prepared_as_their_batches_come(tmp_path, monkeypatch):
+    read, waiting = [], []
+    load = Numbers.__getitem__
+    monkeypatch.setattr(Numbers, "__getitem__", lambda self, index: read.append(index) or load(self, index))
+    passes = config(tmp_path, train_batch_size=1, gradient_accumulation_steps=4, max_train_steps=2)
+    run_training(passes, on_prepare=lambda batch: waiting.append(len(read) - len(waiting)))
+    assert len(waiting) == 8
+    assert set(waiting[:-1]) == {2}  # the batch itself, and the next one, which accelerate reads ahead
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
