@@ -98,7 +98,7 @@ ALLOWED = {
     "trackers": set(),
     "run_log": {"trackers"},
     "checkpoints": set(),
-    "strategies": set(),
+    "strategies": {"settings"},
     "profiling": set(),
     "training_setup": {"checkpoints", "devices", "run_log", "settings", "strategies", "trackers"},
     "training": {"checkpoints", "profiling", "run_log", "settings", "trackers", "training_setup"},
