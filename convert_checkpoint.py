@@ -18,15 +18,15 @@ repository: it has a custom pipeline in it (`causal_wan/export.py`).
 """
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from causal_wan.basics import LoraNames
 from causal_wan.config import parse_config, user_errors, write_recipe
+from causal_wan.ranges import PositiveInt, checked_dataclass
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to convert."""
 
@@ -40,7 +40,7 @@ class Config:
     """Where a pipeline's VAE and text encoder are: None is what the run was made from, or WAN's own."""
     use_ema: bool = True
     """Take the moving average if the checkpoint has one."""
-    attention_head_dim: int = 128
+    attention_head_dim: PositiveInt = 128
     """Of the transformer that weights in a file are of; 128 in all WAN models."""
 
 

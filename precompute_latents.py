@@ -16,13 +16,13 @@ asked to stop (SIGTERM, SIGUSR1): run the same command again.
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from causal_wan.config import names_of, parse_config, user_errors
 from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached
+from causal_wan.ranges import NonNegativeInt, PositiveInt, checked_dataclass
 from causal_wan.regression_config import RegressionConfig
 from causal_wan.settings import (
     CacheConfig,
@@ -36,7 +36,7 @@ from causal_wan.settings import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to encode, and where it goes."""
 
@@ -49,9 +49,9 @@ class Config:
     """Precision that latents are kept in."""
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
     """Precision of the text encoder, that of training; what the launch says by default."""
-    encode_batch_size: int = 1
+    encode_batch_size: PositiveInt = 1
     """Clips that the VAE encodes at once; more than one may change the last bits."""
-    dataloader_num_workers: int = 2
+    dataloader_num_workers: NonNegativeInt = 2
     """Processes that decode ahead, for each process of the launch."""
     vae_slicing: bool = False
     """The VAE encodes the clips of a batch one after the other."""
@@ -63,8 +63,6 @@ class Config:
     """Say what is missing and how much disk it takes, and encode nothing."""
 
     def __post_init__(self) -> None:
-        if self.encode_batch_size < 1:
-            raise ValueError(f"encode_batch_size must be 1 or more, got {self.encode_batch_size}.")
         check_can_be_cached(self.data)
 
 

@@ -25,13 +25,14 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal
 
 from causal_wan.basics import frame_block_lengths
 from causal_wan.config import names_of, parse_config, user_errors
 from causal_wan.data_config import DataConfig
+from causal_wan.ranges import GuidanceScale, PositiveInt, Seed, checked_dataclass
 from causal_wan.regression_config import RegressionConfig
 from causal_wan.settings import (
     CacheConfig,
@@ -45,7 +46,7 @@ from causal_wan.settings import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to sample, from whom, and where it goes."""
 
@@ -58,19 +59,19 @@ class Config:
     """Output folder of a run, diffusers folder, hub id or file of weights; None is the checkpoint of the recipe."""
     prompts_file: str | None = None
     """Text file with one prompt a line, or a CSV with a `prompt` column; in the place of the tables' prompts."""
-    num_trajectories_per_prompt: int = 1
+    num_trajectories_per_prompt: PositiveInt = 1
     """Each from noise of its own."""
-    guidance_scale: float = 5.0
+    guidance_scale: GuidanceScale = 5.0
     """Classifier-free guidance above 1, which the student learns to do without."""
     negative_prompt: str = ""
     """What guidance leads away from."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the noise."""
     latents_dtype: LatentsDtype = "bf16"
     """Precision that trajectories are kept in."""
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
     """Precision of teacher and text encoder; what the launch says by default."""
-    sample_batch_size: int = 1
+    sample_batch_size: PositiveInt = 1
     """Trajectories that the teacher samples at once; more than one may change the last bits."""
     verify: bool = False
     """Read all that is there, and make anew what is damaged."""
@@ -78,9 +79,6 @@ class Config:
     """Say what is missing and how much disk it takes, and sample nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("num_trajectories_per_prompt", "sample_batch_size"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name} must be 1 or more, got {vars(self)[name]}.")
         if len(self.data.all_shapes()) > 1:
             raise ValueError("trajectories have one size and length; leave out buckets and schedules.")
         if self.method.is_continuous:

@@ -18,14 +18,15 @@ is that of video regression.
 Source: CausVid, arXiv 2412.07772, section 4.3; with a causal teacher Causal Forcing, arXiv 2602.02214.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from causal_wan.config import parse_config
+from causal_wan.ranges import checked_dataclass
 from causal_wan.regression_config import RegressionConfig
 from causal_wan.run_config import RunConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config(RunConfig):
     """Settings of a run, by group."""
 

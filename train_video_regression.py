@@ -20,13 +20,12 @@ examples/objectives). `blur_gap_at_time_*` tells that from too little training; 
 Source: CausVid, arXiv 2412.07772, section 4.3, with (clip, fresh noise) in the place of ODE pairs.
 """
 
-from dataclasses import dataclass
-
 from causal_wan.config import parse_config
+from causal_wan.ranges import checked_dataclass
 from causal_wan.run_config import RunConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config(RunConfig):
     """Settings of a run, by group."""
 

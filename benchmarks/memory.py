@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from diffusers import AutoencoderKLWan
 from transformers import UMT5Config
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from causal_wan.config import parse_config
 from causal_wan.encoding import encode_videos
 from causal_wan.memory import cut_up_vae, enable_gradient_checkpointing, on_device, quantization_config, store_in_fp8
 from causal_wan.memory_plan import (
@@ -39,6 +39,7 @@ from causal_wan.memory_plan import (
     text_encoder_bytes,
 )
 from causal_wan.models import add_lora, load_transformer
+from causal_wan.ranges import PositiveInt, checked_dataclass
 from causal_wan.settings import MemoryConfig, TrainingConfig
 from causal_wan.training_setup import make_optimizer, trainable_parameters
 from causal_wan.transformer import CausalWanTransformer3DModel
@@ -85,7 +86,7 @@ VAE_LEVERS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to measure."""
 
@@ -93,7 +94,7 @@ class Config:
     """Compute what fits where, and measure nothing."""
     size: Literal["small", "1.3b", "14b"] = "small"
     """Architecture and clip."""
-    num_steps: int = 5
+    num_steps: PositiveInt = 5
     """Timed steps of each row, after two that warm up; their median counts."""
 
 
@@ -321,5 +322,5 @@ def plan() -> str:
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Config, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    config = parse_config(Config, description=__doc__)
     print(plan() if config.plan else measure(config))

@@ -37,7 +37,7 @@ from causal_wan.run_parts import (
     with_checkpointing_of_launch,
 )
 from causal_wan.run_plan import describe_memory, describe_plan, describe_resumption
-from causal_wan.strategies import count_replicas
+from causal_wan.strategies import count_replicas, follow_settings
 from causal_wan.trackers import Trackers, resolve_trackers
 from causal_wan.training import EXIT_STOPPED, Batch, Sums, ema_weights, gather_weights, train
 from causal_wan.training_setup import Run, check_precision, make_accelerator, prepare_run, start_trackers
@@ -155,6 +155,8 @@ def print_plan(config: RunConfig, data: RunData) -> None:
     """What a run is going to do, and what it takes, without weights."""
     precision = beside_fp8(config.training.mixed_precision)  # without weights there is nothing in 8 bits
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
+    with user_errors():
+        follow_settings(accelerator, config.training)
     config = with_checkpointing_of_launch(config, accelerator)
     if not accelerator.is_main_process:
         return
@@ -179,7 +181,8 @@ class BegunRun:
 
 def begin_run(config: RunConfig, data: RunData) -> BegunRun:
     """Says what is going to happen, opens the cache, and loads what the run needs; ends with status 2 if it cannot."""
-    accelerator = make_accelerator(config.training)
+    with user_errors():
+        accelerator = make_accelerator(config.training)
     config = with_checkpointing_of_launch(config, accelerator)
     with user_errors():
         resumption = describe_resumption(config)

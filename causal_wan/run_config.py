@@ -1,15 +1,15 @@
 """Settings of a run that trains a student by regression, and what of them must fit together."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from causal_wan.basics import num_valid_latent_frames
 from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached
+from causal_wan.ranges import checked_dataclass
 from causal_wan.regression_config import RegressionConfig
 from causal_wan.settings import CacheConfig, HubConfig, MemoryConfig, ModelConfig, TrainingConfig, ValidationConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class RunConfig:
     """Settings of a run that trains a student, by group."""
 

@@ -43,7 +43,7 @@ from causal_wan.checkpoints import (
 from causal_wan.devices import LateReader
 from causal_wan.run_log import METRICS_NAME, MetricSums, truncate_metrics
 from causal_wan.settings import TrainingConfig
-from causal_wan.strategies import count_replicas, is_sharded
+from causal_wan.strategies import clip_as_set, count_replicas, follow_settings, is_sharded, replaces_optimizer
 from causal_wan.trackers import Trackers, identify_run, resolve_trackers, start_each
 
 
@@ -118,7 +118,11 @@ def _fp8_recipe() -> tuple[AORecipeKwargs]:
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The Accelerator of a run, with the output folder made."""
+    """The Accelerator of a run, with the output folder made.
+
+    Raises:
+        ValueError: If the config of the launch says other than the settings.
+    """
     accelerator = Accelerator(
         # Told nothing, accelerate takes several processes on a machine without a GPU for so many separate runs.
         cpu=not torch.accelerator.is_available(),
@@ -144,10 +148,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             param_dtype=half.get(accelerator.mixed_precision), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # DeepSpeed counts samples itself; and only the model that is trained is to be sharded, not the text encoder.
-        plugin = accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
-        unset_hf_deepspeed_config()
+        follow_settings(accelerator, config)
+        unset_hf_deepspeed_config()  # only the model that is trained is to be sharded, not the text encoder
     logging.basicConfig(
         format="%(levelname)s %(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR
     )
@@ -251,6 +253,11 @@ def prepare_run(
         raise ValueError(
             "bitsandbytes takes sharded weights for whole ones and writes outside of them (its issue 1633); use "
             "--optimizer adamw, or launch with accelerate_configs/ddp.yaml or zero2.yaml."
+        )
+    if config.optimizer == "adamw8bit" and replaces_optimizer(accelerator):
+        raise ValueError(
+            "DeepSpeed updates states on the CPU by an AdamW of its own, in 32 bits; use --optimizer adamw, or launch "
+            "with accelerate_configs/zero2.yaml or zero3.yaml."
         )
     if accelerator.mixed_precision == "fp8" and is_sharded(accelerator):
         raise ValueError(
@@ -357,6 +364,7 @@ def apply_settings(run: Run) -> None:
     schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
     for group, rate in zip(run.optimizer.param_groups, schedule._last_lr, strict=True):
         group.update(settings | {"lr": rate, "initial_lr": run.config.learning_rate})
+    clip_as_set(run.optimizer, run.config)
 
 
 def note_processes(run: Run) -> None:

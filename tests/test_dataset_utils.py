@@ -221,13 +221,14 @@ def test_no_row_left_is_an_error_even_when_skipping(folder):
     ("changes", "message"),
     [
         ({"num_frames": 80}, "num_frames must be 4k \\+ 1 for the WAN VAE, got 80; use 77 or 81"),
-        ({"num_frames": 0}, "use 1 or 5"),
+        ({"num_frames": 0}, "num_frames must be 1 or more, got 0; the default is 81"),
+        ({"num_frames": 2}, "use 1 or 5"),
         ({"num_frames": 80, "time_division_factor": 8}, "8k \\+ 1 .* use 73 or 81"),
         ({"height": 470}, "height must be a multiple of 16, got 470; use 464 or 480"),
         ({"width": 8}, "width must be a multiple of 16, got 8; use 16 or 32"),
-        ({"frame_rate": 0.0}, "frame_rate must be above 0"),
-        ({"frame_rate": float("nan")}, "frame_rate must be above 0"),
-        ({"frame_rate": float("inf")}, "frame_rate must be above 0"),
+        ({"frame_rate": 0.0}, r"frame_rate must be in \[0\.001, 1000\], got 0\.0; WAN's is 16"),
+        ({"frame_rate": float("nan")}, "frame_rate must be a finite number"),
+        ({"frame_rate": float("inf")}, "frame_rate must be a finite number"),
         ({"max_bad_samples": -1}, "max_bad_samples must be 0 or more"),
     ],
 )
@@ -469,10 +470,11 @@ def test_a_schedule_gives_each_step_its_shape(folder):
         ({"frames_schedule": "1:5,2:9"}, "must begin at step 0"),
         ({"frames_schedule": "0:5,9"}, "must be step:value"),
         ({"frames_schedule": "0:9", "frame_buckets": (9,)}, "from a schedule or from buckets, not from both"),
-        ({"caption_dropout": 1.5}, "caption_dropout is a share"),
-        ({"temporal_crop": 0.0}, "temporal_crop is a share of each clip"),
+        ({"caption_dropout": 1.5}, r"caption_dropout must be in \[0, 1\]"),
+        ({"temporal_crop": 0.0}, r"temporal_crop must be in \(0, 1\]"),
         ({"temporal_crop": 0.5, "frame_sampling": "head"}, "temporal_crop goes with --frame_sampling uniform"),
         ({"color_jitter": (0.1,)}, "color_jitter must be four numbers"),
+        ({"color_jitter": (0.1, 0.1, float("nan"), 0.1)}, "each of color_jitter must be a finite number"),
     ],
 )
 def test_shapes_and_augmentations_that_cannot_work_are_refused(folder, changes, message):

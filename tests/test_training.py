@@ -273,8 +273,10 @@ def test_ema_is_lent_to_the_model_and_taken_back(tmp_path):
         ({"max_train_steps": 0}, "max_train_steps must be 1 or more, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be 0 or more, got -1.0; 0 leaves gradients as they are"),
+        ({"seed": 2**32}, r"seed must be in \[0, 4294967295\], got 4294967296; numpy takes no other"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "use --lr_scheduler constant_with_warmup"),
-        ({"checkpoints_total_limit": 0}, "checkpoints_total_limit must be 1 or more, or None"),
+        ({"checkpoints_total_limit": 0}, "checkpoints_total_limit must be 1 or more, got 0; the default is None"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, changes, message):
