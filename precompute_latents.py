@@ -17,7 +17,6 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,10 +84,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from causal_wan.basics import beside_fp8
-from causal_wan.cached_data import CachedData, drop_damaged, gather_lists, open_cache
+from causal_wan.cached_data import CachedData, drop_damaged, open_cache
 from causal_wan.encoding import encode_prompts, encode_videos
 from causal_wan.memory import cut_up_vae
 from causal_wan.models import DTYPES, load_text_encoder, load_vae
+from causal_wan.processes import PATIENCE, gather_lists, wait_for_all
 from causal_wan.run_data import load_run_data
 from causal_wan.tensor_cache import GIB, CacheWriter, check_disk, free_bytes, remove_stale_shards
 from causal_wan.training import EXIT_STOPPED, StopRequest
@@ -97,9 +97,6 @@ from dataset_utils import Row, VideoDataset, describe_rows, name_clips_of_dead_w
 
 PROMPT_BYTES = 1 << 20  # about what an embedding of UMT5-XXL takes in 16 bits, of a prompt of 128 tokens
 PROMPTS_AT_ONCE = 64
-# Processes wait for each other at the start, while one downloads and reads the encoders, and then not until their
-# shares are done, which may be hours apart: NCCL would give up after ten minutes.
-PATIENCE = timedelta(days=7)
 Work = tuple[int, ClipShape]  # index of a row, and a shape in which it is wanted
 
 
@@ -148,7 +145,7 @@ def main(config: Config) -> None:
             check_disk("latents_dir", config.latents_dir, num_bytes)
     if config.dry_run:
         return
-    accelerator.wait_for_everyone()  # until the disk is checked
+    wait_for_all()  # until the disk is checked
     with StopRequest() as stop, user_errors():
         encode_missing_prompts(accelerator, config, cached, missing_prompts, stop)
         errors = encode_missing_clips(accelerator, config, cached, rows, missing, stop)

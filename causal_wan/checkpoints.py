@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import is_initialized
 from torch.distributed.checkpoint import CheckpointException
 
+from causal_wan.processes import cpu_group, gather_lists, wait_for_all
+
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +93,8 @@ def save_checkpoint(
     partial = final.with_name(f"partial-{final.name}")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    is_written = torch.tensor(_try_to_write(accelerator, partial, ema), device=accelerator.device, dtype=torch.int64)
-    is_complete = int(accelerator.reduce(is_written)) == accelerator.num_processes
+    wait_for_all()
+    is_complete = all(gather_lists([_try_to_write(accelerator, partial, ema)]))  # some have more to write than others
     if accelerator.is_main_process:
         if is_complete:
             shutil.rmtree(final, ignore_errors=True)
@@ -102,7 +103,7 @@ def save_checkpoint(
                 shutil.rmtree(old, ignore_errors=True)
         else:
             shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    wait_for_all()
 
 
 def _try_to_write(accelerator: Any, folder: Path, ema: EMAModel | None) -> bool:
@@ -110,7 +111,8 @@ def _try_to_write(accelerator: Any, folder: Path, ema: EMAModel | None) -> bool:
     try:
         accelerator.save_state(str(folder))
         if ema is not None:
-            dcp.save(_ema_state(ema), checkpoint_id=folder / EMA_NAME, no_dist=not is_initialized())
+            state, where = _ema_state(ema), {"checkpoint_id": folder / EMA_NAME, "process_group": cpu_group()}
+            dcp.save(state, **where, no_dist=not is_initialized())
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # as each library reports it
         logger.error(
             "%s could not be written (%s: %s). The run goes on and keeps older checkpoints; make room for the next.",
@@ -134,7 +136,8 @@ def load_ema(ema: EMAModel, checkpoint: Path) -> None:
             "or start anew with it."
         )
     state = _ema_state(ema)
-    dcp.load(state, checkpoint_id=checkpoint / EMA_NAME, no_dist=not is_initialized())
+    where = {"checkpoint_id": checkpoint / EMA_NAME, "process_group": cpu_group()}
+    dcp.load(state, **where, no_dist=not is_initialized())
     ema.optimization_step = int(state["optimization_step"])
 
 

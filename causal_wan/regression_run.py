@@ -23,10 +23,11 @@ from causal_wan.encoding import check_video_size
 from causal_wan.hub import DATA_SUMMARY_NAME, HubUploads, start_uploads
 from causal_wan.method_inputs import Inputs
 from causal_wan.models import check_generator_ckpt
+from causal_wan.processes import wait_for_all
+from causal_wan.prompt_embeddings import embed_prompts
 from causal_wan.run_config import RunConfig
 from causal_wan.run_data import RunData, load_run_data
 from causal_wan.run_parts import (
-    embed_prompts,
     latent_shape,
     make_student,
     make_vae,
@@ -141,7 +142,7 @@ def run_regression(
             summarize=inputs.summarize,
             validate=validate if validate.prompts else None,
             before_checkpoint=data.gather_lane_states if data.streams else None,
-            after_checkpoint=begun.uploads.upload_checkpoint if begun.uploads else None,
+            after_checkpoint=partial(upload_checkpoint, begun.uploads) if config.hub.push_to_hub else None,
         )
     finish_run(begun, run, complete=complete)
 
@@ -194,14 +195,21 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
             text_dtype="bf16" if text_dtype(accelerator) == torch.bfloat16 else "fp32",
             encodes=config.encodes,
         )
-    prompt_embeds = embed_prompts(accelerator, config.model, prompts, data.cached, streaming=config.data.streaming)
-    with user_errors():
+        prompt_embeds = embed_prompts(
+            accelerator,
+            config.model,
+            prompts,
+            data.cached,
+            output_dir=config.training.output_dir,
+            streaming=config.data.streaming,
+        )
         transformer = make_student(config, accelerator)
     vae = make_vae(config, accelerator.device, is_needed=(config.encodes and data.has_clips) or bool(held_out))
     with user_errors():
         for shape in config.data.all_shapes():
             check_video_size(*shape, vae=vae, transformer=transformer)
     inputs = Inputs(config, prompt_embeds, vae, accelerator.device, data)
+    wait_for_all()  # the main process alone may have had to download and read the weights, which it shares out next
     return BegunRun(accelerator, inputs, transformer, trackers, uploads)
 
 
@@ -210,6 +218,7 @@ def finish_run(begun: BegunRun, run: Run, *, complete: bool) -> None:
     accelerator, config = begun.accelerator, begun.inputs.config
     if not complete:
         begun.trackers.finish()
+        wait_for_all()
         accelerator.end_training()
         sys.exit(EXIT_STOPPED)
     with ema_weights(run.ema, run.unwrapped_model):
@@ -218,11 +227,21 @@ def finish_run(begun: BegunRun, run: Run, *, complete: bool) -> None:
         save_student(run.unwrapped_model, weights, config)
         (Path(config.training.output_dir) / DATA_SUMMARY_NAME).write_text(json.dumps(begun.inputs.data.count()))
         print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
-    accelerator.wait_for_everyone()
     begun.trackers.finish()
+    wait_for_all()
     accelerator.end_training()
     if begun.uploads:
         begun.uploads.finish()
+
+
+def upload_checkpoint(uploads: HubUploads | None, checkpoint: Path) -> None:
+    """Begins to upload a checkpoint, on the process that uploads, for which the others wait.
+
+    It has to set the files aside first, and copies them where the disk knows no hard links.
+    """
+    if uploads is not None:
+        uploads.upload_checkpoint(checkpoint)
+    wait_for_all()
 
 
 def check_streaming(config: RunConfig, accelerator: Accelerator) -> None:

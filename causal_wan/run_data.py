@@ -13,9 +13,10 @@ import av
 import torch
 from torch.utils.data import DataLoader
 
-from causal_wan.cached_data import CachedClips, CachedData, LatentKeeper, gather_lists, open_cache
+from causal_wan.cached_data import CachedClips, CachedData, LatentKeeper, open_cache
 from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached
 from causal_wan.file_manifest import FileManifest
+from causal_wan.processes import gather_lists
 from causal_wan.settings import CacheConfig, CheckpointConfig
 from causal_wan.stream_sources import Stream, open_stream
 from causal_wan.streaming import LaneStates, StreamedClips, collate_streamed

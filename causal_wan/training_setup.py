@@ -28,6 +28,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from causal_wan.checkpoints import check_process_count, checkpoint_trainable_weights_only, find_checkpoint, load_ema
 from causal_wan.devices import LateReader
+from causal_wan.processes import wait_for_all
 from causal_wan.run_log import METRICS_NAME, MetricSums, truncate_metrics
 from causal_wan.settings import TrainingConfig
 from causal_wan.strategies import count_replicas, is_sharded
@@ -144,7 +145,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     set_seed(config.seed)
     if accelerator.is_main_process:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
+    wait_for_all()
     return accelerator
 
 

@@ -13,6 +13,7 @@ import torch
 from causal_wan.encoding import decode_latents
 from causal_wan.memory import on_device
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.processes import wait_for_all
 from causal_wan.regression import sample_generator
 from causal_wan.rollout import count_draws, draw_noise
 from causal_wan.run_log import MetricSums, Sums
@@ -75,7 +76,7 @@ class Validation:
             video = self.sample(transformer, number)
             if counts:
                 write_video(videos[f"validation/{number:02d}"].path, video)
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
         return self.measure_loss(transformer) if self.batches else {}, videos
 
     def sample(self, transformer: CausalWanTransformer3DModel, number: int) -> torch.Tensor:
