@@ -206,7 +206,7 @@ class CachedClips:
     """A data set that gives latents where the cache has them, and else videos with the key to keep latents under.
 
     Args:
-        videos: The data set; with `rows` and `load`.
+        videos: The data set; with `rows`, `load` and `noted`.
         cached: Its cache.
         fills: Whether missing and damaged latents are to be made anew; else they are errors.
     """
@@ -229,7 +229,8 @@ class CachedClips:
             cache.refresh()  # another process may have made them
         if key in cache:
             try:
-                latents, facts = cache.read(key)
+                with self.videos.noted(index):
+                    latents, facts = cache.read(key)
                 return {"latents": latents, "prompts": row.prompts, "row_index": index, **facts}
             except ValueError:
                 if not self.fills:

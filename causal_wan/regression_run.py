@@ -23,7 +23,7 @@ from causal_wan.encoding import check_video_size
 from causal_wan.hub import DATA_SUMMARY_NAME, HubUploads, start_uploads
 from causal_wan.method_inputs import Inputs
 from causal_wan.models import check_generator_ckpt
-from causal_wan.processes import wait_for_all
+from causal_wan.processes import gather_lists, wait_for_all
 from causal_wan.prompt_embeddings import embed_prompts
 from causal_wan.run_config import RunConfig
 from causal_wan.run_data import RunData, load_run_data
@@ -37,6 +37,7 @@ from causal_wan.run_parts import (
     with_checkpointing_of_launch,
 )
 from causal_wan.run_plan import describe_memory, describe_plan
+from causal_wan.shared_memory import check_shared_memory, shared_memory_here
 from causal_wan.strategies import count_replicas
 from causal_wan.trackers import Trackers, resolve_trackers
 from causal_wan.training import EXIT_STOPPED, Batch, Sums, ema_weights, gather_weights, train
@@ -195,6 +196,7 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
             text_dtype="bf16" if text_dtype(accelerator) == torch.bfloat16 else "fp32",
             encodes=config.encodes,
         )
+        check_room_for_batches(config, data, accelerator)
         prompt_embeds = embed_prompts(
             accelerator,
             config.model,
@@ -234,6 +236,22 @@ def finish_run(begun: BegunRun, run: Run, *, complete: bool) -> None:
         begun.uploads.finish()
 
 
+def check_room_for_batches(config: RunConfig, data: RunData, accelerator: Accelerator) -> None:
+    """Checks that the workers of the data loaders can hand over their batches. Called by every process.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    warning = check_shared_memory(
+        gather_lists([shared_memory_here()]),
+        batch_bytes=config.training.train_batch_size * data.sample_bytes(),
+        num_workers=config.training.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    if warning and accelerator.is_main_process:
+        print(f"warning     {warning}")
+
+
 def upload_checkpoint(uploads: HubUploads | None, checkpoint: Path) -> None:
     """Begins to upload a checkpoint, on the process that uploads, for which the others wait.
 
@@ -263,6 +281,7 @@ def loader_settings(config: RunConfig, run: Run) -> dict[str, Any]:
         "num_workers": config.training.dataloader_num_workers,
         "num_processes": run.accelerator.num_processes,
         "pin_memory": run.accelerator.device.type == "cuda",
+        "timeout": config.training.dataloader_timeout,
     }
 
 

@@ -6,6 +6,7 @@ Knows no video and no diffusion.
 import importlib.util
 import logging
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     set_seed,
 )
@@ -36,6 +38,8 @@ from causal_wan.trackers import Trackers, identify_run, resolve_trackers, start_
 
 
 logger = logging.getLogger(__name__)
+
+STEP_PATIENCE = timedelta(minutes=10)  # NCCL's own timeout
 
 
 @dataclass
@@ -104,7 +108,11 @@ def _fp8_recipe() -> tuple[AORecipeKwargs]:
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The Accelerator of a run, with the output folder made."""
+    """The Accelerator of a run, with the output folder made.
+
+    In a step, processes wait for one another for `STEP_PATIENCE` beyond the time that clips may take: whoever waits
+    for clips in vain ends the run first, and says why. All other waits are those of `causal_wan.processes`.
+    """
     accelerator = Accelerator(
         # Told nothing, accelerate takes several processes on a machine without a GPU for so many separate runs.
         cpu=not torch.accelerator.is_available(),
@@ -118,6 +126,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         step_scheduler_with_optimizer=False,
         # One copy of the gradients, not two.
         kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.dataloader_timeout) + STEP_PATIENCE),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             *(_fp8_recipe() if config.mixed_precision == "fp8" else ()),
         ],

@@ -55,6 +55,7 @@ ALLOWED = {
     "data_config": set(),
     "tensor_cache": set(),
     "processes": set(),
+    "shared_memory": set(),
     "cached_data": {"data_config", "file_manifest", "models", "processes", "settings", "tensor_cache"},
     "table_sources": set(),
     "table_files": {"table_sources", "video_files"},
@@ -63,15 +64,15 @@ ALLOWED = {
     "tables": {"stream_sources", "table_files", "table_sources", "video_files"},
     "file_manifest": {"video_files"},
     "run_data": {
-        *("cached_data", "data_config", "dataset_utils", "file_manifest", "processes", "settings", "stream_sources"),
-        *("streaming", "video_files"),
+        *("cached_data", "data_config", "dataset_utils", "file_manifest", "processes", "settings", "shared_memory"),
+        *("stream_sources", "streaming", "tensor_cache", "video_files"),
     },
     "prompt_files": set(),
     "trajectories": {"devices", "flow", "pipeline", "regression", "regression_config", "rollout", "transformer"},
     "teacher": {"models", "pipeline", "student", "transformer"},
     "trajectory_data": {
         *("cached_data", "data_config", "dataset_utils", "file_manifest", "run_data", "sample_order", "settings"),
-        *("streaming", "tensor_cache"),
+        *("shared_memory", "streaming", "tensor_cache"),
     },
     "run_config": {"data_config", "regression_config", "settings"},
     "run_parts": {
@@ -90,7 +91,7 @@ ALLOWED = {
     },
     "regression_run": {
         *("checkpoints", "config", "dataset_utils", "encoding", "hub", "method_inputs", "models", "processes"),
-        *("prompt_embeddings", "run_config", "run_data", "run_parts", "run_plan", "strategies"),
+        *("prompt_embeddings", "run_config", "run_data", "run_parts", "run_plan", "shared_memory", "strategies"),
         *("trackers", "training", "training_setup", "transformer", "validation"),
     },
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
@@ -111,7 +112,7 @@ ALLOWED = {
 }
 
 # What knows files and samples, and no noise, models or devices.
-DATA = {"data_config", "file_manifest", "sample_order", "table_sources", "tables", "video_files"}
+DATA = {"data_config", "file_manifest", "sample_order", "shared_memory", "table_sources", "tables", "video_files"}
 
 
 def imports(path):

@@ -2,6 +2,7 @@
 
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,6 +158,22 @@ def test_others_wait_while_one_saves_the_result_and_ends_its_trackers(write_reci
     one, other = in_processes(finish_slowly, path, complete, backend="gloo", timeout=SHORT)
     assert one[0] == other[0] == status
     assert abs(one[1] - other[1]) < LONG / 2
+
+
+def timeout_of_the_steps(rank, path):
+    torch.distributed.destroy_process_group()  # that of the test: accelerate is to make its own
+    make_accelerator(read_config(path, "--dataloader_timeout", 400).training)
+    return torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+
+
+def test_a_step_waits_for_clips_and_ten_minutes(write_recipe, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    path, _ = write_recipe()
+    assert in_processes(timeout_of_the_steps, path, backend="gloo") == [timedelta(seconds=1000)] * 2
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
