@@ -122,6 +122,7 @@ from tqdm.auto import tqdm
 
 from causal_wan.encoding import check_video_size, encode_prompts, pad_prompt_embeds
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.processes import wait_for_all
 from causal_wan.prompt_files import read_prompts_file
 from causal_wan.regression import sample_generator
 from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
@@ -158,7 +159,7 @@ def main(config: Config) -> None:
             blocks = sample(pipeline, prompt, number, settings, config, given)
             first, rate = write_blocks(blocks, path, config, progress)
             progress.write(f"{path}: first frames after {first:.2f} s, {rate:.1f} frames a second")
-    state.wait_for_everyone()
+    wait_for_all()
     if state.is_main_process:
         print(f"{len(prompts)} video(s): {config.output}")
     state.destroy_process_group()

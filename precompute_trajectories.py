@@ -26,7 +26,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any, Literal
 
 from causal_wan.basics import frame_block_lengths
@@ -108,12 +107,14 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from causal_wan.basics import beside_fp8
-from causal_wan.cached_data import CachedData, drop_damaged, gather_lists, open_cache
+from causal_wan.cached_data import CachedData, drop_damaged, open_cache
 from causal_wan.encoding import check_video_size, pad_prompt_embeds
 from causal_wan.file_manifest import FileManifest
 from causal_wan.models import DTYPES, load_vae_config
+from causal_wan.processes import PATIENCE, gather_lists
+from causal_wan.prompt_embeddings import embed_prompts
 from causal_wan.prompt_files import read_prompts_file
-from causal_wan.run_parts import embed_prompts, weight_dtype
+from causal_wan.run_parts import weight_dtype
 from causal_wan.teacher import Teacher, find_teacher, identify_teacher, load_teacher
 from causal_wan.tensor_cache import GIB, CacheWriter, TensorCache, check_disk, free_bytes, remove_stale_shards
 from causal_wan.training import EXIT_STOPPED, StopRequest
@@ -121,10 +122,6 @@ from causal_wan.trajectories import sample_trajectories, trajectory_timesteps
 from causal_wan.trajectory_data import FOLDER, TrajectoryName, student_settings
 from causal_wan.transformer import CausalWanTransformer3DModel
 from dataset_utils import read_tables
-
-
-# Processes wait for each other at the start and then not until their shares are done, which may be hours apart.
-PATIENCE = timedelta(days=7)
 
 
 def main(config: Config) -> None:
@@ -165,7 +162,14 @@ def main(config: Config) -> None:
     if config.dry_run:
         return
     guides = [config.negative_prompt] if config.guidance_scale > 1 else []
-    embeds = embed_prompts(accelerator, config.model, [*{name.prompt for name in missing}, *guides], embeddings)
+    with user_errors():
+        embeds = embed_prompts(
+            accelerator,
+            config.model,
+            [*{name.prompt for name in missing}, *guides],
+            embeddings,
+            output_dir=config.trajectories_dir,
+        )
     with StopRequest() as stop, user_errors():
         own = missing[accelerator.process_index :: accelerator.num_processes]
         if own:

@@ -24,6 +24,7 @@ from causal_wan.checkpoint_checks import (
     find_damage,
 )
 from causal_wan.config import write_recipe
+from causal_wan.processes import cpu_group, gather_lists, wait_for_all
 
 
 logger = logging.getLogger(__name__)
@@ -123,10 +124,9 @@ def save_checkpoint(
     if accelerator.is_main_process:
         for left_by_a_kill in Path(output_dir).glob("partial-checkpoint-*"):
             shutil.rmtree(left_by_a_kill, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    wait_for_all()
     is_written = _try_to_write(accelerator, partial, ema, settings)
-    is_written = torch.tensor(is_written, device=accelerator.device, dtype=torch.int64)
-    is_complete = int(accelerator.reduce(is_written)) == accelerator.num_processes
+    is_complete = all(gather_lists([is_written]))  # some have more to write than others
     if accelerator.is_main_process:
         if is_complete:
             shutil.rmtree(final, ignore_errors=True)
@@ -135,7 +135,7 @@ def save_checkpoint(
                 _remove(old)
         else:
             shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    wait_for_all()
 
 
 def _remove(checkpoint: Path) -> None:
@@ -153,7 +153,8 @@ def _try_to_write(accelerator: Any, folder: Path, ema: EMAModel | None, settings
         if settings is not None and accelerator.is_main_process:
             write_recipe(settings, folder / SETTINGS_NAME)
         if ema is not None:
-            dcp.save(_ema_state(ema), checkpoint_id=folder / EMA_NAME, no_dist=not is_initialized())
+            state, where = _ema_state(ema), {"checkpoint_id": folder / EMA_NAME, "process_group": cpu_group()}
+            dcp.save(state, **where, no_dist=not is_initialized())
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # as each library reports it
         logger.error(
             "%s could not be written (%s: %s). The run goes on and keeps older checkpoints; make room for the next.",
@@ -177,7 +178,8 @@ def load_ema(ema: EMAModel, checkpoint: Path) -> None:
             "or start anew with it."
         )
     state = _ema_state(ema)
-    dcp.load(state, checkpoint_id=checkpoint / EMA_NAME, no_dist=not is_initialized())
+    where = {"checkpoint_id": checkpoint / EMA_NAME, "process_group": cpu_group()}
+    dcp.load(state, **where, no_dist=not is_initialized())
     ema.optimization_step = int(state["optimization_step"])
 
 

@@ -262,6 +262,19 @@ def _at_step(stages: Sequence[tuple[int, Any]], step: int) -> Any:
     return [value for first, value in stages if first <= step][-1]
 
 
+def check_waits_for_clips(data: DataConfig, dataloader_timeout: float) -> None:
+    """Checks that a clip whose decoding is given up can be replaced before waiting for it is given up, too.
+
+    Raises:
+        ValueError: If not.
+    """
+    if dataloader_timeout <= data.limits.decode_timeout:
+        raise ValueError(
+            f"dataloader_timeout must be above decode_timeout, which is {data.limits.decode_timeout:g} seconds, got "
+            f"{dataloader_timeout:g}; raise it, or lower --decode_timeout."
+        )
+
+
 def check_can_be_cached(data: DataConfig) -> None:
     """Checks that all samples of a clip are the same.
 

@@ -24,10 +24,11 @@ from causal_wan.encoding import check_video_size
 from causal_wan.hub import DATA_SUMMARY_NAME, HubUploads, start_uploads
 from causal_wan.method_inputs import Inputs
 from causal_wan.models import check_generator_ckpt
+from causal_wan.processes import gather_lists, wait_for_all
+from causal_wan.prompt_embeddings import embed_prompts
 from causal_wan.run_config import RunConfig
 from causal_wan.run_data import RunData, load_run_data
 from causal_wan.run_parts import (
-    embed_prompts,
     latent_shape,
     make_student,
     make_vae,
@@ -37,6 +38,7 @@ from causal_wan.run_parts import (
     with_checkpointing_of_launch,
 )
 from causal_wan.run_plan import describe_memory, describe_plan, describe_resumption
+from causal_wan.shared_memory import check_shared_memory, shared_memory_here
 from causal_wan.strategies import count_replicas, follow_settings
 from causal_wan.trackers import Trackers, resolve_trackers
 from causal_wan.training import EXIT_STOPPED, Batch, Sums, ema_weights, gather_weights, train
@@ -145,7 +147,7 @@ def run_regression(
             summarize=inputs.summarize,
             validate=validate if validate.prompts else None,
             before_checkpoint=data.gather_lane_states if data.streams else None,
-            after_checkpoint=begun.uploads.upload_checkpoint if begun.uploads else None,
+            after_checkpoint=partial(upload_checkpoint, begun.uploads) if config.hub.push_to_hub else None,
             save_result=partial(save_result, begun, run),
         )
     finish_run(begun, complete=complete)
@@ -204,14 +206,22 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
             text_dtype="bf16" if text_dtype(accelerator) == torch.bfloat16 else "fp32",
             encodes=config.encodes,
         )
-    prompt_embeds = embed_prompts(accelerator, config.model, prompts, data.cached, streaming=config.data.streaming)
-    with user_errors():
+        check_room_for_batches(config, data, accelerator)
+        prompt_embeds = embed_prompts(
+            accelerator,
+            config.model,
+            prompts,
+            data.cached,
+            output_dir=config.training.output_dir,
+            streaming=config.data.streaming,
+        )
         transformer = make_student(config, accelerator)
     vae = make_vae(config, accelerator.device, is_needed=(config.encodes and data.has_clips) or bool(held_out))
     with user_errors():
         for shape in config.data.all_shapes():
             check_video_size(*shape, vae=vae, transformer=transformer)
     inputs = Inputs(config, prompt_embeds, vae, accelerator.device, data)
+    wait_for_all()  # the main process alone may have had to download and read the weights, which it shares out next
     return BegunRun(accelerator, inputs, transformer, trackers, uploads)
 
 
@@ -224,17 +234,44 @@ def save_result(begun: BegunRun, run: Run) -> None:
         save_student(run.unwrapped_model, weights, config)
         (Path(config.training.output_dir) / DATA_SUMMARY_NAME).write_text(json.dumps(begun.inputs.data.count()))
         print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
-    accelerator.wait_for_everyone()
+    wait_for_all()
 
 
 def finish_run(begun: BegunRun, *, complete: bool) -> None:
     """Waits for trackers and uploads; or ends the program with `EXIT_STOPPED` if the run is not complete."""
     begun.trackers.finish()
+    wait_for_all()
     begun.accelerator.end_training()
     if not complete:
         sys.exit(EXIT_STOPPED)
     if begun.uploads:
         begun.uploads.finish()
+
+
+def check_room_for_batches(config: RunConfig, data: RunData, accelerator: Accelerator) -> None:
+    """Checks that the workers of the data loaders can hand over their batches. Called by every process.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    warning = check_shared_memory(
+        gather_lists([shared_memory_here()]),
+        batch_bytes=config.training.train_batch_size * data.sample_bytes(),
+        num_workers=config.training.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    if warning and accelerator.is_main_process:
+        print(f"warning     {warning}")
+
+
+def upload_checkpoint(uploads: HubUploads | None, checkpoint: Path) -> None:
+    """Begins to upload a checkpoint, on the process that uploads, for which the others wait.
+
+    It has to set the files aside first, and copies them where the disk knows no hard links.
+    """
+    if uploads is not None:
+        uploads.upload_checkpoint(checkpoint)
+    wait_for_all()
 
 
 def check_streaming(config: RunConfig, accelerator: Accelerator) -> None:
@@ -256,6 +293,7 @@ def loader_settings(config: RunConfig, run: Run) -> dict[str, Any]:
         "num_workers": config.training.dataloader_num_workers,
         "num_processes": run.accelerator.num_processes,
         "pin_memory": run.accelerator.device.type == "cuda",
+        "timeout": config.training.dataloader_timeout,
     }
 
 

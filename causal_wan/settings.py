@@ -23,6 +23,7 @@ from causal_wan.ranges import (
 # Attention projections and feed-forward of every layer; what WAN LoRAs are commonly trained on.
 DEFAULT_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 LatentsDtype = Literal["bf16", "fp16", "fp32"]
+DATALOADER_TIMEOUT = 1800.0  # seconds: far longer than any clip should take, and an end to waiting
 
 
 @checked_dataclass
@@ -130,6 +131,8 @@ class TrainingConfig:
     """Decay of the average; reached after a warm-up."""
     dataloader_num_workers: NonNegativeInt = 2
     """Processes that read and decode ahead, for each training process."""
+    dataloader_timeout: PositiveFloat = DATALOADER_TIMEOUT
+    """Seconds that a step waits for its clips, at most. A process that hangs is noticed ten minutes later."""
     checkpointing_steps: PositiveInt = 500
     """Steps between checkpoints, from which a run can be resumed."""
     checkpoints_total_limit: PositiveInt | None = None

@@ -6,6 +6,7 @@ Knows no video and no diffusion.
 import importlib.util
 import logging
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     set_seed,
 )
@@ -41,6 +43,7 @@ from causal_wan.checkpoints import (
     passed_over,
 )
 from causal_wan.devices import LateReader
+from causal_wan.processes import wait_for_all
 from causal_wan.run_log import METRICS_NAME, MetricSums, truncate_metrics
 from causal_wan.settings import TrainingConfig
 from causal_wan.strategies import clip_as_set, count_replicas, follow_settings, is_sharded, replaces_optimizer
@@ -48,6 +51,8 @@ from causal_wan.trackers import Trackers, identify_run, resolve_trackers, start_
 
 
 logger = logging.getLogger(__name__)
+
+STEP_PATIENCE = timedelta(minutes=10)  # NCCL's own timeout
 
 
 @dataclass
@@ -120,6 +125,9 @@ def _fp8_recipe() -> tuple[AORecipeKwargs]:
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The Accelerator of a run, with the output folder made.
 
+    In a step, processes wait for one another for `STEP_PATIENCE` beyond the time that clips may take: whoever waits
+    for clips in vain ends the run first, and says why. All other waits are those of `causal_wan.processes`.
+
     Raises:
         ValueError: If the config of the launch says other than the settings.
     """
@@ -136,6 +144,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         step_scheduler_with_optimizer=False,
         # One copy of the gradients, not two.
         kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.dataloader_timeout) + STEP_PATIENCE),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             *(_fp8_recipe() if config.mixed_precision == "fp8" else ()),
         ],
@@ -161,7 +170,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     set_seed(config.seed)
     if accelerator.is_main_process:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
+    wait_for_all()
     return accelerator
 
 

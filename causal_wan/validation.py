@@ -16,6 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from causal_wan.encoding import decode_latents
 from causal_wan.memory import on_device
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.processes import wait_for_all
 from causal_wan.regression import sample_generator
 from causal_wan.rollout import count_draws, draw_noise
 from causal_wan.run_log import MetricSums, Sums
@@ -66,6 +67,7 @@ class Validation:
         self.output_dir, self.prompts, self.batches = Path(output_dir), prompts, batches
         self.latent_shape = latent_shape
         num_items = sum(batch["num_items"] for batch, counts in batches if counts)
+        wait_for_all()  # some have had more to encode than others
         self.num_items = accelerator.reduce(torch.as_tensor(num_items, device=accelerator.device))
 
     @torch.no_grad()
@@ -123,6 +125,7 @@ class Validation:
 
     def _gather(self, sums: MetricSums, num_failed_samples: int, num_failed_losses: int) -> dict[str, float]:
         """Metrics of all processes, on the main one."""
+        wait_for_all()  # some have more to sample than others
         counts = torch.tensor([num_failed_samples, num_failed_losses], device=self.accelerator.device)
         num_failed_samples, num_failed_losses = self.accelerator.reduce(counts).tolist()
         failed = num_failed_samples + num_failed_losses

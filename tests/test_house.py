@@ -58,7 +58,9 @@ ALLOWED = {
     "sample_order": set(),
     "data_config": set(),
     "tensor_cache": set(),
-    "cached_data": {"data_config", "devices", "file_manifest", "models", "settings", "tensor_cache"},
+    "processes": set(),
+    "shared_memory": set(),
+    "cached_data": {"data_config", "devices", "file_manifest", "models", "processes", "settings", "tensor_cache"},
     "table_sources": set(),
     "table_files": {"table_sources", "video_files"},
     "stream_sources": {"table_sources", "video_files"},
@@ -66,20 +68,22 @@ ALLOWED = {
     "tables": {"stream_sources", "table_files", "table_sources", "video_files"},
     "file_manifest": {"video_files"},
     "run_data": {
-        *("cached_data", "data_config", "dataset_utils", "file_manifest", "settings", "stream_sources", "streaming"),
-        *("video_files",),
+        *("cached_data", "data_config", "dataset_utils", "file_manifest", "processes", "settings", "shared_memory"),
+        *("stream_sources", "streaming", "tensor_cache", "video_files"),
     },
     "prompt_files": set(),
     "trajectories": {"devices", "flow", "pipeline", "regression", "regression_config", "rollout", "transformer"},
     "teacher": {"models", "pipeline", "student", "transformer"},
     "trajectory_data": {
         *("cached_data", "data_config", "dataset_utils", "file_manifest", "run_data", "sample_order", "settings"),
-        *("streaming", "tensor_cache"),
+        *("shared_memory", "streaming", "tensor_cache"),
     },
     "run_config": {"data_config", "regression_config", "settings"},
     "run_parts": {
-        *("cached_data", "compiling", "config", "encoding", "export", "memory", "models", "run_config", "settings"),
-        *("strategies", "transformer"),
+        *("compiling", "config", "export", "memory", "models", "run_config", "strategies", "transformer"),
+    },
+    "prompt_embeddings": {
+        *("cached_data", "encoding", "models", "processes", "run_parts", "settings", "tensor_cache"),
     },
     "run_plan": {
         *("changed_settings", "checkpoints", "config", "memory_plan", "models"),
@@ -90,19 +94,9 @@ ALLOWED = {
         *("run_config", "run_data", "training"),
     },
     "regression_run": {
-        *("changed_settings", "checkpoints", "config", "dataset_utils", "encoding", "hub", "method_inputs"),
-        *(
-            "models",
-            "run_config",
-            "run_data",
-            "run_parts",
-            "run_plan",
-            "strategies",
-            "trackers",
-            "training",
-            "training_setup",
-        ),
-        *("transformer", "validation"),
+        *("changed_settings", "checkpoints", "config", "dataset_utils", "encoding", "hub", "method_inputs", "models"),
+        *("processes", "prompt_embeddings", "run_config", "run_data", "run_parts", "run_plan", "shared_memory"),
+        *("strategies", "trackers", "training", "training_setup", "transformer", "validation"),
     },
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
     "dataset_survey": {"data_config"},
@@ -112,21 +106,22 @@ ALLOWED = {
     "run_log": {"trackers"},
     "changed_settings": set(),
     "checkpoint_checks": set(),
-    "checkpoints": {"changed_settings", "checkpoint_checks", "config"},
+    "checkpoints": {"changed_settings", "checkpoint_checks", "config", "processes"},
     "strategies": {"settings"},
     "profiling": set(),
     "training_setup": {
-        *("checkpoint_checks", "checkpoints", "devices", "run_log", "settings", "strategies", "trackers"),
+        *("checkpoint_checks", "checkpoints", "devices", "processes", "run_log", "settings", "strategies"),
+        "trackers",
     },
     "training": {"checkpoints", "profiling", "run_log", "settings", "trackers", "training_setup"},
     "validation": {
-        *("encoding", "memory", "pipeline", "regression", "rollout", "run_log", "strategies"),
+        *("encoding", "memory", "pipeline", "processes", "regression", "rollout", "run_log", "strategies"),
         *("trackers", "transformer", "video_writing"),
     },
 }
 
 # What knows files and samples, and no noise, models or devices.
-DATA = {"data_config", "file_manifest", "sample_order", "table_sources", "tables", "video_files"}
+DATA = {"data_config", "file_manifest", "sample_order", "shared_memory", "table_sources", "tables", "video_files"}
 
 
 def imports(path):
@@ -180,6 +175,18 @@ def test_only_training_and_the_runs_of_scripts_know_accelerate():
     assert knowing == {
         *("checkpoint_checks", "regression_run", "strategies", "training", "training_setup", "validation"),
     }
+
+
+def test_processes_gather_and_wait_for_each_other_in_one_way():
+    """Through `causal_wan.processes`, which is patient and keeps what is gathered off the GPUs."""
+    others = {"all_gather_object", "gather_object", "broadcast_object_list", "barrier", "wait_for_everyone"}
+    for path in [*ROOT.glob("*.py"), *(ROOT / "causal_wan").glob("*.py")]:
+        called = {node.func.attr for node in ast.walk(ast.parse(path.read_text())) if is_method_call(node)}
+        assert not called & others or path.stem == "processes", path
+
+
+def is_method_call(node):
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
 
 
 def test_flow_and_losses_draw_no_random_numbers_of_their_own():

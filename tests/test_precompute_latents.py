@@ -190,8 +190,8 @@ def test_training_from_a_cache_loads_no_encoder_and_needs_no_videos(write_recipe
     moved = clips / "elsewhere"
     (clips / "videos").rename(moved)
     try:
-        for loader in ("load_vae", "load_text_encoder"):
-            monkeypatch.delattr(f"causal_wan.run_parts.{loader}")
+        monkeypatch.delattr("causal_wan.run_parts.load_vae")
+        monkeypatch.delattr("causal_wan.prompt_embeddings.load_text_encoder")
         nothing = {"validation_metadata_path": None}
         path, cached = write_recipe("cached", latents_dir=str(filled), dataloader_num_workers=2, **nothing)
         run_here(TRAINING, "--config", path)
