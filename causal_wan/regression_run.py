@@ -25,6 +25,7 @@ from causal_wan.hub import DATA_SUMMARY_NAME, HubUploads, start_uploads
 from causal_wan.method_inputs import Inputs
 from causal_wan.models import check_generator_ckpt
 from causal_wan.processes import gather_lists, wait_for_all
+from causal_wan.progress import announced, show_progress
 from causal_wan.prompt_embeddings import embed_prompts
 from causal_wan.run_config import RunConfig
 from causal_wan.run_data import RunData, load_run_data
@@ -34,6 +35,7 @@ from causal_wan.run_parts import (
     make_vae,
     save_student,
     text_dtype,
+    validation_prompts,
     with_absolute_paths,
     with_checkpointing_of_launch,
 )
@@ -63,7 +65,7 @@ def load_clips(config: RunConfig) -> RunData:
     """
     data = load_run_data(
         config.data,
-        validation_metadata_path=config.validation.validation_metadata_path,
+        validation_metadata_path=config.held_out_path,
         num_validation_samples=config.validation.num_validation_samples,
         cache_dir=config.cache_dir,
     )
@@ -79,7 +81,7 @@ def load_held_out_clips(config: RunConfig) -> RunData:
     """
     return load_run_data(
         config.data,
-        validation_metadata_path=config.validation.validation_metadata_path,
+        validation_metadata_path=config.held_out_path,
         num_validation_samples=config.validation.num_validation_samples,
         cache_dir=config.cache_dir,
         held_out_only=True,
@@ -130,7 +132,7 @@ def run_regression(
         output_dir=config.training.output_dir,
         prompts=validation_prompts(config, data),
         batches=validation_batches(accelerator, inputs, prepare_held_out or prepare_batch),
-        latent_shape=latent_shape(config, inputs.vae),
+        latent_shape=latent_shape(config, inputs.vae, config.data.shape),
     )
 
     @torch.no_grad()
@@ -165,7 +167,7 @@ def print_plan(config: RunConfig, data: RunData) -> None:
     with user_errors():
         print("\n".join([describe_plan(config, data, count_replicas(accelerator)), *describe_resumption(config)]))
     try:
-        print(describe_memory(config, accelerator))
+        print(describe_memory(config, data, accelerator))
     except OSError as error:  # the checkpoint is on the hub, and the hub out of reach
         print(f"memory      unknown without the checkpoint's configuration: {error}")
 
@@ -191,9 +193,9 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
     if accelerator.is_main_process:
         print("\n".join([describe_plan(config, data, count_replicas(accelerator)), *resumption]))
         with user_errors():
-            print(describe_memory(config, accelerator))
+            print(describe_memory(config, data, accelerator))
     held_out = validation_prompts(config, data)
-    prompts = [*data.prompts, *held_out, *config.validation.negative_prompts]
+    prompts = [*data.prompts, *held_out, *(config.validation.negative_prompts if held_out else [])]
     with user_errors():
         trackers = start_trackers(accelerator, config.training, flat_dict(config))
         uploads = start_uploads(config.hub, config.training.output_dir) if accelerator.is_main_process else None
@@ -228,10 +230,12 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
 def save_result(begun: BegunRun, run: Run) -> None:
     """Writes the weights of the result, and what a model card says of the data."""
     accelerator, config = begun.accelerator, begun.inputs.config
-    with ema_weights(run.ema, run.unwrapped_model):
-        weights = gather_weights(run)
+    with announced("saving the result"):
+        with ema_weights(run.ema, run.unwrapped_model):
+            weights = gather_weights(run)
+        if accelerator.is_main_process:
+            save_student(run.unwrapped_model, weights, config)
     if accelerator.is_main_process:
-        save_student(run.unwrapped_model, weights, config)
         (Path(config.training.output_dir) / DATA_SUMMARY_NAME).write_text(json.dumps(begun.inputs.data.count()))
         print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
     wait_for_all()
@@ -297,11 +301,6 @@ def loader_settings(config: RunConfig, run: Run) -> dict[str, Any]:
     }
 
 
-def validation_prompts(config: RunConfig, data: RunData) -> list[str]:
-    """The prompts that are sampled at each validation: of the held-out clips, then those that are given."""
-    return [row.prompts[0] for row in data.validation_rows] + list(config.validation.validation_prompts)
-
-
 @torch.no_grad()
 def validation_batches(
     accelerator: Accelerator, inputs: Inputs, prepare_batch: PrepareBatch
@@ -309,4 +308,7 @@ def validation_batches(
     """This process's share of the held-out clips, encoded and noised once: the same draws at every validation."""
     data, dataset = inputs.data, inputs.data.dataset(held_out=True)
     numbers = share(len(dataset), accelerator.process_index, accelerator.num_processes)
-    return [(prepare_batch(inputs, data.validation_batch(dataset, number)), counts) for number, counts in numbers]
+    return [
+        (prepare_batch(inputs, data.validation_batch(dataset, number)), counts)
+        for number, counts in show_progress(numbers, desc="held-out clips")
+    ]

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from causal_wan.checkpoints import list_checkpoints, save_checkpoint
 from causal_wan.profiling import StepProfiler
+from causal_wan.progress import announced
 from causal_wan.run_log import METRICS_NAME, MetricSums, StepLog, Sums, has_validation
 from causal_wan.settings import TrainingConfig
 from causal_wan.trackers import CaptionedVideo
@@ -203,14 +204,15 @@ def write_checkpoint(
     run.metrics.reduce_to_main(run.accelerator)
     if before is not None:
         before()
-    save_checkpoint(
-        run.accelerator,
-        config.output_dir,
-        step,
-        ema=run.ema,
-        total_limit=config.checkpoints_total_limit,
-        settings=run.settings,
-    )
+    with announced(f"writing checkpoint-{step}"):
+        save_checkpoint(
+            run.accelerator,
+            config.output_dir,
+            step,
+            ema=run.ema,
+            total_limit=config.checkpoints_total_limit,
+            settings=run.settings,
+        )
     if after is not None:
         after(Path(config.output_dir) / f"checkpoint-{step}")
 
@@ -219,7 +221,8 @@ class ValidationRuns:
     """Validates when it is due, with the weights of the result.
 
     A run that was told to stop, or was killed, between a checkpoint and its validation owes the validation: it comes
-    first when the run goes on. One in which the run died is not tried again, or it would cost every run that resumes.
+    first when the run goes on, as does that of a new run with `validate_first`. One in which the run died is not tried
+    again, or it would cost every run that resumes.
 
     Args:
         run: Of the loop.
@@ -245,9 +248,9 @@ class ValidationRuns:
     def is_owed(self) -> bool:
         """Whether the step that the run goes on from was to be validated and was not. Every process has to ask."""
         accelerator, step, owes = self.run.accelerator, self.run.state.step, False
-        if accelerator.is_main_process and step > 0 and self.is_due():
+        if accelerator.is_main_process and (self.is_due() if step else self.run.config.validate_first):
             is_done = has_validation(Path(self.run.config.output_dir) / METRICS_NAME, step)
-            died = self._begun.is_file() and self._begun.read_text() == str(step)
+            died = step > 0 and self._begun.is_file() and self._begun.read_text() == str(step)
             if died and not is_done:
                 logger.warning("the validation of step %d is left out: the run ended in it", step)
             owes = not (is_done or died)
@@ -437,5 +440,5 @@ def note_step(
 
 
 def is_due(step: int, every: int, config: TrainingConfig) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens after this one."""
-    return step % every == 0 or step == config.max_train_steps
+    """Whether something that happens every so many steps (0 is never), and at the end, happens after this one."""
+    return every > 0 and (step % every == 0 or step == config.max_train_steps)

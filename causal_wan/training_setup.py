@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 from accelerate.utils import (
     AORecipeKwargs,
     DataLoaderConfiguration,
@@ -44,6 +45,7 @@ from causal_wan.checkpoints import (
 )
 from causal_wan.devices import LateReader
 from causal_wan.processes import wait_for_all
+from causal_wan.progress import announced
 from causal_wan.run_log import METRICS_NAME, MetricSums, truncate_metrics
 from causal_wan.settings import TrainingConfig
 from causal_wan.strategies import clip_as_set, count_replicas, follow_settings, is_sharded, replaces_optimizer
@@ -131,15 +133,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     Raises:
         ValueError: If the config of the launch says other than the settings.
     """
+    # The loop hands over exactly the passes of one step, so the loader's end must not force a step.
+    accumulation = {"num_steps": config.gradient_accumulation_steps, "sync_with_dataloader": False}
     accelerator = Accelerator(
         # Told nothing, accelerate takes several processes on a machine without a GPU for so many separate runs.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         project_config=ProjectConfiguration(project_dir=config.output_dir),
-        # The loop hands over exactly the passes of one step, so the loader's end must not force a step.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(**accumulation),
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
         step_scheduler_with_optimizer=False,
         # One copy of the gradients, not two.
@@ -156,6 +157,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=half.get(accelerator.mixed_precision), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        # Left alone it would keep the gradients of all passes but the last whole, in float32, on every GPU.
+        GradientState(GradientAccumulationPlugin(**accumulation, sync_each_batch=True))  # which all share
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         follow_settings(accelerator, config)
         unset_hf_deepspeed_config()  # only the model that is trained is to be sharded, not the text encoder
@@ -285,7 +288,8 @@ def prepare_run(
         # All processes have loaded the same: DDP need not send them around, and gloo could not send 8 bits.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    with announced("handing out the weights"):
+        model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     ema = None
     if config.use_ema:
         ema = EMAModel(trainable_parameters(accelerator.unwrap_model(model)), decay=config.ema_decay)
@@ -318,9 +322,10 @@ def resume(run: Run) -> None:
         logger.info("no checkpoint in %s yet: starting at step 0", config.output_dir)
     run.state.num_processes, run.state.num_replicas = accelerator.num_processes, run.num_replicas
     run.metrics.sums = {name: value.to(accelerator.device) for name, value in run.metrics.sums.items()}
+    last_step = -1 if checkpoint is None else run.state.step  # a start anew validates at step 0 again
     if accelerator.is_main_process:
-        truncate_metrics(Path(config.output_dir) / METRICS_NAME, last_step=run.state.step)
-    run.trackers.rewind(run.state.step)
+        truncate_metrics(Path(config.output_dir) / METRICS_NAME, last_step=last_step)
+    run.trackers.rewind(last_step)
 
 
 def load_checkpoint(run: Run, checkpoint: Path) -> None:
@@ -340,7 +345,8 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
     if scaler is not None and not (checkpoint / SCALER_NAME).is_file():
         accelerator.scaler = None  # of a run that was not in float16: the scale is found anew
     try:
-        accelerator.load_state(str(checkpoint))
+        with announced(f"reading {checkpoint}"):
+            accelerator.load_state(str(checkpoint))
     except Exception as error:  # what it meets: torch's, DeepSpeed's, pickle's and safetensors' own errors
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(
