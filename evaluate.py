@@ -262,7 +262,8 @@ def sample_student(
     """A video as the student is sampled, block by block."""
     device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
     texts = [prompt, ""] if config.student_guidance_scale > 1 else [prompt]
-    embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
+    with announced(f"embedding {len(texts)} prompt(s)"):
+        embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
     size, steps = (settings.num_frames, settings.height, settings.width), (settings.timesteps,)
     generator = sample_generator(seed, number)
     noise = pipeline.draw_noise(1, *size, *steps, sampler=settings.sampler, generator=generator).to(device)

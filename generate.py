@@ -127,6 +127,7 @@ from tqdm.auto import tqdm
 from causal_wan.encoding import check_video_size, encode_prompts, pad_prompt_embeds
 from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.processes import wait_for_all
+from causal_wan.progress import announced
 from causal_wan.prompt_files import read_prompts_file
 from causal_wan.regression import sample_generator
 from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
@@ -221,7 +222,8 @@ def sample(
         return {}
 
     texts = [prompt, config.negative_prompt] if config.guidance_scale > 1 else [prompt]
-    embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
+    with announced(f"embedding {len(texts)} prompt(s)"):
+        embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
     padded = pad_prompt_embeds(embeds, settings.max_sequence_length)
     blocks = pipeline.stream(
         prompt_embeds=padded[:1],

@@ -21,6 +21,7 @@ from causal_wan.cached_data import PROMPT_SHARD_BYTES, CachedData, CachedPrompts
 from causal_wan.encoding import PromptEncoder, encode_prompts
 from causal_wan.models import load_text_encoder
 from causal_wan.processes import gather_lists, gather_on_machine, num_processes, process_index, wait_for_all
+from causal_wan.progress import announced
 from causal_wan.run_parts import text_dtype
 from causal_wan.settings import CheckpointConfig
 from causal_wan.tensor_cache import CacheWriter, TensorCache, settings_key
@@ -88,7 +89,8 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase, text_encoder: UMT5EncoderModel, length: int, prompts: Sequence[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Each prompt with its embedding `(S, D)` on the CPU; few at a time are on the device."""
-    with tqdm(total=len(prompts), desc="prompts", disable=process_index() != 0) as bar:
+    said = announced(f"embedding {len(prompts)} prompt(s)")  # a bar has nothing to show before its first step
+    with said, tqdm(total=len(prompts), desc="prompts", disable=process_index() != 0) as bar:
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             batch = prompts[start : start + PROMPTS_AT_ONCE]
             for prompt, embed in zip(batch, encode_prompts(tokenizer, text_encoder, batch, length), strict=True):

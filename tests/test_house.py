@@ -93,7 +93,7 @@ ALLOWED = {
         "transformer",
     },
     "prompt_embeddings": {
-        *("cached_data", "encoding", "models", "processes", "run_parts", "settings", "tensor_cache"),
+        *("cached_data", "encoding", "models", "processes", "progress", "run_parts", "settings", "tensor_cache"),
     },
     "run_plan": {
         *("changed_settings", "checkpoints", "config", "data_config", "memory_plan", "memory_simulation", "models"),
