@@ -376,9 +376,8 @@ def plan() -> str:
         return describe_fit(replace(with_encoders, text_encoder=text_encoder))
 
     lines = [
-        "| | | 1 GPU | | | 8 GPUs, FSDP2 | | |",
+        "| model | trained | 1 GPU: step | validation | fits | 8 GPUs, FSDP2: step | validation | fits |",
         "|---|---|---:|---:|---|---:|---:|---|",
-        "| model | trained | step | validation | fits | step | validation | fits |",
     ]
     latent_shape = (16, 21, 60, 104)
     validation = ValidationWorkload(latent_shape=latent_shape, measures_loss=True)
