@@ -66,7 +66,7 @@ def compare_settings(checkpoint: Path, before: dict[str, Any], now: dict[str, An
         for name, value in now.items()
         if name in before and before[name] != value and name not in NOT_COMPARED
     }
-    refused = [name for name in changed if name in REFUSED]
+    refused = [name for name in changed if name in REFUSED and not _means_the_same(name, before, now)]
     if changed.get("use_ema") == (False, True):
         refused.append("use_ema")
     if refused:
@@ -80,12 +80,21 @@ def compare_settings(checkpoint: Path, before: dict[str, Any], now: dict[str, An
             "Give them as they were, or start from its weights: convert_checkpoint.py --input "
             f"{checkpoint} --output WEIGHTS, then --generator_ckpt WEIGHTS with another --output_dir."
         )
-    overridden = OVERRIDDEN | ({} if now.get("lora_rank") else OVERRIDDEN_IF_ALL_WEIGHTS)
+    is_same_run = Path(now.get("output_dir", checkpoint.parent)).resolve() == checkpoint.parent.resolve()
+    overridden = OVERRIDDEN if is_same_run else {}
+    overridden = overridden | ({} if now.get("lora_rank") else OVERRIDDEN_IF_ALL_WEIGHTS)
     lines = []
     for name, (old, new) in changed.items():
         fate = f"overridden: {overridden[name]}" if name in overridden else REMARKS.get(name, "taken")
         lines.append(f"{name} {_show(old)} -> {_show(new)} ({fate})")
     return lines
+
+
+def _means_the_same(name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a setting has no say, or the same in another order."""
+    if name != "lora_target_modules":
+        return False
+    return not (before.get("lora_rank") or now.get("lora_rank")) or sorted(before[name]) == sorted(now[name])
 
 
 def _show(value: Any) -> str:

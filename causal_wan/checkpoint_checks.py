@@ -46,6 +46,13 @@ def find_damage(checkpoint: Path) -> str | None:
 
     Bits that changed within a file are not seen.
     """
+    try:
+        return _find_damage(checkpoint)
+    except OSError as error:
+        return f"it cannot be read ({error})"
+
+
+def _find_damage(checkpoint: Path) -> str | None:
     if not any(checkpoint.iterdir()):
         return "it is empty"
     strategy = find_strategy(checkpoint)
@@ -193,6 +200,19 @@ def _saved_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]] | None:
     return None
 
 
+def check_average(checkpoint: Path) -> None:
+    """Checks that a checkpoint has a moving average.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if not (checkpoint / EMA_NAME).is_dir():
+        raise ValueError(
+            f"{checkpoint} must come from a run with use_ema, but holds no moving average; resume without --use_ema, "
+            "or start anew with it."
+        )
+
+
 def check_optimizer(checkpoint: Path, optimizer: str) -> None:
     """Checks that the states in a checkpoint are those of an optimizer, `adamw` or `adamw8bit`.
 
@@ -202,11 +222,22 @@ def check_optimizer(checkpoint: Path, optimizer: str) -> None:
     path = checkpoint / OPTIMIZER_NAME
     if not path.is_file():  # sharded: the strategies have one optimizer only
         return
-    states = torch.load(path, mmap=True, weights_only=True)["state"].values()
-    saved = next((name for name, state in OPTIMIZER_STATES.items() if any(state in of for of in states)), optimizer)
+    try:
+        names = set(_names(torch.load(path, mmap=True, weights_only=True)["state"]))
+    except Exception as error:  # zipped, but not what torch.save writes of an optimizer
+        raise ValueError(f"{checkpoint} must be whole, but its {path.name} is damaged; resume another one.") from error
+    saved = next((kind for kind, name in OPTIMIZER_STATES.items() if name in names), optimizer)
     if saved != optimizer:
         raise ValueError(
             f"{checkpoint} must come from a run with the same optimizer, which was {saved}, got {optimizer}; use "
             f"--optimizer {saved}, or start from its weights: convert_checkpoint.py --input {checkpoint} --output "
             "WEIGHTS, then --generator_ckpt WEIGHTS with another --output_dir."
         )
+
+
+def _names(states: dict[Any, Any]) -> Iterator[Any]:
+    """Of the states, however deep: bitsandbytes keeps its own in a dict of their own."""
+    for name, state in states.items():
+        yield name
+        if isinstance(state, dict):
+            yield from _names(state)

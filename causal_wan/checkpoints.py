@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,13 @@ logger = logging.getLogger(__name__)
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first. Partial ones have another name and are not among them."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.partition("-")[2]))
+    named = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+    return sorted(filter(Path.is_dir, named), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of one of a run's own checkpoints."""
+    return int(checkpoint.name.partition("-")[2])
 
 
 def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None) -> None:
@@ -42,6 +49,8 @@ def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None)
     Raises:
         ValueError: If so.
     """
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise ValueError(f"output_dir must be a folder, but {output_dir} is a file; use another one.")
     checkpoints = list_checkpoints(output_dir)
     if checkpoints and resume_from_checkpoint is None:
         raise ValueError(
@@ -73,9 +82,10 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) 
         path = Path(output_dir) / resume_from_checkpoint
     if not path.is_dir():
         names = ", ".join(checkpoint.name for checkpoint in checkpoints) or "none"
+        what = "is a file" if path.exists() or Path(resume_from_checkpoint).exists() else "does not exist"
         raise ValueError(
             f"resume_from_checkpoint must be `latest` or a checkpoint folder, got {resume_from_checkpoint!r}, which "
-            f"does not exist; {output_dir} has: {names}."
+            f"{what}; {output_dir} has: {names}."
         )
     if inside := list_checkpoints(path):
         raise ValueError(
@@ -88,14 +98,23 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) 
 
 
 def passed_over(checkpoint: Path | None, output_dir: str | Path) -> list[Path]:
-    """Checkpoints in a run's folder that are newer than the one it goes on from, since they are damaged."""
+    """Checkpoints in a run's folder that are newer than the one it goes on from."""
     checkpoints = list_checkpoints(output_dir)
     return checkpoints[checkpoints.index(checkpoint) + 1 :] if checkpoint in checkpoints else []
 
 
+def set_aside(checkpoints: list[Path]) -> None:
+    """Gives checkpoints another name: a run that goes on from an earlier one is another run from there on."""
+    for checkpoint in checkpoints:
+        target = checkpoint.with_name(f"set-aside-{checkpoint.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            checkpoint.rename(target)
+
+
 def describe_damaged(checkpoints: list[Path]) -> str:
-    """What is wrong with each of some checkpoints."""
-    return "; ".join(f"{path.name}: {find_damage(path)}" for path in checkpoints)
+    """What is wrong with each of some checkpoints, if anything is."""
+    return "; ".join(f"{path.name}: {find_damage(path) or 'whole, but newer'}" for path in checkpoints)
 
 
 def save_checkpoint(
@@ -120,41 +139,54 @@ def save_checkpoint(
         settings: Of the run, as a recipe: kept with the checkpoint, for runs that resume it.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
-    partial = final.with_name(f"partial-{final.name}")
+    written = final.with_name(f"partial-{final.name}")
     if accelerator.is_main_process:
         for left_by_a_kill in Path(output_dir).glob("partial-checkpoint-*"):
             shutil.rmtree(left_by_a_kill, ignore_errors=True)
     wait_for_all()
-    is_written = _try_to_write(accelerator, partial, ema, settings)
-    is_complete = all(gather_lists([is_written]))  # some have more to write than others
+    parts = [partial(_write_state, accelerator, written, settings)]
+    if ema is not None:
+        parts.append(partial(_write_average, written, ema))
+    # Agreed on for each part: one process alone may write the first, and all have to come to the second.
+    is_complete = all(all(gather_lists([_try_to_write(part, written)])) for part in parts)
     if accelerator.is_main_process:
-        if is_complete:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in list_checkpoints(output_dir)[:-total_limit] if total_limit is not None else []:
+        if is_complete and _try_to_write(partial(_put_in_place, written, final), final):
+            older = [checkpoint for checkpoint in list_checkpoints(output_dir) if step_of(checkpoint) <= step]
+            for old in older[:-total_limit] if total_limit is not None else []:
                 _remove(old)
         else:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(written, ignore_errors=True)
     wait_for_all()
+
+
+def _write_state(accelerator: Any, folder: Path, settings: dict[str, Any] | None) -> None:
+    accelerator.save_state(str(folder))
+    if settings is not None and accelerator.is_main_process:
+        write_recipe(settings, folder / SETTINGS_NAME)
+
+
+def _write_average(folder: Path, ema: EMAModel) -> None:
+    where = {"checkpoint_id": folder / EMA_NAME, "process_group": cpu_group()}
+    dcp.save(_ema_state(ema), **where, no_dist=not is_initialized())
+
+
+def _put_in_place(written: Path, final: Path) -> None:
+    shutil.rmtree(final, ignore_errors=True)
+    written.rename(final)
 
 
 def _remove(checkpoint: Path) -> None:
     """Deletes a checkpoint; renamed first, so that a kill leaves no half of one under its name."""
-    partial = checkpoint.with_name(f"partial-{checkpoint.name}")
+    renamed = checkpoint.with_name(f"partial-{checkpoint.name}")
     with contextlib.suppress(OSError):
-        checkpoint.rename(partial)
-    shutil.rmtree(partial, ignore_errors=True)
+        checkpoint.rename(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
-def _try_to_write(accelerator: Any, folder: Path, ema: EMAModel | None, settings: dict[str, Any] | None) -> bool:
-    """Writes a checkpoint into a folder and returns whether that went well."""
+def _try_to_write(write: Callable[[], None], folder: Path) -> bool:
+    """Writes a part of a checkpoint into a folder and returns whether that went well."""
     try:
-        accelerator.save_state(str(folder))
-        if settings is not None and accelerator.is_main_process:
-            write_recipe(settings, folder / SETTINGS_NAME)
-        if ema is not None:
-            state, where = _ema_state(ema), {"checkpoint_id": folder / EMA_NAME, "process_group": cpu_group()}
-            dcp.save(state, **where, no_dist=not is_initialized())
+        write()
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # as each library reports it
         logger.error(
             "%s could not be written (%s: %s). The run goes on and keeps older checkpoints; make room for the next.",
@@ -167,16 +199,7 @@ def _try_to_write(accelerator: Any, folder: Path, ema: EMAModel | None, settings
 
 
 def load_ema(ema: EMAModel, checkpoint: Path) -> None:
-    """Loads the moving average of a checkpoint, whatever the number of processes that wrote it.
-
-    Raises:
-        ValueError: If the checkpoint has none.
-    """
-    if not (checkpoint / EMA_NAME).is_dir():
-        raise ValueError(
-            f"{checkpoint} must come from a run with use_ema, but holds no moving average; resume without --use_ema, "
-            "or start anew with it."
-        )
+    """Loads the moving average of a checkpoint, whatever the number of processes that wrote it."""
     state = _ema_state(ema)
     where = {"checkpoint_id": checkpoint / EMA_NAME, "process_group": cpu_group()}
     dcp.load(state, **where, no_dist=not is_initialized())

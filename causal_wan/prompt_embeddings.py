@@ -29,7 +29,7 @@ from causal_wan.tensor_cache import CacheWriter, TensorCache, settings_key
 
 PROMPTS_AT_ONCE = 64  # on the device as embeddings, of 4 MB each at most
 IN_MEMORY = 1 << 30  # bytes of embeddings that every process may keep in memory; more of them stay on disk
-PREFIX = "prompts-"  # of a folder in the output folder, while a run is on
+PREFIX = ".prompt-embeddings-"  # of a folder in the output folder, while a run is on
 SECONDS_TO_SEE = 90.0  # until what another machine has written to a shared disk is seen, at most
 
 Encode = Callable[[Sequence[str]], Iterator[tuple[str, torch.Tensor]]]  # prompts -> each with its embedding `(S, D)`

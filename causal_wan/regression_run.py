@@ -166,10 +166,16 @@ def print_plan(config: RunConfig, data: RunData) -> None:
         return
     with user_errors():
         print("\n".join([describe_plan(config, data, count_replicas(accelerator)), *describe_resumption(config)]))
-    try:
-        print(describe_memory(config, data, accelerator))
-    except OSError as error:  # the checkpoint is on the hub, and the hub out of reach
-        print(f"memory      unknown without the checkpoint's configuration: {error}")
+    print_memory(config, data, accelerator)
+
+
+def print_memory(config: RunConfig, data: RunData, accelerator: Accelerator) -> None:
+    """What a run takes of a GPU's memory, if that can be told."""
+    with user_errors():
+        try:
+            print(describe_memory(config, data, accelerator))
+        except OSError as error:  # the checkpoint is on the hub, and the hub out of reach; or it lacks a part
+            print(f"memory      unknown without the checkpoint's configuration: {error}")
 
 
 @dataclass
@@ -192,8 +198,7 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
         resumption = describe_resumption(config)
     if accelerator.is_main_process:
         print("\n".join([describe_plan(config, data, count_replicas(accelerator)), *resumption]))
-        with user_errors():
-            print(describe_memory(config, data, accelerator))
+        print_memory(config, data, accelerator)
     held_out = validation_prompts(config, data)
     prompts = [*data.prompts, *held_out, *(config.validation.negative_prompts if held_out else [])]
     with user_errors():

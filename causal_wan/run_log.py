@@ -45,12 +45,12 @@ class MetricSums:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics file, but for a line that a kill or a full disk cut off; none if it is not there."""
+    """The entries of a metrics file, but for what a kill or a full disk has left of some; none without a file."""
     entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             entries.append(json.loads(line))
-    return entries
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
@@ -73,6 +73,7 @@ class StepLog:
 
     def __init__(self, run: Any, summarize: Callable[[Sums], dict[str, float]]) -> None:
         self.run, self.summarize = run, summarize
+        self._was_cut_off = False  # the last line of the file, by a full disk
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -133,8 +134,10 @@ class StepLog:
         step = self.run.state.step
         try:
             with (Path(self.run.config.output_dir) / METRICS_NAME).open("a") as file:
-                file.write(json.dumps({"step": step, **entry}) + "\n")
+                file.write("\n" * self._was_cut_off + json.dumps({"step": step, **entry}) + "\n")
+            self._was_cut_off = False
         except OSError as error:
+            self._was_cut_off = True
             logger.error("the metrics of step %d could not be written (%s); the run goes on.", step, error)
         self.run.trackers.log(entry, step)
 

@@ -68,10 +68,10 @@ def describe_resumption(config: RunConfig) -> list[str]:
     checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
     if checkpoint is None:
         return []
-    damaged = passed_over(checkpoint, training.output_dir)
-    lines = [f"resumes     {checkpoint}" + (f"; damaged: {describe_damaged(damaged)}" if damaged else "")]
-    number = checkpoint.name.rpartition("-")[2]
-    if number.isdigit() and int(number) > training.max_train_steps:
+    newer = passed_over(checkpoint, training.output_dir)
+    lines = [f"resumes     {checkpoint}" + (f"; sets aside {describe_damaged(newer)}" if newer else "")]
+    name, _, number = checkpoint.name.partition("-")
+    if name == "checkpoint" and number.isdecimal() and int(number) > training.max_train_steps:
         raise ValueError(
             f"max_train_steps must be at least the steps that are done, but {checkpoint} is at step {number}, got "
             f"{training.max_train_steps}; raise it, or resume an earlier checkpoint."

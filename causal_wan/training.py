@@ -162,11 +162,13 @@ def train(
         total=config.max_train_steps,
         initial=state.step,
         desc="steps",
+        delay=0,  # seen before the first step, which may take long
         disable=not run.accelerator.is_local_main_process,
         dynamic_ncols=True,
     )
     profiler = StepProfiler(run.accelerator, config.profile, config.output_dir, state.step)
     run.model.train()
+    is_owed = False  # a validation, by a run that was told to stop
     with StopRequest() as stop, progress, profiler:
         if state.step == config.max_train_steps and save_result is not None:  # it ended after its last checkpoint
             save_result()
@@ -190,9 +192,11 @@ def train(
                 write_checkpoint(run, before_checkpoint, after_checkpoint)
             if state.step == config.max_train_steps and save_result is not None:
                 save_result()
-            if validation is not None and validation.is_due() and not stop.agreed:
-                validation()
-    return state.step == config.max_train_steps
+            if validation is not None and validation.is_due():
+                is_owed = stop.agreed
+                if not is_owed:
+                    validation()
+    return state.step == config.max_train_steps and not is_owed
 
 
 def write_checkpoint(
@@ -250,7 +254,7 @@ class ValidationRuns:
         accelerator, step, owes = self.run.accelerator, self.run.state.step, False
         if accelerator.is_main_process and (self.is_due() if step else self.run.config.validate_first):
             is_done = has_validation(Path(self.run.config.output_dir) / METRICS_NAME, step)
-            died = step > 0 and self._begun.is_file() and self._begun.read_text() == str(step)
+            died = step > 0 and self._begun.is_file() and self._begun.read_bytes() == str(step).encode()
             if died and not is_done:
                 logger.warning("the validation of step %d is left out: the run ended in it", step)
             owes = not (is_done or died)
@@ -267,7 +271,8 @@ class ValidationRuns:
         reshard(run.unwrapped_model)
         run.model.train()
         if run.accelerator.is_main_process:
-            self._begun.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._begun.unlink(missing_ok=True)
 
 
 def prepare_passes(
@@ -337,7 +342,13 @@ def train_step(
 def update_weights(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """Clips, steps, averages; the norm of the gradients before, and whether the step was taken, on the device."""
     accelerator, max_norm = run.accelerator, run.config.max_grad_norm
-    grad_norm = accelerator.clip_grad_norm_(trainable_parameters(run.model), max_norm or float("inf"))
+    parameters, max_norm = trainable_parameters(run.model), max_norm or float("inf")
+    if accelerator.is_fsdp2 and accelerator.scaler is not None:
+        # accelerate divides by the scale twice where some weights are frozen.
+        accelerator.unscale_gradients()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    else:
+        grad_norm = accelerator.clip_grad_norm_(parameters, max_norm)
     if isinstance(grad_norm, DTensor):  # FSDP2
         grad_norm = grad_norm.full_tensor()
     grad_norm = torch.as_tensor(grad_norm)  # DeepSpeed has a float

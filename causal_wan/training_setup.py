@@ -5,7 +5,7 @@ Knows no video and no diffusion.
 
 import importlib.util
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,15 @@ from accelerate.utils import (
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import unset_hf_deepspeed_config
 
+from causal_wan.changed_settings import read_settings
 from causal_wan.checkpoint_checks import (
     SCALER_NAME,
+    check_average,
     check_optimizer,
     check_process_count,
     check_strategy,
@@ -42,9 +45,10 @@ from causal_wan.checkpoints import (
     find_checkpoint,
     load_ema,
     passed_over,
+    set_aside,
 )
 from causal_wan.devices import LateReader
-from causal_wan.processes import wait_for_all
+from causal_wan.processes import gather_lists, wait_for_all
 from causal_wan.progress import announced
 from causal_wan.run_log import METRICS_NAME, MetricSums, truncate_metrics
 from causal_wan.settings import TrainingConfig
@@ -172,7 +176,12 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         torch.backends.cudnn.allow_tf32 = True
     set_seed(config.seed)
     if accelerator.is_main_process:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"output_dir must be a folder that can be written, but {error}; use another one."
+            ) from None
     wait_for_all()
     return accelerator
 
@@ -311,11 +320,19 @@ def resume(run: Run) -> None:
     """
     config, accelerator = run.config, run.accelerator
     checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
+    if len(found := {*gather_lists([str(checkpoint)])}) > 1:
+        raise ValueError(
+            f"all processes must find the same checkpoint, but some find {' and '.join(sorted(found))}; copy it to "
+            "all machines, or use a disk that they share."
+        )
     if checkpoint is not None:
-        if damaged := passed_over(checkpoint, config.output_dir):
-            logger.warning("passed over what is damaged: %s", describe_damaged(damaged))
         load_checkpoint(run, checkpoint)
         apply_settings(run)
+        if newer := passed_over(checkpoint, config.output_dir):
+            logger.warning("passed over and set aside: %s", describe_damaged(newer))
+            wait_for_all()  # all have looked
+            if accelerator.is_main_process:
+                set_aside(newer)
         logger.info("resumed from %s at step %d", checkpoint, run.state.step)
         note_processes(run)
     elif config.resume_from_checkpoint is not None:
@@ -341,13 +358,17 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
     named = run.unwrapped_model.named_parameters()
     check_weights(checkpoint, {name: weight for name, weight in named if weight.requires_grad})
     check_optimizer(checkpoint, config.optimizer)
+    if run.ema is not None:
+        check_average(checkpoint)
     scaler = accelerator.scaler
     if scaler is not None and not (checkpoint / SCALER_NAME).is_file():
         accelerator.scaler = None  # of a run that was not in float16: the scale is found anew
     try:
         with announced(f"reading {checkpoint}"):
             accelerator.load_state(str(checkpoint))
-    except Exception as error:  # what it meets: torch's, DeepSpeed's, pickle's and safetensors' own errors
+            if run.ema is not None:
+                load_ema(run.ema, checkpoint)
+    except (Exception, CheckpointException) as error:  # of torch, DeepSpeed, pickle and safetensors
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(
             f"{checkpoint} must be a whole checkpoint of the same run, but could not be loaded "
@@ -357,8 +378,8 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
         accelerator.scaler = scaler
     # Its count of passes is of the steps before: with another number of passes a step, no step would ever be whole.
     accelerator.step = 0
-    if run.ema is not None:
-        load_ema(run.ema, checkpoint)
+    if has_other_settings(run, checkpoint):  # the sums since the last log entry may be of other levels
+        run.metrics.sums = {}
     if not accelerator.is_main_process:  # the checkpoint holds the sums of all processes
         run.metrics.sums = {name: torch.zeros_like(value) for name, value in run.metrics.sums.items()}
     if run.state.step > config.max_train_steps:
@@ -366,6 +387,14 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
             f"max_train_steps must be at least the steps that are done, but {checkpoint} is at step {run.state.step}, "
             f"got {config.max_train_steps}; raise it, or resume an earlier checkpoint."
         )
+
+
+def has_other_settings(run: Run, checkpoint: Path) -> bool:
+    """Whether a run differs from that of its checkpoint in more than settings of the loop."""
+    before, own = read_settings(checkpoint), {field.name for field in fields(TrainingConfig)}
+    if run.settings is None:
+        return False
+    return before is None or any(before.get(name, now) != now for name, now in run.settings.items() if name not in own)
 
 
 def apply_settings(run: Run) -> None:

@@ -178,11 +178,15 @@ class Validation:
 
     def write(self, latents: torch.Tensor, path: Path, progress: tqdm) -> None:
         """Decodes latents `(1, C, F, H, W)` to an mp4, in memory that does not grow with the clip."""
-        vae = self.inputs.vae
-        with on_device(vae, self.accelerator.device), VideoWriter(path) as writer:
-            for frames in decode_in_parts(vae, latents):
-                writer.write(as_frames(frames[0]))
-                progress.update(-(-frames.shape[2] // vae.config.scale_factor_temporal))
+        vae, partial = self.inputs.vae, path.with_name(f"partial-{path.name}")
+        try:
+            with on_device(vae, self.accelerator.device), VideoWriter(partial) as writer:
+                for frames in decode_in_parts(vae, latents):
+                    writer.write(as_frames(frames[0]))
+                    progress.update(-(-frames.shape[2] // vae.config.scale_factor_temporal))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def sum_losses(self, transformer: CausalWanTransformer3DModel, progress: tqdm) -> MetricSums:
         """The training loss on this process's held-out batches, as sums in all and by level."""

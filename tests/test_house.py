@@ -121,8 +121,8 @@ ALLOWED = {
     "strategies": {"settings"},
     "profiling": set(),
     "training_setup": {
-        *("checkpoint_checks", "checkpoints", "devices", "processes", "progress", "run_log", "settings"),
-        *("strategies", "trackers"),
+        *("changed_settings", "checkpoint_checks", "checkpoints", "devices", "processes", "progress", "run_log"),
+        *("settings", "strategies", "trackers"),
     },
     "training": {"checkpoints", "profiling", "progress", "run_log", "settings", "trackers", "training_setup"},
     "validation": {

@@ -196,12 +196,12 @@ def embed(rank, checkpoint, output_dir):
     config = CheckpointConfig(pretrained_model_name_or_path=str(checkpoint))
     mapping = embed_prompts(Accelerator(cpu=True), config, [*PROMPTS, *PROMPTS], None, output_dir=output_dir)
     found = {prompt: mapping[prompt].tolist() for prompt in PROMPTS}
-    folders = [path.name for path in Path(output_dir).glob("prompts-*")]
+    folders = [path.name for path in Path(output_dir).glob(".prompt-embeddings-*")]
     kind = type(mapping).__name__
     wait_for_all()
     del mapping
     wait_for_all()
-    assert not list(Path(output_dir).glob("prompts-*"))  # gone with the mapping
+    assert not list(Path(output_dir).glob(".prompt-embeddings-*"))  # gone with the mapping
     return found, kind, folders, sizes
 
 
@@ -227,7 +227,7 @@ def test_few_embeddings_are_kept_in_memory(checkpoint, tmp_path, expected):
 def test_many_embeddings_are_kept_on_disk_while_the_run_is_on(checkpoint, tmp_path, expected, monkeypatch):
     monkeypatch.setattr(prompt_embeddings, "IN_MEMORY", 0)
     monkeypatch.setattr(prompt_embeddings, "PROMPTS_AT_ONCE", 2)
-    (tmp_path / "prompts-of-a-run-that-was-killed").mkdir()
+    (tmp_path / ".prompt-embeddings-of-a-run-that-was-killed").mkdir()
     for found, kind, folders, sizes in in_processes(embed, checkpoint, tmp_path):
         assert flat(found) == expected
         assert (kind, len(folders), max(sizes)) == ("CachedPrompts", 1, 2)

@@ -1,5 +1,6 @@
 """A run that goes on: with other settings, from a damaged checkpoint, after a validation that broke."""
 
+import io
 import json
 import os
 import shutil
@@ -11,7 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from conftest import in_processes
+from diffusers.training_utils import EMAModel
 from test_training import Line, config, entries, kill_at_step, run_training
 
 from causal_wan import changed_settings
@@ -23,10 +28,10 @@ from causal_wan.checkpoint_checks import (
     find_damage,
     find_strategy,
 )
-from causal_wan.checkpoints import find_checkpoint, list_checkpoints
+from causal_wan.checkpoints import check_output_dir, find_checkpoint, list_checkpoints, save_checkpoint
 from causal_wan.config import names_of
 from causal_wan.run_config import RunConfig
-from causal_wan.run_log import truncate_metrics
+from causal_wan.run_log import read_metrics, truncate_metrics
 from causal_wan.training import ChangeCheck, step_optimizer
 
 
@@ -115,6 +120,38 @@ def test_settings_that_the_checkpoint_depends_on_are_refused(changes, message):
     compare_settings(Path("run/checkpoint-2"), before | {"use_ema": True}, before)  # the average is let go
 
 
+def test_layers_of_adapters_may_be_named_in_any_order_and_mean_nothing_without_adapters():
+    before, now = ({"lora_rank": 4, "lora_target_modules": names} for names in (["to_q", "to_k"], ["to_k", "to_q"]))
+    assert "taken" in compare_settings(Path("run/checkpoint-2"), before, now)[0]
+    with pytest.raises(ValueError, match="lora_target_modules was to_q to_k, got to_q"):
+        compare_settings(Path("run/checkpoint-2"), before, now | {"lora_target_modules": ["to_q"]})
+    before, now = ({"lora_rank": 0, "lora_target_modules": names} for names in (["to_q", "to_k"], ["to_q"]))
+    compare_settings(Path("run/checkpoint-2"), before, now)
+
+
+def test_a_run_in_another_folder_has_its_own_name():
+    before, now = ({"run_name": name, "output_dir": "new"} for name in (None, "new"))
+    assert compare_settings(Path("old/checkpoint-2"), before, now) == ["run_name None -> new (taken)"]
+    assert "overridden" in compare_settings(Path("new/checkpoint-2"), before, now)[0]
+
+
+def test_sums_of_other_settings_are_not_logged(tmp_path):
+    first = config(tmp_path, max_train_steps=4, logging_steps=6)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(
+            replace(first, max_train_steps=6),
+            settings={"denoising_step_list": [1000, 500, 0]},
+            validate=kill_at_step(5),
+        )
+    for levels, first_sample in (([1000, 500, 0], 0), ([1000, 500], 16)):
+        folder = tmp_path / f"{first_sample}"
+        shutil.copytree(first.output_dir, folder)
+        own = resumed(first, max_train_steps=6, output_dir=str(folder))
+        run_training(own, settings={"denoising_step_list": levels})
+        (entry,) = entries(own)
+        assert entry["count"] == sum(number % 3 != 0 for number in range(first_sample, 24))
+
+
 def test_a_checkpoint_has_the_settings_of_the_run_that_wrote_it(tmp_path):
     checkpoint = tmp_path / "checkpoint-2"
     checkpoint.mkdir()
@@ -177,7 +214,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copied, caplog, 
         find_checkpoint("checkpoint-8", copied.output_dir)
     run, _ = run_training(resumed(copied, max_train_steps=5))
     assert run.state.step == 5
-    assert f"passed over what is damaged: checkpoint-8: {message}" in caplog.text
+    assert f"passed over and set aside: checkpoint-8: {message}" in caplog.text
+    assert [path.name for path in list_checkpoints(copied.output_dir)] == ["checkpoint-4", "checkpoint-5"]
+    assert (newest.parent / "set-aside-checkpoint-8").is_dir()
 
 
 def test_with_no_whole_checkpoint_nothing_is_started_among_the_damaged_ones(copied):
@@ -256,9 +295,73 @@ def test_states_of_another_optimizer_are_refused(finished, tmp_path):
     check_optimizer(checkpoint, "adamw")
     with pytest.raises(ValueError, match="the same optimizer, which was adamw, got adamw8bit"):
         check_optimizer(checkpoint, "adamw8bit")
-    torch.save({"state": {0: {"state1": torch.zeros(1)}}, "param_groups": []}, tmp_path / "optimizer.bin")
-    with pytest.raises(ValueError, match="the same optimizer, which was adamw8bit, got adamw"):
+    for nesting in (lambda state: state, lambda state: {"__bnb_optimizer_quant_state__": state}):
+        states = {"state": {0: nesting({"state1": torch.zeros(1)})}, "param_groups": []}
+        torch.save(states, tmp_path / "optimizer.bin")
+        with pytest.raises(ValueError, match="the same optimizer, which was adamw8bit, got adamw"):
+            check_optimizer(tmp_path, "adamw")
+    torch.save("no states", tmp_path / "optimizer.bin")
+    with pytest.raises(ValueError, match=r"its optimizer\.bin is damaged"):
         check_optimizer(tmp_path, "adamw")
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_its_own(copied, caplog):
+    changes = {"max_train_steps": 7, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    run_training(replace(copied, resume_from_checkpoint="checkpoint-4", **changes))
+    assert [path.name for path in list_checkpoints(copied.output_dir)] == ["checkpoint-7"]
+    assert "set aside: checkpoint-8: whole, but newer" in caplog.text
+
+
+def test_what_only_has_the_name_of_a_checkpoint_is_none(copied):
+    (Path(copied.output_dir) / "checkpoint-99").write_text("a file")
+    (Path(copied.output_dir) / "checkpoint-²").mkdir()
+    assert find_checkpoint("latest", copied.output_dir).name == "checkpoint-8"
+    with pytest.raises(ValueError, match="which is a file"):
+        find_checkpoint("checkpoint-99", copied.output_dir)
+    with pytest.raises(ValueError, match=r"output_dir must be a folder, but .* is a file"):
+        check_output_dir(Path(copied.output_dir) / "checkpoint-99", None)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(copied, monkeypatch):
+    stock = Path.iterdir
+
+    def iterdir(self):
+        if self.name == "checkpoint-8":
+            raise PermissionError(13, "Permission denied")
+        return stock(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert find_checkpoint("latest", copied.output_dir).name == "checkpoint-4"
+
+
+def test_an_average_that_is_not_there_or_does_not_load_is_one_message(copied):
+    newest = Path(copied.output_dir) / "checkpoint-8"
+    shard = newest / "ema" / "__0_0.distcp"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(ValueError, match="checkpoint-8 must be a whole checkpoint of the same run, but could not be"):
+        run_training(resumed(copied, max_train_steps=9))
+    shutil.rmtree(newest / "ema")
+    with pytest.raises(ValueError, match="checkpoint-8 must come from a run with use_ema"):
+        run_training(resumed(copied, max_train_steps=9))
+
+
+def save_on_a_full_disk(rank, folder):
+    """Of the main process alone, which writes the checkpoint, as DDP does it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    ema = EMAModel(Line().parameters())
+
+    def save_state(folder):
+        if rank == 0:
+            raise OSError(28, "No space left on device")
+
+    accelerator.save_state = save_state
+    save_checkpoint(accelerator, folder, 4, ema=ema, total_limit=None)
+    return [path.name for path in Path(folder).iterdir()]
+
+
+def test_one_process_whose_disk_is_full_keeps_no_other_waiting(tmp_path):
+    assert in_processes(save_on_a_full_disk, tmp_path, backend="gloo") == [[], []]
 
 
 # --- validation, after what is worth keeping -------------------------------------------------------------------------
@@ -346,6 +449,65 @@ def test_a_disk_that_is_full_when_a_run_goes_on_leaves_the_metrics_as_they_are(t
     with pytest.raises(OSError, match="No space left"):
         truncate_metrics(path, last_step=4)
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize("line", ["5", "null", "[1]", "{}", '{"step": "a"}', "\udce9"])
+def test_lines_of_a_metrics_file_that_are_no_entries_are_passed_over(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + line.encode(errors="surrogateescape") + b'\n{"step": 2}\n')
+    truncate_metrics(path, last_step=1)
+    assert path.read_text() == '{"step": 1, "loss": 0.5}\n'
+
+
+def test_what_follows_a_line_that_was_cut_off_is_not_lost(tmp_path, monkeypatch):
+    training, stock, full = config(tmp_path, logging_steps=1), Path.open, []
+
+    class FullDisk(io.TextIOWrapper):
+        def write(self, text):
+            super().write(text[: len(text) // 2])
+            raise OSError(28, "No space left on device")
+
+    def open_(self, mode="r", **settings):
+        if self.name == "metrics.jsonl" and mode == "a" and self.exists():
+            with stock(self) as file:
+                if len(file.readlines()) == 2 and not full:
+                    full.append(True)
+                    return FullDisk(stock(self, "ab"))
+        return stock(self, mode, **settings)
+
+    monkeypatch.setattr(Path, "open", open_)
+    run_training(training)
+    monkeypatch.undo()
+    logged = [entry["step"] for entry in read_metrics(Path(training.output_dir) / "metrics.jsonl")]
+    assert logged == [1, 2, 4, 5, 6, 7, 8]
+
+
+def test_a_marker_that_cannot_be_read_or_removed_ends_no_run(tmp_path, monkeypatch):
+    training = config(tmp_path, validation_steps=4)
+    run_training(replace(training, max_train_steps=4))
+    (Path(training.output_dir) / "validation-begun").write_bytes(b"\xff\xfe")
+
+    def refuse(self, **settings):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    run, _ = run_training(resumed(training), validate=lambda model, step: ({}, {}))
+    assert run.state.step == 8
+
+
+def test_a_run_that_is_told_to_stop_in_its_last_steps_owes_its_validation(tmp_path):
+    training, seen = config(tmp_path, max_train_steps=3, validation_steps=2), []
+
+    def validate(model, step):
+        seen.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}, {}
+
+    assert not run_training(training, validate=validate)[0].is_complete
+    assert seen == [2]
+    assert run_training(resumed(training), validate=validate)[0].is_complete
+    assert seen == [2, 3]
 
 
 # --- steps that are none ---------------------------------------------------------------------------------------------

@@ -197,8 +197,8 @@ def test_adapters_of_another_rank_are_refused_in_one_message(write_recipe, capsy
 class BrokenParts:
     """What may fail in a validation, by name: (module, function, exception)."""
 
-    DISK = (validation, "write_video", OSError(28, "No space left on device"))
-    DECODER = (validation, "decode_latents", torch.OutOfMemoryError("CUDA out of memory"))
+    DISK = (validation.VideoWriter, "write", OSError(28, "No space left on device"))
+    DECODER = (validation, "decode_in_parts", torch.OutOfMemoryError("CUDA out of memory"))
     SAMPLING = (validation.CausalWanPipeline, "sample_latents", torch.OutOfMemoryError("CUDA out of memory"))
 
 
@@ -220,6 +220,7 @@ def test_a_validation_that_fails_is_reported_and_costs_the_run_nothing(
     assert steps == expected
     assert failed == whole | {"validation_failed": 2.0}
     assert f"validation/00 failed ({type(error).__name__}" in caplog.text
+    assert not list((output_dir / "validation").rglob("*.mp4"))
 
 
 def test_a_held_out_loss_that_fails_leaves_the_samples(write_recipe, monkeypatch, caplog):

@@ -69,6 +69,7 @@ def run_training(
     validate=None,
     save_result=None,
     change=lambda accelerator: None,
+    settings=None,
     on_prepare=lambda batch: None,
 ):
     """Fits y = 3 x of numbers modulo 7, with every third number masked out of the loss."""
@@ -90,8 +91,8 @@ def run_training(
         loss = torch.where(batch["mask"], errors, 0.0).sum() / num_items
         return loss, {"count": batch["mask"].sum().double()}
 
-    run = prepare_run(accelerator, training, Line())
-    train(
+    run = prepare_run(accelerator, training, Line(), settings=settings)
+    run.is_complete = train(
         run,
         make_dataloader=lambda start, end, step: DataLoader(Numbers(start, end), batch_size=training.train_batch_size),
         prepare_batch=prepare_batch,
