@@ -8,26 +8,74 @@ from dataclasses import dataclass
 import torch
 
 
+INT8_MAX = 127
+CACHE_DTYPES = {"auto": None, "int8": torch.int8}
+"""Precisions of a cache by the names of flags; None is that of the passes."""
+
+
+@dataclass
+class KeptStates:
+    """Keys or values of the frames that a layer remembers.
+
+    Attributes:
+        shape: That there is room for, (B, capacity * T, N, E).
+        dtype: That they are kept in; None is their own, whatever it is: under autocast it is not that of the weights.
+        buffer: Of that shape; made when the first block is written.
+        scales: Of int8, one a token and head, float32 `(B, capacity * T, N, 1)`.
+
+    Source: int8 with the largest value's scale as in "LLM.int8()", arXiv 2208.07339, section 2.1.
+    """
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype | None = None
+    buffer: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+
+    def write(self, states: torch.Tensor, places: torch.Tensor) -> None:
+        """Writes those of a block, `(B, l, N, E)`, to `places` `(l,)`."""
+        if self.buffer is None:
+            self.buffer = states.new_zeros(self.shape, dtype=self.dtype or states.dtype)
+            if self.dtype == torch.int8:
+                self.scales = states.new_zeros((*self.shape[:3], 1), dtype=torch.float32)
+        if self.scales is not None:
+            scales = states.abs().amax(dim=-1, keepdim=True).float() / INT8_MAX
+            self.scales.index_copy_(1, places, scales)
+            states = (states / scales.clamp(min=torch.finfo(torch.float32).tiny)).round()
+        self.buffer.index_copy_(1, places, states.to(self.buffer.dtype))
+
+    def read(self, num_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first tokens, `(B, num_tokens, N, E)`."""
+        states = self.buffer[:, :num_tokens]
+        if self.scales is not None:
+            states = states * self.scales[:, :num_tokens]
+        return states.to(dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the buffers, as far as they are made."""
+        return sum(kept.nbytes for kept in (self.buffer, self.scales) if kept is not None)
+
+
 @dataclass
 class LayerCache:
     """What one layer remembers.
 
     Attributes:
-        keys, values: After rope, `(B, capacity * T, N, E)`.
+        keys, values: Of the frames, the keys after rope.
         text: Keys and values of the prompt in cross-attention, `(B, S, N, E)` each; None until they are computed.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: KeptStates
+    values: KeptStates
     text: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor, num_held: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a block's keys and values `(B, l, N, E)` to `places` `(l,)`; returns all that the block may see."""
-        self.keys.index_copy_(1, places, key.to(self.keys.dtype))
-        self.values.index_copy_(1, places, value.to(self.values.dtype))
-        return self.keys[:, :num_held].type_as(key), self.values[:, :num_held].type_as(value)
+        self.keys.write(key.type_as(value), places)  # under autocast norms may give float32, which attention casts
+        self.values.write(value, places)
+        return self.keys.read(num_held, key.dtype), self.values.read(num_held, value.dtype)
 
 
 class KVCache:
@@ -41,6 +89,7 @@ class KVCache:
 
     Attributes:
         layers: The memory of each layer.
+        device: Where blocks come from.
         capacity: Latent frames that it can hold.
         num_frames: Latent frames of the clip seen so far, those that left the cache included.
         places: Tokens of the buffers that the current block is written to, `(l,)`.
@@ -48,13 +97,20 @@ class KVCache:
     Source: Self Forcing, arXiv 2506.08009, section 3.4 (rolling cache); StreamingLLM, arXiv 2309.17453 (sink).
     """
 
-    def __init__(self, layers: list[LayerCache], *, frame_tokens: int, sink_size: int) -> None:
-        self.layers, self.frame_tokens, self.sink_size = layers, frame_tokens, sink_size
+    def __init__(
+        self, layers: list[LayerCache], *, frame_tokens: int, sink_size: int, device: torch.device | None = None
+    ) -> None:
+        self.layers, self.frame_tokens, self.sink_size, self.device = layers, frame_tokens, sink_size, device
         self.capacity = layers[0].keys.shape[1] // frame_tokens
         self.num_frames = 0
         self.places = torch.empty(0, dtype=torch.int64)
         self._block = (0, 0)  # first frame and length of the current block
         self._prompt: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What the keys and values take, once the first block is written."""
+        return sum(layer.keys.num_bytes + layer.values.num_bytes for layer in self.layers)
 
     @property
     def num_held(self) -> int:
@@ -90,7 +146,7 @@ class KVCache:
         in_turn = self.sink_size + (frames - self.sink_size) % (self.capacity - self.sink_size)
         frame_places = torch.where(frames < self.sink_size, frames, in_turn)
         tokens = frame_places[:, None] * self.frame_tokens + torch.arange(self.frame_tokens)
-        self.places = tokens.flatten().to(self.layers[0].keys.device)
+        self.places = tokens.flatten().to(self.device)
 
     def keep_prompt(self, encoder_hidden_states: torch.Tensor) -> bool:
         """Forgets the keys and values of the prompt, unless it is the very tensor of the call before.

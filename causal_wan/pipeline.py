@@ -160,6 +160,7 @@ class CausalWanPipeline(WanPipeline):
         sampler: Sampler | None = None,
         num_latent_frames: int | None = None,
         initial_latents: torch.Tensor | None = None,
+        cache_dtype: torch.dtype | None = None,
         **settings: Any,
     ) -> Iterator[torch.Tensor]:
         """Samples clean latents, and gives each block `(B, C, f, H, W)` as soon as it exists.
@@ -174,6 +175,7 @@ class CausalWanPipeline(WanPipeline):
             num_latent_frames: F, for noise that comes frame by frame; None goes on for as long as blocks are asked
                 for, in memory of fixed size.
             initial_latents: First latent frames of the clip `(B, C, F', H, W)`, whole blocks, to be continued.
+            cache_dtype: Of remembered keys and values: None is that of the passes, torch.int8 half of 16 bits.
             settings: `negative_prompt_embeds` with `guidance_scale`, `attention_kwargs`, `on_step_end`; see `Rollout`.
 
         Raises:
@@ -205,7 +207,7 @@ class CausalWanPipeline(WanPipeline):
                 num_latent_frames or self.transformer.config.local_attn_size,
                 *first.shape[-2:],
                 device=first.device,
-                dtype=prompt_embeds.dtype,
+                dtype=cache_dtype,
             )
         yield from rollout.run(itertools.chain([first], frames), lengths, initial_latents)
 
@@ -296,6 +298,7 @@ class CausalWanPipeline(WanPipeline):
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 512,
+        cache_dtype: torch.dtype | None = None,
     ) -> WanPipelineOutput | tuple:
         """Generates videos from prompts.
 
@@ -327,6 +330,8 @@ class CausalWanPipeline(WanPipeline):
                 `pipeline._interrupt = True`: the video then ends with this block, as far as it got.
             callback_on_step_end_tensor_inputs: Of "latents", "prompt_embeds", "negative_prompt_embeds".
             max_sequence_length: Tokens that prompts are padded to; 512 is what WAN was trained with.
+            cache_dtype: Of remembered keys and values: None is that of the passes; torch.int8 takes half of 16 bits
+                and rounds.
 
         Returns:
             `.frames`.
@@ -357,6 +362,7 @@ class CausalWanPipeline(WanPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length,
+            cache_dtype=cache_dtype,
         )
         frames = torch.cat(list(blocks), dim=2)
         if output_type != "latent":
@@ -434,8 +440,9 @@ class CausalWanPipeline(WanPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 512,
+        cache_dtype: torch.dtype | None = None,
     ) -> dict[str, Any]:
-        """Those of a `Rollout`."""
+        """Those of `sample_blocks` that do not shape the clip."""
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds, and not both.")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
@@ -475,6 +482,7 @@ class CausalWanPipeline(WanPipeline):
             "guidance_scale": guidance_scale,
             "attention_kwargs": attention_kwargs,
             "on_step_end": on_step_end,
+            "cache_dtype": cache_dtype,
         }
 
     def _as_on_step_end(self, callback: Callable, names: Sequence[str]) -> Callable:

@@ -39,7 +39,7 @@ from causal_wan.block_attention import (
     teacher_forcing_spans,
 )
 from causal_wan.context_parallel import ContextParallel, check_divides_by_group
-from causal_wan.kv_cache import KVCache, LayerCache
+from causal_wan.kv_cache import KeptStates, KVCache, LayerCache
 
 
 @dataclass
@@ -284,21 +284,19 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             num_latent_frames: Latent frames of the whole clip; the cache is no larger than `local_attn_size`.
             height: Latent height H.
             width: Latent width W.
-            device: Where the buffers live; the model's by default.
-            dtype: Of the buffers; the model's by default.
+            device: Where the passes run; the model's by default.
+            dtype: Of the buffers; None is that of the keys and values that come. torch.int8 takes half of 16 bits:
+                they are rounded to 255 steps, scaled by the largest of each token and head.
         """
         capacity = num_latent_frames
         if self.config.local_attn_size != -1:
             capacity = min(capacity, self.config.local_attn_size)
         frame_tokens = (height // self.config.patch_size[1]) * (width // self.config.patch_size[2])
         heads = (self.config.num_attention_heads, self.config.attention_head_dim)
-
-        def buffer() -> torch.Tensor:
-            shape = (batch_size, capacity * frame_tokens, *heads)
-            return torch.zeros(shape, device=device or self.device, dtype=dtype or self.dtype)
-
-        layers = [LayerCache(buffer(), buffer()) for _ in range(self.config.num_layers)]
-        return KVCache(layers, frame_tokens=frame_tokens, sink_size=self.config.sink_size)
+        shape = (batch_size, capacity * frame_tokens, *heads)
+        layers = [LayerCache(KeptStates(shape, dtype), KeptStates(shape, dtype)) for _ in self.blocks]
+        device = self.device if device is None else device
+        return KVCache(layers, frame_tokens=frame_tokens, sink_size=self.config.sink_size, device=device)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
