@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 from accelerate.utils import (
     AORecipeKwargs,
     DataLoaderConfiguration,
@@ -104,15 +105,14 @@ def _fp8_recipe() -> tuple[AORecipeKwargs]:
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The Accelerator of a run, with the output folder made."""
+    # The loop hands over exactly the passes of one step, so the loader's end must not force a step.
+    accumulation = {"num_steps": config.gradient_accumulation_steps, "sync_with_dataloader": False}
     accelerator = Accelerator(
         # Told nothing, accelerate takes several processes on a machine without a GPU for so many separate runs.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         project_config=ProjectConfiguration(project_dir=config.output_dir),
-        # The loop hands over exactly the passes of one step, so the loader's end must not force a step.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(**accumulation),
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
         step_scheduler_with_optimizer=False,
         # One copy of the gradients, not two.
@@ -128,6 +128,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=half.get(accelerator.mixed_precision), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        # Left alone it would keep the gradients of all passes but the last whole, in float32, on every GPU.
+        GradientState(GradientAccumulationPlugin(**accumulation, sync_each_batch=True))  # which all share
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # DeepSpeed counts samples itself; and only the model that is trained is to be sharded, not the text encoder.
         plugin = accelerator.state.deepspeed_plugin
@@ -285,6 +287,7 @@ def resume(run: Run) -> None:
             )
     run.state.num_processes, run.state.num_replicas = num_processes, run.num_replicas
     run.metrics.sums = {name: value.to(run.accelerator.device) for name, value in run.metrics.sums.items()}
+    last_step = -1 if checkpoint is None else run.state.step  # a start anew validates at step 0 again
     if run.accelerator.is_main_process:
-        truncate_metrics(Path(run.config.output_dir) / METRICS_NAME, last_step=run.state.step)
-    run.trackers.rewind(run.state.step)
+        truncate_metrics(Path(run.config.output_dir) / METRICS_NAME, last_step=last_step)
+    run.trackers.rewind(last_step)

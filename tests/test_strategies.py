@@ -7,12 +7,17 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import launch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+from conftest import ROOT, launch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 import convert_checkpoint
 from causal_wan.checkpoints import check_process_count
+from causal_wan.settings import TrainingConfig
+from causal_wan.training_setup import make_accelerator
 
 
 SCRIPT = "train_video_regression.py"
@@ -146,6 +151,47 @@ def test_two_processes_that_share_each_clip_learn_what_one_does(write_recipe, nu
     run = launch(SCRIPT, path, *resume, "--train_batch_size", "1", num_processes=2, strategy="fsdp2")
     assert "a step has 2 of them" in run.stderr
     assert_equal_to_one_process()
+
+
+@pytest.fixture
+def first_of_two(monkeypatch, tmp_path):
+    """This process as the first of two under fsdp2.yaml; the second is not there, and what it would send is left out."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    settings = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())["fsdp_config"]
+    settings |= {"fsdp_transformer_cls_to_wrap": "Linear", "fsdp_cpu_ram_efficient_loading": False}
+    settings |= {"accelerate_use_fsdp": True, "rank": 0, "local_rank": 0, "world_size": 2}
+    for name, value in settings.items():
+        monkeypatch.setenv(name.upper(), str(value))
+    backend = ("fake", DistributedType.MULTI_GPU)
+    monkeypatch.setattr(PartialState, "_prepare_backend", lambda self, *given, **named: backend)
+    monkeypatch.setattr(PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cpu")))
+    stock_init = Accelerator.__init__
+    monkeypatch.setattr(Accelerator, "__init__", lambda self, **given: stock_init(self, **{**given, "cpu": False}))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_between_accumulated_passes_a_process_keeps_its_shard_of_the_gradients_alone(first_of_two, tmp_path):
+    accelerator = make_accelerator(TrainingConfig(output_dir=str(tmp_path), gradient_accumulation_steps=3))
+    assert accelerator.is_fsdp2
+    assert accelerator.num_processes == 2
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    took_part = []
+    for _ in range(3):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(2, 8)).sum())
+        took_part.append(accelerator.sync_gradients)
+        for parameter in model.parameters():
+            assert parameter.grad is not None, "whole gradients are kept elsewhere"
+            assert parameter.grad.to_local().numel() == parameter.numel() / 2
+    assert took_part == [False, False, True]  # it is still one step
 
 
 @pytest.mark.slow
