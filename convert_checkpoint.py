@@ -64,6 +64,7 @@ from causal_wan.models import (
     save_transformer,
 )
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.progress import announced
 from causal_wan.student import read_run as read_student
 from causal_wan.student import resolve_settings
 from causal_wan.transformer import CausalWanTransformer3DModel
@@ -72,15 +73,16 @@ from causal_wan.wan_names import COMFYUI_PREFIX, infer_architecture, read_state,
 
 def main(config: Config) -> None:
     """Converts a checkpoint of a run, or weights."""
-    if config.to == "pipeline":
-        with user_errors():
-            make_pipeline(config)
-    elif Path(config.input).name.startswith("checkpoint-") and Path(config.input).is_dir():
-        convert_checkpoint(config)
-    else:
-        with user_errors():
-            lora = find_lora(config.input)
-            convert_lora(config, lora) if lora else convert_weights(config)
+    with announced(f"converting {config.input}"):
+        if config.to == "pipeline":
+            with user_errors():
+                make_pipeline(config)
+        elif Path(config.input).name.startswith("checkpoint-") and Path(config.input).is_dir():
+            convert_checkpoint(config)
+        else:
+            with user_errors():
+                lora = find_lora(config.input)
+                convert_lora(config, lora) if lora else convert_weights(config)
 
 
 def convert_lora(config: Config, path: Path) -> None:

@@ -114,6 +114,7 @@ from causal_wan.cached_data import CachedData, drop_damaged, gather_lists, open_
 from causal_wan.encoding import check_video_size, pad_prompt_embeds
 from causal_wan.file_manifest import FileManifest
 from causal_wan.models import DTYPES, load_vae_config
+from causal_wan.progress import show_progress
 from causal_wan.prompt_files import read_prompts_file
 from causal_wan.run_parts import embed_prompts, weight_dtype
 from causal_wan.teacher import Teacher, find_teacher, identify_teacher, load_teacher
@@ -339,11 +340,14 @@ def sample_missing(
     vae = load_vae_config(config.model.pretrained_model_name_or_path, revision=config.model.revision)
     check_video_size(*config.data.shape, vae=vae, transformer=transformer)
     bar = tqdm(total=len(names), desc="trajectories", disable=not accelerator.is_main_process)
+    num_steps = len(teacher_blocks(config, teacher)) * config.method.num_inference_steps
     for start in range(0, len(names), config.sample_batch_size):
         if stop.received:
             return
         batch = names[start : start + config.sample_batch_size]
-        for name, trajectory in zip(batch, sample_batch(transformer, config, batch, embeds), strict=True):
+        with show_progress(total=num_steps, desc="steps") as progress:
+            trajectories = sample_batch(transformer, config, batch, embeds, progress)
+        for name, trajectory in zip(batch, trajectories, strict=True):
             facts = {"prompt": name.prompt, "seed": name.seed, "number": name.number}
             writer.add(name.key(settings), trajectory.to(DTYPES[config.latents_dtype]), settings, **facts)
         bar.update(len(batch))
@@ -355,6 +359,7 @@ def sample_batch(
     config: Config,
     names: Sequence[TrajectoryName],
     embeds: Mapping[str, torch.Tensor],
+    progress: tqdm,
 ) -> torch.Tensor:
     """Trajectories `(B, K, C, F, H, W)`, each from noise of its own."""
     shape = latent_shape(config)
@@ -371,6 +376,7 @@ def sample_batch(
         embed([name.prompt for name in names]),
         teacher_timesteps(config),
         kept_levels(config),
+        progress=progress,
         negative_prompt_embeds=embed([config.negative_prompt] * len(names)) if is_guided else None,
         guidance_scale=config.guidance_scale,
     )

@@ -49,7 +49,7 @@ def encode_prompts(
     """
     embeds = []
     starts = range(0, len(prompts), batch_size)
-    for start in tqdm(starts, desc="prompts", disable=not show_progress):
+    for start in tqdm(starts, desc="prompts", delay=3, disable=not show_progress):
         tokens = tokenizer(
             [prompt_clean(prompt) for prompt in prompts[start : start + batch_size]],
             padding="max_length",

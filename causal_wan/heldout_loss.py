@@ -14,6 +14,7 @@ from causal_wan.encoding import encode_prompts, encode_videos, pad_prompt_embeds
 from causal_wan.flow import latents_from_velocity
 from causal_wan.losses import NUM_STATISTICS, level_metrics, level_statistics
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.progress import show_progress
 from causal_wan.regression import draw_noisy_batch
 from causal_wan.regression_config import RegressionConfig
 from dataset_utils import normalize_videos
@@ -46,7 +47,8 @@ def heldout_statistics(
     device, dtype = transformer.device, transformer.dtype
     num_levels = len(method.levels())
     sums = torch.zeros(num_levels, NUM_STATISTICS, dtype=torch.float64)
-    for number, ((clip, num_valid), prompt) in enumerate(zip(clips, prompts, strict=True)):
+    pairs = show_progress(zip(clips, prompts, strict=True), total=len(clips), desc="held-out loss")
+    for number, ((clip, num_valid), prompt) in enumerate(pairs):
         latents = encode_videos(pipeline.vae, normalize_videos(clip[None].to(device)))
         noisy = draw_noisy_batch(
             latents,

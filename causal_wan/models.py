@@ -17,6 +17,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
+from causal_wan.progress import announced
 from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.wan_names import WEIGHTS_SUFFIXES, read_state, strip_prefixes, to_diffusers
 
@@ -63,17 +64,18 @@ def load_transformer(
     where = _find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
     if empty:
         return _empty_transformer(where, dtype, **causal_config)
-    transformer = CausalWanTransformer3DModel.from_pretrained(
-        **where,
-        dtype=dtype,
-        use_safetensors=True,  # never a pickle
-        quantization_config=quantization,
-        device_map=None if quantization else {"": device},
-        **causal_config,
-    )
-    transformer.requires_grad_(quantization is None)  # loaded straight to a device, weights may come frozen
-    if generator_ckpt is not None and Path(generator_ckpt).is_file():
-        load_generator_file(transformer, generator_ckpt)
+    with announced(f"loading the transformer of {where['pretrained_model_name_or_path']}"):
+        transformer = CausalWanTransformer3DModel.from_pretrained(
+            **where,
+            dtype=dtype,
+            use_safetensors=True,  # never a pickle
+            quantization_config=quantization,
+            device_map=None if quantization else {"": device},
+            **causal_config,
+        )
+        transformer.requires_grad_(quantization is None)  # loaded straight to a device, weights may come frozen
+        if generator_ckpt is not None and Path(generator_ckpt).is_file():
+            load_generator_file(transformer, generator_ckpt)
     return transformer
 
 
@@ -185,9 +187,10 @@ def load_vae(
     pretrained_model_name_or_path: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> AutoencoderKLWan:
     """Loads the VAE, frozen and in eval mode."""
-    vae = AutoencoderKLWan.from_pretrained(
-        pretrained_model_name_or_path, subfolder="vae", dtype=dtype, revision=revision, use_safetensors=True
-    )
+    with announced(f"loading the VAE of {pretrained_model_name_or_path}"):
+        vae = AutoencoderKLWan.from_pretrained(
+            pretrained_model_name_or_path, subfolder="vae", dtype=dtype, revision=revision, use_safetensors=True
+        )
     return vae.requires_grad_(False).eval()
 
 
@@ -207,15 +210,17 @@ def load_text_encoder(
     device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
     """Loads tokenizer and UMT5 text encoder, frozen and in eval mode, straight to the device."""
-    tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder="tokenizer", revision=revision)
-    text_encoder = UMT5EncoderModel.from_pretrained(
-        pretrained_model_name_or_path,
-        subfolder="text_encoder",
-        dtype=dtype,
-        revision=revision,
-        device_map={"": device},
-        use_safetensors=True,
-    )
+    name = pretrained_model_name_or_path
+    with announced(f"loading the text encoder of {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", revision=revision)
+        text_encoder = UMT5EncoderModel.from_pretrained(
+            name,
+            subfolder="text_encoder",
+            dtype=dtype,
+            revision=revision,
+            device_map={"": device},
+            use_safetensors=True,
+        )
     return tokenizer, text_encoder.requires_grad_(False).eval()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from causal_wan.learned_metrics import ClipScore, Lpips
+from causal_wan.progress import show_progress
 from causal_wan.video_metrics import (
     border_flicker,
     by_block,
@@ -44,7 +45,8 @@ def measure(
 ) -> dict[str, Any]:
     """Figures of each sample against its target, their means, and curves by block."""
     each, curves = [], {"psnr": [], "lpips": [], "sharpness_ratio": []}
-    for (video, timed), target, prompt in zip(samples, targets, prompts, strict=True):
+    measured = show_progress(zip(samples, targets, prompts, strict=True), total=len(samples), desc="figures")
+    for (video, timed), target, prompt in measured:
         psnr, sharpness, wanted = frame_psnr(video, target), frame_sharpness(video), frame_sharpness(target)
         lpips = judges.lpips(video, target) if judges.lpips else torch.full((len(video),), math.nan)
         each.append(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from causal_wan.basics import NUM_TRAIN_TIMESTEPS
 from causal_wan.devices import to_device
@@ -58,6 +59,8 @@ def sample_trajectories(
     prompt_embeds: torch.Tensor,
     timesteps: torch.Tensor,
     levels: torch.Tensor,
+    *,
+    progress: tqdm | None = None,
     **guidance: Any,
 ) -> torch.Tensor:
     """Trajectories of a teacher by Euler's method; a function of its inputs alone.
@@ -68,6 +71,7 @@ def sample_trajectories(
         prompt_embeds: `(B, S, D)`.
         timesteps: From `trajectory_timesteps`, `(N,)`.
         levels: Those to be kept, `(K - 1,)`.
+        progress: Updated at each step of each block.
         guidance: `negative_prompt_embeds` and `guidance_scale` of `causal_wan.rollout.Rollout`.
 
     Returns:
@@ -83,6 +87,8 @@ def sample_trajectories(
         following = number % len(steps) + 1  # steps are counted over all blocks
         if following < len(steps) and steps[following] in kept:
             kept[steps[following]].append(latents)
+        if progress is not None:
+            progress.update()
         return latents
 
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
