@@ -120,14 +120,17 @@ import torch
 from diffusers import WanPipeline
 from tqdm.auto import tqdm
 
-from causal_wan.encoding import check_video_size, decode_latents, encode_prompts, pad_prompt_embeds
+from causal_wan.encoding import check_video_size, encode_prompts, pad_prompt_embeds
 from causal_wan.evaluation_report import write_metrics, write_report, write_videos
 from causal_wan.heldout_loss import heldout_statistics, summarize_heldout_loss
 from causal_wan.learned_metrics import ClipScore, load_lpips
 from causal_wan.models import load_vae
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.progress import PATIENCE, announced, show_progress
 from causal_wan.regression import sample_generator
+from causal_wan.rollout import Rollout
 from causal_wan.sample_figures import Judges, Sample, measure, measure_clips
+from causal_wan.streaming_vae import decode_in_parts
 from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
 from causal_wan.vbench_export import VBenchExport, read_vbench_prompts
 from causal_wan.video_metrics import first_frames_of_blocks
@@ -160,7 +163,7 @@ def main(config: Config) -> None:
         check_video_size(*shape, vae=student.vae, transformer=student.transformer)
     lengths = student.transformer.block_lengths((shape.num_frames - 1) // student.vae_scale_factor_temporal + 1)
     starts = first_frames_of_blocks(lengths, student.vae_scale_factor_temporal)
-    clips = [load_video(row, shape, data, torch.Generator()) for row in rows]
+    clips = [load_video(row, shape, data, torch.Generator()) for row in show_progress(rows, desc="clips")]
     targets = [clip.movedim(0, 1) / 255 for clip, _ in clips]
 
     results = {"student": sample_all(student, prompts, partial(sample_student, settings, config, config.seed), device)}
@@ -180,7 +183,8 @@ def main(config: Config) -> None:
     content |= {**measured, "heldout_loss": heldout_loss}
     write_metrics(folder / "metrics.json", content)
     columns = {"clip": targets, **{name: [video for video, _ in samples] for name, samples in results.items()}}
-    shown = write_videos(folder, columns, [(row.number, prompt) for row, prompt in zip(rows, prompts, strict=True)])
+    with announced("writing videos and report"):
+        shown = write_videos(folder, columns, list(zip([row.number for row in rows], prompts, strict=True)))
     write_report(folder / "report.html", content, measured, shown)
     print_figures(measured, heldout_loss)
     print(f"report    {folder / 'report.html'}")
@@ -264,10 +268,17 @@ def sample_student(
     noise = pipeline.draw_noise(1, *size, *steps, sampler=settings.sampler, generator=generator).to(device)
     prompt_embeds = pad_prompt_embeds(embeds, settings.max_sequence_length).to(device, dtype)
     ends: list[float] = []
+    num_frames, num_steps = noise.shape[3], sum(level > 0 for level in settings.timesteps)
+    num_parts = len(pipeline.transformer.block_lengths(num_frames)) * num_steps + num_frames
+    progress = show_progress(total=num_parts, desc="steps and latent frames")
 
     def note_time(*block: Any) -> None:
         _wait_for(device)
         ends.append(time.perf_counter())
+
+    def note_step(rollout: Rollout, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        progress.update()
+        return latents
 
     _reset_peak_memory(device)
     start = time.perf_counter()
@@ -279,10 +290,17 @@ def sample_student(
         negative_prompt_embeds=prompt_embeds[1:] if len(texts) > 1 else None,
         guidance_scale=config.student_guidance_scale,
         on_block_end=note_time,
+        on_step_end=note_step,
+        cache_dtype=settings.cache_dtype,
     )
-    video = decode_latents(pipeline.vae, latents)[0]
+    parts = []
+    for frames in decode_in_parts(pipeline.vae, latents):  # as generate.py does
+        parts.append(frames[0])
+        progress.update()
+    video = torch.cat(parts, dim=1)
     _wait_for(device)
     seconds = time.perf_counter() - start
+    progress.close()
     timed = {"frames_per_second": video.shape[1] / seconds, "first_block_seconds": ends[0] - start}
     return _as_target(video), timed | _peak_memory(device)
 
@@ -298,10 +316,11 @@ def sample_for_vbench(
 def load_base(checkpoint: str, run: dict[str, Any], dtype: torch.dtype) -> WanPipeline:
     """The stock pipeline of the model that the student was made from."""
     base, revision = run.get("pretrained_model_name_or_path", checkpoint), run.get("revision")
-    pipeline = WanPipeline.from_pretrained(
-        base, vae=load_vae(base, revision=revision), dtype=dtype, revision=revision, use_safetensors=True
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    with announced(f"loading {base}"):
+        pipeline = WanPipeline.from_pretrained(
+            base, vae=load_vae(base, revision=revision), dtype=dtype, revision=revision, use_safetensors=True
+        )
+    pipeline.set_progress_bar_config(desc="steps", delay=PATIENCE, leave=False)
     return pipeline
 
 

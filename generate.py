@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from causal_wan.basics import FRAME_RATE, Sampler
 from causal_wan.config import parse_config, user_errors
+from causal_wan.settings import KVCacheDtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,9 @@ class Config:
     """Latent frames that are remembered, the current block included; -1 is all, None the checkpoint's own setting."""
     sink_size: int | None = None
     """How many of them are the clip's first; None is the checkpoint's own setting."""
+    kv_cache_dtype: KVCacheDtype | None = None
+    """Precision of what is remembered: auto is that of the passes, int8 takes half of 16 bits and rounds; None is what
+    the run was validated with."""
     frame_rate: float = FRAME_RATE
     """Frames a second of the mp4."""
     compile: bool = False
@@ -134,6 +138,7 @@ def main(config: Config) -> None:
             num_inference_steps=config.num_inference_steps,
             timestep_shift=config.timestep_shift,
             sampler=config.sampler,
+            kv_cache_dtype=config.kv_cache_dtype,
         )
         pipeline = load_pipeline(config, run, settings, dtype)
         given = read_frames_to_continue(config, settings, pipeline)
@@ -142,10 +147,11 @@ def main(config: Config) -> None:
     own = work[state.process_index :: state.num_processes]
     num_latent_frames = (settings.num_frames - 1) // pipeline.vae_scale_factor_temporal + 1
     num_blocks = len(own) * len(pipeline.transformer.block_lengths(num_latent_frames))
-    with tqdm(total=num_blocks, desc="blocks", dynamic_ncols=True, disable=not state.is_main_process) as progress:
+    total = num_blocks * count_parts(settings)
+    with tqdm(total=total, desc="steps", dynamic_ncols=True, disable=not state.is_main_process) as progress:
         for number, (prompt, path) in own:
-            blocks = sample(pipeline, prompt, number, settings, config, given)
-            first, rate = write_blocks(blocks, path, config, progress)
+            blocks = sample(pipeline, prompt, number, settings, config, given, progress)
+            first, rate = write_blocks(blocks, path, config, progress, count_parts(settings))
             progress.write(f"{path}: first frames after {first:.2f} s, {rate:.1f} frames a second")
     state.wait_for_everyone()
     if state.is_main_process:
@@ -194,8 +200,14 @@ def sample(
     settings: SamplingSettings,
     config: Config,
     given: list[PIL.Image.Image] | None,
+    progress: tqdm,
 ) -> Iterator[torch.Tensor]:
     """The frames of each block in [0, 1], `(t, 3, height, width)`, as soon as they are decoded."""
+
+    def note_step(*given: object) -> dict[str, torch.Tensor]:
+        progress.update()
+        return {}
+
     texts = [prompt, config.negative_prompt] if config.guidance_scale > 1 else [prompt]
     embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
     padded = pad_prompt_embeds(embeds, settings.max_sequence_length)
@@ -209,12 +221,21 @@ def sample(
         video=given,
         generator=sample_generator(config.seed, number),
         output_type="pt",
+        callback_on_step_end=note_step,
+        cache_dtype=settings.cache_dtype,
     )
     for block in blocks:
         yield block[0]
 
 
-def write_blocks(blocks: Iterator[torch.Tensor], path: Path, config: Config, progress: tqdm) -> tuple[float, float]:
+def count_parts(settings: SamplingSettings) -> int:
+    """What progress counts of a block: its steps, and decoding and writing its frames."""
+    return sum(level > 0 for level in settings.timesteps) + 1
+
+
+def write_blocks(
+    blocks: Iterator[torch.Tensor], path: Path, config: Config, progress: tqdm, num_parts: int
+) -> tuple[float, float]:
     """Writes a video as its blocks come; returns seconds until the first frames, and frames a second."""
     start = time.perf_counter()
     first, num_frames = 0.0, 0
@@ -223,7 +244,7 @@ def write_blocks(blocks: Iterator[torch.Tensor], path: Path, config: Config, pro
             writer.write(as_frames(block.transpose(0, 1) * 2 - 1))
             first = first or time.perf_counter() - start
             num_frames += len(block)
-            progress.update()
+            progress.update(num_parts - progress.n % num_parts)  # blocks that are given have no steps
     return first, num_frames / (time.perf_counter() - start)
 
 

@@ -27,19 +27,23 @@ from transformers import UMT5Config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from causal_wan.encoding import encode_videos
+from causal_wan.kv_cache import CACHE_DTYPES
 from causal_wan.memory import cut_up_vae, enable_gradient_checkpointing, on_device, quantization_config, store_in_fp8
 from causal_wan.memory_plan import (
     CUDA_OVERHEAD,
     GIB,
     MemoryPlan,
-    PeakMemory,
-    Workload,
+    plan_decoding,
     plan_encoding,
     plan_training,
     text_encoder_bytes,
+    with_vae,
 )
+from causal_wan.memory_simulation import PeakMemory, ValidationWorkload, Workload
 from causal_wan.models import add_lora, load_transformer
+from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.settings import MemoryConfig, TrainingConfig
+from causal_wan.streaming_vae import decode_in_parts
 from causal_wan.training_setup import make_optimizer, trainable_parameters
 from causal_wan.transformer import CausalWanTransformer3DModel
 
@@ -83,6 +87,11 @@ VAE_LEVERS = {
     "--vae_tiling": MemoryConfig(vae_tiling=True),
     "--offload_vae": MemoryConfig(offload_vae=True),
 }
+SAMPLING_LEVERS = {
+    "sampling a video, LoRA of rank 64": MemoryConfig(),
+    "--kv_cache_dtype int8": MemoryConfig(kv_cache_dtype="int8"),
+}
+DECODING_LEVERS = {"decoding a video": MemoryConfig(), "--vae_tiling ": MemoryConfig(vae_tiling=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +189,51 @@ def measure_encoding(memory: MemoryConfig, video_shape: tuple[int, ...], device:
     return Measured(peak, weights + encoding, seconds_of(encode, device, num))
 
 
+def measure_sampling(memory: MemoryConfig, workload: Workload, device: torch.device, num: int) -> Measured:
+    """Sampling a video of validation in 3 steps a block."""
+    validation = ValidationWorkload(latent_shape=workload.latent_shape)
+    workload = replace(workload, lora_rank=64, memory=memory, validation=validation)
+    transformer, dtype = build(workload, device).eval(), workload.dtype
+    forward = transformer.forward
+
+    def autocast_forward(*inputs: Any, **settings: Any) -> Any:  # as accelerate wraps it
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return forward(*inputs, **settings)
+
+    transformer.forward = autocast_forward
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
+    pipeline = CausalWanPipeline(**parts, transformer=transformer)
+    text_shape = (1, workload.max_sequence_length, workload.architecture["text_dim"])
+
+    def sample() -> None:
+        noise = torch.randn(validation.num_draws, 1, *validation.latent_shape, device=device)
+        embeds = torch.randn(text_shape, device=device).to(dtype)
+        pipeline.sample_latents(embeds, noise, [1000, 757, 522], cache_dtype=CACHE_DTYPES[memory.kv_cache_dtype])
+
+    peak = peak_of(sample, device, [*transformer.parameters(), *transformer.buffers()])
+    plan = plan_training(workload)
+    return Measured(peak, plan.weights + plan.validation.sampling, seconds_of(sample, device, num))
+
+
+def measure_decoding(
+    memory: MemoryConfig, latent_shape: tuple[int, int, int, int], device: torch.device, num: int
+) -> Measured:
+    """Decoding a video with WAN 2.1's VAE, random weights."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    vae = AutoencoderKLWan().to(device, dtype).eval()
+    cut_up_vae(vae, memory)
+    latents = torch.zeros(1, *latent_shape, device=device)
+
+    def decode() -> None:
+        for _frames in decode_in_parts(vae, latents):
+            pass
+
+    peak = peak_of(decode, device, [latents, *vae.parameters()])
+    planned = plan_decoding(dict(vae.config), latent_shape, dtype=dtype, memory=memory)
+    weights = sum(parameter.nbytes for parameter in vae.parameters())
+    return Measured(peak, weights + planned, seconds_of(decode, device, num))
+
+
 def peak_of(run: Any, device: torch.device, present: Iterable[torch.Tensor]) -> int:
     """Bytes at the worst moment of a run, with what is there before it."""
     if device.type == "cuda":
@@ -225,6 +279,14 @@ def measure(config: Config) -> str:
         name: try_to_measure(measure_encoding, memory, CLIPS[config.size], device, config.num_steps)
         for name, memory in VAE_LEVERS.items()
     }
+    sampling = {
+        name: try_to_measure(measure_sampling, memory, workload, device, config.num_steps)
+        for name, memory in SAMPLING_LEVERS.items()
+    }
+    decoding = {
+        name: try_to_measure(measure_decoding, memory, workload.latent_shape, device, config.num_steps)
+        for name, memory in DECODING_LEVERS.items()
+    }
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()})"
     clip = f"{num_frames} x {height} x {width}"
     lines = [
@@ -234,6 +296,8 @@ def measure(config: Config) -> str:
         "|---|---:|---:|---:|---:|",
         *describe_rows(rows),
         *describe_rows(encoding),
+        *describe_rows(sampling),
+        *describe_rows(decoding),
     ]
     return "\n".join(lines)
 
@@ -275,15 +339,17 @@ def describe_rows(rows: dict[str, Measured | str]) -> list[str]:
 
 # --- planned ---------------------------------------------------------------------------------------------------------
 
+OFFLOADED = replace(RECOMPUTED, offload_activations=True)
 PLANNED_LEVERS: dict[str, dict[str, Any]] = {
     "all weights": {},
     "all weights, `--gradient_checkpointing`": {"memory": RECOMPUTED},
     "... `--optimizer adamw8bit`": {"memory": RECOMPUTED, "optimizer": "adamw8bit"},
     "LoRA of rank 64": {"lora_rank": 64},
     "LoRA of rank 64, `--gradient_checkpointing`": {"memory": RECOMPUTED, "lora_rank": 64},
-    "... `--offload_activations`": {"memory": replace(RECOMPUTED, offload_activations=True), "lora_rank": 64},
+    "... `--offload_activations`": {"memory": OFFLOADED, "lora_rank": 64},
+    "... and `--kv_cache_dtype int8`": {"memory": replace(OFFLOADED, kv_cache_dtype="int8"), "lora_rank": 64},
     "... and `--quantize_base nf4`": {
-        "memory": replace(RECOMPUTED, offload_activations=True, quantize_base="nf4"),
+        "memory": replace(OFFLOADED, kv_cache_dtype="int8", quantize_base="nf4"),
         "lora_rank": 64,
     },
 }
@@ -292,30 +358,37 @@ NUM_SHARDS = 8
 
 
 def describe_fit(plan: MemoryPlan) -> str:
-    """The need in GiB, and the smallest card that has it."""
-    needed = (plan.peak + CUDA_OVERHEAD) / GIB
-    card = next((f"**{card} GB**" for card in CARDS if needed <= card), "none")
-    return f"{needed:.0f} | {card}"
+    """The need in GiB of steps and of validation, and the smallest card that has both."""
+    in_validation = {name: size for name, size in plan.moments.items() if "validation" in name}
+    step = max(size for name, size in plan.moments.items() if name not in in_validation)
+    needed = [(size + CUDA_OVERHEAD) / GIB for size in (step, max(in_validation.values()))]
+    card = next((f"**{card} GB**" for card in CARDS if max(needed) <= card), "none")
+    return f"{needed[0]:.0f} | {needed[1]:.0f} | {card}"
 
 
 def plan() -> str:
     """The table of what fits where, as Markdown, for runs with VAE and text encoder in bf16."""
     vae_config, text_encoder = dict(AutoencoderKLWan().config), text_encoder_bytes(UMT5_XXL, torch.bfloat16)
-    vae, encoding = plan_encoding(vae_config, (1, *CLIPS["1.3b"]), dtype=torch.bfloat16, memory=MemoryConfig())
 
     def describe(workload: Workload) -> str:
-        return describe_fit(replace(plan_training(workload), vae=vae, encoding=encoding, text_encoder=text_encoder))
+        with_encoders = with_vae(plan_training(workload), vae_config, dtype=torch.bfloat16, video_shape=CLIPS["1.3b"])
+        return describe_fit(replace(with_encoders, text_encoder=text_encoder))
 
     lines = [
-        "| model | trained | GiB, 1 GPU | fits | GiB a GPU, 8 GPUs, FSDP2 | fits |",
-        "|---|---|---:|---|---:|---|",
+        "| | | 1 GPU | | | 8 GPUs, FSDP2 | | |",
+        "|---|---|---:|---:|---|---:|---:|---|",
+        "| model | trained | step | validation | fits | step | validation | fits |",
     ]
+    latent_shape = (16, 21, 60, 104)
+    validation = ValidationWorkload(latent_shape=latent_shape, measures_loss=True)
     for size in ("1.3b", "14b"):
         for name, changes in PLANNED_LEVERS.items():
-            workload = Workload(architecture=ARCHITECTURES[size], latent_shape=(16, 21, 60, 104), **changes)
+            workload = Workload(
+                architecture=ARCHITECTURES[size], latent_shape=latent_shape, validation=validation, **changes
+            )
             sharded = replace(workload, sharding="weights", num_shards=NUM_SHARDS)
             not_sharded = workload.memory.quantize_base or workload.optimizer == "adamw8bit"
-            cells = [describe(workload), "| not with FSDP2" if not_sharded else describe(sharded)]
+            cells = [describe(workload), "| | not with FSDP2" if not_sharded else describe(sharded)]
             lines.append(f"| {size.upper()} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -23,6 +23,7 @@ from causal_wan.encoding import check_video_size
 from causal_wan.hub import DATA_SUMMARY_NAME, HubUploads, start_uploads
 from causal_wan.method_inputs import Inputs
 from causal_wan.models import check_generator_ckpt
+from causal_wan.progress import announced, show_progress
 from causal_wan.run_config import RunConfig
 from causal_wan.run_data import RunData, load_run_data
 from causal_wan.run_parts import (
@@ -32,6 +33,7 @@ from causal_wan.run_parts import (
     make_vae,
     save_student,
     text_dtype,
+    validation_prompts,
     with_absolute_paths,
     with_checkpointing_of_launch,
 )
@@ -60,7 +62,7 @@ def load_clips(config: RunConfig) -> RunData:
     """
     data = load_run_data(
         config.data,
-        validation_metadata_path=config.validation.validation_metadata_path,
+        validation_metadata_path=config.held_out_path,
         num_validation_samples=config.validation.num_validation_samples,
         cache_dir=config.cache_dir,
     )
@@ -76,7 +78,7 @@ def load_held_out_clips(config: RunConfig) -> RunData:
     """
     return load_run_data(
         config.data,
-        validation_metadata_path=config.validation.validation_metadata_path,
+        validation_metadata_path=config.held_out_path,
         num_validation_samples=config.validation.num_validation_samples,
         cache_dir=config.cache_dir,
         held_out_only=True,
@@ -124,7 +126,7 @@ def run_regression(
         output_dir=config.training.output_dir,
         prompts=validation_prompts(config, data),
         batches=validation_batches(accelerator, inputs, prepare_held_out or prepare_batch),
-        latent_shape=latent_shape(config, inputs.vae),
+        latent_shape=latent_shape(config, inputs.vae, config.data.shape),
     )
 
     @torch.no_grad()
@@ -155,7 +157,7 @@ def print_plan(config: RunConfig, data: RunData) -> None:
         return
     print(describe_plan(config, data, count_replicas(accelerator)))
     try:
-        print(describe_memory(config, accelerator))
+        print(describe_memory(config, data, accelerator))
     except OSError as error:  # the checkpoint is on the hub, and the hub out of reach
         print(f"memory      unknown without the checkpoint's configuration: {error}")
 
@@ -179,9 +181,9 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
         write_recipe(with_absolute_paths(config), Path(config.training.output_dir) / "config.yaml")
         print(describe_plan(config, data, count_replicas(accelerator)))
         with user_errors():
-            print(describe_memory(config, accelerator))
+            print(describe_memory(config, data, accelerator))
     held_out = validation_prompts(config, data)
-    prompts = [*data.prompts, *held_out, *config.validation.negative_prompts]
+    prompts = [*data.prompts, *held_out, *(config.validation.negative_prompts if held_out else [])]
     with user_errors():
         trackers = start_trackers(accelerator, config.training, flat_dict(config))
         uploads = start_uploads(config.hub, config.training.output_dir) if accelerator.is_main_process else None
@@ -212,10 +214,12 @@ def finish_run(begun: BegunRun, run: Run, *, complete: bool) -> None:
         begun.trackers.finish()
         accelerator.end_training()
         sys.exit(EXIT_STOPPED)
-    with ema_weights(run.ema, run.unwrapped_model):
-        weights = gather_weights(run)
+    with announced("saving the result"):
+        with ema_weights(run.ema, run.unwrapped_model):
+            weights = gather_weights(run)
+        if accelerator.is_main_process:
+            save_student(run.unwrapped_model, weights, config)
     if accelerator.is_main_process:
-        save_student(run.unwrapped_model, weights, config)
         (Path(config.training.output_dir) / DATA_SUMMARY_NAME).write_text(json.dumps(begun.inputs.data.count()))
         print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
     accelerator.wait_for_everyone()
@@ -247,11 +251,6 @@ def loader_settings(config: RunConfig, run: Run) -> dict[str, Any]:
     }
 
 
-def validation_prompts(config: RunConfig, data: RunData) -> list[str]:
-    """The prompts that are sampled at each validation: of the held-out clips, then those that are given."""
-    return [row.prompts[0] for row in data.validation_rows] + list(config.validation.validation_prompts)
-
-
 @torch.no_grad()
 def validation_batches(
     accelerator: Accelerator, inputs: Inputs, prepare_batch: PrepareBatch
@@ -259,4 +258,7 @@ def validation_batches(
     """This process's share of the held-out clips, encoded and noised once: the same draws at every validation."""
     data, dataset = inputs.data, inputs.data.dataset(held_out=True)
     numbers = share(len(dataset), accelerator.process_index, accelerator.num_processes)
-    return [(prepare_batch(inputs, data.validation_batch(dataset, number)), counts) for number, counts in numbers]
+    return [
+        (prepare_batch(inputs, data.validation_batch(dataset, number)), counts)
+        for number, counts in show_progress(numbers, desc="held-out clips")
+    ]

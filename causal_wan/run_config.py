@@ -41,6 +41,21 @@ class RunConfig:
                 "compile makes one operation of a layer, in which neither keep_attention_outputs finds attention nor "
                 "quantize_base unpacks weights; leave it or them out."
             )
+        if self.training.validate_first and not self.validation.has_work:
+            raise ValueError(
+                "validate_first needs something to validate; add --validation_prompts or --validation_metadata_path, "
+                "or leave it out."
+            )
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validations at all, if there is something to validate."""
+        return self.training.validation_steps > 0
+
+    @property
+    def held_out_path(self) -> str | None:
+        """Table of the held-out clips, if they are wanted."""
+        return self.validation.validation_metadata_path if self.validates else None
 
     @property
     def cache_dir(self) -> Path | None:

@@ -110,7 +110,7 @@ class StepLog:
             "data_seconds_per_step": self.seconds["data"] / self.num_steps,
             "compute_seconds_per_step": self.seconds["compute"] / self.num_steps,
             "latent_tokens_per_second": num_tokens / seconds,
-            "peak_memory_gb": peak_memory_gb(self.run.accelerator.device),
+            "peak_memory_gib": peak_memory_gib(self.run.accelerator.device),
         }
 
     def _record(self, entry: dict[str, float]) -> None:
@@ -123,8 +123,12 @@ class StepLog:
         self.run.trackers.log(entry, step)
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Highest memory in use so far, in 10^9 bytes: of the GPU, or of the process on a CPU."""
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory in use so far: of tensors on a GPU, which is what the memory plan foresees.
+
+    On a CPU it is that of the process, which nobody counts by tensors: the libraries come on top, and the pages of
+    weight files that are mapped, which stay as long as the system has room for them.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -15,6 +15,7 @@ from causal_wan.basics import beside_fp8
 from causal_wan.cached_data import CachedData, CachedPrompts, gather_lists
 from causal_wan.compiling import compile_layers
 from causal_wan.config import flat_dict
+from causal_wan.data_config import ClipShape
 from causal_wan.encoding import PromptEncoder, encode_prompts
 from causal_wan.export import write_pipeline_file
 from causal_wan.memory import cut_up_vae, enable_gradient_checkpointing, quantization_config, store_in_fp8
@@ -30,6 +31,7 @@ from causal_wan.models import (
     save_transformer,
 )
 from causal_wan.run_config import RunConfig
+from causal_wan.run_data import RunData
 from causal_wan.settings import CheckpointConfig
 from causal_wan.strategies import (
     check_can_be_compiled,
@@ -180,12 +182,14 @@ def save_student(
         save_transformer(transformer, weights, Path(config.training.output_dir) / "transformer")
 
 
-def latent_shape(config: RunConfig, vae: AutoencoderKLWan) -> tuple[int, int, int, int]:
-    """(C, F, H, W) of the result."""
+def latent_shape(config: RunConfig, vae: AutoencoderKLWan, shape: ClipShape) -> tuple[int, int, int, int]:
+    """(C, F, H, W) of clips of a shape."""
     spatial = vae.config.scale_factor_spatial
-    return (
-        vae.config.z_dim,
-        config.num_latent_frames(config.data.shape),
-        config.data.height // spatial,
-        config.data.width // spatial,
-    )
+    return vae.config.z_dim, config.num_latent_frames(shape), shape.height // spatial, shape.width // spatial
+
+
+def validation_prompts(config: RunConfig, data: RunData) -> list[str]:
+    """The prompts that are sampled at each validation: of the held-out clips, then those that are given."""
+    if not config.validates:
+        return []
+    return [row.prompts[0] for row in data.validation_rows] + list(config.validation.validation_prompts)

@@ -1,15 +1,22 @@
 """What a run that trains a student is going to do and take, in words, before it begins."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
+from diffusers import AutoencoderKLWan
+from transformers import UMT5Config
+
 from causal_wan.config import flat_dict
-from causal_wan.memory_plan import describe_shortage, plan_run
-from causal_wan.models import DTYPES, causal_settings
+from causal_wan.data_config import ClipShape
+from causal_wan.memory_plan import MemoryPlan, describe_shortage, plan_training, text_encoder_bytes, with_vae
+from causal_wan.memory_simulation import ValidationWorkload, Workload
+from causal_wan.models import DTYPES, causal_settings, load_transformer_config, load_vae_config
+from causal_wan.rollout import count_draws
 from causal_wan.run_config import RunConfig
 from causal_wan.run_data import RunData
-from causal_wan.run_parts import text_dtype, weight_dtype
-from causal_wan.strategies import free_memory, is_sharded, sharding
+from causal_wan.run_parts import latent_shape, text_dtype, validation_prompts, weight_dtype
+from causal_wan.strategies import context_mesh, free_memory, is_sharded, sharding
 
 
 def describe_plan(config: RunConfig, run_data: RunData, num_replicas: int) -> str:
@@ -31,25 +38,72 @@ def describe_plan(config: RunConfig, run_data: RunData, num_replicas: int) -> st
         f"training    {weights}, {training.max_train_steps} steps of {samples_per_step} clips "
         f"({training.train_batch_size} x {training.gradient_accumulation_steps} accumulated x {num_replicas} "
         f"process(es)){passes}",
+        f"validation  {describe_validation(config, run_data)}",
         f"result      {training.output_dir}",
     ]
     return "\n".join(lines + [f"note        {note}" for note in run_data.describe_changes()])
 
 
-def describe_memory(config: RunConfig, accelerator: Any) -> str:
+def describe_validation(config: RunConfig, run_data: RunData) -> str:
+    """What is validated, and when."""
+    if not config.validates:
+        return "none (--validation_steps 0)"
+    num_videos, num_clips = len(validation_prompts(config, run_data)), len(run_data.validation_rows)
+    if not num_videos:
+        return "none (neither --validation_prompts nor --validation_metadata_path)"
+    at_first = "before the first step, " if config.training.validate_first else ""
+    loss = f" and the loss on {num_clips} held-out clip(s)" if num_clips else ""
+    return f"{at_first}every {config.training.validation_steps} steps and at the end: {num_videos} video(s){loss}"
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def describe_memory(config: RunConfig, run_data: RunData, accelerator: Any) -> str:
     """What the run is going to take of a GPU's memory, and what to do if that is more than there is."""
-    model, data, training = config.model, config.data, config.training
-    keeps_gradients = accelerator.num_processes > 1 and not is_sharded(accelerator)  # in DDP's buckets
-    plan = plan_run(
-        model.pretrained_model_name_or_path,
-        max(data.all_shapes(), key=math.prod),
-        causal_config=causal_settings(flat_dict(config)),
-        generator_ckpt=model.generator_ckpt,
-        revision=model.revision,
-        vae_dtype=DTYPES[config.model.vae_dtype],
-        text_dtype=text_dtype(accelerator),
+    plan = plan_run(config, run_data, accelerator)
+    where = "process, beside libraries and mapped files," if accelerator.device.type == "cpu" else "GPU"
+    lines = [f"memory      of each {where} {plan}"]
+    if plan.workload.validation is not None:
+        lines.append(f"            in validation: {plan.validation}")
+        if context_mesh(accelerator) is not None:
+            lines.append(
+                "note        context parallelism shares the tokens of steps, not of validation: there each process "
+                "has whole clips of its own (--validation_steps 0 leaves it out)"
+            )
+    shortage = describe_shortage(plan, free_memory(accelerator))
+    return "\n".join(lines + ([f"warning     {shortage}"] if shortage else []))
+
+
+def plan_run(config: RunConfig, run_data: RunData, accelerator: Any) -> MemoryPlan:
+    """The memory of a run that embeds prompts, then encodes clips, trains and validates; loads no weights."""
+    name, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    vae = load_vae_config(name, revision=revision)
+    workload = make_workload(config, run_data, accelerator, vae)
+    plan = plan_training(workload)
+    if config.encodes:
+        text_config = UMT5Config.from_pretrained(name, subfolder="text_encoder", revision=revision)
+        text_encoder = text_encoder_bytes(text_config, text_dtype(accelerator))
+        plan = replace(plan, text_encoder=text_encoder, keeps_text_encoder=config.data.streaming)
+    encodes_clips = config.encodes and run_data.has_clips
+    if encodes_clips or workload.validation is not None:
+        shape = largest_shape(config) if encodes_clips else None
+        plan = with_vae(plan, dict(vae.config), dtype=DTYPES[config.model.vae_dtype], video_shape=shape)
+    return plan
+
+
+def make_workload(config: RunConfig, run_data: RunData, accelerator: Any, vae: AutoencoderKLWan) -> Workload:
+    """What of a run decides how much memory it takes."""
+    model, training = config.model, config.training
+    architecture = load_transformer_config(
+        model.pretrained_model_name_or_path, generator_ckpt=model.generator_ckpt, revision=model.revision
+    )
+    return Workload(
+        architecture={**architecture, **causal_settings(flat_dict(config))},
+        latent_shape=latent_shape(config, vae, largest_shape(config)),
         batch_size=training.train_batch_size,
-        num_passes=training.gradient_accumulation_steps + keeps_gradients,
+        num_passes=training.gradient_accumulation_steps,
+        keeps_gradients=accelerator.num_processes > 1 and not is_sharded(accelerator),  # in DDP's buckets
         max_sequence_length=model.max_sequence_length,
         lora_rank=model.lora_rank,
         lora_target_modules=model.lora_target_modules,
@@ -58,9 +112,27 @@ def describe_memory(config: RunConfig, accelerator: Any) -> str:
         memory=config.memory,
         optimizer=training.optimizer,
         use_ema=training.use_ema,
-        encodes=config.encodes,
-        keeps_text_encoder=config.data.streaming,
+        validation=make_validation_workload(config, run_data, accelerator, vae),
         **sharding(accelerator),
     )
-    shortage = describe_shortage(plan, free_memory(accelerator))
-    return f"memory      {plan}" + (f"\nwarning     {shortage}" if shortage else "")
+
+
+def make_validation_workload(
+    config: RunConfig, run_data: RunData, accelerator: Any, vae: AutoencoderKLWan
+) -> ValidationWorkload | None:
+    """The same of its validation, if there is one."""
+    if not validation_prompts(config, run_data):
+        return None
+    method = config.method
+    return ValidationWorkload(
+        latent_shape=latent_shape(config, vae, config.data.shape),
+        measures_loss=bool(run_data.validation_rows),
+        is_guided=bool(config.validation.negative_prompts),
+        num_draws=count_draws(len(method.inference_timesteps()), method.student_sampler),
+        keeps_copy=config.training.use_ema and accelerator.device.type == "cpu",  # it goes to the host
+    )
+
+
+def largest_shape(config: RunConfig) -> ClipShape:
+    """That of the clips which take the most memory."""
+    return max(config.data.all_shapes(), key=math.prod)

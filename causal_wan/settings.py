@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 # Attention projections and feed-forward of every layer; what WAN LoRAs are commonly trained on.
 DEFAULT_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 LatentsDtype = Literal["bf16", "fp16", "fp32"]
+KVCacheDtype = Literal["auto", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,9 @@ class MemoryConfig:
     """Encode and decode clips in overlapping tiles; blends them, so that latents differ a little from whole ones."""
     offload_vae: bool = False
     """Keep the VAE in the host's memory while it is not in use."""
+    kv_cache_dtype: KVCacheDtype = "auto"
+    """Precision of the keys and values that sampling remembers of earlier blocks: auto is that of the passes, int8
+    half of 16 bits, scaled by token and head. Videos change about as much as from float32 to bf16."""
 
     def __post_init__(self) -> None:
         if self.gradient_checkpointing_interval < 1:
@@ -147,7 +151,10 @@ class TrainingConfig:
     run_name: str | None = None
     """What trackers call the run; the name of the output folder by default. A resumed run keeps its name."""
     validation_steps: int = 500
-    """Steps between validations."""
+    """Steps between validations; there is one after the last step too. 0 is none at all: prompts and held-out clips of
+    validation are then not even read, and nothing is kept in memory for them."""
+    validate_first: bool = False
+    """Validate before the first step of a new run too (step 0): what does not fit or work shows at once."""
     max_nonfinite_steps: int = 10
     """Steps in a row that may be skipped because the loss is not finite, before the run stops."""
     profile: tuple[int, int] | None = None
@@ -156,11 +163,17 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         at_least_one = (
             "max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps logging_steps "
-            "validation_steps max_nonfinite_steps"
+            "max_nonfinite_steps"
         )
         for name in at_least_one.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if self.validation_steps < 0:
+            raise ValueError(
+                f"validation_steps must be 1 or more, or 0 for no validation, got {self.validation_steps}."
+            )
+        if self.validate_first and not self.validation_steps:
+            raise ValueError("validate_first asks for a validation, validation_steps 0 for none; leave one out.")
         if "none" in self.report_to and len(self.report_to) > 1:
             raise ValueError(f"report_to must name trackers, or be none alone, got {' '.join(self.report_to)}.")
         if self.run_name is not None and (self.run_name in ("", ".", "..") or "/" in self.run_name):
@@ -205,6 +218,11 @@ class ValidationConfig:
     def negative_prompts(self) -> list[str]:
         """What is embedded beside the prompts: the empty prompt, if samples are guided."""
         return [""] if self.validation_guidance_scale > 1 else []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to sample or to measure."""
+        return bool(self.validation_prompts) or self.validation_metadata_path is not None
 
     def __post_init__(self) -> None:
         if self.num_validation_samples < 1:

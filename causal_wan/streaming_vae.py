@@ -3,6 +3,7 @@
 Shapes: B = batch, C = latent channels, f = latent frames of a block, H, W = latent height and width.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from causal_wan.encoding import denormalize_latents
+from causal_wan.encoding import decode_latents, denormalize_latents
 
 
 class StreamingDecoder:
@@ -39,6 +40,19 @@ class StreamingDecoder:
         """
         video, self._features = _decode(self.vae, latents, self._features)
         return video.clamp(-1, 1)
+
+
+def decode_in_parts(vae: AutoencoderKLWan, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The video of normalised latents `(B, C, F, H, W)`, in [-1, 1], in parts: see `StreamingDecoder`.
+
+    A VAE that decodes in tiles gives the whole video at once.
+    """
+    if vae.use_tiling:
+        yield decode_latents(vae, latents)
+        return
+    decoder = StreamingDecoder(vae)
+    for frame in latents.split(1, dim=2):
+        yield decoder.decode(frame)
 
 
 @apply_forward_hook  # weights that `enable_model_cpu_offload` keeps elsewhere come, as they do for `vae.decode`

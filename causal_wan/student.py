@@ -10,6 +10,7 @@ import yaml
 
 from causal_wan.basics import Sampler, check_denoising_step_list
 from causal_wan.flow import choose_sampling
+from causal_wan.kv_cache import CACHE_DTYPES
 from causal_wan.models import (
     DTYPES,
     LORA_WEIGHTS_NAME,
@@ -19,7 +20,9 @@ from causal_wan.models import (
     load_vae,
 )
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.progress import announced
 from causal_wan.regression_config import method_of_run
+from causal_wan.settings import KVCacheDtype
 from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.wan_names import WEIGHTS_SUFFIXES, infer_architecture, read_state, to_diffusers
 
@@ -35,7 +38,7 @@ LINEAGE_BLOCK = 3  # latent frames of a block in CausVid's and Self Forcing's ch
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Video frames, pixels, timesteps from noise to data, tokens that prompts are padded to, and the sampler."""
+    """Video frames, pixels, timesteps from noise to data, tokens of prompts, the sampler, precision of its cache."""
 
     num_frames: int
     height: int
@@ -43,6 +46,12 @@ class SamplingSettings:
     timesteps: list[float]
     max_sequence_length: int
     sampler: Sampler
+    kv_cache_dtype: KVCacheDtype
+
+    @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """Of remembered keys and values; None is that of the passes."""
+        return CACHE_DTYPES[self.kv_cache_dtype]
 
 
 def read_run(checkpoint: str, base: str | None = None) -> dict[str, Any]:
@@ -113,6 +122,7 @@ def resolve_settings(
     num_inference_steps: int | None = None,
     timestep_shift: float | None = None,
     sampler: Sampler | None = None,
+    kv_cache_dtype: KVCacheDtype | None = None,
 ) -> SamplingSettings:
     """What is given, else the run's settings, else WAN's own.
 
@@ -124,6 +134,7 @@ def resolve_settings(
         num_frames, height, width: Of the videos.
         denoising_step_list, num_inference_steps, timestep_shift, sampler: See `causal_wan.flow.choose_sampling`; of a
             number of steps and their shift, one that is not given is the run's.
+        kv_cache_dtype: See `causal_wan.settings.MemoryConfig`.
 
     Raises:
         ValueError: If ways of sampling are given that exclude each other.
@@ -152,6 +163,7 @@ def resolve_settings(
         timesteps=timesteps,
         max_sequence_length=run.get("max_sequence_length", 512),
         sampler=sampler,
+        kv_cache_dtype=kv_cache_dtype or run.get("kv_cache_dtype", "auto"),
     )
 
 
@@ -192,7 +204,8 @@ def load_student(
         parts["denoising_step_list"] = denoising_step_list
     if sampler is not None:
         parts["sampler"] = sampler
-    pipeline = CausalWanPipeline.from_pretrained(base, revision=run.get("revision"), **parts, **causal)
-    if run and (folder / LORA_WEIGHTS_NAME).is_file():
-        pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME)
+    with announced(f"loading the other parts of {base}"):
+        pipeline = CausalWanPipeline.from_pretrained(base, revision=run.get("revision"), **parts, **causal)
+        if run and (folder / LORA_WEIGHTS_NAME).is_file():
+            pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME)
     return pipeline

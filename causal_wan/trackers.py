@@ -210,7 +210,8 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         with self._open_writer() as writer:
-            writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1)
+            start = max(step + 1, 1)  # the settings are at step 0
+            writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), start)
 
     def log(self, entry: dict[str, float], step: int) -> None:
         with self._open_writer() as writer:

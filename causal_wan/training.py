@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from causal_wan.checkpoints import list_checkpoints, save_checkpoint
 from causal_wan.profiling import StepProfiler
+from causal_wan.progress import announced
 from causal_wan.run_log import MetricSums, StepLog, Sums
 from causal_wan.settings import TrainingConfig
 from causal_wan.trackers import CaptionedVideo
@@ -158,6 +159,8 @@ def train(
     profiler = StepProfiler(run.accelerator, config.profile, config.output_dir, state.step)
     run.model.train()
     with StopRequest() as stop, progress, profiler:
+        if validate is not None and config.validate_first and state.step == 0:
+            validate_result(run, validate, log)
         while state.step < config.max_train_steps and not stop.agreed:
             with log.timed("data"), profiler.part("data"):
                 loaded = [next(batches) for _ in range(config.gradient_accumulation_steps)]
@@ -176,20 +179,30 @@ def train(
                 entry = log.write()
                 progress.set_postfix(loss=f"{entry.get('generator_loss', float('nan')):.4f}")
             if validate is not None and is_due(state.step, config.validation_steps, config):
-                with ema_weights(run.ema, run.unwrapped_model):
-                    log.write_validation(*validate(run.unwrapped_model, state.step))
-                reshard(run.unwrapped_model)
-                run.model.train()
+                validate_result(run, validate, log)
             if stop.agreed or is_due(state.step, config.checkpointing_steps, config):
                 run.late.flush()
                 run.metrics.reduce_to_main(run.accelerator)
                 if before_checkpoint is not None:
                     before_checkpoint()
                 limit = config.checkpoints_total_limit
-                save_checkpoint(run.accelerator, config.output_dir, state.step, ema=run.ema, total_limit=limit)
+                with announced(f"writing checkpoint-{state.step}"):
+                    save_checkpoint(run.accelerator, config.output_dir, state.step, ema=run.ema, total_limit=limit)
                 if after_checkpoint is not None:
                     after_checkpoint(Path(config.output_dir) / f"checkpoint-{state.step}")
     return state.step == config.max_train_steps
+
+
+def validate_result(
+    run: Run,
+    validate: Callable[[torch.nn.Module, int], tuple[dict[str, float], dict[str, CaptionedVideo]]],
+    log: StepLog,
+) -> None:
+    """Validates what would be the result now, and logs it."""
+    with ema_weights(run.ema, run.unwrapped_model):
+        log.write_validation(*validate(run.unwrapped_model, run.state.step))
+    reshard(run.unwrapped_model)
+    run.model.train()
 
 
 def train_step(
@@ -291,5 +304,5 @@ def note_step(run: Run, stop: StopRequest, step: int, was_skipped: bool, is_to_s
 
 
 def is_due(step: int, every: int, config: TrainingConfig) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens after this one."""
-    return step % every == 0 or step == config.max_train_steps
+    """Whether something that happens every so many steps (0 is never), and at the end, happens after this one."""
+    return every > 0 and (step % every == 0 or step == config.max_train_steps)

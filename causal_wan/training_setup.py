@@ -29,6 +29,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from causal_wan.checkpoints import check_process_count, checkpoint_trainable_weights_only, find_checkpoint, load_ema
 from causal_wan.devices import LateReader
+from causal_wan.progress import announced
 from causal_wan.run_log import METRICS_NAME, MetricSums, truncate_metrics
 from causal_wan.settings import TrainingConfig
 from causal_wan.strategies import count_replicas, is_sharded
@@ -242,7 +243,8 @@ def prepare_run(
         # All processes have loaded the same: DDP need not send them around, and gloo could not send 8 bits.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    with announced("handing out the weights"):
+        model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     ema = None
     if config.use_ema:
         ema = EMAModel(trainable_parameters(accelerator.unwrap_model(model)), decay=config.ema_decay)
@@ -271,9 +273,10 @@ def resume(run: Run) -> None:
     else:
         if run.accelerator.distributed_type == DistributedType.DEEPSPEED:
             check_process_count(checkpoint, num_processes)
-        run.accelerator.load_state(str(checkpoint))
-        if run.ema is not None:
-            load_ema(run.ema, checkpoint)
+        with announced(f"reading {checkpoint}"):
+            run.accelerator.load_state(str(checkpoint))
+            if run.ema is not None:
+                load_ema(run.ema, checkpoint)
         if not run.accelerator.is_main_process:  # the checkpoint holds the sums of all processes
             run.metrics.sums = {name: torch.zeros_like(value) for name, value in run.metrics.sums.items()}
         logger.info("resumed from %s at step %d", checkpoint, run.state.step)

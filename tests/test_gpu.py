@@ -14,7 +14,8 @@ from conftest import ROOT, run_here, run_script
 import causal_wan.training
 import train_video_regression
 from causal_wan.memory import enable_gradient_checkpointing, store_in_fp8
-from causal_wan.memory_plan import GIB, Workload, plan_training
+from causal_wan.memory_plan import GIB, plan_training
+from causal_wan.memory_simulation import Workload
 from causal_wan.models import add_lora
 from causal_wan.settings import MemoryConfig, TrainingConfig
 from causal_wan.training_setup import make_optimizer, trainable_parameters

@@ -20,6 +20,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "datase
 ALLOWED = {
     "basics": set(),
     "settings": set(),
+    "progress": set(),
     "flow": set(),
     "losses": {"flow"},
     "context_parallel": set(),
@@ -30,9 +31,12 @@ ALLOWED = {
     "transformer": {"block_attention", "context_parallel", "kv_cache"},
     "wan_names": set(),
     "lora_names": {"wan_names"},
-    "models": {"transformer", "wan_names"},
+    "models": {"progress", "transformer", "wan_names"},
     "memory": {"settings", "transformer"},
-    "memory_plan": {"encoding", "memory", "models", "settings", "transformer"},
+    "memory_simulation": {
+        *("encoding", "kv_cache", "memory", "models", "rollout", "settings", "streaming_vae", "transformer"),
+    },
+    "memory_plan": {"memory_simulation", "settings"},
     "streaming_vae": {"encoding"},
     "kv_cache": set(),
     "export": set(),
@@ -43,12 +47,17 @@ ALLOWED = {
     "pipeline": {"encoding", "flow", "rollout", "streaming_vae", "transformer"},
     "regression_config": {"flow", "losses"},
     "regression": {"devices", "flow", "losses", "regression_config"},
-    "student": {"flow", "models", "pipeline", "regression_config", "transformer", "wan_names"},
+    "student": {
+        *("flow", "kv_cache", "models", "pipeline", "progress", "regression_config", "settings", "transformer"),
+        *("wan_names",),
+    },
     "video_files": {"data_config"},
     "video_metrics": set(),
     "learned_metrics": set(),
-    "sample_figures": {"learned_metrics", "video_metrics"},
-    "heldout_loss": {"dataset_utils", "encoding", "flow", "losses", "pipeline", "regression", "regression_config"},
+    "sample_figures": {"learned_metrics", "progress", "video_metrics"},
+    "heldout_loss": {
+        *("dataset_utils", "encoding", "flow", "losses", "pipeline", "progress", "regression", "regression_config"),
+    },
     "evaluation_report": {"video_writing"},
     "vbench_export": {"video_writing"},
     "sample_order": set(),
@@ -74,11 +83,11 @@ ALLOWED = {
     },
     "run_config": {"data_config", "regression_config", "settings"},
     "run_parts": {
-        *("cached_data", "compiling", "config", "encoding", "export", "memory", "models", "run_config", "settings"),
-        *("strategies", "transformer"),
+        *("cached_data", "compiling", "config", "data_config", "encoding", "export", "memory", "models"),
+        *("run_config", "run_data", "settings", "strategies", "transformer"),
     },
     "run_plan": {
-        *("config", "memory_plan", "models"),
+        *("config", "data_config", "memory_plan", "memory_simulation", "models", "rollout"),
         *("run_config", "run_data", "run_parts", "strategies"),
     },
     "method_inputs": {
@@ -86,7 +95,8 @@ ALLOWED = {
         *("run_config", "run_data", "training"),
     },
     "regression_run": {
-        *("checkpoints", "config", "dataset_utils", "encoding", "hub", "method_inputs", "models", "run_config"),
+        *("checkpoints", "config", "dataset_utils", "encoding", "hub", "method_inputs", "models", "progress"),
+        *("run_config",),
         *("run_data", "run_parts", "run_plan", "strategies", "trackers", "training", "training_setup"),
         *("transformer", "validation"),
     },
@@ -99,10 +109,10 @@ ALLOWED = {
     "checkpoints": set(),
     "strategies": set(),
     "profiling": set(),
-    "training_setup": {"checkpoints", "devices", "run_log", "settings", "strategies", "trackers"},
-    "training": {"checkpoints", "profiling", "run_log", "settings", "trackers", "training_setup"},
+    "training_setup": {"checkpoints", "devices", "progress", "run_log", "settings", "strategies", "trackers"},
+    "training": {"checkpoints", "profiling", "progress", "run_log", "settings", "trackers", "training_setup"},
     "validation": {
-        *("encoding", "memory", "pipeline", "regression", "rollout", "run_log"),
+        *("kv_cache", "memory", "pipeline", "progress", "regression", "rollout", "run_log", "streaming_vae"),
         *("trackers", "transformer", "video_writing"),
     },
 }

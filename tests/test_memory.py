@@ -2,18 +2,36 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
-from conftest import ROOT, TINY_TRANSFORMER, run_script
+import yaml
+from accelerate import Accelerator
+from conftest import ROOT, TINY_TRANSFORMER, run_here, run_script
 
+import train_video_regression
+from causal_wan import run_plan
+from causal_wan.config import parse_config
 from causal_wan.encoding import encode_videos
-from causal_wan.memory import enable_gradient_checkpointing, on_device, quantization_config, store_in_fp8
-from causal_wan.memory_plan import GIB, PeakMemory, Workload, describe_shortage, plan_encoding, plan_training
+from causal_wan.kv_cache import CACHE_DTYPES
+from causal_wan.memory import (
+    cut_up_vae,
+    enable_gradient_checkpointing,
+    on_device,
+    quantization_config,
+    store_in_fp8,
+)
+from causal_wan.memory_plan import GIB, describe_shortage, plan_decoding, plan_encoding, plan_training
+from causal_wan.memory_simulation import PeakMemory, ValidationWorkload, Workload
 from causal_wan.models import add_lora, load_transformer, load_vae
+from causal_wan.pipeline import CausalWanPipeline
 from causal_wan.settings import MemoryConfig
+from causal_wan.streaming_vae import decode_in_parts
 from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.validation import Validation
+from causal_wan.video_writing import as_frames
 
 
 CHECKPOINTING = {
@@ -252,6 +270,121 @@ def test_the_plan_of_encoding_is_what_encoding_takes(checkpoint):
     assert encoding == pytest.approx(memory.peak, rel=0.02)
 
 
+def sample_and_measure(workload):
+    """Most bytes that sampling a video and a pass over a held-out clip really take beside the weights."""
+    torch.manual_seed(0)
+    transformer = CausalWanTransformer3DModel(**workload.architecture).eval()
+    if workload.lora_rank:
+        transformer.to(workload.dtype)
+        add_lora(transformer, rank=4, alpha=4, target_modules=list(workload.lora_target_modules))
+    forward, precision = transformer.forward, (workload.dtype, workload.dtype != torch.float32)
+
+    def autocast_forward(*inputs, **settings):  # as accelerate wraps it
+        with torch.autocast("cpu", precision[0], enabled=precision[1]):
+            return forward(*inputs, **settings)
+
+    transformer.forward = autocast_forward
+    pipeline = CausalWanPipeline(
+        **dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler")), transformer=transformer
+    )
+    validation, peaks = workload.validation, []
+    with torch.no_grad():
+        with PeakMemory(transformer) as memory:
+            embeds = torch.randn(1, workload.max_sequence_length, 16).to(workload.dtype)
+            pipeline.sample_latents(
+                embeds,
+                torch.randn(validation.num_draws, 1, *validation.latent_shape),
+                [1000, 750, 500],
+                negative_prompt_embeds=embeds if validation.is_guided else None,
+                cache_dtype=CACHE_DTYPES[workload.memory.kv_cache_dtype],
+            )
+        peaks.append(memory.peak)
+        with PeakMemory(transformer) as memory:
+            latents, timesteps = torch.randn(1, *validation.latent_shape), torch.full((1, 6), 500.0)
+            transformer(latents, timesteps, embeds, context_latents=latents if workload.has_clean_context else None)
+        peaks.append(memory.peak)
+    return peaks
+
+
+@pytest.mark.parametrize(
+    ("changes", "causal", "is_guided", "kv_cache_dtype"),
+    [
+        ({}, {"num_frame_per_block": 1}, False, "auto"),
+        ({"dtype": torch.bfloat16}, {"num_frame_per_block": 2}, False, "auto"),
+        ({"dtype": torch.bfloat16, "lora_rank": 4}, {"num_frame_per_block": 1}, True, "auto"),
+        ({"dtype": torch.float16, "has_clean_context": True}, {"num_frame_per_block": 3}, False, "int8"),
+        ({"dtype": torch.bfloat16}, {"num_frame_per_block": 1, "local_attn_size": 2}, True, "int8"),
+        ({}, {"num_frame_per_block": None}, True, "auto"),
+    ],
+    ids=["float32", "bf16", "lora, guided", "fp16, int8", "window, int8, guided", "bidirectional, guided"],
+)
+def test_the_plan_of_validation_is_what_its_passes_take(changes, causal, is_guided, kv_cache_dtype):
+    """Simulated with 2 and 4 layers of 9, and one block; really sampled in 3 steps a block with all 9 layers."""
+    shape = (4, 6, 16, 16)
+    workload = Workload(
+        architecture={**TINY_TRANSFORMER, "ffn_dim": 256, "num_layers": 9, **causal},
+        latent_shape=shape,
+        max_sequence_length=8,
+        memory=MemoryConfig(kv_cache_dtype=kv_cache_dtype),
+        validation=ValidationWorkload(latent_shape=shape, measures_loss=True, is_guided=is_guided),
+        **{"dtype": torch.float32, **changes},
+    )
+    plan = plan_training(workload).validation
+    sampling, measuring = sample_and_measure(workload)
+    assert plan.sampling == pytest.approx(sampling, rel=0.02)
+    assert plan.measuring == pytest.approx(measuring, rel=0.04)  # norms are one operation here, and several there
+
+
+@pytest.mark.parametrize("tiling", [False, True], ids=["whole frames", "tiles"])
+def test_the_plan_of_decoding_is_what_decoding_takes(checkpoint, tiling):
+    vae, memory_config = load_vae(str(checkpoint)), MemoryConfig(vae_tiling=tiling)
+    cut_up_vae(vae, memory_config)
+    latents = torch.zeros(1, 16, 9, 40, 48)
+    with PeakMemory(vae) as memory:
+        memory.add(latents)
+        for frames in decode_in_parts(vae, latents):
+            as_frames(frames[0])
+    plan = plan_decoding(dict(vae.config), (16, 9, 40, 48), dtype=torch.float32, memory=memory_config)
+    assert plan == pytest.approx(memory.peak, rel=0.02)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_the_plan_of_a_run_is_what_its_validation_takes_which_has_no_cache_while_it_decodes(
+    write_recipe, monkeypatch, capsys, mixed_precision
+):
+    plans, measured, left = [], {"sample": [], "write": []}, []
+    plan_run = run_plan.plan_run
+    monkeypatch.setattr(run_plan, "plan_run", lambda *given: plans.append(plan_run(*given)) or plans[0])
+
+    def watch(name):
+        part = getattr(Validation, name)
+
+        def run(validation, *given):
+            present = torch.nn.ModuleList([validation.inputs.vae, *(g for g in given if hasattr(g, "blocks"))])
+            with PeakMemory(present) as memory:
+                result = part(validation, *given)
+            measured[name].append(memory.peak)
+            left.append(memory.current)
+            return result
+
+        monkeypatch.setattr(Validation, name, run)
+
+    for name in measured:
+        watch(name)
+    changes = {"height": 64, "width": 96, "num_frame_per_block": 1, "validation_guidance_scale": 2.0}
+    path, _ = write_recipe(max_train_steps=1, train_batch_size=1, mixed_precision=mixed_precision, **changes)
+    run_here("train_video_regression.py", "--config", path)
+    validation = plans[0].validation
+    assert validation.measuring > 0
+    assert max(measured["sample"]) == pytest.approx(validation.sampling, rel=0.05)
+    assert max(measured["write"]) == pytest.approx(validation.decoding, rel=0.05)
+    assert validation.cache > 0.05 * validation.sampling
+    assert max(left) < 0.5 * validation.cache
+    printed = capsys.readouterr().out
+    assert f"in validation: {validation}" in printed
+    assert "validation  every 4 steps and at the end: 2 video(s) and the loss on 2 held-out clip(s)" in printed
+
+
 def test_the_plan_leaves_the_random_numbers_of_the_run_alone():
     torch.manual_seed(0)
     expected = torch.rand(1)
@@ -273,6 +406,7 @@ def test_levers_and_shards_lower_the_plan():
     assert whole < peak()
     assert peak(memory=recomputed, optimizer="adamw8bit") < whole < peak(memory=recomputed, use_ema=True)
     assert peak(memory=recomputed, sharding="weights", num_shards=8) < whole
+    assert peak(memory=recomputed, sharding="optimizer") < whole  # the model in 16 bits is not cast for each pass
     lora = peak(memory=recomputed, lora_rank=2)
     assert peak(memory={**recomputed, "offload_activations": True}, lora_rank=2) < lora < whole
     assert whole < peak(memory={**recomputed, "gradient_checkpointing_interval": 2}) < peak()
@@ -289,6 +423,87 @@ def test_a_run_that_does_not_fit_is_told_what_to_do():
     assert "--gradient_checkpointing" not in message
     sharded = replace(plan, workload=replace(plan.workload, sharding="weights", num_shards=8))
     assert "adamw8bit" not in describe_shortage(sharded, free=0)
+
+
+def plan_tiny(**changes):
+    """Of a tiny model that validates clips of three blocks."""
+    validation = changes.pop("validation", {})
+    shape = (4, 3, 16, 16)
+    workload = {"architecture": {**TINY_TRANSFORMER, "num_frame_per_block": 1}, "latent_shape": shape}
+    workload["validation"] = ValidationWorkload(latent_shape=shape, measures_loss=True, **validation)
+    return plan_training(Workload(**(workload | changes)))
+
+
+def test_in_validation_a_process_holds_what_waits_only_then_and_whole_clips():
+    plan = plan_tiny()
+    num_weights = sum(p.numel() for p in make_transformer(num_layers=2).parameters())
+    assert plan_tiny(keeps_gradients=True).validation.waiting == 4 * num_weights
+    assert plan_tiny(use_ema=True, validation={"keeps_copy": True}).validation.waiting == 4 * num_weights
+    shared = plan_tiny(num_sharing_a_clip=2)
+    assert shared.validation == plan.validation
+    assert shared.passes == plan.passes // 2
+    sharded, whole = (plan_tiny(sharding="weights", num_shards=shards) for shards in (8, 1))
+    assert sharded.weights == whole.weights // 8
+    assert sharded.validation == whole.validation  # activations, and layers as they are gathered
+    assert sharded.moments["sampling in validation"] < plan.moments["sampling in validation"]
+
+
+def test_a_validation_that_does_not_fit_is_told_what_to_do():
+    memory = MemoryConfig(gradient_checkpointing=True)
+    plan = plan_tiny(memory=memory, lora_rank=2, validation={"is_guided": True})
+    plan = replace(plan, validation=replace(plan.validation, cache=2 * GIB, sampling=3 * GIB))
+    message = describe_shortage(plan, free=3 * GIB)
+    for lever in (
+        *("--kv_cache_dtype int8", "a smaller --local_attn_size", "--validation_guidance_scale 1"),
+        *("--validation_steps 0 (no validation)", "fsdp2.yaml"),
+    ):
+        assert lever in message
+    for lever in ("--offload_activations", "--vae_tiling", "--latents_dir"):
+        assert lever not in message
+    assert "3.0 GiB at most, sampling in validation" in str(plan)
+    decoding = replace(plan, validation=replace(plan.validation, cache=0, sampling=0, decoding=3 * GIB))
+    message = describe_shortage(decoding, free=3 * GIB)
+    assert "--vae_tiling" in message
+    assert "--kv_cache_dtype" not in message
+    step = describe_shortage(replace(plan, passes=3 * GIB), free=3 * GIB)
+    assert "--offload_activations" in step
+    assert "--validation_steps 0" not in step  # would not be enough
+
+
+@pytest.fixture
+def plan_of(recipe, tmp_path):
+    """The plan of a run with these flags, in words and numbers."""
+
+    def plan(*flags):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**recipe, "output_dir": str(tmp_path), "validation_metadata_path": None}))
+        config = parse_config(train_video_regression.Config, ["--config", str(path), *flags])
+        run = (config, SimpleNamespace(validation_rows=[], has_clips=True), Accelerator(cpu=True))
+        return run_plan.describe_memory(*run), run_plan.plan_run(*run)
+
+    return plan
+
+
+def test_the_plan_has_the_vae_where_latents_are_read_but_videos_are_decoded(plan_of):
+    _, without = plan_of("--latents_dir", "latents")
+    _, plan = plan_of("--latents_dir", "latents", "--validation_prompts", "a ball")
+    assert (without.vae, without.encoding, without.validation.peak) == (0, 0, 0)
+    assert plan.vae > 0
+    assert plan.encoding == plan.text_encoder == 0
+    assert plan.validation.decoding > 0
+    assert plan.validation.measuring == 0
+    _, off = plan_of("--latents_dir", "latents", "--validation_prompts", "a ball", "--validation_steps", "0")
+    assert off == without
+    _, waits = plan_of("--latents_dir", "latents", "--validation_prompts", "a ball", "--offload_vae")
+    assert waits.vae == 0
+    assert waits.validation.decoding == plan.validation.decoding + plan.vae
+
+
+def test_the_plan_says_that_context_parallelism_does_not_share_what_is_validated(plan_of, monkeypatch):
+    flags = ("--validation_prompts", "a ball")
+    assert "context parallelism" not in plan_of(*flags)[0]
+    monkeypatch.setattr(run_plan, "context_mesh", lambda accelerator: object())
+    assert "context parallelism shares the tokens of steps, not of validation" in plan_of(*flags)[0]
 
 
 @pytest.mark.slow

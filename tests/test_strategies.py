@@ -155,7 +155,7 @@ def test_two_processes_that_share_each_clip_learn_what_one_does(write_recipe, nu
 
 @pytest.fixture
 def first_of_two(monkeypatch, tmp_path):
-    """This process as the first of two under fsdp2.yaml; the second is not there, and what it would send is left out."""
+    """This process as the first of two under fsdp2.yaml; the second is not there, and sends nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     AcceleratorState._reset_state(reset_partial_state=True)

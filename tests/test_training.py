@@ -175,6 +175,46 @@ def kill_at_step(step):
     return validate
 
 
+def logged_steps(training):
+    lines = (Path(training.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [(entry["step"], entry["validated"]) for entry in map(json.loads, lines) if "validated" in entry]
+
+
+def note_weight(model, step):
+    return {"validated": float(model.linear.weight)}, {}
+
+
+def test_a_run_can_validate_before_its_first_step(tmp_path):
+    training = config(tmp_path, validate_first=True, validation_steps=4, use_ema=True)
+    run_training(training, validate=note_weight)
+    (first, weight), *others = logged_steps(training)
+    assert (first, weight) == (0, 0.5)  # as it is made
+    assert [step for step, _ in others] == [4, 8]
+    without = config(tmp_path / "without", validation_steps=4, use_ema=True)
+    run_training(without, validate=note_weight)
+    assert logged_steps(without) == others
+    assert entries(without) == entries(training)
+
+
+def test_the_first_validation_is_that_of_a_new_run_and_logged_once(tmp_path):
+    training = config(tmp_path, validate_first=True, validation_steps=4, resume_from_checkpoint="latest")
+    for _ in range(2):  # interrupted before there is a checkpoint, so the second time is a start anew
+        with pytest.raises(KeyboardInterrupt):
+            run_training(training, validate=lambda model, step: kill_at_step(4)(model, step) and note_weight(model, 0))
+        assert logged_steps(training) == [(0, 0.5)]
+    (Path(training.output_dir) / "metrics.jsonl").unlink()
+    run_training(replace(training, max_train_steps=4), validate=note_weight)
+    run_training(training, validate=note_weight)  # goes on from step 4
+    assert [step for step, _ in logged_steps(training)] == [0, 4, 8]
+
+
+def test_a_run_with_validation_steps_0_never_validates(tmp_path):
+    validated = []
+    training = config(tmp_path, validation_steps=0)
+    run_training(training, validate=lambda model, step: validated.append(step) or ({}, {}))
+    assert validated == []
+
+
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
     # Masks make the two halves of a step unequal: a mean of means would differ.
     whole = config(tmp_path / "whole")
@@ -255,6 +295,8 @@ def test_ema_is_lent_to_the_model_and_taken_back(tmp_path):
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "use --lr_scheduler constant_with_warmup"),
         ({"checkpoints_total_limit": 0}, "checkpoints_total_limit must be 1 or more, or None"),
+        ({"validation_steps": -1}, "validation_steps must be 1 or more, or 0 for no validation, got -1"),
+        ({"validation_steps": 0, "validate_first": True}, "validation_steps 0 for none; leave one out"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, changes, message):

@@ -193,6 +193,7 @@ class Studio:
             generator=torch.Generator().manual_seed(video.seed),
             output_type="pt",
             max_sequence_length=self.settings.max_sequence_length,
+            cache_dtype=self.settings.cache_dtype,
         )
 
 
