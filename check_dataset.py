@@ -18,40 +18,35 @@ import os
 import random
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from causal_wan.config import flat_dict, names_of, parse_config, user_errors
 from causal_wan.data_config import DataConfig
+from causal_wan.ranges import NonNegativeInt, PositiveInt, Seed, checked_dataclass
 from causal_wan.regression_config import RegressionConfig
 from causal_wan.settings import CacheConfig, HubConfig, MemoryConfig, ModelConfig, TrainingConfig, ValidationConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to check, and where the report goes."""
 
     data: DataConfig
     output_dir: str = "outputs/check"
     """Folder of the report."""
-    num_processes: int | None = None
+    num_processes: NonNegativeInt | None = None
     """Processes that decode; None is one a core, 0 is this one alone."""
-    num_samples: int = 12
+    num_samples: NonNegativeInt = 12
     """Random rows on the contact sheet."""
-    seed: int = 0
+    seed: Seed = 0
     """Chooses them."""
     pretrained_model_name_or_path: str | None = None
     """Checkpoint whose tokenizer counts the tokens of prompts; without, words are counted."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
-    max_sequence_length: int = 512
+    max_sequence_length: PositiveInt = 512
     """Tokens that prompts are cut at."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_processes", "num_samples"):
-            if (vars(self)[name] or 0) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {vars(self)[name]}.")
 
 
 # What a recipe of the training script may hold beside.

@@ -18,15 +18,15 @@ repository: it has a custom pipeline in it (`causal_wan/export.py`).
 """
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from causal_wan.basics import LoraNames
-from causal_wan.config import parse_config, user_errors
+from causal_wan.config import parse_config, user_errors, write_recipe
+from causal_wan.ranges import PositiveInt, checked_dataclass
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to convert."""
 
@@ -40,7 +40,7 @@ class Config:
     """Where a pipeline's VAE and text encoder are: None is what the run was made from, or WAN's own."""
     use_ema: bool = True
     """Take the moving average if the checkpoint has one."""
-    attention_head_dim: int = 128
+    attention_head_dim: PositiveInt = 128
     """Of the transformer that weights in a file are of; 128 in all WAN models."""
 
 
@@ -48,10 +48,10 @@ if __name__ == "__main__":  # before the imports that take seconds: --help and m
     config = parse_config(Config, description=__doc__)
 
 import torch
-import yaml
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
+from causal_wan.changed_settings import SETTINGS_NAME, read_settings
 from causal_wan.checkpoints import read_weights
 from causal_wan.export import export_pipeline
 from causal_wan.lora_names import find_lora, lora_file, read_lora
@@ -210,7 +210,7 @@ def convert_checkpoint(config: Config) -> None:
         save_lora(transformer, weights, output)
     else:
         save_transformer(transformer, weights, output / "transformer")
-    shutil.copy(checkpoint.parent / "config.yaml", output)
+    write_recipe(run, output / SETTINGS_NAME)
     print(f"saved: generate.py --checkpoint {output} --prompt '...'")
 
 
@@ -220,13 +220,12 @@ def read_run(checkpoint: str) -> dict:
     Raises:
         ValueError: If it is not in the output folder of a run.
     """
-    recipe = Path(checkpoint).resolve().parent / "config.yaml"
-    if not (Path(checkpoint).is_dir() and recipe.is_file()):
+    run = read_settings(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else None
+    if run is None:
         raise ValueError(
-            f"input must be a checkpoint-STEP folder in the output folder of a run, with config.yaml beside it, got "
-            f"{checkpoint}."
+            f"input must be a checkpoint-STEP folder of a run, with config.yaml in it or beside it, got {checkpoint}."
         )
-    return yaml.safe_load(recipe.read_text())
+    return run
 
 
 def make_empty_student(run: dict) -> CausalWanTransformer3DModel:

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from causal_wan.data_config import ClipShape, DataConfig
 from causal_wan.file_manifest import FileFacts, FileManifest
 from causal_wan.sample_order import CAPTION_STREAM, CLIP_STREAM, SampleOrder, seeded_generator
+from causal_wan.shared_memory import GIB, SharedMemoryError, advice
 from causal_wan.table_sources import FILE_SUFFIXES, Source, read_sources
 from causal_wan.tables import Table, TableRow, read_table
 from causal_wan.video_files import EmbeddedVideo, decode_frames, describe_error, probe_video, resolve_path
@@ -380,8 +381,8 @@ class VideoDataset:
 
     def __init__(self, rows: Sequence[Row], config: DataConfig) -> None:
         self.rows, self.config = list(rows), config
-        # (process, index) of what each worker of a data loader is at, for `name_clips_of_dead_workers`.
-        self.loading = torch.full((MAX_WORKERS, 2), -1).share_memory_()
+        # (process, index, whether it is still loading) of each worker's last row, for `name_clips_of_dead_workers`.
+        self.loading = torch.full((MAX_WORKERS, 3), -1).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -395,14 +396,27 @@ class VideoDataset:
         Raises:
             ValueError: If the clip does not decode; names row and file.
         """
-        row, worker = self.rows[index], get_worker_info()
-        if worker is not None:
-            self.loading[worker.id % MAX_WORKERS] = torch.tensor([os.getpid(), index])
+        row = self.rows[index]
         try:
-            video, num_valid = load_video(row, shape, self.config, generator)
+            with self.noted(index):
+                video, num_valid = load_video(row, shape, self.config, generator)
         except (ValueError, OSError, av.FFmpegError) as error:
             raise ValueError(f"row {row.number}, {row.video}: {describe_error(error)}") from error
         return {"video": video, "prompts": row.prompts, "row_index": index, "num_valid_frames": num_valid}
+
+    @contextlib.contextmanager
+    def noted(self, index: int) -> Iterator[None]:
+        """Notes that a worker of a data loader is at a row, while it is."""
+        worker = get_worker_info()
+        if worker is None:
+            yield
+            return
+        note = self.loading[worker.id % MAX_WORKERS]
+        note.copy_(torch.tensor([os.getpid(), index, True]))
+        try:
+            yield
+        finally:
+            note[2] = False
 
 
 def load_video(row: Row, shape: ClipShape, config: DataConfig, generator: torch.Generator) -> tuple[torch.Tensor, int]:
@@ -418,7 +432,7 @@ def load_video(row: Row, shape: ClipShape, config: DataConfig, generator: torch.
 
 @contextlib.contextmanager
 def name_clips_of_dead_workers(dataset: Loadable) -> Iterator[None]:
-    """Says which clip a worker of a data loader was at when it died, which torch does not know.
+    """Says which clip a worker of a data loader was at when it died or hung, which torch does not know.
 
     Raises:
         RuntimeError: In the place of torch's.
@@ -426,18 +440,43 @@ def name_clips_of_dead_workers(dataset: Loadable) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-        dead = [int(process) for process in found[1].split(",")] if found else []
-        dataset = getattr(dataset, "videos", dataset)  # behind a cache
-        if not dead or not isinstance(dataset, VideoDataset):
+        message = _describe_dead_workers(getattr(dataset, "videos", dataset), error)  # behind a cache
+        if message is None:
             raise
-        rows = [dataset.rows[index] for process, index in dataset.loading.tolist() if process in dead]
-        clips = ", ".join(f"row {row.number}, {row.video}" for row in rows)
-        raise RuntimeError(
-            f"a process that decodes clips died at {clips} ({str(error).splitlines()[0]}). If it was killed, memory "
-            "ran out: use fewer --dataloader_num_workers. If it dies at this clip again, the file breaks the decoder: "
-            "remove the row. Then go on with --resume_from_checkpoint latest."
-        ) from error
+        again = "Then run the same command again; training goes on with --resume_from_checkpoint latest."
+        raise RuntimeError(f"{message} {again}") from error
+
+
+def _describe_dead_workers(dataset: Loadable, error: RuntimeError) -> str | None:
+    """What became of a worker, at which clip if that is known, and what to do; None if the error is another."""
+    notes = dataset.loading.tolist() if isinstance(dataset, VideoDataset) else []
+
+    def clips(indices: list[int]) -> str:
+        return "".join(f" at row {dataset.rows[index].number}, {dataset.rows[index].video}" for index in indices)
+
+    text = str(error)
+    if timeout := re.search(r"DataLoader timed out after ([\d.]+) seconds", text):
+        where = clips([index for _, index, is_loading in notes if is_loading > 0])
+        return (
+            f"no batch has come from the processes that decode clips for {float(timeout[1]):g} seconds"
+            f"{f'; they are{where}' if where else ''}. If the disk or the network is that slow, raise "
+            "--dataloader_timeout. If it stops at this clip again, the file hangs the decoder: remove the row. If it "
+            "stops anywhere, decode in the training process: --dataloader_num_workers 0."
+        )
+    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\).*", text)
+    if found is None:
+        return None
+    dead = [int(process) for process in found[1].split(",")]
+    where = clips([index for process, index, _ in notes if process in dead])
+    if isinstance(error, SharedMemoryError) or "Bus error" in text:
+        return (
+            f"a process that decodes clips had no shared memory to hand over what it had decoded{where} ({found[0]}): "
+            f"{advice(16 * GIB)}."
+        )
+    return (
+        f"a process that decodes clips died{where} ({found[0]}). If it was killed, memory ran out: use fewer "
+        "--dataloader_num_workers. If it dies at this clip again, the file breaks the decoder: remove the row."
+    )
 
 
 class SampleStream(Dataset):
@@ -537,17 +576,17 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Samples -> a batch.
 
     Returns:
-        clips: a list of videos, uint8 `(3, T, height, width)`, and latents, float `(C, F, H, W)`; cache_keys: of
-        videos whose latents are to be kept, else None; prompts and errors: lists; row_indices, sample_numbers and
-        num_valid_frames: int64 `(B,)`.
+        Lists. clips: videos, uint8 `(3, T, height, width)`, and latents, float `(C, F, H, W)`; cache_keys: of videos
+        whose latents are to be kept, else None; prompts and errors; row_indices, sample_numbers and num_valid_frames:
+        ints and no tensors, which would wait for a GPU to tell them.
     """
     return {
         "clips": [sample["latents"] if "latents" in sample else sample["video"] for sample in samples],
         "cache_keys": [sample.get("cache_key") for sample in samples],
         "prompts": [sample["prompt"] for sample in samples],
-        "row_indices": torch.tensor([sample["row_index"] for sample in samples]),
-        "sample_numbers": torch.tensor([sample["sample_number"] for sample in samples]),
-        "num_valid_frames": torch.tensor([sample["num_valid_frames"] for sample in samples]),
+        "row_indices": [sample["row_index"] for sample in samples],
+        "sample_numbers": [sample["sample_number"] for sample in samples],
+        "num_valid_frames": [sample["num_valid_frames"] for sample in samples],
         "errors": [error for sample in samples for error in sample["errors"]],
     }
 

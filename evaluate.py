@@ -28,18 +28,28 @@ Keys of metrics.json; what was not measured is null:
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from causal_wan.basics import MAX_VBENCH_SAMPLES, LpipsNet, Sampler
 from causal_wan.config import parse_config, user_errors
 from causal_wan.data_config import ClipShape, DataConfig
+from causal_wan.ranges import (
+    GuidanceScale,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    Seed,
+    Timestep,
+    TimestepShift,
+    checked_dataclass,
+)
 from causal_wan.regression_config import RegressionConfig, method_of_run
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to measure, and on which clips."""
 
@@ -55,43 +65,43 @@ class Config:
     """Column with the prompt; of several the first that is not empty is sampled."""
     output_dir: str = "outputs/evaluation"
     """Folder of the result."""
-    num_samples: int = 16
+    num_samples: PositiveInt = 16
     """Clips that are measured, from the first row on."""
-    num_base_steps: int = 0
+    num_base_steps: NonNegativeInt = 0
     """Steps of the base model, sampled both ways in time for comparison; 0 leaves it out."""
-    guidance_scale: float = 5.0
+    guidance_scale: GuidanceScale = 5.0
     """Classifier-free guidance of the base model; 1 is none."""
-    student_guidance_scale: float = 1.0
+    student_guidance_scale: GuidanceScale = 1.0
     """Classifier-free guidance of the student above 1: for students of any level, trained with caption dropout."""
-    num_frame_per_block: int | None = None
+    num_frame_per_block: PositiveInt | None = None
     """Latent frames of a block; None is the checkpoint's own setting."""
-    denoising_step_list: tuple[float, ...] | None = None
+    denoising_step_list: tuple[Timestep, ...] | None = None
     """Timesteps to sample at; None is the run's own way, or 1000 757 522."""
-    num_inference_steps: int | None = None
+    num_inference_steps: PositiveInt | None = None
     """Sample the student in so many steps in place of a list; None is the run's own way."""
-    timestep_shift: float | None = None
+    timestep_shift: TimestepShift | None = None
     """Shift of these steps towards noise, above 1; None is the run's, or 5."""
     sampler: Sampler | None = None
     """renoise or euler, see generate.py; None is renoise for a list, euler for a number of steps."""
-    num_frames: int | None = None
+    num_frames: PositiveInt | None = None
     """Video frames, 4k + 1; None is what the run was trained on, or 81."""
-    height: int | None = None
+    height: PositiveInt | None = None
     """Pixels; None is what the run was trained on, or 480."""
-    width: int | None = None
+    width: PositiveInt | None = None
     """Pixels; None is what the run was trained on, or 832."""
     lpips_net: LpipsNet | None = "alex"
     """Backbone of LPIPS, downloaded by torch.hub if it is not there; LPIPS is left out if it cannot be had."""
     clip_model: str | None = None
     """Folder or hub id of a CLIP or SigLIP model that says how well videos keep to their prompts."""
-    num_clip_frames: int = 8
+    num_clip_frames: PositiveInt = 8
     """Evenly spaced frames of a video that it looks at."""
     vbench_export: str | None = None
     """Folder to write videos to for VBench."""
     vbench_prompts: str | None = None
     """Text file of the prompts of these videos, one a line; None is the prompts of the clips."""
-    num_vbench_samples: int = 5
+    num_vbench_samples: Annotated[int, Range(ge=1, le=MAX_VBENCH_SAMPLES)] = 5
     """Videos of each of these prompts, seeded seed, seed + 1, ...; VBench wants 25 for temporal_flickering."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the noise."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision of the transformer and the text encoder; None is bf16 on a GPU and fp32 on a CPU."""
@@ -99,16 +109,6 @@ class Config:
     """None is the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be 1 or more, got {self.num_samples}.")
-        if self.num_base_steps < 0:
-            raise ValueError(f"num_base_steps must be 0 (leave the base out) or more, got {self.num_base_steps}.")
-        if self.num_clip_frames < 1:
-            raise ValueError(f"num_clip_frames must be 1 or more, got {self.num_clip_frames}.")
-        if not 1 <= self.num_vbench_samples <= MAX_VBENCH_SAMPLES:
-            raise ValueError(
-                f"num_vbench_samples must be 1 to {MAX_VBENCH_SAMPLES}, got {self.num_vbench_samples}; 5 is usual."
-            )
         if self.vbench_prompts is not None and self.vbench_export is None:
             raise ValueError("vbench_prompts are written to vbench_export, which is missing; name a folder with it.")
 
@@ -262,7 +262,8 @@ def sample_student(
     """A video as the student is sampled, block by block."""
     device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
     texts = [prompt, ""] if config.student_guidance_scale > 1 else [prompt]
-    embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
+    with announced(f"embedding {len(texts)} prompt(s)"):
+        embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
     size, steps = (settings.num_frames, settings.height, settings.width), (settings.timesteps,)
     generator = sample_generator(seed, number)
     noise = pipeline.draw_noise(1, *size, *steps, sampler=settings.sampler, generator=generator).to(device)

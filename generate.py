@@ -17,16 +17,27 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from causal_wan.basics import FRAME_RATE, Sampler
 from causal_wan.config import parse_config, user_errors
+from causal_wan.ranges import (
+    AttentionWindow,
+    FiniteFloat,
+    FrameRate,
+    GuidanceScale,
+    NonNegativeInt,
+    PositiveInt,
+    Seed,
+    Timestep,
+    TimestepShift,
+    checked_dataclass,
+)
 from causal_wan.settings import KVCacheDtype
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to generate, with which checkpoint."""
 
@@ -36,7 +47,7 @@ class Config:
     """Where VAE and text encoder are: None is what the run was made from, or WAN's own for the size of a file."""
     lora: tuple[str, ...] = ()
     """LoRA files or folders to add, in diffusers' names or others that it reads."""
-    lora_scale: tuple[float, ...] = ()
+    lora_scale: tuple[FiniteFloat, ...] = ()
     """Weight of each; 1 if there are none."""
     prompt: str | None = None
     """One prompt."""
@@ -44,46 +55,46 @@ class Config:
     """Text file with one prompt a line, or a CSV with a `prompt` column."""
     negative_prompt: str = ""
     """What guidance leads away from."""
-    guidance_scale: float = 1.0
+    guidance_scale: GuidanceScale = 1.0
     """Classifier-free guidance above 1: for students of any level, trained with --caption_dropout. Those of a step
     list are trained without."""
     video: str | None = None
     """A video to continue: its last frames become the first blocks of the clip."""
-    num_video_frames: int | None = None
+    num_video_frames: PositiveInt | None = None
     """How many of its frames; None is as many as make whole blocks, and at most half of the clip."""
     output: str = "out.mp4"
     """The mp4 of one prompt; with prompts_file a folder, which gets 00.mp4, 01.mp4, ..."""
     stream: bool = False
     """Write files that can be played while they are written."""
-    num_prompts: int | None = None
+    num_prompts: PositiveInt | None = None
     """Take only the first so many prompts of prompts_file."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the noise; the same seed, prompt number and checkpoint give the same video."""
-    num_frames: int | None = None
+    num_frames: PositiveInt | None = None
     """Video frames, 4k + 1, a continued video's included; None is what the run was trained on, or 81."""
-    height: int | None = None
+    height: PositiveInt | None = None
     """Pixels; None is what the run was trained on, or 480."""
-    width: int | None = None
+    width: PositiveInt | None = None
     """Pixels; None is what the run was trained on, or 832."""
-    denoising_step_list: tuple[float, ...] | None = None
+    denoising_step_list: tuple[Timestep, ...] | None = None
     """Timesteps to sample at; None is the run's own way, or 1000 757 522. A trailing 0 is dropped."""
-    num_inference_steps: int | None = None
+    num_inference_steps: PositiveInt | None = None
     """Sample in so many steps instead of a list; None is the run's own way: 50 if it trained on continuous levels."""
-    timestep_shift: float | None = None
+    timestep_shift: TimestepShift | None = None
     """Shift of these steps towards noise, above 1; None is the run's, or 5."""
     sampler: Sampler | None = None
     """renoise predicts the clean latents and noises them again: for students of a step list. euler follows the flow:
     for those of any level. None is renoise for a list, euler for a number of steps."""
-    num_frame_per_block: int | None = None
+    num_frame_per_block: PositiveInt | None = None
     """Latent frames of a block; None is the checkpoint's own setting, and 3 for a .pt file."""
-    local_attn_size: int | None = None
+    local_attn_size: AttentionWindow | None = None
     """Latent frames that are remembered, the current block included; -1 is all, None the checkpoint's own setting."""
-    sink_size: int | None = None
+    sink_size: NonNegativeInt | None = None
     """How many of them are the clip's first; None is the checkpoint's own setting."""
     kv_cache_dtype: KVCacheDtype | None = None
     """Precision of what is remembered: auto is that of the passes, int8 takes half of 16 bits and rounds; None is what
     the run was validated with."""
-    frame_rate: float = FRAME_RATE
+    frame_rate: FrameRate = FRAME_RATE
     """Frames a second of the mp4."""
     compile: bool = False
     """Compile the layers: the first blocks take a minute or so, the others less time."""
@@ -115,6 +126,8 @@ from tqdm.auto import tqdm
 
 from causal_wan.encoding import check_video_size, encode_prompts, pad_prompt_embeds
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.processes import wait_for_all
+from causal_wan.progress import announced
 from causal_wan.prompt_files import read_prompts_file
 from causal_wan.regression import sample_generator
 from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
@@ -153,7 +166,7 @@ def main(config: Config) -> None:
             blocks = sample(pipeline, prompt, number, settings, config, given, progress)
             first, rate = write_blocks(blocks, path, config, progress, count_parts(settings))
             progress.write(f"{path}: first frames after {first:.2f} s, {rate:.1f} frames a second")
-    state.wait_for_everyone()
+    wait_for_all()
     if state.is_main_process:
         print(f"{len(prompts)} video(s): {config.output}")
     state.destroy_process_group()
@@ -209,7 +222,8 @@ def sample(
         return {}
 
     texts = [prompt, config.negative_prompt] if config.guidance_scale > 1 else [prompt]
-    embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
+    with announced(f"embedding {len(texts)} prompt(s)"):
+        embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
     padded = pad_prompt_embeds(embeds, settings.max_sequence_length)
     blocks = pipeline.stream(
         prompt_embeds=padded[:1],

@@ -14,17 +14,19 @@ asked to stop (SIGTERM, SIGUSR1): run the same command again.
 """
 
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from causal_wan.config import names_of, parse_config, user_errors
-from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached
+from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached, check_waits_for_clips
+from causal_wan.ranges import NonNegativeInt, PositiveFloat, PositiveInt, checked_dataclass
 from causal_wan.regression_config import RegressionConfig
 from causal_wan.settings import (
+    DATALOADER_TIMEOUT,
     CacheConfig,
     CheckpointConfig,
     HubConfig,
@@ -36,7 +38,7 @@ from causal_wan.settings import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to encode, and where it goes."""
 
@@ -49,10 +51,12 @@ class Config:
     """Precision that latents are kept in."""
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
     """Precision of the text encoder, that of training; what the launch says by default."""
-    encode_batch_size: int = 1
+    encode_batch_size: PositiveInt = 1
     """Clips that the VAE encodes at once; more than one may change the last bits."""
-    dataloader_num_workers: int = 2
+    dataloader_num_workers: NonNegativeInt = 2
     """Processes that decode ahead, for each process of the launch."""
+    dataloader_timeout: PositiveFloat = DATALOADER_TIMEOUT
+    """Seconds to wait for the clips of a batch, at most."""
     vae_slicing: bool = False
     """The VAE encodes the clips of a batch one after the other."""
     vae_tiling: bool = False
@@ -63,8 +67,7 @@ class Config:
     """Say what is missing and how much disk it takes, and encode nothing."""
 
     def __post_init__(self) -> None:
-        if self.encode_batch_size < 1:
-            raise ValueError(f"encode_batch_size must be 1 or more, got {self.encode_batch_size}.")
+        check_waits_for_clips(self.data, self.dataloader_timeout)
         check_can_be_cached(self.data)
 
 
@@ -85,11 +88,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from causal_wan.basics import beside_fp8
-from causal_wan.cached_data import CachedData, drop_damaged, gather_lists, open_cache
+from causal_wan.cached_data import CachedData, drop_damaged, open_cache
 from causal_wan.encoding import encode_prompts, encode_videos
 from causal_wan.memory import cut_up_vae
 from causal_wan.models import DTYPES, load_text_encoder, load_vae
+from causal_wan.processes import PATIENCE, gather_lists, wait_for_all
 from causal_wan.run_data import load_run_data
+from causal_wan.shared_memory import check_shared_memory, collate_shared, shared_memory_here, worker_settings
 from causal_wan.tensor_cache import GIB, CacheWriter, check_disk, free_bytes, remove_stale_shards
 from causal_wan.training import EXIT_STOPPED, StopRequest
 from dataset_utils import Row, VideoDataset, describe_rows, name_clips_of_dead_workers, normalize_videos
@@ -97,9 +102,6 @@ from dataset_utils import Row, VideoDataset, describe_rows, name_clips_of_dead_w
 
 PROMPT_BYTES = 1 << 20  # about what an embedding of UMT5-XXL takes in 16 bits, of a prompt of 128 tokens
 PROMPTS_AT_ONCE = 64
-# Processes wait for each other at the start, while one downloads and reads the encoders, and then not until their
-# shares are done, which may be hours apart: NCCL would give up after ten minutes.
-PATIENCE = timedelta(days=7)
 Work = tuple[int, ClipShape]  # index of a row, and a shape in which it is wanted
 
 
@@ -148,7 +150,9 @@ def main(config: Config) -> None:
             check_disk("latents_dir", config.latents_dir, num_bytes)
     if config.dry_run:
         return
-    accelerator.wait_for_everyone()  # until the disk is checked
+    wait_for_all()  # until the disk is checked
+    with user_errors():
+        check_room_for_batches(accelerator, config, missing)
     with StopRequest() as stop, user_errors():
         encode_missing_prompts(accelerator, config, cached, missing_prompts, stop)
         errors = encode_missing_clips(accelerator, config, cached, rows, missing, stop)
@@ -258,6 +262,22 @@ def batches_of_one_shape(work: Sequence[Work], batch_size: int) -> Iterator[list
         yield batch
 
 
+def check_room_for_batches(accelerator: Accelerator, config: Config, missing: list[Work]) -> None:
+    """Checks that the workers of the data loaders can hand over their batches. Called by every process.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    warning = check_shared_memory(
+        gather_lists([shared_memory_here()]),
+        batch_bytes=config.encode_batch_size * max((3 * math.prod(shape) for _, shape in missing), default=0),
+        num_workers=config.dataloader_num_workers,
+        pin_memory=False,
+    )
+    if warning and accelerator.is_main_process:
+        print(f"warning     {warning}")
+
+
 def encode_missing_clips(
     accelerator: Accelerator,
     config: Config,
@@ -284,8 +304,8 @@ def encode_missing_clips(
     loader = DataLoader(
         MissingClips(videos, work),
         batch_sampler=list(batches_of_one_shape(work, config.encode_batch_size)),
-        collate_fn=list,
-        num_workers=config.dataloader_num_workers,
+        collate_fn=partial(collate_shared, list),
+        **worker_settings(config.dataloader_num_workers, config.dataloader_timeout),
     )
     # The bar of the main process stands for all: they have equal shares.
     bar = tqdm(total=len(missing), desc="clips", unit="clip", disable=not accelerator.is_main_process)

@@ -25,13 +25,13 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import replace
 from typing import Any, Literal
 
 from causal_wan.basics import frame_block_lengths
 from causal_wan.config import names_of, parse_config, user_errors
 from causal_wan.data_config import DataConfig
+from causal_wan.ranges import GuidanceScale, PositiveInt, Seed, checked_dataclass
 from causal_wan.regression_config import RegressionConfig
 from causal_wan.settings import (
     CacheConfig,
@@ -45,7 +45,7 @@ from causal_wan.settings import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to sample, from whom, and where it goes."""
 
@@ -58,19 +58,19 @@ class Config:
     """Output folder of a run, diffusers folder, hub id or file of weights; None is the checkpoint of the recipe."""
     prompts_file: str | None = None
     """Text file with one prompt a line, or a CSV with a `prompt` column; in the place of the tables' prompts."""
-    num_trajectories_per_prompt: int = 1
+    num_trajectories_per_prompt: PositiveInt = 1
     """Each from noise of its own."""
-    guidance_scale: float = 5.0
+    guidance_scale: GuidanceScale = 5.0
     """Classifier-free guidance above 1, which the student learns to do without."""
     negative_prompt: str = ""
     """What guidance leads away from."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the noise."""
     latents_dtype: LatentsDtype = "bf16"
     """Precision that trajectories are kept in."""
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] | None = None
     """Precision of teacher and text encoder; what the launch says by default."""
-    sample_batch_size: int = 1
+    sample_batch_size: PositiveInt = 1
     """Trajectories that the teacher samples at once; more than one may change the last bits."""
     verify: bool = False
     """Read all that is there, and make anew what is damaged."""
@@ -78,9 +78,6 @@ class Config:
     """Say what is missing and how much disk it takes, and sample nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("num_trajectories_per_prompt", "sample_batch_size"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name} must be 1 or more, got {vars(self)[name]}.")
         if len(self.data.all_shapes()) > 1:
             raise ValueError("trajectories have one size and length; leave out buckets and schedules.")
         if self.method.is_continuous:
@@ -110,13 +107,15 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from causal_wan.basics import beside_fp8
-from causal_wan.cached_data import CachedData, drop_damaged, gather_lists, open_cache
+from causal_wan.cached_data import CachedData, drop_damaged, open_cache
 from causal_wan.encoding import check_video_size, pad_prompt_embeds
 from causal_wan.file_manifest import FileManifest
 from causal_wan.models import DTYPES, load_vae_config
+from causal_wan.processes import PATIENCE, gather_lists
 from causal_wan.progress import show_progress
+from causal_wan.prompt_embeddings import embed_prompts
 from causal_wan.prompt_files import read_prompts_file
-from causal_wan.run_parts import embed_prompts, weight_dtype
+from causal_wan.run_parts import weight_dtype
 from causal_wan.teacher import Teacher, find_teacher, identify_teacher, load_teacher
 from causal_wan.tensor_cache import GIB, CacheWriter, TensorCache, check_disk, free_bytes, remove_stale_shards
 from causal_wan.training import EXIT_STOPPED, StopRequest
@@ -124,10 +123,6 @@ from causal_wan.trajectories import sample_trajectories, trajectory_timesteps
 from causal_wan.trajectory_data import FOLDER, TrajectoryName, student_settings
 from causal_wan.transformer import CausalWanTransformer3DModel
 from dataset_utils import read_tables
-
-
-# Processes wait for each other at the start and then not until their shares are done, which may be hours apart.
-PATIENCE = timedelta(days=7)
 
 
 def main(config: Config) -> None:
@@ -168,7 +163,14 @@ def main(config: Config) -> None:
     if config.dry_run:
         return
     guides = [config.negative_prompt] if config.guidance_scale > 1 else []
-    embeds = embed_prompts(accelerator, config.model, [*{name.prompt for name in missing}, *guides], embeddings)
+    with user_errors():
+        embeds = embed_prompts(
+            accelerator,
+            config.model,
+            [*{name.prompt for name in missing}, *guides],
+            embeddings,
+            output_dir=config.trajectories_dir,
+        )
     with StopRequest() as stop, user_errors():
         own = missing[accelerator.process_index :: accelerator.num_processes]
         if own:

@@ -7,14 +7,14 @@ are not sent again. The token is that of `hf auth login`, or HF_TOKEN's.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from causal_wan.config import parse_config, user_errors
+from causal_wan.ranges import checked_dataclass
 from causal_wan.settings import HubConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What goes where."""
 

@@ -18,14 +18,15 @@ is that of video regression.
 Source: CausVid, arXiv 2412.07772, section 4.3; with a causal teacher Causal Forcing, arXiv 2602.02214.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from causal_wan.config import parse_config
+from causal_wan.ranges import checked_dataclass
 from causal_wan.regression_config import RegressionConfig
 from causal_wan.run_config import RunConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config(RunConfig):
     """Settings of a run, by group."""
 
@@ -60,14 +61,15 @@ from causal_wan.trajectory_data import TrajectoryData, load_trajectory_data
 
 def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:
     """Trajectories of the data loader -> each block as it is at the level that is drawn for it."""
-    trajectories = to_device(torch.stack(batch["clips"]), inputs.device).float()  # (B, K, C, F, H, W)
+    clips = [to_device(clip, inputs.device) for clip in batch["clips"]]
+    trajectories = torch.stack(clips).float()  # (B, K, C, F, H, W)
     noisy = take_noisy_batch(
-        trajectories[:, inputs.data.slots],
+        torch.stack([trajectories[:, slot] for slot in inputs.data.slots], dim=1),
         trajectories[:, -1],
         inputs.config.method,
         inputs.config.method.block_lengths(trajectories.shape[3]),
         seed=inputs.seed,
-        sample_numbers=batch["sample_numbers"].tolist(),
+        sample_numbers=batch["sample_numbers"],
     )
     return inputs.with_prompts(noisy, batch)
 
@@ -111,7 +113,7 @@ def prepare_held_out(inputs: Inputs, batch: Batch) -> Batch:
         method,
         method.block_lengths(latents.shape[2]),
         seed=inputs.seed,
-        sample_numbers=batch["sample_numbers"].tolist(),
+        sample_numbers=batch["sample_numbers"],
         num_valid_frames=inputs.count_valid_frames(batch),
     )
     return inputs.with_prompts(noisy, batch)

@@ -15,18 +15,17 @@ steps; `--context clean` shows each block the clean blocks before it; `--loss_ty
 `--loss_weighting` change the error.
 
 Regression learns a conditional mean: where the prompt and the past do not determine the video, a step list blurs (see
-examples/objectives). `blur_gap_at_time_*` tells that from too little training; see the README.
+examples/objectives). `blur_gap_at_time_*` tells that from too little training; see docs/metrics.md.
 
 Source: CausVid, arXiv 2412.07772, section 4.3, with (clip, fresh noise) in the place of ODE pairs.
 """
 
-from dataclasses import dataclass
-
 from causal_wan.config import parse_config
+from causal_wan.ranges import checked_dataclass
 from causal_wan.run_config import RunConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config(RunConfig):
     """Settings of a run, by group."""
 
@@ -56,7 +55,7 @@ def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:
         inputs.config.method,
         inputs.config.method.block_lengths(latents.shape[2]),
         seed=inputs.seed,
-        sample_numbers=batch["sample_numbers"].tolist(),
+        sample_numbers=batch["sample_numbers"],
         num_valid_frames=inputs.count_valid_frames(batch),
     )
     return inputs.with_prompts(noisy, batch)

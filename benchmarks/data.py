@@ -19,14 +19,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import av
 import numpy as np
 import torch
-import tyro
 from diffusers import AutoencoderKLWan
 
 
@@ -34,9 +33,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from causal_wan.cached_data import CachedClips, CachedData, Encoders
+from causal_wan.config import parse_config
 from causal_wan.data_config import ClipShape, DataConfig
 from causal_wan.encoding import encode_videos
 from causal_wan.models import load_vae
+from causal_wan.ranges import PositiveInt, checked_dataclass
 from causal_wan.regression import draw_noisy_batch
 from causal_wan.regression_config import RegressionConfig
 from causal_wan.tensor_cache import CacheWriter, TensorCache
@@ -47,13 +48,13 @@ SHAPES = {"small": ClipShape(81, 64, 112), "1.3b": ClipShape(81, 480, 832)}
 NUM_CACHED = 12
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to measure."""
 
     size: Literal["small", "1.3b"] = "small"
     """Checkpoint and clips: the embedded one, or WAN 1.3B's shapes with random weights."""
-    num_repeats: int = 7
+    num_repeats: PositiveInt = 7
     """Timed turns of each row, after one that warms up; their median counts."""
 
 
@@ -301,4 +302,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse_config(Config, description=__doc__))

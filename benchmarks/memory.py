@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from diffusers import AutoencoderKLWan
 from transformers import UMT5Config
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from causal_wan.config import parse_config
 from causal_wan.encoding import encode_videos
 from causal_wan.kv_cache import CACHE_DTYPES
 from causal_wan.memory import cut_up_vae, enable_gradient_checkpointing, on_device, quantization_config, store_in_fp8
@@ -42,6 +42,7 @@ from causal_wan.memory_plan import (
 from causal_wan.memory_simulation import PeakMemory, ValidationWorkload, Workload
 from causal_wan.models import add_lora, load_transformer
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.ranges import PositiveInt, checked_dataclass
 from causal_wan.settings import MemoryConfig, TrainingConfig
 from causal_wan.streaming_vae import decode_in_parts
 from causal_wan.training_setup import make_optimizer, trainable_parameters
@@ -94,7 +95,7 @@ SAMPLING_LEVERS = {
 DECODING_LEVERS = {"decoding a video": MemoryConfig(), "--vae_tiling ": MemoryConfig(vae_tiling=True)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to measure."""
 
@@ -102,7 +103,7 @@ class Config:
     """Compute what fits where, and measure nothing."""
     size: Literal["small", "1.3b", "14b"] = "small"
     """Architecture and clip."""
-    num_steps: int = 5
+    num_steps: PositiveInt = 5
     """Timed steps of each row, after two that warm up; their median counts."""
 
 
@@ -375,9 +376,8 @@ def plan() -> str:
         return describe_fit(replace(with_encoders, text_encoder=text_encoder))
 
     lines = [
-        "| | | 1 GPU | | | 8 GPUs, FSDP2 | | |",
+        "| model | trained | 1 GPU: step | validation | fits | 8 GPUs, FSDP2: step | validation | fits |",
         "|---|---|---:|---:|---|---:|---:|---|",
-        "| model | trained | step | validation | fits | step | validation | fits |",
     ]
     latent_shape = (16, 21, 60, 104)
     validation = ValidationWorkload(latent_shape=latent_shape, measures_loss=True)
@@ -394,5 +394,5 @@ def plan() -> str:
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Config, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    config = parse_config(Config, description=__doc__)
     print(plan() if config.plan else measure(config))

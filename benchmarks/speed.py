@@ -9,13 +9,11 @@ Prints Markdown, and with `--output` writes it as well. The exit status is 1 if 
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-import tyro
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,6 +24,9 @@ from layers import measure_attention, measure_checkpointing, measure_compilation
 from startup import measure_startup
 from steps import measure_context, measure_parts, measure_precision, measure_scaling, measure_step
 
+from causal_wan.config import parse_config
+from causal_wan.ranges import PositiveInt, checked_dataclass
+
 
 Part = Literal[
     *("attention", "modulation", "compilation", "checkpointing", "step", "scaling", "context", "vae", "sampling"),
@@ -33,7 +34,7 @@ Part = Literal[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to measure."""
 
@@ -41,7 +42,7 @@ class Config:
     """Architecture and clip; the last three parts run the embedded checkpoint whatever it is."""
     parts: tuple[Part, ...] = get_args(Part)
     """Tables to make."""
-    num_rounds: int = 5
+    num_rounds: PositiveInt = 5
     """Rounds of each table, after one that warms up."""
     output: str | None = None
     """Markdown file to write what is printed to; pictures go beside it."""
@@ -83,4 +84,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(parse_config(Config, description=__doc__))

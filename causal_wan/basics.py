@@ -1,6 +1,7 @@
 """Names, sizes and checks that settings and tensors share. Imports no library, so that settings are read at once."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -37,10 +38,10 @@ def check_timestep_shift(timestep_shift: float) -> None:
     """Checks that timesteps can be shifted by it.
 
     Raises:
-        ValueError: If it is not above 0.
+        ValueError: If it is not above 0, or not finite.
     """
-    if timestep_shift <= 0:
-        raise ValueError(f"timestep_shift must be above 0, got {timestep_shift}; 1 shifts nothing.")
+    if not 0 < timestep_shift < math.inf:
+        raise ValueError(f"timestep_shift must be above 0 and finite, got {timestep_shift}; 1 shifts nothing.")
 
 
 def frame_block_lengths(

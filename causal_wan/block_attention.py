@@ -99,12 +99,13 @@ class _SharedKeys(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         batch_size, _, *heads = gradients[0].shape
-        total = gradients[0].new_zeros(batch_size, ctx.num_tokens, *heads)
+        precise = torch.promote_types(gradients[0].dtype, torch.float32)  # summed in 16 bits, each call would round
+        total = gradients[0].new_zeros(batch_size, ctx.num_tokens, *heads, dtype=precise)
         for of_call, gradient in zip(ctx.ranges, gradients, strict=True):
             parts = gradient.split([end - start for start, end in of_call], dim=1)
             for (start, end), part in zip(of_call, parts, strict=True):
                 total[:, start:end] += part
-        return total, None
+        return total.to(gradients[0].dtype), None
 
 
 def attend_in_spans(

@@ -11,19 +11,21 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.distributed
 from tqdm.auto import tqdm
 
 from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached
+from causal_wan.devices import LateCopy
 from causal_wan.file_manifest import FileFacts, FileManifest, hash_content, stat_of
 from causal_wan.models import DTYPES, find_part
+from causal_wan.processes import gather_lists, num_processes, process_index, wait_for_all
 from causal_wan.settings import CacheConfig, CheckpointConfig, LatentsDtype
 from causal_wan.tensor_cache import CacheWriter, TensorCache, describe_differences, settings_key
 
@@ -148,16 +150,21 @@ class CachedData:
 
 
 class CachedPrompts(Mapping[str, torch.Tensor]):
-    """Prompt -> embedding `(S, D)` of its true length, read when asked for."""
+    """Prompt -> embedding `(S, D)` of its true length, read when asked for.
 
-    def __init__(self, cached: CachedData) -> None:
-        self.cached = cached
+    Args:
+        cache: Has the embeddings.
+        key: Of the embedding of a prompt.
+    """
+
+    def __init__(self, cache: TensorCache, key: Callable[[str], bytes]) -> None:
+        self.cache, self.key = cache, key
 
     def __getitem__(self, prompt: str) -> torch.Tensor:
-        return self.cached.prompts.read(self.cached.prompt_key(prompt))[0]
+        return self.cache.read(self.key(prompt))[0]
 
     def __len__(self) -> int:
-        return len(self.cached.prompts)
+        return len(self.cache)
 
     def __iter__(self) -> Iterator[str]:
         raise TypeError("a cache knows the keys of prompts, not the prompts")
@@ -174,11 +181,13 @@ class LatentKeeper:
     def __init__(self, cached: CachedData, writer: CacheWriter) -> None:
         self.cached, self.writer = cached, writer
         self.is_broken = False
+        self._late = LateCopy()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._late.flush()
         try:
             self.writer.flush()
         except OSError as error:
@@ -187,21 +196,25 @@ class LatentKeeper:
     def keep(self, key: bytes, latents: torch.Tensor, shape: ClipShape, num_valid_frames: int) -> torch.Tensor:
         """Keeps the latents `(C, F, H, W)` of a clip, and returns them as they will be read, in float32."""
         latents = latents.to(self.cached.dtype)
-        if not self.is_broken:
-            try:
-                settings = self.cached.latent_settings(shape)
-                self.writer.add(key, latents, settings, num_valid_frames=num_valid_frames)
-            except OSError as error:
-                self.is_broken = True
-                logger.error("latents are not kept any longer, the run goes on without: %s", error)
+        facts = {"settings": self.cached.latent_settings(shape), "num_valid_frames": num_valid_frames}
+        self._late.hand_in(latents, partial(self._add, key, **facts))
         return latents.float()
+
+    def _add(self, key: bytes, latents: torch.Tensor, **facts: Any) -> None:
+        if self.is_broken:
+            return
+        try:
+            self.writer.add(key, latents, **facts)
+        except OSError as error:
+            self.is_broken = True
+            logger.error("latents are not kept any longer, the run goes on without: %s", error)
 
 
 class CachedClips:
     """A data set that gives latents where the cache has them, and else videos with the key to keep latents under.
 
     Args:
-        videos: The data set; with `rows` and `load`.
+        videos: The data set; with `rows`, `load` and `noted`.
         cached: Its cache.
         fills: Whether missing and damaged latents are to be made anew; else they are errors.
     """
@@ -224,7 +237,8 @@ class CachedClips:
             cache.refresh()  # another process may have made them
         if key in cache:
             try:
-                latents, facts = cache.read(key)
+                with self.videos.noted(index):
+                    latents, facts = cache.read(key)
                 return {"latents": latents, "prompts": row.prompts, "row_index": index, **facts}
             except ValueError:
                 if not self.fills:
@@ -262,8 +276,8 @@ def open_cache(
         ValueError: If the data cannot be cached, or the encoders cannot be told.
     """
     check_can_be_cached(data)
-    is_main = _process_index() == 0
-    own = range(_process_index(), len(rows), _num_processes())
+    is_main = process_index() == 0
+    own = range(process_index(), len(rows), num_processes())
     found = gather_lists(hash_rows(rows, own, show_progress=is_main))
     manifest.add(found)
     rows = [row if row.content else replace(row, content=_content(row, manifest)) for row in rows]
@@ -295,31 +309,14 @@ def open_cache(
 def drop_damaged(caches: Iterable[TensorCache]) -> None:
     """Reads all entries, each process its share, and takes out those that are damaged. Called by every process."""
     for cache in caches:
-        keys = list(cache.in_order())[_process_index() :: _num_processes()]
-        bar = tqdm(keys, desc="verifying", disable=_process_index() != 0)
+        keys = list(cache.in_order())[process_index() :: num_processes()]
+        bar = tqdm(keys, desc="verifying", disable=process_index() != 0)
         damaged = gather_lists(list(cache.corrupt_keys(bar)))
-        if _process_index() == 0:
+        if process_index() == 0:
             print(f"{len(damaged)} of {len(cache)} entries of {cache.folder} are damaged")
             cache.drop(damaged)
-        gather_lists([])  # until they are out
+        wait_for_all()  # until they are out
         cache.forget(damaged)
-
-
-def gather_lists(items: list[Any]) -> list[Any]:
-    """The items of all processes, in their order."""
-    if not torch.distributed.is_initialized():
-        return items
-    parts: list[list[Any]] = [[] for _ in range(_num_processes())]
-    torch.distributed.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-def _process_index() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _num_processes() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def hash_rows(rows: Sequence[Any], indices: Sequence[int], *, show_progress: bool = False) -> list[FileFacts]:

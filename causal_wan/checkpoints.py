@@ -1,5 +1,6 @@
 """Checkpoints of a run: written beside and renamed, found again, rotated."""
 
+import contextlib
 import logging
 import shutil
 from pathlib import Path
@@ -13,12 +14,20 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import is_initialized
 from torch.distributed.checkpoint import CheckpointException
 
+from causal_wan.changed_settings import SETTINGS_NAME
+from causal_wan.checkpoint_checks import (
+    DEEPSPEED_NAME,
+    EMA_NAME,
+    FSDP_NAME,
+    TRAINABLE_WEIGHTS_NAME,
+    WHOLE_NAMES,
+    find_damage,
+)
+from causal_wan.config import write_recipe
+from causal_wan.processes import cpu_group, gather_lists, wait_for_all
+
 
 logger = logging.getLogger(__name__)
-
-TRAINABLE_WEIGHTS_NAME = "trainable.safetensors"
-EMA_NAME = "ema"
-FSDP_NAME, DEEPSPEED_NAME = "pytorch_model_fsdp_0", "pytorch_model"  # accelerate's names
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -43,16 +52,22 @@ def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None)
 
 
 def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> Path | None:
-    """The checkpoint to resume from; None starts anew.
+    """The checkpoint to resume from; None starts anew. `latest` passes over those that are damaged.
 
     Raises:
-        ValueError: If a path is given that is no checkpoint.
+        ValueError: If a path is given that is no checkpoint, or a damaged one; if all are damaged.
     """
     if resume_from_checkpoint is None:
         return None
     checkpoints = list_checkpoints(output_dir)
     if resume_from_checkpoint == "latest":
-        return checkpoints[-1] if checkpoints else None
+        whole = next((path for path in reversed(checkpoints) if find_damage(path) is None), None)
+        if checkpoints and whole is None:
+            raise ValueError(
+                f"at least one checkpoint in {output_dir} must be whole, but none is "
+                f"({describe_damaged(checkpoints)}); remove them to start anew."
+            )
+        return whole
     path = Path(resume_from_checkpoint)
     if not path.is_dir():
         path = Path(output_dir) / resume_from_checkpoint
@@ -62,55 +77,84 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) 
             f"resume_from_checkpoint must be `latest` or a checkpoint folder, got {resume_from_checkpoint!r}, which "
             f"does not exist; {output_dir} has: {names}."
         )
+    if inside := list_checkpoints(path):
+        raise ValueError(
+            f"resume_from_checkpoint must be `latest` or a checkpoint folder, got {resume_from_checkpoint!r}, the "
+            f"output folder of a run; its newest checkpoint is {inside[-1]}."
+        )
+    if damage := find_damage(path):
+        raise ValueError(f"{path} must be a whole checkpoint of a training run, but {damage}; use another one.")
     return path
 
 
-def check_process_count(checkpoint: Path, num_processes: int) -> None:
-    """Checks that as many processes wrote a checkpoint as are to read it.
+def passed_over(checkpoint: Path | None, output_dir: str | Path) -> list[Path]:
+    """Checkpoints in a run's folder that are newer than the one it goes on from, since they are damaged."""
+    checkpoints = list_checkpoints(output_dir)
+    return checkpoints[checkpoints.index(checkpoint) + 1 :] if checkpoint in checkpoints else []
 
-    Raises:
-        ValueError: If not.
-    """
-    written_by = len(list(checkpoint.glob("random_states_*.pkl")))
-    if written_by != num_processes:
-        raise ValueError(
-            f"a DeepSpeed checkpoint must be resumed by as many processes as wrote it, {written_by}, got "
-            f"{num_processes}; launch with --num_processes {written_by}, or train with accelerate_configs/fsdp2.yaml, "
-            "whose checkpoints any number can resume."
-        )
+
+def describe_damaged(checkpoints: list[Path]) -> str:
+    """What is wrong with each of some checkpoints."""
+    return "; ".join(f"{path.name}: {find_damage(path)}" for path in checkpoints)
 
 
 def save_checkpoint(
-    accelerator: Any, output_dir: str | Path, step: int, *, ema: EMAModel | None, total_limit: int | None
+    accelerator: Any,
+    output_dir: str | Path,
+    step: int,
+    *,
+    ema: EMAModel | None,
+    total_limit: int | None,
+    settings: dict[str, Any] | None = None,
 ) -> None:
     """Writes `checkpoint-STEP` beside and renames it, so that a kill leaves no half of one; then drops old ones.
 
     What cannot be written (a full disk, a folder that became read-only) is reported and leaves the older ones alone.
+
+    Args:
+        accelerator: Of the run.
+        output_dir: Of the run.
+        step: That is done.
+        ema: The moving average, if there is one.
+        total_limit: How many checkpoints are kept; None is all.
+        settings: Of the run, as a recipe: kept with the checkpoint, for runs that resume it.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(f"partial-{final.name}")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    is_written = torch.tensor(_try_to_write(accelerator, partial, ema), device=accelerator.device, dtype=torch.int64)
-    is_complete = int(accelerator.reduce(is_written)) == accelerator.num_processes
+        for left_by_a_kill in Path(output_dir).glob("partial-checkpoint-*"):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    wait_for_all()
+    is_written = _try_to_write(accelerator, partial, ema, settings)
+    is_complete = all(gather_lists([is_written]))  # some have more to write than others
     if accelerator.is_main_process:
         if is_complete:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             for old in list_checkpoints(output_dir)[:-total_limit] if total_limit is not None else []:
-                shutil.rmtree(old, ignore_errors=True)
+                _remove(old)
         else:
             shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    wait_for_all()
 
 
-def _try_to_write(accelerator: Any, folder: Path, ema: EMAModel | None) -> bool:
+def _remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint; renamed first, so that a kill leaves no half of one under its name."""
+    partial = checkpoint.with_name(f"partial-{checkpoint.name}")
+    with contextlib.suppress(OSError):
+        checkpoint.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _try_to_write(accelerator: Any, folder: Path, ema: EMAModel | None, settings: dict[str, Any] | None) -> bool:
     """Writes a checkpoint into a folder and returns whether that went well."""
     try:
         accelerator.save_state(str(folder))
+        if settings is not None and accelerator.is_main_process:
+            write_recipe(settings, folder / SETTINGS_NAME)
         if ema is not None:
-            dcp.save(_ema_state(ema), checkpoint_id=folder / EMA_NAME, no_dist=not is_initialized())
+            state, where = _ema_state(ema), {"checkpoint_id": folder / EMA_NAME, "process_group": cpu_group()}
+            dcp.save(state, **where, no_dist=not is_initialized())
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # as each library reports it
         logger.error(
             "%s could not be written (%s: %s). The run goes on and keeps older checkpoints; make room for the next.",
@@ -134,7 +178,8 @@ def load_ema(ema: EMAModel, checkpoint: Path) -> None:
             "or start anew with it."
         )
     state = _ema_state(ema)
-    dcp.load(state, checkpoint_id=checkpoint / EMA_NAME, no_dist=not is_initialized())
+    where = {"checkpoint_id": checkpoint / EMA_NAME, "process_group": cpu_group()}
+    dcp.load(state, **where, no_dist=not is_initialized())
     ema.optimization_step = int(state["optimization_step"])
 
 
@@ -188,7 +233,7 @@ def _read_shards(weights: dict[str, torch.Tensor], folder: Path) -> None:
 
 def _read_files(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint that is whole, or DeepSpeed's."""
-    for name in (TRAINABLE_WEIGHTS_NAME, "model.safetensors"):
+    for name in WHOLE_NAMES:
         if (checkpoint / name).is_file():
             return load_file(checkpoint / name)
     if not (checkpoint / DEEPSPEED_NAME).is_dir():

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
+from causal_wan.ranges import check_number, is_checked, passing_mistakes
+
 
 Config = TypeVar("Config")
 
@@ -49,11 +51,16 @@ def parse_config(
     """Builds a config from `--config recipe.yaml` and flags; bad input ends the program with status 2 and one message.
 
     Args:
-        config_class: A dataclass; dataclass-valued fields become groups of flags.
+        config_class: A `checked_dataclass`; those in it become groups of flags.
         argv: The command line without the program's name; that of the process by default.
         description: Shown by `--help`.
         also_known: Settings of another script, which the recipe may hold and which are passed over.
+
+    Raises:
+        TypeError: If the class is none that checks its numbers.
     """
+    if not is_checked(config_class):
+        raise TypeError(f"{config_class.__qualname__} must be a checked_dataclass; decorate it.")
     argv = list(sys.argv[1:] if argv is None else argv)
     with user_errors():
         argv = _canonical_flags(argv, config_class)
@@ -66,20 +73,22 @@ def parse_config(
             if key not in given and f"no_{key}" not in given
             for token in _to_flags(key, value)
         ]
-        return tyro.cli(
-            tyro.conf.configure(tyro.conf.OmitArgPrefixes)(config_class),
-            args=recipe_argv + argv,
-            description=description
-            + "\n\n--config RECIPE.yaml gives defaults for all flags below; flags override it.",
-            use_underscores=True,
-        )
+        with passing_mistakes():
+            return tyro.cli(
+                tyro.conf.configure(tyro.conf.OmitArgPrefixes)(config_class),
+                args=recipe_argv + argv,
+                description=description
+                + "\n\n--config RECIPE.yaml gives defaults for all flags below; flags override it.",
+                use_underscores=True,
+            )
 
 
 def read_recipe(path: str | Path, config_class: type, also_known: Collection[str] = ()) -> dict[str, Any]:
     """Reads a flat YAML recipe, with aliases resolved, and without what is known to another script alone.
 
     Raises:
-        ValueError: If the file is not there or no flat mapping, or has a key that is no flag; suggests the right one.
+        ValueError: If the file is not there or no flat mapping, has a key that is no flag (suggests the right one), or
+            a value that the setting cannot have.
     """
     if not Path(path).is_file():
         raise ValueError(f"--config must name a YAML file, but {path} does not exist.")
@@ -92,22 +101,37 @@ def read_recipe(path: str | Path, config_class: type, also_known: Collection[str
     fields = dict(flat_fields(config_class))
     recipe = {}
     for given_key, given_value in loaded.items():
-        key, value = _canonical_setting(str(given_key), given_value)
+        key, value = _canonical_setting(str(given_key), given_value, fields)
         if key not in fields and key in also_known:
             continue
         if key not in fields:
             close = difflib.get_close_matches(key, [*fields, *ALIASES], n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see --help for all names."
             raise ValueError(f"{path}: {given_key!r} is not a setting of this script; {hint}")
-        if isinstance(value, dict):
-            raise ValueError(f"{path}: {given_key!r} must be a value or a list, got a mapping; recipes are flat.")
+        _check_recipe_value(f"{path}: {given_key!r}", fields[key], value)
         recipe[key] = value
     return recipe
 
 
+def _check_recipe_value(name: str, hint: Any, value: Any) -> None:
+    """Checks what YAML has read as a number or a bool; of what it has read as text, 1e-4 among it, the flag will say.
+
+    Raises:
+        ValueError: If it is a mapping, or none that the setting can be.
+    """
+    if isinstance(value, dict):
+        raise ValueError(f"{name} must be a value or a list, got a mapping; recipes are flat.")
+    items = value if isinstance(value, list) else [value]
+    if hint is bool or not any(isinstance(item, str) for item in items):
+        is_tuple = any(typing.get_origin(kind) is tuple for kind in (hint, *typing.get_args(hint)))
+        check_number(name, hint, tuple(items) if is_tuple and value is not None else value)
+    if isinstance(value, bool) and hint is not bool:
+        raise ValueError(f"{name} must be no bool, got {value}; in quotes yes, no, on and off are text to YAML.")
+
+
 def flat_fields(config_class: type) -> Iterator[tuple[str, Any]]:
-    """Names and types of all settings, those of nested dataclasses included."""
-    hints = typing.get_type_hints(config_class)
+    """Names and types of all settings, ranges of numbers and those of nested dataclasses included."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(hints[field.name]):
             yield from flat_fields(hints[field.name])
@@ -132,13 +156,18 @@ def flat_dict(config: Any) -> dict[str, Any]:
     return settings
 
 
-def write_recipe(config: Any, path: str | Path) -> None:
-    """Writes the resolved config as a recipe that `--config` takes."""
-    Path(path).write_text(yaml.safe_dump(flat_dict(config), sort_keys=False, allow_unicode=True))
+def write_recipe(settings: dict[str, Any], path: str | Path) -> None:
+    """Writes the settings of a resolved config, from `flat_dict`, as a recipe that `--config` takes."""
+    Path(path).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
-def _canonical_setting(key: str, value: Any) -> tuple[str, Any]:
-    key = ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
+def _canonical_name(name: str, fields: Collection[str]) -> str:
+    name = name.replace("-", "_")
+    return name if name in fields else ALIASES.get(name, name)
+
+
+def _canonical_setting(key: str, value: Any, fields: Collection[str]) -> tuple[str, Any]:
+    key = _canonical_name(key, fields)
     if key == "mixed_precision" and isinstance(value, bool):  # the document writes `mixed_precision: true`
         value = "bf16" if value else "no"
     return key, value
@@ -150,12 +179,13 @@ def _flag_name(token: str) -> str:
 
 def _canonical_flags(argv: list[str], config_class: type) -> list[str]:
     """Resolves aliases, and `--flag true` / `--flag false` for switches, which tyro writes `--flag` / `--no_flag`."""
-    switches = {name for name, hint in flat_fields(config_class) if hint is bool}
+    fields = dict(flat_fields(config_class))
+    switches = {name for name, hint in fields.items() if hint is bool}
     canonical: list[str] = []
     for token in argv:
         if token.startswith("--"):
             name, equals, value = token.removeprefix("--").partition("=")
-            name = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
+            name = _canonical_name(name, fields)
             token = f"--{name}{equals}{value}"
             if name in switches and equals and value.lower() in ("true", "false"):
                 token = f"--{name}" if value.lower() == "true" else f"--no_{name}"

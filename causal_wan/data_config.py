@@ -1,12 +1,21 @@
 """Settings of the clips: where they are, what the model sees of them, and in which shapes."""
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from causal_wan.ranges import (
+    FrameRate,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Share,
+    checked_dataclass,
+)
 
 
 class ClipShape(NamedTuple):
@@ -17,29 +26,24 @@ class ClipShape(NamedTuple):
     width: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class VideoLimits:
     """What a video file may ask for at most, so that none takes all memory or time."""
 
-    max_video_pixels: int = 8192 * 4320
+    max_video_pixels: PositiveInt = 8192 * 4320
     """Pixels of a frame of a file; the default allows 8K."""
-    max_video_frames: int = 1_000_000
+    max_video_frames: PositiveInt = 1_000_000
     """Frames of a file."""
-    max_video_seconds: float = 6 * 3600.0
+    max_video_seconds: PositiveFloat = 6 * 3600.0
     """Duration of a file."""
-    decode_timeout: float = 300.0
+    decode_timeout: PositiveFloat = 300.0
     """Seconds that decoding one clip may take; uniform and random sampling decode files to their end."""
-
-    def __post_init__(self) -> None:
-        for name, limit in vars(self).items():
-            if not limit > 0:
-                raise ValueError(f"{name} must be above 0, got {limit}; the default is {vars(VideoLimits)[name]}.")
 
 
 DEFAULT_LIMITS = VideoLimits()
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class DataConfig:
     """The clips: where they are, and what the model sees of them."""
 
@@ -53,45 +57,45 @@ class DataConfig:
     """Column with the path of the video."""
     caption_column: tuple[str, ...] = ("prompt",)
     """Column with the prompt or a list of prompts, or several columns; of several prompts, each sample draws one."""
-    caption_dropout: float = 0.0
+    caption_dropout: Share = 0.0
     """Share of the samples that get the empty prompt; classifier-free guidance needs a student that knows it."""
-    num_frames: int = 81
+    num_frames: PositiveInt = 81
     """Video frames of a clip, 4k + 1 for the WAN VAE."""
-    height: int = 480
+    height: PositiveInt = 480
     """Pixels, a multiple of 16."""
-    width: int = 832
+    width: PositiveInt = 832
     """Pixels, a multiple of 16."""
-    time_division_factor: int = 4
+    time_division_factor: PositiveInt = 4
     """Video frames to a latent frame; num_frames must be a multiple of it, plus 1."""
     frame_sampling: Literal["uniform", "head", "random"] = "uniform"
     """uniform spreads num_frames over the whole clip, right for a process; head and random keep to frame_rate."""
-    frame_rate: float = 16.0
+    frame_rate: FrameRate = 16.0
     """Frames a second that head and random sample at; WAN's is 16."""
     short_clips: Literal["error", "skip", "pad"] = "error"
     """Clips with too few frames: stop, leave them out, or repeat the last frame (which the loss then leaves out)."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """Rows that cannot be used: stop and list them, or list them and go on without."""
-    max_bad_samples: int = 10
+    max_bad_samples: NonNegativeInt = 10
     """Clips that may fail to decode while training, before the run stops."""
     streaming: bool = False
     """Read tars, Parquet, JSON lines or a hub data set as training goes, without a copy or a count of the rows."""
-    shuffle_buffer_size: int = 256
+    shuffle_buffer_size: PositiveInt = 256
     """Rows of a stream that are shuffled among each other, in each process that decodes."""
-    shuffle_buffer_bytes: int = 2**28
+    shuffle_buffer_bytes: PositiveInt = 2**28
     """Bytes of a stream that each process that decodes holds, about."""
     resolution_buckets: tuple[str, ...] = ()
     """Sizes such as 480x832 832x480 640x640 (height x width): each clip takes that of the nearest aspect ratio."""
-    frame_buckets: tuple[int, ...] = ()
+    frame_buckets: tuple[PositiveInt, ...] = ()
     """Lengths such as 17 49 81: each clip takes the longest that it has the frames for."""
     frames_schedule: str | None = None
     """Lengths by step, such as 0:17,2000:49,5000:81; ends with num_frames."""
     resolution_schedule: str | None = None
     """Sizes by step, such as 0:240x416,2000:480x832; ends with height x width."""
-    temporal_crop: float = 1.0
+    temporal_crop: Annotated[float, Range(gt=0, le=1)] = 1.0
     """Uniform sampling takes a random window of each clip, at least this share of it; 1 is all of it."""
-    horizontal_flip: float = 0.0
+    horizontal_flip: Share = 0.0
     """Share of the samples that are mirrored; not for clips with writing, or prompts that say left and right."""
-    color_jitter: tuple[float, ...] = ()
+    color_jitter: tuple[Annotated[float, Range(ge=0, lt=1, hint="try 0.1 0.1 0.1 0.02")], ...] = ()
     """Largest change of brightness, contrast, saturation and hue, such as 0.1 0.1 0.1 0.02; the same in all frames."""
     limits: VideoLimits = DEFAULT_LIMITS
 
@@ -101,17 +105,9 @@ class DataConfig:
                 "exactly one of metadata_path and dataset_config must be given, got both; --metadata_path names one "
                 "table, --dataset_config a YAML list of several."
             )
-        if self.time_division_factor < 1:
-            raise ValueError(
-                f"time_division_factor must be 1 or more, got {self.time_division_factor}; 4 is the WAN VAE's."
-            )
         self._check_length("num_frames", self.num_frames)
         for name, size in (("height", self.height), ("width", self.width)):
             _check_size(name, size)
-        if not 0 < self.frame_rate < math.inf:
-            raise ValueError(f"frame_rate must be above 0 and finite, got {self.frame_rate}; WAN's is 16.")
-        if self.max_bad_samples < 0:
-            raise ValueError(f"max_bad_samples must be 0 or more, got {self.max_bad_samples}.")
         if not self.caption_column:
             raise ValueError("caption_column must name at least one column.")
         if self.streaming and (self.resolution_buckets or self.frame_buckets):
@@ -151,18 +147,9 @@ class DataConfig:
                 raise ValueError(f"a {name} comes from a schedule or from buckets, not from both; leave one out.")
 
     def _check_augmentation(self) -> None:
-        for name in ("caption_dropout", "horizontal_flip"):
-            if not 0 <= vars(self)[name] <= 1:
-                raise ValueError(f"{name} is a share of the samples, in [0, 1]; got {vars(self)[name]}.")
-        if not 0 < self.temporal_crop <= 1:
-            raise ValueError(f"temporal_crop is a share of each clip, in (0, 1]; got {self.temporal_crop}.")
         if self.temporal_crop < 1 and self.frame_sampling != "uniform":
             raise ValueError("temporal_crop goes with --frame_sampling uniform; random starts anywhere by itself.")
-        if self.color_jitter and (
-            len(self.color_jitter) != 4
-            or not all(0 <= change < 1 for change in self.color_jitter)
-            or self.color_jitter[3] > 0.5
-        ):
+        if self.color_jitter and (len(self.color_jitter) != 4 or self.color_jitter[3] > 0.5):
             raise ValueError(
                 "color_jitter must be four numbers in [0, 1), for brightness, contrast, saturation and hue (hue at "
                 f"most 0.5), got {' '.join(map(str, self.color_jitter))}; try 0.1 0.1 0.1 0.02."
@@ -273,6 +260,19 @@ def parse_schedule(name: str, text: str | None, parse: Callable[[str], Any]) -> 
 
 def _at_step(stages: Sequence[tuple[int, Any]], step: int) -> Any:
     return [value for first, value in stages if first <= step][-1]
+
+
+def check_waits_for_clips(data: DataConfig, dataloader_timeout: float) -> None:
+    """Checks that a clip whose decoding is given up can be replaced before waiting for it is given up, too.
+
+    Raises:
+        ValueError: If not.
+    """
+    if dataloader_timeout <= data.limits.decode_timeout:
+        raise ValueError(
+            f"dataloader_timeout must be above decode_timeout, which is {data.limits.decode_timeout:g} seconds, got "
+            f"{dataloader_timeout:g}; raise it, or lower --decode_timeout."
+        )
 
 
 def check_can_be_cached(data: DataConfig) -> None:

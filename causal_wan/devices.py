@@ -12,29 +12,37 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-class LateReader:
-    """Reads small tensors of a GPU one step late, when they are there without waiting; those of a CPU at once."""
+class LateCopy:
+    """Hands tensors of a GPU to the host when the next one comes, by when they are there; those of a CPU at once."""
 
     def __init__(self) -> None:
-        self._pending: tuple[torch.Tensor, torch.cuda.Event, Callable[..., None]] | None = None
+        self._pending: tuple[torch.Tensor, torch.cuda.Event, Callable[[torch.Tensor], None]] | None = None
+
+    def hand_in(self, tensor: torch.Tensor, use: Callable[[torch.Tensor], None]) -> None:
+        """Has `use` called with the tensor on the host, and before that that of what was handed in last."""
+        self.flush()
+        if tensor.device.type != "cuda":
+            use(tensor)
+            return
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._pending = (host, copied, use)
+
+    def flush(self) -> None:
+        """Waits for what has been handed in, and has it used."""
+        if self._pending is None:
+            return
+        host, copied, use = self._pending
+        self._pending = None
+        copied.synchronize()
+        use(host)
+
+
+class LateReader(LateCopy):
+    """Reads small tensors of a GPU one step late, when they are there without waiting; those of a CPU at once."""
 
     def hand_in(self, values: torch.Tensor, read: Callable[..., None]) -> None:
         """Has `read` called with the values, and before that the reader of what was handed in last."""
-        self.flush()
-        if values.device.type != "cuda":
-            read(*values.tolist())
-            return
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        self._pending = (host, copied, read)
-
-    def flush(self) -> None:
-        """Waits for what has been handed in, and has it read."""
-        if self._pending is None:
-            return
-        host, copied, read = self._pending
-        self._pending = None
-        copied.synchronize()
-        read(*host.tolist())
+        super().hand_in(values, lambda host: read(*host.tolist()))

@@ -56,9 +56,10 @@ def encode_prompts(
             max_length=max_sequence_length,
             truncation=True,
             return_tensors="pt",
-        ).to(text_encoder.device)
-        hidden_states = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        lengths = tokens.attention_mask.sum(dim=1).tolist()
+        )
+        lengths = tokens.attention_mask.sum(dim=1).tolist()  # on the host, which then need not wait for the encoder
+        ids, mask = (to_device(part, text_encoder.device) for part in (tokens.input_ids, tokens.attention_mask))
+        hidden_states = text_encoder(ids, mask).last_hidden_state
         # Cloned: a view would keep the padding in memory.
         embeds += [states[:length].clone() for states, length in zip(hidden_states, lengths, strict=True)]
     return embeds

@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 from causal_wan.basics import Sampler
 from causal_wan.regression_config import method_of_run
+from causal_wan.run_log import METRICS_NAME, read_metrics
 from causal_wan.settings import HubConfig
 
 
@@ -109,9 +110,14 @@ class HubUploads:
         if self._checkpoint is not None and not self._checkpoint.done():
             logger.warning("%s does not go to the hub: an earlier one is still on its way.", checkpoint.name)
             return
-        staged = tempfile.mkdtemp(prefix="uploading-", dir=self.output_dir)
-        link_tree(checkpoint, Path(staged) / "files")  # the checkpoint may be rotated away meanwhile
-        self._checkpoint = self._worker.submit(self._upload_checkpoint, Path(staged), checkpoint.name)
+        try:
+            staged = Path(tempfile.mkdtemp(prefix="uploading-", dir=self.output_dir))
+            link_tree(checkpoint, staged / "files")  # the checkpoint may be rotated away meanwhile
+            (staged / "files" / "config.yaml").unlink(missing_ok=True)  # it has paths of this machine
+        except OSError as error:  # a full disk costs no run its life
+            logger.error("%s does not go to the hub: %s", checkpoint.name, describe(error))
+            return
+        self._checkpoint = self._worker.submit(self._upload_checkpoint, staged, checkpoint.name)
 
     def _upload_checkpoint(self, staged: Path, name: str) -> None:
         settings = {"path_in_repo": CHECKPOINT_FOLDER, "delete_patterns": "*", "commit_message": f"Upload {name}"}
@@ -349,9 +355,8 @@ def base_license(base: str | None, folder: Path) -> str | None:
 
 def last_metrics(folder: Path) -> dict[str, float]:
     """The last value of each metric of losses and validation."""
-    path, found = folder / "metrics.jsonl", {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        entry = json.loads(line)
+    found: dict[str, float] = {}
+    for entry in read_metrics(folder / METRICS_NAME):
         found |= {name: entry[name] for name in entry if name == "step" or "loss" in name}
     return found
 

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLWan, BitsAndBytesConfig
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from causal_wan.devices import to_device
 from causal_wan.settings import MemoryConfig
 from causal_wan.transformer import CausalWanTransformer3DModel
 
@@ -121,10 +122,18 @@ def cut_up_vae(vae: AutoencoderKLWan, config: MemoryConfig) -> None:
 
 @contextlib.contextmanager
 def on_device(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Lets a module be on a device for a while; costs nothing if it is there already."""
-    home = next(module.parameters()).device
-    module.to(device)
+    """Lets a module that waits on the host, and does not change, be on a device for a while; elsewhere it stays.
+
+    Weights come back as they were, without a copy. Those that go to a GPU lie in pinned memory from then on.
+    """
+    if device.type == "cpu" or next(module.parameters()).device.type != "cpu":
+        yield
+        return
+    waiting = module.state_dict()
+    if device.type == "cuda":
+        waiting = {name: weight.pin_memory() for name, weight in waiting.items()}
+    module.load_state_dict({name: to_device(weight, device) for name, weight in waiting.items()}, assign=True)
     try:
         yield
     finally:
-        module.to(home)
+        module.load_state_dict(waiting, assign=True)

@@ -50,19 +50,22 @@ class Inputs:
 
     def find_latents(self, batch: Batch) -> torch.Tensor:
         """Latents `(B, C, F, H, W)` of a batch of clips, some of which may be latents already."""
-        clips = [to_device(clip, self.device) for clip in batch["clips"]]
+        clips = batch["clips"]
         if self.data.keeper is None and not clips[0].is_floating_point():
-            return self.encode(torch.stack(clips))
-        for number, (clip, key) in enumerate(zip(clips, batch["cache_keys"], strict=True)):
+            return self.encode(torch.stack([to_device(clip, self.device) for clip in clips]))
+        found, known = [], zip(clips, batch["cache_keys"], batch["num_valid_frames"], strict=True)
+        for clip, key, num_valid in known:
+            states = to_device(clip, self.device)
             if not clip.is_floating_point():  # encoded on its own: what is kept does not depend on the batch
-                shape, num_valid = ClipShape(*clip.shape[1:]), int(batch["num_valid_frames"][number])
-                clips[number] = self.data.keeper.keep(key, self.encode(clip[None])[0], shape, num_valid)
-        return torch.stack([clip.float() for clip in clips])
+                latents = self.encode(states[None])[0]
+                states = self.data.keeper.keep(key, latents, ClipShape(*clip.shape[1:]), num_valid)
+            found.append(states.float())
+        return torch.stack(found)
 
     def encode(self, videos: torch.Tensor) -> torch.Tensor:
-        """Latents `(B, C, F, H, W)` of uint8 videos `(B, 3, T, height, width)`."""
+        """Latents `(B, C, F, H, W)` of uint8 videos `(B, 3, T, height, width)` on the device."""
         with on_device(self.vae, self.device):
-            return encode_videos(self.vae, normalize_videos(videos.to(self.device)))
+            return encode_videos(self.vae, normalize_videos(videos))
 
     def embed(self, prompts: list[str]) -> torch.Tensor:
         """Padded embeddings `(B, S, D)` of prompts that were embedded before training."""
@@ -72,7 +75,7 @@ class Inputs:
     def count_valid_frames(self, batch: Batch) -> list[int]:
         """Latent frames before padding, of each clip of a batch."""
         factor = self.config.data.time_division_factor
-        return [num_valid_latent_frames(frames, factor) for frames in batch["num_valid_frames"].tolist()]
+        return [num_valid_latent_frames(frames, factor) for frames in batch["num_valid_frames"]]
 
     def with_prompts(self, noisy: NoisyBatch, batch: Batch) -> Batch:
         """What `compute_loss` gets: noisy latents, the embeddings of a batch, and what the loop counts."""

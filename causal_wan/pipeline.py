@@ -15,6 +15,7 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from causal_wan.basics import Sampler
+from causal_wan.devices import to_device
 from causal_wan.encoding import check_video_size, decode_latents, encode_prompts, encode_videos, pad_prompt_embeds
 from causal_wan.flow import choose_sampling, sampling_timesteps
 from causal_wan.rollout import (
@@ -199,7 +200,7 @@ class CausalWanPipeline(WanPipeline):
             num_given = initial_latents.shape[2]
             leading = list(itertools.islice(self._block_lengths(num_latent_frames), num_given + 1))
             check_initial_latents(num_given, leading, num_latent_frames)
-        rollout = Rollout(self.transformer, timesteps.to(first.device), prompt_embeds, sampler, **settings)
+        rollout = Rollout(self.transformer, to_device(timesteps, first.device), prompt_embeds, sampler, **settings)
         # A one-block clip attends to itself alone: no cache, the stock computation.
         if num_latent_frames is None or len(self.transformer.block_lengths(num_latent_frames)) > 1:
             rollout.cache = self.transformer.make_cache(

@@ -3,8 +3,8 @@
 Shapes: B = batch, F = latent frames, K = levels of the step list, or bins of continuous ones.
 """
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from causal_wan.basics import (
     NUM_TRAIN_TIMESTEPS,
@@ -13,8 +13,18 @@ from causal_wan.basics import (
     LossWeighting,
     Sampler,
     check_denoising_step_list,
-    check_timestep_shift,
     frame_block_lengths,
+)
+from causal_wan.ranges import (
+    AttentionWindow,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Timestep,
+    TimestepShift,
+    checked_dataclass,
 )
 
 
@@ -25,21 +35,21 @@ if TYPE_CHECKING:  # settings are read before torch is there; methods that make 
 BIN_WIDTH = 100  # of the timesteps that metrics of continuous levels are told by
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class RegressionConfig:
     """The method: which noise levels the student learns, and the loss."""
 
     generator_task: Literal["causal_video", "bidirectional_video"] = "causal_video"
     """causal_video draws one level per block and attends to past blocks; bidirectional_video draws one per clip."""
-    num_frame_per_block: int = 3
+    num_frame_per_block: PositiveInt = 3
     """Latent frames of a block; the latent frames of a clip must divide by it. Ignored by bidirectional_video."""
     independent_first_frame: bool = False
     """The first latent frame is a block of its own, as in image-to-video."""
-    local_attn_size: int = -1
+    local_attn_size: AttentionWindow = -1
     """Latent frames that a block sees, counted back from its end; -1 is all."""
-    sink_size: int = 0
+    sink_size: NonNegativeInt = 0
     """First latent frames that generation keeps in its cache although the window has left them."""
-    denoising_step_list: tuple[float, ...] = (1000, 757, 522, 0)
+    denoising_step_list: tuple[Timestep, ...] = (1000, 757, 522, 0)
     """Timesteps to train on, from noise to data; 0 makes blocks enter clean, as context. Sampling drops the 0, and so
     does training with context clean or augmented. Ignored by continuous timestep_sampling."""
     warp_denoising_step: bool = False
@@ -48,17 +58,17 @@ class RegressionConfig:
     """step_list draws entries of denoising_step_list, for sampling at them. The others draw any timestep, for sampling
     in any number of steps along the flow: 1000 u with u uniform, or the sigmoid of a normal variable, shifted by
     timestep_shift."""
-    timestep_shift: float = 5.0
+    timestep_shift: TimestepShift = 5.0
     """k in 1000 k u / (1 + (k - 1) u): towards noise above 1. Always acts on continuous levels, and on the steps that
     their students sample in; on a step list only with warp_denoising_step."""
-    logit_mean: float = 0.0
+    logit_mean: Annotated[float, Range(ge=-20, le=20, hint="far from 0 all levels are the same")] = 0.0
     """Mean of the normal variable of logit_normal; above 0 draws more noise."""
-    logit_std: float = 1.0
+    logit_std: PositiveFloat = 1.0
     """Its standard deviation."""
-    clean_block_probability: float = 0.0
+    clean_block_probability: Annotated[float, Range(ge=0, lt=1)] = 0.0
     """Share of the blocks that enter clean, as context, under continuous levels, like the 0 of a step list. Without it
     (and with shift 5) 1 % of the blocks have a timestep below 50, while in sampling all past blocks are clean."""
-    num_inference_steps: int = 50
+    num_inference_steps: PositiveInt = 50
     """Steps that a student of continuous levels samples in (validation, generate.py, evaluate.py)."""
     sampler: Sampler | None = None
     """How the student goes from step to step there: renoise noises its prediction anew, euler keeps its noise and
@@ -66,7 +76,7 @@ class RegressionConfig:
     context: Literal["noisy", "clean", "augmented"] = "noisy"
     """What a block sees of those before it. noisy: their noisy selves, each at its level (diffusion forcing). clean:
     the clip itself (teacher forcing), at twice the tokens. augmented: the clip with a little noise."""
-    context_noise: float = 100.0
+    context_noise: Annotated[float, Range(gt=0, le=1000, hint="for none use --context clean")] = 100.0
     """Largest timestep of the noise of context augmented; it is drawn for each clip, uniformly from 0 on."""
     loss_type: LossType = "mse"
     """Error that is averaged."""
@@ -75,29 +85,18 @@ class RegressionConfig:
     loss_weighting: LossWeighting = "none"
     """Weights by level. bell: most for the middle, as flow matching in CausVid and Self Forcing, there of velocity.
     min_snr: min(SNR, snr_gamma) for latents, and sigma^2 times that for velocity."""
-    snr_gamma: float = 5.0
+    snr_gamma: PositiveFloat = 5.0
     """gamma of min_snr."""
-    min_loss_weight: float = 0.1
+    min_loss_weight: NonNegativeFloat = 0.1
     """No level gets less weight than this: bell and min_snr both give none to pure noise, where sampling starts."""
 
     def __post_init__(self) -> None:
         check_denoising_step_list(self.denoising_step_list)
-        check_timestep_shift(self.timestep_shift)
-        if self.num_frame_per_block < 1:
-            raise ValueError(f"num_frame_per_block must be 1 or more, got {self.num_frame_per_block}.")
         self._check_levels()
         self._check_context()
         self._check_weights()
 
     def _check_levels(self) -> None:
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be 1 or more, got {self.num_inference_steps}.")
-        if self.logit_std <= 0:
-            raise ValueError(f"logit_std must be above 0, got {self.logit_std}; 1 is usual.")
-        if not 0 <= self.clean_block_probability < 1:
-            raise ValueError(
-                f"clean_block_probability is a share of the blocks, in [0, 1), got {self.clean_block_probability}."
-            )
         if self.is_continuous and self.warp_denoising_step:
             raise ValueError(
                 f"warp_denoising_step is about denoising_step_list, which timestep_sampling {self.timestep_sampling} "
@@ -110,11 +109,6 @@ class RegressionConfig:
             )
 
     def _check_context(self) -> None:
-        if not 0 < self.context_noise <= NUM_TRAIN_TIMESTEPS:
-            raise ValueError(
-                f"context_noise must be a timestep in (0, {NUM_TRAIN_TIMESTEPS}], got {self.context_noise}; for none "
-                "use --context clean."
-            )
         if not self.has_clean_context:
             return
         if self.generator_task == "bidirectional_video":
@@ -129,10 +123,6 @@ class RegressionConfig:
             )
 
     def _check_weights(self) -> None:
-        if self.snr_gamma <= 0:
-            raise ValueError(f"snr_gamma must be above 0, got {self.snr_gamma}; 5 is usual.")
-        if self.min_loss_weight < 0:
-            raise ValueError(f"min_loss_weight must be 0 or more, got {self.min_loss_weight}.")
         starts_at_noise = not self.is_continuous and self.denoising_step_list[0] == NUM_TRAIN_TIMESTEPS
         if self.loss_weighting != "none" and not self.min_loss_weight and starts_at_noise:
             raise ValueError(

@@ -17,17 +17,19 @@ import torch
 from accelerate import Accelerator
 
 from causal_wan.basics import beside_fp8
+from causal_wan.changed_settings import SETTINGS_NAME
 from causal_wan.checkpoints import check_output_dir
 from causal_wan.config import flat_dict, user_errors, write_recipe
 from causal_wan.encoding import check_video_size
 from causal_wan.hub import DATA_SUMMARY_NAME, HubUploads, start_uploads
 from causal_wan.method_inputs import Inputs
 from causal_wan.models import check_generator_ckpt
+from causal_wan.processes import gather_lists, wait_for_all
 from causal_wan.progress import announced, show_progress
+from causal_wan.prompt_embeddings import embed_prompts
 from causal_wan.run_config import RunConfig
 from causal_wan.run_data import RunData, load_run_data
 from causal_wan.run_parts import (
-    embed_prompts,
     latent_shape,
     make_student,
     make_vae,
@@ -37,8 +39,9 @@ from causal_wan.run_parts import (
     with_absolute_paths,
     with_checkpointing_of_launch,
 )
-from causal_wan.run_plan import describe_memory, describe_plan
-from causal_wan.strategies import count_replicas
+from causal_wan.run_plan import describe_memory, describe_plan, describe_resumption
+from causal_wan.shared_memory import check_shared_memory, shared_memory_here
+from causal_wan.strategies import count_replicas, follow_settings
 from causal_wan.trackers import Trackers, resolve_trackers
 from causal_wan.training import EXIT_STOPPED, Batch, Sums, ema_weights, gather_weights, train
 from causal_wan.training_setup import Run, check_precision, make_accelerator, prepare_run, start_trackers
@@ -117,7 +120,10 @@ def run_regression(
     if data.streams:
         accelerator.register_for_checkpointing(data.lane_states)
     with user_errors():
-        run = prepare_run(accelerator, config.training, begun.transformer, begun.trackers)
+        settings = flat_dict(with_absolute_paths(config))
+        run = prepare_run(accelerator, config.training, begun.transformer, begun.trackers, settings)
+    if accelerator.is_main_process:  # not before: a run that cannot be resumed keeps its own
+        write_recipe(settings, Path(config.training.output_dir) / SETTINGS_NAME)
     compute_loss = partial(compute_loss, inputs)
     validate = Validation(
         accelerator,
@@ -143,19 +149,23 @@ def run_regression(
             summarize=inputs.summarize,
             validate=validate if validate.prompts else None,
             before_checkpoint=data.gather_lane_states if data.streams else None,
-            after_checkpoint=begun.uploads.upload_checkpoint if begun.uploads else None,
+            after_checkpoint=partial(upload_checkpoint, begun.uploads) if config.hub.push_to_hub else None,
+            save_result=partial(save_result, begun, run),
         )
-    finish_run(begun, run, complete=complete)
+    finish_run(begun, complete=complete)
 
 
 def print_plan(config: RunConfig, data: RunData) -> None:
     """What a run is going to do, and what it takes, without weights."""
     precision = beside_fp8(config.training.mixed_precision)  # without weights there is nothing in 8 bits
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
+    with user_errors():
+        follow_settings(accelerator, config.training)
     config = with_checkpointing_of_launch(config, accelerator)
     if not accelerator.is_main_process:
         return
-    print(describe_plan(config, data, count_replicas(accelerator)))
+    with user_errors():
+        print("\n".join([describe_plan(config, data, count_replicas(accelerator)), *describe_resumption(config)]))
     try:
         print(describe_memory(config, data, accelerator))
     except OSError as error:  # the checkpoint is on the hub, and the hub out of reach
@@ -175,11 +185,13 @@ class BegunRun:
 
 def begin_run(config: RunConfig, data: RunData) -> BegunRun:
     """Says what is going to happen, opens the cache, and loads what the run needs; ends with status 2 if it cannot."""
-    accelerator = make_accelerator(config.training)
+    with user_errors():
+        accelerator = make_accelerator(config.training)
     config = with_checkpointing_of_launch(config, accelerator)
+    with user_errors():
+        resumption = describe_resumption(config)
     if accelerator.is_main_process:
-        write_recipe(with_absolute_paths(config), Path(config.training.output_dir) / "config.yaml")
-        print(describe_plan(config, data, count_replicas(accelerator)))
+        print("\n".join([describe_plan(config, data, count_replicas(accelerator)), *resumption]))
         with user_errors():
             print(describe_memory(config, data, accelerator))
     held_out = validation_prompts(config, data)
@@ -196,24 +208,28 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
             text_dtype="bf16" if text_dtype(accelerator) == torch.bfloat16 else "fp32",
             encodes=config.encodes,
         )
-    prompt_embeds = embed_prompts(accelerator, config.model, prompts, data.cached, streaming=config.data.streaming)
-    with user_errors():
+        check_room_for_batches(config, data, accelerator)
+        prompt_embeds = embed_prompts(
+            accelerator,
+            config.model,
+            prompts,
+            data.cached,
+            output_dir=config.training.output_dir,
+            streaming=config.data.streaming,
+        )
         transformer = make_student(config, accelerator)
     vae = make_vae(config, accelerator.device, is_needed=(config.encodes and data.has_clips) or bool(held_out))
     with user_errors():
         for shape in config.data.all_shapes():
             check_video_size(*shape, vae=vae, transformer=transformer)
     inputs = Inputs(config, prompt_embeds, vae, accelerator.device, data)
+    wait_for_all()  # the main process alone may have had to download and read the weights, which it shares out next
     return BegunRun(accelerator, inputs, transformer, trackers, uploads)
 
 
-def finish_run(begun: BegunRun, run: Run, *, complete: bool) -> None:
-    """Saves the result; or ends the program with `EXIT_STOPPED` if it is not complete."""
+def save_result(begun: BegunRun, run: Run) -> None:
+    """Writes the weights of the result, and what a model card says of the data."""
     accelerator, config = begun.accelerator, begun.inputs.config
-    if not complete:
-        begun.trackers.finish()
-        accelerator.end_training()
-        sys.exit(EXIT_STOPPED)
     with announced("saving the result"):
         with ema_weights(run.ema, run.unwrapped_model):
             weights = gather_weights(run)
@@ -222,11 +238,44 @@ def finish_run(begun: BegunRun, run: Run, *, complete: bool) -> None:
     if accelerator.is_main_process:
         (Path(config.training.output_dir) / DATA_SUMMARY_NAME).write_text(json.dumps(begun.inputs.data.count()))
         print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
-    accelerator.wait_for_everyone()
+    wait_for_all()
+
+
+def finish_run(begun: BegunRun, *, complete: bool) -> None:
+    """Waits for trackers and uploads; or ends the program with `EXIT_STOPPED` if the run is not complete."""
     begun.trackers.finish()
-    accelerator.end_training()
+    wait_for_all()
+    begun.accelerator.end_training()
+    if not complete:
+        sys.exit(EXIT_STOPPED)
     if begun.uploads:
         begun.uploads.finish()
+
+
+def check_room_for_batches(config: RunConfig, data: RunData, accelerator: Accelerator) -> None:
+    """Checks that the workers of the data loaders can hand over their batches. Called by every process.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    warning = check_shared_memory(
+        gather_lists([shared_memory_here()]),
+        batch_bytes=config.training.train_batch_size * data.sample_bytes(),
+        num_workers=config.training.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    if warning and accelerator.is_main_process:
+        print(f"warning     {warning}")
+
+
+def upload_checkpoint(uploads: HubUploads | None, checkpoint: Path) -> None:
+    """Begins to upload a checkpoint, on the process that uploads, for which the others wait.
+
+    It has to set the files aside first, and copies them where the disk knows no hard links.
+    """
+    if uploads is not None:
+        uploads.upload_checkpoint(checkpoint)
+    wait_for_all()
 
 
 def check_streaming(config: RunConfig, accelerator: Accelerator) -> None:
@@ -248,6 +297,7 @@ def loader_settings(config: RunConfig, run: Run) -> dict[str, Any]:
         "num_workers": config.training.dataloader_num_workers,
         "num_processes": run.accelerator.num_processes,
         "pin_memory": run.accelerator.device.type == "cuda",
+        "timeout": config.training.dataloader_timeout,
     }
 
 

@@ -19,6 +19,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from causal_wan.basics import Sampler
+from causal_wan.devices import to_device
 from causal_wan.flow import add_noise, euler_step, latents_from_velocity, sigmas_from_timesteps
 from causal_wan.kv_cache import KVCache
 from causal_wan.transformer import CausalWanTransformer3DModel
@@ -53,9 +54,12 @@ def draw_frame_noise(
         device: Where the noise is wanted; it is drawn where the generator is.
     """
     channels, height, width = frame_shape
+    shape = (batch_size, num_draws, channels, 1, height, width)
+    first = generator[0] if isinstance(generator, list) else generator
+    drawn_on = device if first is None else first.device
     while True:
-        shape = (batch_size, num_draws, channels, 1, height, width)
-        yield randn_tensor(shape, generator=generator, device=device).transpose(0, 1)
+        noise = randn_tensor(shape, generator=generator, device=drawn_on)
+        yield to_device(noise, device or noise.device).transpose(0, 1)
 
 
 def draw_noise(batch_size: int, latent_shape: tuple[int, int, int, int], num_draws: int, **where: Any) -> torch.Tensor:

@@ -1,15 +1,15 @@
 """Settings of a run that trains a student by regression, and what of them must fit together."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from causal_wan.basics import num_valid_latent_frames
-from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached
+from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached, check_waits_for_clips
+from causal_wan.ranges import checked_dataclass
 from causal_wan.regression_config import RegressionConfig
 from causal_wan.settings import CacheConfig, HubConfig, MemoryConfig, ModelConfig, TrainingConfig, ValidationConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class RunConfig:
     """Settings of a run that trains a student, by group."""
 
@@ -29,6 +29,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for shape in self.data.all_shapes():
             self.method.block_lengths(self.num_latent_frames(shape))
+        check_waits_for_clips(self.data, self.training.dataloader_timeout)
         if self.cache_dir is not None:
             check_can_be_cached(self.data)
         if self.memory.quantize_base and not self.model.lora_rank:

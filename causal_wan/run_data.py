@@ -3,6 +3,8 @@
 Knows no noise and no loss. A loader gives the samples of any part of the run, in the run's order.
 """
 
+import contextlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,12 +15,15 @@ import av
 import torch
 from torch.utils.data import DataLoader
 
-from causal_wan.cached_data import CachedClips, CachedData, LatentKeeper, gather_lists, open_cache
+from causal_wan.cached_data import CachedClips, CachedData, LatentKeeper, open_cache
 from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached
 from causal_wan.file_manifest import FileManifest
+from causal_wan.processes import gather_lists
 from causal_wan.settings import CacheConfig, CheckpointConfig
+from causal_wan.shared_memory import collate_shared, worker_settings
 from causal_wan.stream_sources import Stream, open_stream
 from causal_wan.streaming import LaneStates, StreamedClips, collate_streamed
+from causal_wan.tensor_cache import CorruptTensorError
 from causal_wan.video_files import describe_error
 from dataset_utils import (
     Loadable,
@@ -127,6 +132,7 @@ class RunData:
         num_workers: int,
         num_processes: int,
         pin_memory: bool,
+        timeout: float,
         start: int,
         end: int,
         step: int,
@@ -141,6 +147,7 @@ class RunData:
             num_workers: Processes that decode ahead.
             num_processes: That get batches in turn.
             pin_memory: As in torch.
+            timeout: Seconds after which a batch that does not come is an error.
             start, end: Numbers of samples.
             step: Optimizer step that `start` belongs to.
         """
@@ -173,10 +180,20 @@ class RunData:
         return DataLoader(
             samples,
             batch_size=batch_size,
-            collate_fn=partial(collate_streamed, collate) if self.streams else collate,
-            num_workers=num_workers,
+            collate_fn=partial(collate_shared, partial(collate_streamed, collate) if self.streams else collate),
             pin_memory=pin_memory,
+            **worker_settings(num_workers, timeout),
         )
+
+    def sample_bytes(self) -> int:
+        """Of the largest clip that a loader hands over: of a video, or of latents if the cache has them all."""
+        shapes = [clip_shapes(row, self.config) for row in self.rows]
+        if self.cached is not None and not self.cached.missing_clips(self.rows, shapes):
+            work = [(row, shape) for row, own in zip(self.rows, shapes, strict=True) for shape in own]
+            row, shape = max(work, key=lambda each: math.prod(each[1]))
+            with contextlib.suppress(CorruptTensorError):  # is made anew, of the video
+                return self.cached.latents.read(self.cached.latent_key(row.content, shape))[0].nbytes
+        return 3 * max(map(math.prod, self.config.all_shapes()))
 
     def check_stream(self, seed: int) -> None:
         """Reads and decodes the first streamed row, so that wrong settings are found at once.

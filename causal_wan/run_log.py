@@ -44,12 +44,28 @@ class MetricSums:
         self.sums = state["sums"]
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics file, but for a line that a kill or a full disk cut off; none if it is not there."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries
+
+
 def truncate_metrics(path: Path, last_step: int) -> None:
     """Drops the entries of a metrics file after `last_step`: a resumed run writes them again."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= last_step]
-    path.write_text("".join(line + "\n" for line in kept))
+    kept = [entry for entry in read_metrics(path) if entry["step"] <= last_step]
+    partial = path.with_name(f"partial-{path.name}")  # a full disk leaves the file as it is
+    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    partial.replace(path)
+
+
+def has_validation(path: Path, step: int) -> bool:
+    """Whether a metrics file has the entry of a validation after a step."""
+    return any(entry["step"] == step and "lr" not in entry for entry in read_metrics(path))  # of a step, it has one
 
 
 class StepLog:

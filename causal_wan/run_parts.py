@@ -1,9 +1,8 @@
-"""The parts of a run that trains a student: the student, VAE and prompt embeddings; and how its result is saved.
+"""The parts of a run that trains a student: the student and the VAE; and how its result is saved.
 
 Knows no loss: any method that trains a student takes its parts from here, whoever owns its loop.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,15 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from causal_wan.basics import beside_fp8
-from causal_wan.cached_data import CachedData, CachedPrompts, gather_lists
 from causal_wan.compiling import compile_layers
 from causal_wan.config import flat_dict
 from causal_wan.data_config import ClipShape
-from causal_wan.encoding import PromptEncoder, encode_prompts
 from causal_wan.export import write_pipeline_file
 from causal_wan.memory import cut_up_vae, enable_gradient_checkpointing, quantization_config, store_in_fp8
 from causal_wan.models import (
     DTYPES,
     add_lora,
     causal_settings,
-    load_text_encoder,
     load_transformer,
     load_vae,
     load_vae_config,
@@ -32,7 +28,6 @@ from causal_wan.models import (
 )
 from causal_wan.run_config import RunConfig
 from causal_wan.run_data import RunData
-from causal_wan.settings import CheckpointConfig
 from causal_wan.strategies import (
     check_can_be_compiled,
     context_mesh,
@@ -126,49 +121,6 @@ def make_vae(config: RunConfig, device: torch.device, *, is_needed: bool) -> Aut
     vae = load_vae(name, dtype=DTYPES[config.model.vae_dtype], revision=revision)
     cut_up_vae(vae, config.memory)
     return vae if config.memory.offload_vae else vae.to(device)
-
-
-def embed_prompts(
-    accelerator: Any,
-    checkpoint: CheckpointConfig,
-    prompts: list[str],
-    cached: CachedData | None,
-    *,
-    streaming: bool = False,
-) -> Mapping[str, torch.Tensor]:
-    """Embeds each distinct prompt once, split over the processes; the text encoder is freed on return.
-
-    Returns:
-        Prompt -> `(S, D)` of its true length S, on the CPU; read from the cache if there is one; encoded when needed
-        if clips are streamed, since their prompts are not known beforehand.
-    """
-    missing = sorted(set(prompts)) if cached is None else cached.missing_prompts(prompts)
-    own = missing[accelerator.process_index :: accelerator.num_processes]
-    embeds = []
-    if missing or streaming:
-        tokenizer, text_encoder = load_text_encoder(
-            checkpoint.pretrained_model_name_or_path,
-            dtype=text_dtype(accelerator),
-            revision=checkpoint.revision,
-            device=accelerator.device,
-        )
-        if streaming:
-            return PromptEncoder(tokenizer, text_encoder, checkpoint.max_sequence_length)
-        embeds = encode_prompts(
-            tokenizer,
-            text_encoder,
-            own,
-            checkpoint.max_sequence_length,
-            show_progress=accelerator.is_main_process,
-        )
-    if cached is None:
-        return dict(gather_lists([(prompt, embed.cpu()) for prompt, embed in zip(own, embeds, strict=True)]))
-    with cached.prompt_writer() as writer:
-        for prompt, embed in zip(own, embeds, strict=True):
-            writer.add(cached.prompt_key(prompt), embed, cached.prompt_settings)
-    accelerator.wait_for_everyone()
-    cached.prompts.refresh()
-    return CachedPrompts(cached)
 
 
 def save_student(

@@ -7,6 +7,8 @@ from typing import Any
 from diffusers import AutoencoderKLWan
 from transformers import UMT5Config
 
+from causal_wan.changed_settings import compare_settings, read_settings
+from causal_wan.checkpoints import describe_damaged, find_checkpoint, passed_over
 from causal_wan.config import flat_dict
 from causal_wan.data_config import ClipShape
 from causal_wan.memory_plan import MemoryPlan, describe_shortage, plan_training, text_encoder_bytes, with_vae
@@ -15,7 +17,7 @@ from causal_wan.models import DTYPES, causal_settings, load_transformer_config, 
 from causal_wan.rollout import count_draws
 from causal_wan.run_config import RunConfig
 from causal_wan.run_data import RunData
-from causal_wan.run_parts import latent_shape, text_dtype, validation_prompts, weight_dtype
+from causal_wan.run_parts import latent_shape, text_dtype, validation_prompts, weight_dtype, with_absolute_paths
 from causal_wan.strategies import context_mesh, free_memory, is_sharded, sharding
 
 
@@ -54,6 +56,31 @@ def describe_validation(config: RunConfig, run_data: RunData) -> str:
     at_first = "before the first step, " if config.training.validate_first else ""
     loss = f" and the loss on {num_clips} held-out clip(s)" if num_clips else ""
     return f"{at_first}every {config.training.validation_steps} steps and at the end: {num_videos} video(s){loss}"
+
+
+def describe_resumption(config: RunConfig) -> list[str]:
+    """Lines on the checkpoint that a run goes on from, and on each setting that differs from that run's.
+
+    Raises:
+        ValueError: If the checkpoint is none, or depends on other settings.
+    """
+    training = config.training
+    checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    if checkpoint is None:
+        return []
+    damaged = passed_over(checkpoint, training.output_dir)
+    lines = [f"resumes     {checkpoint}" + (f"; damaged: {describe_damaged(damaged)}" if damaged else "")]
+    number = checkpoint.name.rpartition("-")[2]
+    if number.isdigit() and int(number) > training.max_train_steps:
+        raise ValueError(
+            f"max_train_steps must be at least the steps that are done, but {checkpoint} is at step {number}, got "
+            f"{training.max_train_steps}; raise it, or resume an earlier checkpoint."
+        )
+    before = read_settings(checkpoint)
+    if before is None:
+        return [*lines, "note        the settings of the checkpoint's run are not known: nothing is compared"]
+    changes = compare_settings(checkpoint, before, flat_dict(with_absolute_paths(config)))
+    return lines + [f"changed     {change}" for change in changes]
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -5,8 +5,12 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import DeviceMesh
+
+from causal_wan.basics import beside_fp8
+from causal_wan.settings import TrainingConfig
 
 
 def context_mesh(accelerator: Accelerator) -> DeviceMesh | None:
@@ -60,6 +64,50 @@ def sharding(accelerator: Accelerator) -> dict[str, Any]:
             "offload": plugin.offload_param_device == "cpu",
         }
     return {}
+
+
+def follow_settings(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """Has DeepSpeed do what the settings say, where it would follow its own config or, by default, accelerate's.
+
+    Raises:
+        ValueError: If its config says something else.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    plugin, num_replicas = accelerator.state.deepspeed_plugin, count_replicas(accelerator)
+    stated = {**plugin.deepspeed_config, "gradient_clipping": plugin.gradient_clipping}  # a 0 is in the latter alone
+    for key, setting, value in (
+        ("gradient_clipping", "max_grad_norm", config.max_grad_norm),
+        ("gradient_accumulation_steps", "gradient_accumulation_steps", config.gradient_accumulation_steps),
+        ("train_micro_batch_size_per_gpu", "train_batch_size", config.train_batch_size),
+        ("train_batch_size", "the clips of a step over all processes", config.samples_per_step(num_replicas)),
+    ):
+        if stated.get(key, "auto") not in ("auto", value):
+            raise ValueError(
+                f"{key} of the DeepSpeed config must be auto or agree with {setting}, got {stated[key]} and {value}; "
+                "write auto there."
+            )
+        plugin.deepspeed_config[key] = value
+    wanted, precision = config.mixed_precision, accelerator.mixed_precision
+    if wanted is not None and precision not in (wanted, beside_fp8(wanted)):
+        raise ValueError(
+            f"bf16.enabled and fp16.enabled of the DeepSpeed config must be auto or agree with mixed_precision, got "
+            f"{precision} and {wanted}; write auto there, or leave them out."
+        )
+
+
+def clip_as_set(optimizer: AcceleratedOptimizer, config: TrainingConfig) -> None:
+    """Has DeepSpeed clip at the norm of these settings; a checkpoint of its has brought that of the run before."""
+    if "clip_grad" in vars(optimizer.optimizer):
+        optimizer.optimizer.clip_grad = config.max_grad_norm
+
+
+def replaces_optimizer(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed takes its own AdamW, for the CPU and in float32, in the place of any optimizer."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return False
+    plugin = accelerator.state.deepspeed_plugin
+    return plugin.offload_optimizer_device != "none" and plugin.get_value("zero_force_ds_cpu_optimizer", True)
 
 
 def check_can_be_compiled(accelerator: Accelerator) -> None:

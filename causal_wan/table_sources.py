@@ -5,18 +5,19 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import yaml
 
+from causal_wan.ranges import PositiveFloat, checked_dataclass
+
 
 FILE_SUFFIXES = {".csv", ".jsonl", ".ndjson", ".parquet"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Source:
     """A table, and how to read it."""
 
@@ -24,7 +25,7 @@ class Source:
     dataset_base_path: str | None = None
     video_column: str = "video"
     caption_column: tuple[str, ...] = ("prompt",)
-    weight: float | None = None
+    weight: PositiveFloat | None = None
     split: str = "train"
     revision: str | None = None
 

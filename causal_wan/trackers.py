@@ -89,7 +89,10 @@ def identify_run(output_dir: str, *, project: str, run_name: str | None, resumes
     """The identity kept in the output folder if the run is to go on there, else a new one, written to it."""
     path = Path(output_dir) / IDENTITY_NAME
     if resumes and path.exists():
-        return TrackedRun(**json.loads(path.read_text()), output_dir=output_dir)
+        try:
+            return TrackedRun(**json.loads(path.read_text()), output_dir=output_dir)
+        except (ValueError, TypeError) as error:  # cut off by a full disk
+            logger.warning("%s does not say what trackers know the run by (%s): it gets a new name", path, error)
     name = run_name or Path(output_dir).resolve().name
     run = TrackedRun(project=project, name=name, id=uuid.uuid4().hex[:8], output_dir=output_dir)
     path.write_text(json.dumps({key: value for key, value in asdict(run).items() if key != "output_dir"}) + "\n")

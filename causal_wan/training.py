@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from causal_wan.checkpoints import list_checkpoints, save_checkpoint
 from causal_wan.profiling import StepProfiler
 from causal_wan.progress import announced
-from causal_wan.run_log import MetricSums, StepLog, Sums
+from causal_wan.run_log import METRICS_NAME, MetricSums, StepLog, Sums, has_validation
 from causal_wan.settings import TrainingConfig
 from causal_wan.trackers import CaptionedVideo
 from causal_wan.training_setup import Run, trainable_parameters
@@ -121,15 +121,20 @@ def train(
     validate: Callable[[torch.nn.Module, int], tuple[dict[str, float], dict[str, CaptionedVideo]]] | None = None,
     before_checkpoint: Callable[[], None] | None = None,
     after_checkpoint: Callable[[Path], None] | None = None,
+    save_result: Callable[[], None] | None = None,
 ) -> bool:
     """Trains until `max_train_steps`. The result is in the model, or in the average: see `ema_weights`.
+
+    What was computed is on disk before anything else may fail: the checkpoint, and at the end the result, come before
+    the validation of the same step.
 
     Args:
         run: From `prepare_run`.
         make_dataloader: (*, start, end, step) -> the batches of the run's samples from `start`, the first of `step`,
             to `end`, in order.
-        prepare_batch: A batch of the loader -> what `compute_loss` takes, with at least `num_items`, a scalar tensor:
-            how many elements its loss is a mean over, and `num_tokens`, an int, for the throughput. No gradients.
+        prepare_batch: A batch of the loader, on the host -> what `compute_loss` takes, on the device, with at least
+            `num_items`, a scalar tensor: how many elements its loss is a mean over, and `num_tokens`, an int, for the
+            throughput. No gradients.
         compute_loss: (wrapped model, prepared batch, num_items of the whole step over all processes) -> (this batch's
             share of the loss: a sum over its elements divided by that number, sums to log).
         summarize: Sums over processes and steps -> metrics.
@@ -137,18 +142,22 @@ def train(
             on every process.
         before_checkpoint: Called on every process before a checkpoint is written, to gather what goes into it.
         after_checkpoint: Called with its folder, which is not there if it could not be written.
+        save_result: Called on every process when the run is complete.
 
     Returns:
         Whether the run is complete; after SIGTERM or SIGUSR1 to any process it stops early, with a checkpoint.
 
     Raises:
-        RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped.
+        RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped, or the first steps changed no weight.
     """
     config, state = run.config, run.state
     samples_per_step = config.samples_per_step(run.num_replicas)
     end_sample = state.num_samples + (config.max_train_steps - state.step) * samples_per_step
-    batches = iter(run.accelerator.prepare(make_dataloader(start=state.num_samples, end=end_sample, step=state.step)))
+    loader = make_dataloader(start=state.num_samples, end=end_sample, step=state.step)
+    # On the device, the clips of all passes would wait for their turn to be encoded.
+    batches = iter(run.accelerator.prepare_data_loader(loader, device_placement=False))
     log = StepLog(run, summarize)
+    validation = None if validate is None else ValidationRuns(run, validate, log)
     progress = tqdm(
         total=config.max_train_steps,
         initial=state.step,
@@ -159,14 +168,13 @@ def train(
     profiler = StepProfiler(run.accelerator, config.profile, config.output_dir, state.step)
     run.model.train()
     with StopRequest() as stop, progress, profiler:
-        if validate is not None and config.validate_first and state.step == 0:
-            validate_result(run, validate, log)
+        if state.step == config.max_train_steps and save_result is not None:  # it ended after its last checkpoint
+            save_result()
+        if validation is not None and validation.is_owed():
+            validation()
         while state.step < config.max_train_steps and not stop.agreed:
-            with log.timed("data"), profiler.part("data"):
-                loaded = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+            prepared = prepare_passes(batches, prepare_batch, config.gradient_accumulation_steps, log, profiler)
             with log.timed("compute"):
-                with profiler.part("encode and noise"):
-                    prepared = [prepare_batch(batch) for batch in loaded]
                 train_step(run, prepared, compute_loss, stop, profiler)
             profiler.end_step()
             log.count_step(num_tokens=sum(batch["num_tokens"] for batch in prepared))
@@ -178,31 +186,106 @@ def train(
                 run.late.flush()
                 entry = log.write()
                 progress.set_postfix(loss=f"{entry.get('generator_loss', float('nan')):.4f}")
-            if validate is not None and is_due(state.step, config.validation_steps, config):
-                validate_result(run, validate, log)
             if stop.agreed or is_due(state.step, config.checkpointing_steps, config):
-                run.late.flush()
-                run.metrics.reduce_to_main(run.accelerator)
-                if before_checkpoint is not None:
-                    before_checkpoint()
-                limit = config.checkpoints_total_limit
-                with announced(f"writing checkpoint-{state.step}"):
-                    save_checkpoint(run.accelerator, config.output_dir, state.step, ema=run.ema, total_limit=limit)
-                if after_checkpoint is not None:
-                    after_checkpoint(Path(config.output_dir) / f"checkpoint-{state.step}")
+                write_checkpoint(run, before_checkpoint, after_checkpoint)
+            if state.step == config.max_train_steps and save_result is not None:
+                save_result()
+            if validation is not None and validation.is_due() and not stop.agreed:
+                validation()
     return state.step == config.max_train_steps
 
 
-def validate_result(
-    run: Run,
-    validate: Callable[[torch.nn.Module, int], tuple[dict[str, float], dict[str, CaptionedVideo]]],
-    log: StepLog,
+def write_checkpoint(
+    run: Run, before: Callable[[], None] | None = None, after: Callable[[Path], None] | None = None
 ) -> None:
-    """Validates what would be the result now, and logs it."""
-    with ema_weights(run.ema, run.unwrapped_model):
-        log.write_validation(*validate(run.unwrapped_model, run.state.step))
-    reshard(run.unwrapped_model)
-    run.model.train()
+    """Writes a checkpoint of the step that is done; before and after it as in `train`."""
+    config, step = run.config, run.state.step
+    run.late.flush()
+    run.metrics.reduce_to_main(run.accelerator)
+    if before is not None:
+        before()
+    with announced(f"writing checkpoint-{step}"):
+        save_checkpoint(
+            run.accelerator,
+            config.output_dir,
+            step,
+            ema=run.ema,
+            total_limit=config.checkpoints_total_limit,
+            settings=run.settings,
+        )
+    if after is not None:
+        after(Path(config.output_dir) / f"checkpoint-{step}")
+
+
+class ValidationRuns:
+    """Validates when it is due, with the weights of the result.
+
+    A run that was told to stop, or was killed, between a checkpoint and its validation owes the validation: it comes
+    first when the run goes on, as does that of a new run with `validate_first`. One in which the run died is not tried
+    again, or it would cost every run that resumes.
+
+    Args:
+        run: Of the loop.
+        validate: As in `train`.
+        log: Where the metrics go.
+    """
+
+    BEGUN_NAME = "validation-begun"
+
+    def __init__(
+        self,
+        run: Run,
+        validate: Callable[[torch.nn.Module, int], tuple[dict[str, float], dict[str, CaptionedVideo]]],
+        log: StepLog,
+    ) -> None:
+        self.run, self.validate, self.log = run, validate, log
+        self._begun = Path(run.config.output_dir) / self.BEGUN_NAME
+
+    def is_due(self) -> bool:
+        """Whether the step that is done is to be validated."""
+        return is_due(self.run.state.step, self.run.config.validation_steps, self.run.config)
+
+    def is_owed(self) -> bool:
+        """Whether the step that the run goes on from was to be validated and was not. Every process has to ask."""
+        accelerator, step, owes = self.run.accelerator, self.run.state.step, False
+        if accelerator.is_main_process and (self.is_due() if step else self.run.config.validate_first):
+            is_done = has_validation(Path(self.run.config.output_dir) / METRICS_NAME, step)
+            died = step > 0 and self._begun.is_file() and self._begun.read_text() == str(step)
+            if died and not is_done:
+                logger.warning("the validation of step %d is left out: the run ended in it", step)
+            owes = not (is_done or died)
+        return bool(accelerator.reduce(torch.tensor(int(owes), device=accelerator.device)))
+
+    def __call__(self) -> None:
+        """Validates the step that is done."""
+        run = self.run
+        if run.accelerator.is_main_process:
+            with contextlib.suppress(OSError):  # of a full disk
+                self._begun.write_text(str(run.state.step))
+        with ema_weights(run.ema, run.unwrapped_model):
+            self.log.write_validation(*self.validate(run.unwrapped_model, run.state.step))
+        reshard(run.unwrapped_model)
+        run.model.train()
+        if run.accelerator.is_main_process:
+            self._begun.unlink(missing_ok=True)
+
+
+def prepare_passes(
+    batches: Iterator[Batch],
+    prepare_batch: Callable[[Batch], Batch],
+    num_passes: int,
+    log: StepLog,
+    profiler: StepProfiler,
+) -> list[Batch]:
+    """The prepared batches of a step, each as it comes: no more than one is there that is not prepared."""
+    prepared = []
+    for _ in range(num_passes):
+        with log.timed("data"), profiler.part("data"):
+            batch = next(batches)
+        with log.timed("compute"), profiler.part("encode and noise"):
+            prepared.append(prepare_batch(batch))
+        del batch  # before the next one is waited for
+    return prepared
 
 
 def train_step(
@@ -218,9 +301,10 @@ def train_step(
     must know of a step it learns a step later (see `LateReader`).
 
     Raises:
-        RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped.
+        RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped, or the first steps changed no weight.
     """
     accelerator, config = run.accelerator, run.config
+    check = ChangeCheck(run)
     num_items = torch.stack([batch["num_items"] for batch in batches]).sum()
     num_items, num_stops = accelerator.reduce(torch.stack([num_items, torch.full_like(num_items, stop.received)]))
     # Those that share a clip all count its items and compute its whole loss, each with the gradients of its tokens.
@@ -246,7 +330,8 @@ def train_step(
     step_sums.add({"grad_norm": grad_norm.double() * is_main})
     run.metrics.add({name: value.where(took_step, torch.zeros_like(value)) for name, value in step_sums.sums.items()})
     run.metrics.add({name: value.double() * is_main for name, value in counts.items()})
-    run.late.hand_in(torch.stack([~took_step, num_stops > 0]), partial(note_step, run, stop, run.state.step + 1))
+    news = torch.stack([~took_step, num_stops > 0, took_step & check.changed_nothing()])
+    run.late.hand_in(news, partial(note_step, run, stop, run.state.step + 1))
 
 
 def update_weights(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,25 +340,28 @@ def update_weights(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     grad_norm = accelerator.clip_grad_norm_(trainable_parameters(run.model), max_norm or float("inf"))
     if isinstance(grad_norm, DTensor):  # FSDP2
         grad_norm = grad_norm.full_tensor()
-    grad_norm = torch.as_tensor(grad_norm, device=accelerator.device)  # DeepSpeed has a float
+    grad_norm = torch.as_tensor(grad_norm)  # DeepSpeed has a float
     took_step = step_optimizer(run, grad_norm)
     run.lr_scheduler.step()
     run.optimizer.zero_grad()
     if run.ema is not None:
         run.ema.step(trainable_parameters(run.unwrapped_model))
-    return grad_norm, took_step
+    return grad_norm.to(accelerator.device), took_step.to(accelerator.device)
 
 
 def step_optimizer(run: Run, grad_norm: torch.Tensor) -> torch.Tensor:
-    """Takes the step if the gradients are finite; whether it did, as a bool scalar on the device.
+    """Takes the step if the gradients are finite; whether it did, as a bool scalar.
 
-    AdamW is told on the device, as `GradScaler` tells it, so that the host need not wait for the gradients.
+    AdamW is told where its weights are, as `GradScaler` tells it, so that the host need not wait for the gradients of
+    a GPU. A CPU that has offloaded weights must wait for them, and does.
     """
-    is_finite, optimizer = torch.isfinite(grad_norm), run.optimizer.optimizer
-    if run.accelerator.scaler is not None:  # float16's scaler skips on its own
+    accelerator, optimizer, is_finite = run.accelerator, run.optimizer.optimizer, torch.isfinite(grad_norm)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # has stepped in the backward pass, or not
+        return is_finite & (not run.optimizer.step_was_skipped)
+    if accelerator.scaler is not None:  # float16's skips by the same gradients, of which accelerate hears nothing
         run.optimizer.step()
-        return torch.full_like(is_finite, not run.accelerator.optimizer_step_was_skipped)
-    if isinstance(optimizer, torch.optim.AdamW):
+    elif isinstance(optimizer, torch.optim.AdamW):
+        is_finite = is_finite.to(optimizer.param_groups[0]["params"][0].device)
         optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
         run.optimizer.step()
     elif is_finite:
@@ -281,15 +369,63 @@ def step_optimizer(run: Run, grad_norm: torch.Tensor) -> torch.Tensor:
     return is_finite
 
 
-def note_step(run: Run, stop: StopRequest, step: int, was_skipped: bool, is_to_stop: bool) -> None:
+class ChangeCheck:
+    """Whether a step changes the weights of the optimizer: a sum over their bits, before and after.
+
+    Looked at in the first steps of a process with a learning rate above 0. A run that logs losses and trains nothing,
+    whatever the reason, ends there. Made before the passes of the step.
+    """
+
+    NUM_STEPS = 3
+
+    def __init__(self, run: Run) -> None:
+        self.accelerator = run.accelerator
+        self.is_on = run.num_checked < self.NUM_STEPS and run.optimizer.param_groups[0]["lr"] > 0
+        run.num_checked += self.is_on
+        self.weights = optimized_weights(run) if self.is_on else []
+        self.before = self._sum_of_bits()
+
+    def _sum_of_bits(self) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
+        for weight in self.weights:
+            bits = weight.detach().view(torch.int16 if weight.element_size() == 2 else torch.int32)
+            total += bits.sum(dtype=torch.int64).to(total.device)
+        return total
+
+    def changed_nothing(self) -> torch.Tensor:
+        """A bool scalar, the same on all processes."""
+        if not self.is_on:
+            return torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
+        return self.accelerator.reduce((self._sum_of_bits() != self.before).long()) == 0
+
+
+def optimized_weights(run: Run) -> list[torch.Tensor]:
+    """What the optimizer changes on this process: whole weights, its shards of them, or DeepSpeed's own copies."""
+    weights = [weight for group in run.optimizer.param_groups for weight in group["params"]]
+    if not weights:  # ZeRO-3 lends them to the optimizer while it steps
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        weights = [safe_get_local_fp32_param(parameter) for parameter in trainable_parameters(run.model)]
+    return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights if weight is not None]
+
+
+def note_step(
+    run: Run, stop: StopRequest, step: int, was_skipped: bool, is_to_stop: bool, changed_nothing: bool
+) -> None:
     """Notes on the host what became of a step, and stops the run when too many were skipped in a row.
 
     Raises:
-        RuntimeError: After `max_nonfinite_steps` in a row.
+        RuntimeError: After `max_nonfinite_steps` in a row, or after a step that changed no weight.
     """
     state, limit = run.state, run.config.max_nonfinite_steps
     stop.agreed = stop.agreed or is_to_stop
     state.num_nonfinite_in_a_row = state.num_nonfinite_in_a_row + 1 if was_skipped else 0
+    if changed_nothing:
+        raise RuntimeError(
+            f"a step must change the weights, but step {step} was taken and changed none of them; nothing was saved. "
+            "All gradients are zero, or the learning rate is too small for the weights' precision: look at "
+            "--learning_rate, --lora_alpha and the data."
+        )
     if not was_skipped:
         return
     logger.warning("step %d skipped: its loss or gradient is not finite", step)

@@ -6,6 +6,7 @@ Knows no video and no diffusion.
 import importlib.util
 import logging
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     set_seed,
 )
@@ -27,16 +29,32 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import unset_hf_deepspeed_config
 
-from causal_wan.checkpoints import check_process_count, checkpoint_trainable_weights_only, find_checkpoint, load_ema
+from causal_wan.checkpoint_checks import (
+    SCALER_NAME,
+    check_optimizer,
+    check_process_count,
+    check_strategy,
+    check_weights,
+)
+from causal_wan.checkpoints import (
+    checkpoint_trainable_weights_only,
+    describe_damaged,
+    find_checkpoint,
+    load_ema,
+    passed_over,
+)
 from causal_wan.devices import LateReader
+from causal_wan.processes import wait_for_all
 from causal_wan.progress import announced
 from causal_wan.run_log import METRICS_NAME, MetricSums, truncate_metrics
 from causal_wan.settings import TrainingConfig
-from causal_wan.strategies import count_replicas, is_sharded
+from causal_wan.strategies import clip_as_set, count_replicas, follow_settings, is_sharded, replaces_optimizer
 from causal_wan.trackers import Trackers, identify_run, resolve_trackers, start_each
 
 
 logger = logging.getLogger(__name__)
+
+STEP_PATIENCE = timedelta(minutes=10)  # NCCL's own timeout
 
 
 @dataclass
@@ -69,6 +87,8 @@ class Run:
     state: RunState
     metrics: MetricSums
     trackers: Trackers
+    settings: dict[str, Any] | None = None  # of the run, as a recipe; kept in checkpoints
+    num_checked: int = 0  # first steps of this process that were checked to change weights
     late: LateReader = field(default_factory=LateReader)
 
     @property
@@ -105,7 +125,14 @@ def _fp8_recipe() -> tuple[AORecipeKwargs]:
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The Accelerator of a run, with the output folder made."""
+    """The Accelerator of a run, with the output folder made.
+
+    In a step, processes wait for one another for `STEP_PATIENCE` beyond the time that clips may take: whoever waits
+    for clips in vain ends the run first, and says why. All other waits are those of `causal_wan.processes`.
+
+    Raises:
+        ValueError: If the config of the launch says other than the settings.
+    """
     # The loop hands over exactly the passes of one step, so the loader's end must not force a step.
     accumulation = {"num_steps": config.gradient_accumulation_steps, "sync_with_dataloader": False}
     accelerator = Accelerator(
@@ -118,6 +145,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         step_scheduler_with_optimizer=False,
         # One copy of the gradients, not two.
         kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.dataloader_timeout) + STEP_PATIENCE),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             *(_fp8_recipe() if config.mixed_precision == "fp8" else ()),
         ],
@@ -132,10 +160,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         # Left alone it would keep the gradients of all passes but the last whole, in float32, on every GPU.
         GradientState(GradientAccumulationPlugin(**accumulation, sync_each_batch=True))  # which all share
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # DeepSpeed counts samples itself; and only the model that is trained is to be sharded, not the text encoder.
-        plugin = accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
-        unset_hf_deepspeed_config()
+        follow_settings(accelerator, config)
+        unset_hf_deepspeed_config()  # only the model that is trained is to be sharded, not the text encoder
     logging.basicConfig(
         format="%(levelname)s %(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR
     )
@@ -147,7 +173,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     set_seed(config.seed)
     if accelerator.is_main_process:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
+    wait_for_all()
     return accelerator
 
 
@@ -181,12 +207,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig)
     Raises:
         ValueError: If bitsandbytes is needed and not installed.
     """
-    settings = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
+    settings = optimizer_settings(config)
     if config.optimizer == "adamw8bit":
         try:
             import bitsandbytes
@@ -198,6 +219,16 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig)
     return torch.optim.AdamW(parameters, **settings, fused=True)
 
 
+def optimizer_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Of AdamW, by torch's names."""
+    return {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+
+
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The parameters that an optimizer changes, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -207,11 +238,20 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def prepare_run(
-    accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module, trackers: Trackers | None = None
+    accelerator: Accelerator,
+    config: TrainingConfig,
+    model: torch.nn.Module,
+    trackers: Trackers | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> Run:
     """Optimizer, schedule and EMA of a model, prepared by accelerate and, when the config says so, resumed.
 
-    Trackers come from `start_trackers`; without them metrics.jsonl is all that is written.
+    Args:
+        accelerator: From `make_accelerator`.
+        config: Of the run.
+        model: To train.
+        trackers: From `start_trackers`; without them metrics.jsonl is all that is written.
+        settings: Of the whole run, as a recipe: kept in checkpoints.
 
     Raises:
         ValueError: If the strategy cannot do what the config asks for, or the checkpoint to resume does not fit.
@@ -225,6 +265,11 @@ def prepare_run(
         raise ValueError(
             "bitsandbytes takes sharded weights for whole ones and writes outside of them (its issue 1633); use "
             "--optimizer adamw, or launch with accelerate_configs/ddp.yaml or zero2.yaml."
+        )
+    if config.optimizer == "adamw8bit" and replaces_optimizer(accelerator):
+        raise ValueError(
+            "DeepSpeed updates states on the CPU by an AdamW of its own, in 32 bits; use --optimizer adamw, or launch "
+            "with accelerate_configs/zero2.yaml or zero3.yaml."
         )
     if accelerator.mixed_precision == "fp8" and is_sharded(accelerator):
         raise ValueError(
@@ -248,9 +293,8 @@ def prepare_run(
     ema = None
     if config.use_ema:
         ema = EMAModel(trainable_parameters(accelerator.unwrap_model(model)), decay=config.ema_decay)
-    run = Run(
-        accelerator, config, model, optimizer, lr_scheduler, ema, RunState(), MetricSums(), trackers or Trackers()
-    )
+    parts = (accelerator, config, model, optimizer, lr_scheduler, ema, RunState(), MetricSums())
+    run = Run(*parts, trackers or Trackers(), settings)
     accelerator.register_for_checkpointing(run.state, run.metrics)
     unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if has_frozen_weights and accelerator.distributed_type in unsharded:
@@ -265,32 +309,87 @@ def resume(run: Run) -> None:
     Raises:
         ValueError: If the checkpoint does not fit the run.
     """
-    checkpoint = find_checkpoint(run.config.resume_from_checkpoint, run.config.output_dir)
-    num_processes = run.accelerator.num_processes
-    if checkpoint is None:
-        if run.config.resume_from_checkpoint is not None:
-            logger.info("no checkpoint in %s yet: starting at step 0", run.config.output_dir)
-    else:
-        if run.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            check_process_count(checkpoint, num_processes)
-        with announced(f"reading {checkpoint}"):
-            run.accelerator.load_state(str(checkpoint))
-            if run.ema is not None:
-                load_ema(run.ema, checkpoint)
-        if not run.accelerator.is_main_process:  # the checkpoint holds the sums of all processes
-            run.metrics.sums = {name: torch.zeros_like(value) for name, value in run.metrics.sums.items()}
+    config, accelerator = run.config, run.accelerator
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
+    if checkpoint is not None:
+        if damaged := passed_over(checkpoint, config.output_dir):
+            logger.warning("passed over what is damaged: %s", describe_damaged(damaged))
+        load_checkpoint(run, checkpoint)
+        apply_settings(run)
         logger.info("resumed from %s at step %d", checkpoint, run.state.step)
-        if (run.state.num_processes, run.state.num_replicas) != (num_processes, run.num_replicas):
-            logger.info(
-                "the checkpoint is from %d process(es), now there are %d: the samples go on in the same order, a step "
-                "has %d of them, and results agree to rounding, not to the last bit",
-                run.state.num_processes,
-                num_processes,
-                run.config.samples_per_step(run.num_replicas),
-            )
-    run.state.num_processes, run.state.num_replicas = num_processes, run.num_replicas
-    run.metrics.sums = {name: value.to(run.accelerator.device) for name, value in run.metrics.sums.items()}
+        note_processes(run)
+    elif config.resume_from_checkpoint is not None:
+        logger.info("no checkpoint in %s yet: starting at step 0", config.output_dir)
+    run.state.num_processes, run.state.num_replicas = accelerator.num_processes, run.num_replicas
+    run.metrics.sums = {name: value.to(accelerator.device) for name, value in run.metrics.sums.items()}
     last_step = -1 if checkpoint is None else run.state.step  # a start anew validates at step 0 again
-    if run.accelerator.is_main_process:
-        truncate_metrics(Path(run.config.output_dir) / METRICS_NAME, last_step=last_step)
+    if accelerator.is_main_process:
+        truncate_metrics(Path(config.output_dir) / METRICS_NAME, last_step=last_step)
     run.trackers.rewind(last_step)
+
+
+def load_checkpoint(run: Run, checkpoint: Path) -> None:
+    """Brings back weights, optimizer, schedule, average and counts.
+
+    Raises:
+        ValueError: If the checkpoint does not fit the run, or cannot be read.
+    """
+    accelerator, config = run.accelerator, run.config
+    check_strategy(checkpoint, accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        check_process_count(checkpoint, accelerator.num_processes)
+    named = run.unwrapped_model.named_parameters()
+    check_weights(checkpoint, {name: weight for name, weight in named if weight.requires_grad})
+    check_optimizer(checkpoint, config.optimizer)
+    scaler = accelerator.scaler
+    if scaler is not None and not (checkpoint / SCALER_NAME).is_file():
+        accelerator.scaler = None  # of a run that was not in float16: the scale is found anew
+    try:
+        with announced(f"reading {checkpoint}"):
+            accelerator.load_state(str(checkpoint))
+    except Exception as error:  # what it meets: torch's, DeepSpeed's, pickle's and safetensors' own errors
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"{checkpoint} must be a whole checkpoint of the same run, but could not be loaded "
+            f"({type(error).__name__}: {reason}). Resume another one, or start anew with another --output_dir."
+        ) from error
+    finally:
+        accelerator.scaler = scaler
+    # Its count of passes is of the steps before: with another number of passes a step, no step would ever be whole.
+    accelerator.step = 0
+    if run.ema is not None:
+        load_ema(run.ema, checkpoint)
+    if not accelerator.is_main_process:  # the checkpoint holds the sums of all processes
+        run.metrics.sums = {name: torch.zeros_like(value) for name, value in run.metrics.sums.items()}
+    if run.state.step > config.max_train_steps:
+        raise ValueError(
+            f"max_train_steps must be at least the steps that are done, but {checkpoint} is at step {run.state.step}, "
+            f"got {config.max_train_steps}; raise it, or resume an earlier checkpoint."
+        )
+
+
+def apply_settings(run: Run) -> None:
+    """Gives optimizer and schedule the config's settings, where a checkpoint has brought back those of its own run.
+
+    The schedule stays where it is. All of diffusers' schedules are a factor of the base rate, by the step.
+    """
+    schedule, settings = run.lr_scheduler.scheduler, optimizer_settings(run.config)
+    schedule.base_lrs = [run.config.learning_rate] * len(schedule.base_lrs)
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    for group, rate in zip(run.optimizer.param_groups, schedule._last_lr, strict=True):
+        group.update(settings | {"lr": rate, "initial_lr": run.config.learning_rate})
+    clip_as_set(run.optimizer, run.config)
+
+
+def note_processes(run: Run) -> None:
+    """Says what it means that a run goes on with another number of processes."""
+    state, num_processes = run.state, run.accelerator.num_processes
+    if (state.num_processes, state.num_replicas) != (num_processes, run.num_replicas):
+        logger.info(
+            "the checkpoint is from %d process(es), now there are %d: the samples go on in the same order, a step "
+            "has %d of them, and results agree to rounding, not to the last bit",
+            state.num_processes,
+            num_processes,
+            run.config.samples_per_step(run.num_replicas),
+        )

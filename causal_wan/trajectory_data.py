@@ -9,6 +9,7 @@ trajectory, from noise to data, the clean end included.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from causal_wan.file_manifest import FileManifest
 from causal_wan.run_data import RunData
 from causal_wan.sample_order import SampleOrder
 from causal_wan.settings import CacheConfig, CheckpointConfig
+from causal_wan.shared_memory import collate_shared, worker_settings
 from causal_wan.streaming import LaneStates
 from causal_wan.tensor_cache import TensorCache, describe_differences, settings_key
 from dataset_utils import Loadable, Row, SampleStream, collate
@@ -116,7 +118,7 @@ class TrajectoryData:
         folder: Of the trajectories.
         cache: In it.
         settings: Of those that are used.
-        slots: Where in a trajectory each entry of the step list is, int64 `(K',)`.
+        slots: Where in a trajectory each entry of the step list is.
         names: The trajectories, in an order that does not depend on who made them.
         clips: The held-out clips, and no others.
         cached: The embeddings of the prompts, once they are open.
@@ -126,7 +128,7 @@ class TrajectoryData:
     folder: Path
     cache: TensorCache
     settings: dict[str, Any]
-    slots: torch.Tensor
+    slots: list[int]
     names: list[TrajectoryName]
     clips: RunData
     cached: CachedData | None = None
@@ -237,6 +239,7 @@ class TrajectoryData:
         num_workers: int,
         num_processes: int,
         pin_memory: bool,
+        timeout: float,
         start: int,
         end: int,
         step: int,
@@ -249,10 +252,18 @@ class TrajectoryData:
         return DataLoader(
             SampleStream(dataset, order, self.config, start=start, end=end),
             batch_size=batch_size,
-            collate_fn=collate,
-            num_workers=num_workers,
+            collate_fn=partial(collate_shared, collate),
             pin_memory=pin_memory,
+            **worker_settings(num_workers, timeout),
         )
+
+    def sample_bytes(self) -> int:
+        """Of a trajectory that a loader hands over.
+
+        Raises:
+            ValueError: If the first is damaged.
+        """
+        return self.cache.read(self.names[0].key(self.settings))[0].nbytes
 
 
 def load_trajectory_data(
@@ -276,7 +287,7 @@ def load_trajectory_data(
     settings = find_settings(cache, config.shape, levels, block_lengths)
     names = sorted(names_in(cache, settings))
     places = [*settings["levels"], 0.0]
-    slots = torch.tensor([places.index(level) for level in levels.tolist()])
+    slots = [places.index(level) for level in levels.tolist()]
     return TrajectoryData(config, folder, cache, settings, slots, names, clips)
 
 

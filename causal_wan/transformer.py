@@ -39,6 +39,7 @@ from causal_wan.block_attention import (
     teacher_forcing_spans,
 )
 from causal_wan.context_parallel import ContextParallel, check_divides_by_group
+from causal_wan.devices import to_device
 from causal_wan.kv_cache import KeptStates, KVCache, LayerCache
 
 
@@ -99,7 +100,8 @@ class CausalWanSelfAttnProcessor:
         value = value.unflatten(2, (attn.heads, -1))
         if context.parallel is not None:
             query, key, value = (context.parallel.gather_tokens(states) for states in (query, key, value))
-        query, key = apply_rotary_emb(query, cos, sin), apply_rotary_emb(key, cos, sin)
+        # Under autocast the norms give float32, which attention does not take: cast once, not for each call.
+        query, key = (apply_rotary_emb(states, cos, sin).type_as(value) for states in (query, key))
 
         if context.cache is not None:
             out = self._attend(query, *context.cache.update(key, value, context.places, context.num_held))
@@ -140,8 +142,9 @@ class FoldedCrossAttnProcessor(WanAttnProcessor):
             key, value = (
                 attn.to_kv(text).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(text), attn.to_v(text))
             )
-            cache.text = (attn.norm_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1)))
-        query = attn.norm_q(attn.to_q(unfolded)).unflatten(2, (attn.heads, -1))
+            key = attn.norm_k(key).type_as(value)  # as attention takes it
+            cache.text = tuple(states.unflatten(2, (attn.heads, -1)) for states in (key, value))
+        query = attn.norm_q(attn.to_q(unfolded)).type_as(cache.text[1]).unflatten(2, (attn.heads, -1))
         out = dispatch_attention_fn(query, *cache.text, backend=self._attention_backend)
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query))).reshape(hidden_states.shape)
 
@@ -421,7 +424,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         else:
             frames = torch.arange(start_frame, end_frame)
             tables = get_1d_rotary_pos_embed(rope.t_dim, frames, use_real=True, freqs_dtype=torch.float64)
-            in_time = [table.to(rope.freqs_cos.device) for table in tables]
+            in_time = [to_device(table, rope.freqs_cos.device) for table in tables]
         cos, sin = (
             torch.cat(
                 [

@@ -4,24 +4,32 @@ The same prompts, noise and draws at every validation and in every run of the sa
 be laid side by side.
 """
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from tqdm.auto import tqdm
 
 from causal_wan.kv_cache import CACHE_DTYPES
 from causal_wan.memory import on_device
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.processes import wait_for_all
 from causal_wan.progress import show_progress
 from causal_wan.regression import sample_generator
 from causal_wan.rollout import Rollout, count_draws, draw_noise
 from causal_wan.run_log import MetricSums, Sums
+from causal_wan.strategies import is_sharded
 from causal_wan.streaming_vae import decode_in_parts
 from causal_wan.trackers import CaptionedVideo
 from causal_wan.transformer import CausalWanTransformer3DModel
 from causal_wan.video_writing import VideoWriter, as_frames
+
+
+logger = logging.getLogger(__name__)
 
 
 def share(count: int, process_index: int, num_processes: int) -> list[tuple[int, bool]]:
@@ -61,13 +69,22 @@ class Validation:
         self.accelerator, self.inputs, self.compute_loss = accelerator, inputs, compute_loss
         self.output_dir, self.prompts, self.batches = Path(output_dir), prompts, batches
         self.latent_shape = latent_shape
+        num_items = sum(batch["num_items"] for batch, counts in batches if counts)
+        wait_for_all()  # some have had more to encode than others
+        self.num_items = accelerator.reduce(torch.as_tensor(num_items, device=accelerator.device))
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # layers that are compiled are so for whole clips, not for each block
     def __call__(
         self, transformer: CausalWanTransformer3DModel, step: int
     ) -> tuple[dict[str, float], dict[str, CaptionedVideo]]:
-        """Metrics, and a video for each prompt, named `validation/NN`."""
+        """Metrics, and a video for each prompt, named `validation/NN`.
+
+        What fails (memory, disk, a codec) is reported and counted in the metric `validation_failed`; the rest is done.
+
+        Raises:
+            Exception: Whatever a pass of sharded weights ends with, which processes make together.
+        """
         transformer.eval()
         folder = self.output_dir / "validation" / f"step-{step:06d}"
         videos = {
@@ -75,15 +92,22 @@ class Validation:
             for number, prompt in enumerate(self.prompts)
         }
         own = share(len(self.prompts), self.accelerator.process_index, self.accelerator.num_processes)
+        sample_failures: list[str] = []
+        sums, loss_failures = MetricSums(), []
         with self._show_progress(own) as progress:
             for place, (number, counts) in enumerate(own, start=1):
                 progress.set_postfix_str(f"video {place} of {len(own)}", refresh=False)
-                latents = self.sample(transformer, number, progress)
-                if counts:
-                    self.write(latents, videos[f"validation/{number:02d}"].path, progress)
-            self.accelerator.wait_for_everyone()
+                name = f"validation/{number:02d}"
+                with self._noted(name, sample_failures):
+                    latents = self.sample(transformer, number, progress)
+                    if counts:
+                        with self._noted(name, sample_failures, is_common=False):
+                            self.write(latents, videos[name].path, progress)
             progress.set_postfix_str("loss", refresh=False)
-            return self.measure_loss(transformer, progress) if self.batches else {}, videos
+            with self._noted("the loss on held-out clips", loss_failures):
+                sums = self.sum_losses(transformer, progress)
+        metrics = self._gather(sums, len(sample_failures), len(loss_failures))
+        return metrics, {name: video for name, video in videos.items() if video.path.is_file()}
 
     def _show_progress(self, own: list[tuple[int, bool]]) -> tqdm:
         """A bar that counts passes of samplers, latent frames that are decoded, and held-out batches."""
@@ -91,6 +115,40 @@ class Validation:
         num_passes = len(method.block_lengths(num_frames)) * len(method.inference_timesteps())
         num_decoded = sum(counts for _, counts in own) * num_frames
         return show_progress(total=len(own) * num_passes + num_decoded + len(self.batches), desc="validation")
+
+    @contextlib.contextmanager
+    def _noted(self, name: str, failures: list[str], *, is_common: bool = True) -> Iterator[None]:
+        """Reports what its body raises, and notes it; but for a pass that others wait for, in common with this one."""
+        try:
+            yield
+        except Exception as error:
+            if is_common and is_sharded(self.accelerator) and self.accelerator.num_processes > 1:
+                raise
+            is_of_the_machine = isinstance(error, OSError | torch.OutOfMemoryError)
+            logger.error(
+                "%s failed (%s: %s); the run goes on",
+                name,
+                type(error).__name__,
+                error,
+                exc_info=None if is_of_the_machine else error,
+            )
+            failures.append(name)
+        if failures:  # outside of the handler, which holds the tensors of the failed pass
+            clear_device_cache(garbage_collection=True)
+
+    def _gather(self, sums: MetricSums, num_failed_samples: int, num_failed_losses: int) -> dict[str, float]:
+        """Metrics of all processes, on the main one."""
+        wait_for_all()  # some have more to sample than others
+        counts = torch.tensor([num_failed_samples, num_failed_losses], device=self.accelerator.device)
+        num_failed_samples, num_failed_losses = self.accelerator.reduce(counts).tolist()
+        failed = num_failed_samples + num_failed_losses
+        metrics = {"validation_failed": float(failed)} if failed else {}
+        if self.batches and not num_failed_losses:
+            sums.reduce_to_main(self.accelerator)
+            if self.accelerator.is_main_process:
+                losses = {"loss": float(sums.sums.pop("loss")), **self.inputs.summarize(sums.sums)}
+                metrics |= {f"validation_{name}": value for name, value in losses.items()}
+        return metrics
 
     def sample(self, transformer: CausalWanTransformer3DModel, number: int, progress: tqdm) -> torch.Tensor:
         """The latents of a prompt's video `(1, C, F, H, W)`, from noise of the prompt's own number."""
@@ -126,18 +184,12 @@ class Validation:
                 writer.write(as_frames(frames[0]))
                 progress.update(-(-frames.shape[2] // vae.config.scale_factor_temporal))
 
-    def measure_loss(self, transformer: CausalWanTransformer3DModel, progress: tqdm) -> dict[str, float]:
-        """The training loss on the held-out batches, in all and by level."""
+    def sum_losses(self, transformer: CausalWanTransformer3DModel, progress: tqdm) -> MetricSums:
+        """The training loss on this process's held-out batches, as sums in all and by level."""
         sums = MetricSums()
-        num_items = sum(batch["num_items"] for batch, counts in self.batches if counts)
-        num_items = self.accelerator.reduce(torch.as_tensor(num_items, device=self.accelerator.device))
         for batch, counts in self.batches:
-            loss, batch_sums = self.compute_loss(transformer, batch, num_items)
+            loss, batch_sums = self.compute_loss(transformer, batch, self.num_items)
             weight = float(counts)
             sums.add({"loss": weight * loss, **{name: weight * value for name, value in batch_sums.items()}})
             progress.update()
-        sums.reduce_to_main(self.accelerator)
-        if not self.accelerator.is_main_process:
-            return {}
-        metrics = {"loss": float(sums.sums.pop("loss")), **self.inputs.summarize(sums.sums)}
-        return {f"validation_{name}": value for name, value in metrics.items()}
+        return sums

@@ -2,11 +2,17 @@
 
 import csv
 import importlib
+import io
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
+import traceback
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +64,32 @@ def clips(tmp_path_factory):
                 write_clip(folder / "videos" / f"{seed}.mp4", seed)
                 writer.writerow([f"{seed}.mp4", f"a ball, number {seed}, crosses the field"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def tars(clips, tmp_path_factory):
+    """The clips as WebDataset tars, two clips a tar; settings of a run that streams them."""
+    folder = tmp_path_factory.mktemp("tars")
+    for number in range(3):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for seed in (2 * number, 2 * number + 1):
+                tar.add(clips / "videos" / f"{seed}.mp4", f"{seed}.mp4")
+                prompt = f"a ball, number {seed}, crosses the field".encode()
+                info = tarfile.TarInfo(f"{seed}.txt")
+                info.size = len(prompt)
+                tar.addfile(info, io.BytesIO(prompt))
+    return {
+        "streaming": True,
+        "dataset_base_path": None,
+        "metadata_path": str(folder),
+        "video_column": "mp4",
+        "caption_column": "txt",
+        "validation_metadata_path": None,
+        "lr_scheduler": "constant",
+        "max_train_steps": 6,
+        "shuffle_buffer_size": 2,
+        "frames_schedule": "0:9,3:17",
+    }
 
 
 @pytest.fixture(scope="session")
@@ -197,6 +229,57 @@ def run_here(script, *flags):
     module = importlib.import_module(script.removesuffix(".py"))
     also_known = getattr(module, "TRAINING_SETTINGS", ())
     module.main(parse_config(module.Config, list(map(str, flags)), also_known=also_known))
+
+
+def in_processes(function, *arguments, backend="fake", timeout=600.0):
+    """What `function(rank, *arguments)` returns in each of two processes that are forked off this one.
+
+    Args:
+        function: Computes no gradients, which torch refuses after a fork.
+        arguments: Of it.
+        backend: Of the group of all processes. That of the tests' `fake` stands for NCCL where there is no GPU: what
+            is gathered through it is lost.
+        timeout: Seconds that this group waits.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        results = context.SimpleQueue()
+        processes = [
+            context.Process(target=_run_as, args=(rank, folder, backend, timeout, results, function, arguments))
+            for rank in range(2)
+        ]
+        for process in processes:
+            process.start()
+        found = dict(results.get() for _ in processes)
+        for process in processes:
+            process.join(30)
+    errors = [result for result in found.values() if isinstance(result, Failure)]
+    assert not errors, "\n".join(error.trace for error in errors)
+    return [found[rank] for rank in range(2)]
+
+
+@dataclass
+class Failure:
+    """An exception of a process, as text."""
+
+    trace: str
+
+
+def _run_as(rank, folder, backend, timeout, results, function, arguments):
+    from accelerate.state import AcceleratorState
+    from torch import distributed
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    store = distributed.FileStore(f"{folder}/store", 2)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=timeout))
+    try:
+        results.put((rank, function(rank, *arguments)))
+    except BaseException:
+        results.put((rank, Failure(traceback.format_exc())))
+    os._exit(0)  # nothing of pytest's ends here
 
 
 @pytest.fixture

@@ -68,3 +68,14 @@ def test_the_backward_pass_fills_one_buffer_for_keys_and_one_for_values():
     with CountFilled(5 * T) as filled:
         out.sum().backward()
     assert filled.count == 2
+
+
+def test_gradients_in_16_bits_add_up_without_losing_the_small_ones():
+    spans = block_causal_spans([1] * 9, 1)
+    key = torch.zeros(1, 9, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    query = torch.zeros_like(key)
+    out = attend_in_spans(lambda query, key, value: key[:, :1], query, key, query, spans)
+    # Each call hands the first key a gradient. In 16 bits 256 + 1 is 256.
+    out.backward(torch.tensor([256.0] + [1.0] * 8, dtype=torch.bfloat16).reshape(out.shape))
+    assert key.grad.flatten().tolist() == [264] + [0] * 8
+    assert key.grad.dtype == torch.bfloat16

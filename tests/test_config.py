@@ -1,29 +1,28 @@
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import yaml
 
+import train_video_regression
 from causal_wan.config import flat_dict, parse_config, write_recipe
+from causal_wan.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, checked_dataclass
+from causal_wan.regression_config import method_of_run
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Inner:
-    learning_rate: float = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """Rate."""
     use_ema: bool = False
     """Average."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """Precision."""
-    steps: tuple[float, ...] = (1000, 0)
+    steps: tuple[NonNegativeFloat, ...] = (1000, 0)
     """Levels."""
 
-    def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
 
-
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     inner: Inner
     """Group."""
@@ -67,9 +66,18 @@ def test_switches_may_be_written_with_and_without_a_value(argv, expected):
 
 def test_a_written_recipe_gives_the_same_config(tmp_path):
     config = parse_config(Config, ["--output_dir", "a b", "--steps", "900", "100", "--use_ema"])
-    write_recipe(config, tmp_path / "config.yaml")
+    write_recipe(flat_dict(config), tmp_path / "config.yaml")
     assert parse_config(Config, ["--config", str(tmp_path / "config.yaml")]) == config
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["output_dir"] == "a b"
+
+
+def test_the_recipe_that_a_run_leaves_gives_the_same_config(tmp_path):
+    script, sketch = train_video_regression.Config, Path(__file__).parents[1] / "examples" / "sketch" / "recipe.yaml"
+    flags = ["--profile", "2", "3", "--adam_epsilon", "1e-10", "--lora_rank", "4", "--no_cache_latents"]
+    config = parse_config(script, ["--config", str(sketch), *flags, "--color_jitter", "0", "0.1", "0", "0"])
+    write_recipe(flat_dict(config), tmp_path / "config.yaml")
+    assert parse_config(script, ["--config", str(tmp_path / "config.yaml")]) == config
+    assert method_of_run(yaml.safe_load((tmp_path / "config.yaml").read_text())) == config.method
 
 
 @pytest.mark.parametrize(
@@ -82,7 +90,7 @@ def test_a_written_recipe_gives_the_same_config(tmp_path):
         ("- a\n- b\n", "must be a mapping"),
         ("output_dir: {a: 1}\n", "recipes are flat"),
         ("output_dir: [\n", "must be valid YAML"),
-        ("output_dir: a\nlearning_rate: -1\n", "learning_rate must be above 0, got -1.0."),
+        ("output_dir: a\nlearning_rate: -1\n", "'learning_rate' must be above 0, got -1."),
     ],
 )
 def test_bad_recipes_end_with_one_message(tmp_path, capsys, text, message):
@@ -104,3 +112,13 @@ def test_a_missing_recipe_is_named(capsys):
     with pytest.raises(SystemExit):
         parse_config(Config, ["--config", "nowhere.yaml"])
     assert "nowhere.yaml does not exist" in capsys.readouterr().err
+
+
+def test_a_name_of_the_script_itself_is_no_alias(tmp_path):
+    @checked_dataclass
+    class WithWorkers:
+        num_workers: PositiveInt = 2
+        """Processes."""
+
+    assert parse_config(WithWorkers, ["--num_workers", "3"]).num_workers == 3
+    assert parse_config(WithWorkers, recipe(tmp_path, "num_workers: 4\n")).num_workers == 4

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_video_files import shown_indices, write_playlists, write_video
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from causal_wan.data_config import ClipShape, DataConfig
@@ -220,13 +221,14 @@ def test_no_row_left_is_an_error_even_when_skipping(folder):
     ("changes", "message"),
     [
         ({"num_frames": 80}, "num_frames must be 4k \\+ 1 for the WAN VAE, got 80; use 77 or 81"),
-        ({"num_frames": 0}, "use 1 or 5"),
+        ({"num_frames": 0}, "num_frames must be 1 or more, got 0; the default is 81"),
+        ({"num_frames": 2}, "use 1 or 5"),
         ({"num_frames": 80, "time_division_factor": 8}, "8k \\+ 1 .* use 73 or 81"),
         ({"height": 470}, "height must be a multiple of 16, got 470; use 464 or 480"),
         ({"width": 8}, "width must be a multiple of 16, got 8; use 16 or 32"),
-        ({"frame_rate": 0.0}, "frame_rate must be above 0"),
-        ({"frame_rate": float("nan")}, "frame_rate must be above 0"),
-        ({"frame_rate": float("inf")}, "frame_rate must be above 0"),
+        ({"frame_rate": 0.0}, r"frame_rate must be in \[0\.001, 1000\], got 0\.0; WAN's is 16"),
+        ({"frame_rate": float("nan")}, "frame_rate must be a finite number"),
+        ({"frame_rate": float("inf")}, "frame_rate must be a finite number"),
         ({"max_bad_samples": -1}, "max_bad_samples must be 0 or more"),
     ],
 )
@@ -339,7 +341,7 @@ def test_a_resumed_stream_goes_on_where_the_unbroken_one_would(num_workers):
     assert len(resumed) == 7
     for expected, batch in zip(whole[5:], resumed, strict=True):
         assert batch["prompts"] == expected["prompts"]
-        assert torch.equal(batch["sample_numbers"], expected["sample_numbers"])
+        assert batch["sample_numbers"] == expected["sample_numbers"]
         assert all(map(torch.equal, batch["clips"], expected["clips"]))
 
 
@@ -401,7 +403,9 @@ def test_batches_hold_clips_and_what_is_known_of_them(folder):
     batch = collate([stream[0], stream[1]])
     assert [clip.shape for clip in batch["clips"]] == [(3, 9, 32, 48)] * 2
     assert batch["clips"][0].dtype == torch.uint8
-    assert batch["num_valid_frames"].tolist() == [9, 9]
+    assert batch["num_valid_frames"] == [9, 9]
+    tensors = [value for value in tree_leaves(batch) if isinstance(value, torch.Tensor)]
+    assert len(tensors) == len(batch["clips"])  # all else is for the host alone
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
@@ -466,10 +470,11 @@ def test_a_schedule_gives_each_step_its_shape(folder):
         ({"frames_schedule": "1:5,2:9"}, "must begin at step 0"),
         ({"frames_schedule": "0:5,9"}, "must be step:value"),
         ({"frames_schedule": "0:9", "frame_buckets": (9,)}, "from a schedule or from buckets, not from both"),
-        ({"caption_dropout": 1.5}, "caption_dropout is a share"),
-        ({"temporal_crop": 0.0}, "temporal_crop is a share of each clip"),
+        ({"caption_dropout": 1.5}, r"caption_dropout must be in \[0, 1\]"),
+        ({"temporal_crop": 0.0}, r"temporal_crop must be in \(0, 1\]"),
         ({"temporal_crop": 0.5, "frame_sampling": "head"}, "temporal_crop goes with --frame_sampling uniform"),
         ({"color_jitter": (0.1,)}, "color_jitter must be four numbers"),
+        ({"color_jitter": (0.1, 0.1, float("nan"), 0.1)}, "each of color_jitter must be a finite number"),
     ],
 )
 def test_shapes_and_augmentations_that_cannot_work_are_refused(folder, changes, message):

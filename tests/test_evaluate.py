@@ -157,11 +157,11 @@ def test_videos_for_vbench_are_those_of_its_prompts_and_seeds(flags, tmp_path, c
     ("changes", "message"),
     [
         (["--num_samples", 0], "num_samples must be 1 or more"),
-        (["--num_base_steps", -1], "num_base_steps must be 0"),
+        (["--num_base_steps", -1], "num_base_steps must be 0 or more"),
         (["--num_frames", 16], "num_frames must be 4k + 1"),
         (["--num_clip_frames", 0], "num_clip_frames must be 1 or more"),
         (["--clip_model", "nowhere/at-all"], "clip_model must be a folder or hub id"),
-        (["--num_vbench_samples", 0], "num_vbench_samples must be 1 to 1000"),
+        (["--num_vbench_samples", 0], "num_vbench_samples must be in [1, 1000], got 0; the default is 5."),
         (["--vbench_prompts", "prompts.txt"], "vbench_prompts are written to vbench_export"),
         (["--vbench_export", "out", "--vbench_prompts", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--metadata_path", "nowhere.csv"], "nowhere.csv"),

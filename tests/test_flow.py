@@ -117,8 +117,9 @@ def test_many_steps_with_shift_8_pass_through_the_step_list_of_causvid():
 def test_steps_that_cannot_be_sampled_are_refused():
     with pytest.raises(ValueError, match="num_inference_steps must be 1 or more, got 0"):
         flow.inference_timesteps(0, 5.0)
-    with pytest.raises(ValueError, match="timestep_shift must be above 0, got -1"):
-        flow.inference_timesteps(50, -1)
+    for shift in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"timestep_shift must be above 0 and finite, got {shift}"):
+            flow.inference_timesteps(50, shift)
 
 
 def test_frames_fall_into_blocks():

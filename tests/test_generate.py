@@ -190,6 +190,11 @@ def test_adapters_and_guidance_change_the_video(checkpoint, generate, tmp_path):
         (["--checkpoint", "x.pt", "--prompt", "a"], "which does not exist"),
         (["--checkpoint", "x", "--prompt", "a", "--num_video_frames", "5"], "name it with --video"),
         (["--checkpoint", "x", "--prompt", "a", "--lora_scale", "5"], "one weight for each of 0 LoRAs"),
+        (["--checkpoint", "x", "--prompt", "a", "--seed", "-1"], "seed must be 0 or more, got -1; the default is 0."),
+        (
+            ["--checkpoint", "x", "--prompts_file", "a.txt", "--num_prompts", "-2"],
+            "num_prompts must be 1 or more",
+        ),
     ],
 )
 def test_bad_input_ends_with_one_message(flags, message, capsys):

@@ -1,6 +1,8 @@
 """The rules of the house: who imports whom, and that what the documents show works."""
 
 import ast
+import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -16,10 +18,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted(path.stem for path in (ROOT / "causal_wan").glob("*.py") if path.stem != "__init__")
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "dataset_utils")
 
-# module -> the modules of ours that it may import, beside `basics`, which knows nothing
+# module -> the modules of ours that it may import, beside `basics` and `ranges`, which know nothing
 ALLOWED = {
     "basics": set(),
+    "ranges": set(),
     "settings": set(),
+    "library_messages": set(),
     "progress": set(),
     "flow": set(),
     "losses": {"flow"},
@@ -28,23 +32,23 @@ ALLOWED = {
     "devices": set(),
     "flops": {"block_attention"},
     "compiling": {"transformer"},
-    "transformer": {"block_attention", "context_parallel", "kv_cache"},
+    "transformer": {"block_attention", "context_parallel", "devices", "kv_cache"},
     "wan_names": set(),
     "lora_names": {"wan_names"},
     "models": {"progress", "transformer", "wan_names"},
-    "memory": {"settings", "transformer"},
+    "memory": {"devices", "settings", "transformer"},
     "memory_simulation": {
         *("encoding", "kv_cache", "memory", "models", "rollout", "settings", "streaming_vae", "transformer"),
     },
     "memory_plan": {"memory_simulation", "settings"},
     "streaming_vae": {"encoding"},
-    "kv_cache": set(),
+    "kv_cache": {"devices"},
     "export": set(),
-    "hub": {"regression_config", "settings"},
+    "hub": {"regression_config", "run_log", "settings"},
     "encoding": {"context_parallel", "devices", "transformer"},
-    "rollout": {"flow", "kv_cache", "transformer"},
+    "rollout": {"devices", "flow", "kv_cache", "transformer"},
     "video_writing": set(),
-    "pipeline": {"encoding", "flow", "rollout", "streaming_vae", "transformer"},
+    "pipeline": {"devices", "encoding", "flow", "rollout", "streaming_vae", "transformer"},
     "regression_config": {"flow", "losses"},
     "regression": {"devices", "flow", "losses", "regression_config"},
     "student": {
@@ -63,7 +67,9 @@ ALLOWED = {
     "sample_order": set(),
     "data_config": set(),
     "tensor_cache": set(),
-    "cached_data": {"data_config", "file_manifest", "models", "settings", "tensor_cache"},
+    "processes": set(),
+    "shared_memory": set(),
+    "cached_data": {"data_config", "devices", "file_manifest", "models", "processes", "settings", "tensor_cache"},
     "table_sources": set(),
     "table_files": {"table_sources", "video_files"},
     "stream_sources": {"table_sources", "video_files"},
@@ -71,23 +77,27 @@ ALLOWED = {
     "tables": {"stream_sources", "table_files", "table_sources", "video_files"},
     "file_manifest": {"video_files"},
     "run_data": {
-        *("cached_data", "data_config", "dataset_utils", "file_manifest", "settings", "stream_sources", "streaming"),
-        *("video_files",),
+        *("cached_data", "data_config", "dataset_utils", "file_manifest", "processes", "settings", "shared_memory"),
+        *("stream_sources", "streaming", "tensor_cache", "video_files"),
     },
     "prompt_files": set(),
     "trajectories": {"devices", "flow", "pipeline", "regression", "regression_config", "rollout", "transformer"},
     "teacher": {"models", "pipeline", "student", "transformer"},
     "trajectory_data": {
         *("cached_data", "data_config", "dataset_utils", "file_manifest", "run_data", "sample_order", "settings"),
-        *("streaming", "tensor_cache"),
+        *("shared_memory", "streaming", "tensor_cache"),
     },
     "run_config": {"data_config", "regression_config", "settings"},
     "run_parts": {
-        *("cached_data", "compiling", "config", "data_config", "encoding", "export", "memory", "models"),
-        *("run_config", "run_data", "settings", "strategies", "transformer"),
+        *("compiling", "config", "data_config", "export", "memory", "models", "run_config", "run_data", "strategies"),
+        "transformer",
+    },
+    "prompt_embeddings": {
+        *("cached_data", "encoding", "models", "processes", "progress", "run_parts", "settings", "tensor_cache"),
     },
     "run_plan": {
-        *("config", "data_config", "memory_plan", "memory_simulation", "models", "rollout"),
+        *("changed_settings", "checkpoints", "config", "data_config", "memory_plan", "memory_simulation", "models"),
+        "rollout",
         *("run_config", "run_data", "run_parts", "strategies"),
     },
     "method_inputs": {
@@ -95,10 +105,9 @@ ALLOWED = {
         *("run_config", "run_data", "training"),
     },
     "regression_run": {
-        *("checkpoints", "config", "dataset_utils", "encoding", "hub", "method_inputs", "models", "progress"),
-        *("run_config",),
-        *("run_data", "run_parts", "run_plan", "strategies", "trackers", "training", "training_setup"),
-        *("transformer", "validation"),
+        *("changed_settings", "checkpoints", "config", "dataset_utils", "encoding", "hub", "method_inputs", "models"),
+        *("processes", "progress", "prompt_embeddings", "run_config", "run_data", "run_parts", "run_plan"),
+        *("shared_memory", "strategies", "trackers", "training", "training_setup", "transformer", "validation"),
     },
     "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
     "dataset_survey": {"data_config"},
@@ -106,19 +115,25 @@ ALLOWED = {
     "config": set(),
     "trackers": set(),
     "run_log": {"trackers"},
-    "checkpoints": set(),
-    "strategies": set(),
+    "changed_settings": set(),
+    "checkpoint_checks": set(),
+    "checkpoints": {"changed_settings", "checkpoint_checks", "config", "processes"},
+    "strategies": {"settings"},
     "profiling": set(),
-    "training_setup": {"checkpoints", "devices", "progress", "run_log", "settings", "strategies", "trackers"},
+    "training_setup": {
+        *("checkpoint_checks", "checkpoints", "devices", "processes", "progress", "run_log", "settings"),
+        *("strategies", "trackers"),
+    },
     "training": {"checkpoints", "profiling", "progress", "run_log", "settings", "trackers", "training_setup"},
     "validation": {
-        *("kv_cache", "memory", "pipeline", "progress", "regression", "rollout", "run_log", "streaming_vae"),
+        *("kv_cache", "memory", "pipeline", "processes", "progress", "regression", "rollout", "run_log"),
+        *("strategies", "streaming_vae"),
         *("trackers", "transformer", "video_writing"),
     },
 }
 
 # What knows files and samples, and no noise, models or devices.
-DATA = {"data_config", "file_manifest", "sample_order", "table_sources", "tables", "video_files"}
+DATA = {"data_config", "file_manifest", "sample_order", "shared_memory", "table_sources", "tables", "video_files"}
 
 
 def imports(path):
@@ -137,7 +152,7 @@ def imports(path):
 @pytest.mark.parametrize("module", PACKAGE)
 def test_package_modules_import_only_what_they_may_know(module):
     ours = imports(ROOT / "causal_wan" / f"{module}.py") & {*PACKAGE, *SCRIPTS, "dataset_utils"}
-    assert ours - {"basics"} <= ALLOWED[module]
+    assert ours - {"basics", "ranges"} <= ALLOWED[module]
 
 
 def test_dataset_utils_imports_what_knows_files_alone():
@@ -169,7 +184,21 @@ def test_only_training_and_the_runs_of_scripts_know_accelerate():
     knowing = {
         m for m in PACKAGE if any(n.split(".")[0] == "accelerate" for n in imports(ROOT / f"causal_wan/{m}.py"))
     }
-    assert knowing == {"regression_run", "strategies", "training", "training_setup"}
+    assert knowing == {
+        *("checkpoint_checks", "regression_run", "strategies", "training", "training_setup", "validation"),
+    }
+
+
+def test_processes_gather_and_wait_for_each_other_in_one_way():
+    """Through `causal_wan.processes`, which is patient and keeps what is gathered off the GPUs."""
+    others = {"all_gather_object", "gather_object", "broadcast_object_list", "barrier", "wait_for_everyone"}
+    for path in [*ROOT.glob("*.py"), *(ROOT / "causal_wan").glob("*.py")]:
+        called = {node.func.attr for node in ast.walk(ast.parse(path.read_text())) if is_method_call(node)}
+        assert not called & others or path.stem == "processes", path
+
+
+def is_method_call(node):
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
 
 
 def test_flow_and_losses_draw_no_random_numbers_of_their_own():
@@ -209,15 +238,22 @@ def test_accelerate_configs_load_and_say_when_to_use_them(path):
     assert path.read_text().startswith("# ")
 
 
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+LAUNCHER = r"(?:\w+=\S+ )*(?:python|accelerate launch\b.*?) "
+
+
+def command_lines(text):
+    """Its lines, those that a backslash continues as one."""
+    return re.sub(r" \\+\n[#\s]*", " ", text).splitlines()
+
+
 def documented_commands():
-    """Every whole command line of ours in the README, the recipes and the docstrings: (script, arguments)."""
-    files = [ROOT / "README.md", *(ROOT / "examples").rglob("*.yaml"), *(ROOT / "examples").rglob("*.sh")]
+    """Every whole command line of ours in the documents, the recipes and the docstrings: (script, arguments)."""
+    files = [*DOCUMENTS, *(ROOT / "examples").rglob("*.yaml"), *(ROOT / "examples").rglob("*.sh")]
     files += [ROOT / f"{script}.py" for script in SCRIPTS]
     for file in files:
-        text = re.sub(r" \\+\n[#\s]*", " ", file.read_text())
-        for line in text.splitlines():
-            launcher = r"^[#\s]*(?:\w+=\S+ )*(?:python|accelerate launch\b.*?) "
-            match = re.match(launcher + "(" + "|".join(SCRIPTS) + r")\.py +(--[^#$]*)$", line)
+        for line in command_lines(file.read_text()):
+            match = re.match(r"^[#\s]*" + LAUNCHER + "(" + "|".join(SCRIPTS) + r")\.py +(--[^#$]*)$", line)
             if match:
                 name = f"{file.name}: {match[1]} {match[2]}"[:80]
                 yield pytest.param(match[1], shlex.split(match[2]), id=name)
@@ -230,13 +266,105 @@ def test_there_are_documented_commands():
 
 @pytest.mark.parametrize(("script", "arguments"), documented_commands())
 def test_documented_commands_parse(script, arguments, monkeypatch):
-    import importlib
-
     from causal_wan.config import parse_config
 
     monkeypatch.chdir(ROOT)
     module = importlib.import_module(script)
     parse_config(module.Config, arguments, also_known=getattr(module, "TRAINING_SETTINGS", ()))
+
+
+# --- the documents ---------------------------------------------------------------------------------------------------
+
+
+def blocks(document, language):
+    """The blocks of code of a language in a document."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def shown_commands():
+    """Every line of the documents that is meant for a shell: (document, line)."""
+    for document in DOCUMENTS:
+        for block in blocks(document, "sh"):
+            for line in command_lines(block):
+                if line.strip():
+                    name = f"{document.relative_to(ROOT)}: {line}"[:80]
+                    yield pytest.param(line.split(" #")[0].strip(), id=name)
+
+
+def fields_of(path):
+    """Names of the settings of a script's `Config`."""
+    classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    (config,) = (node for node in classes if node.name == "Config")
+    return {node.target.id for node in config.body if isinstance(node, ast.AnnAssign)}
+
+
+@pytest.mark.parametrize("command", shown_commands())
+def test_every_command_of_the_documents_is_there(command):
+    scripts = {parameters.values[0] for parameters in documented_commands()}
+    if match := re.match(LAUNCHER + r"(\S+)\.py\b(.*)", command):
+        if match[1] in scripts:
+            assert match[2].startswith(" --")  # it is parsed above
+        else:
+            flags = {flag.split("=")[0] for flag in re.findall(r"--(\S+)", match[2])}
+            assert flags <= fields_of(ROOT / f"{match[1]}.py")
+    elif match := re.match(r"make (\w+)$", command):
+        assert re.search(rf"^{match[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    elif match := re.match(r"(?:\w+=\S+ )*(sbatch )?(\S+\.sh)\b", command):
+        assert match[1] or os.access(ROOT / match[2], os.X_OK)
+        assert (ROOT / match[2]).is_file()
+    else:
+        assert re.match(r"(pip install [\w -]+|hf auth login)$", command)
+
+
+def python_blocks():
+    for document in DOCUMENTS:
+        for number, block in enumerate(blocks(document, "python")):
+            yield pytest.param(block, id=f"{document.relative_to(ROOT)}-{number}")
+
+
+@pytest.mark.parametrize("block", python_blocks())
+def test_python_of_the_documents_imports_what_there_is(block):
+    imported = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    assert imported or "import" not in block
+    for node in imported:
+        module = importlib.import_module(node.module)
+        assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def anchors(document):
+    """What GitHub calls the headings of a document."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_and_paths_of_the_documents_lead_somewhere(document):
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        found = document if not path else document.parent / path
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+    folders = "accelerate_configs|benchmarks|causal_wan|docs|examples|tests"
+    for path in re.findall(rf"`(?:\./)?((?:{folders})/[\w./*-]*)`", text):
+        assert any(ROOT.glob(path)), path
+
+
+def test_every_document_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/\w+\.md)\)", (ROOT / "README.md").read_text()))
+    assert linked == {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 220
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_documents_do_without_words_of_our_own(document):
+    assert not re.findall(r"\b(?:levers?|rungs?|lineage)\b", document.read_text(), flags=re.IGNORECASE)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("wan_*.yaml")), ids=lambda path: path.name)

@@ -298,6 +298,7 @@ def test_checkpoints_go_up_in_the_background_one_at_a_time_even_if_they_are_rota
     hub.fail = wait
     config = HubConfig(push_to_hub=True, hub_model_id="me/my-wan", hub_strategy="every_save")
     sender = HubUploads(config, run_folder, open_repository(config, run_folder))
+    (run_folder / "checkpoint-5" / "config.yaml").write_text(f"output_dir: {run_folder}")
     sender.upload_checkpoint(run_folder / "checkpoint-5")
     shutil.rmtree(run_folder / "checkpoint-5")
     (run_folder / "checkpoint-9").mkdir()
@@ -307,8 +308,19 @@ def test_checkpoints_go_up_in_the_background_one_at_a_time_even_if_they_are_rota
     assert sender.finish()
     files = hub.repos["me/my-wan"]
     assert files["last-checkpoint/model.safetensors"] == b"private"
+    assert "last-checkpoint/config.yaml" not in files  # it has paths of the machine
     assert "README.md" in files
     assert hub.commits == ["Upload checkpoint-5", "Upload the result of training"]
+
+
+def test_a_checkpoint_that_finds_no_room_to_be_sent_from_costs_the_run_nothing(hub, run_folder, caplog, monkeypatch):
+    def fail(**settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkdtemp", fail)
+    config = HubConfig(push_to_hub=True, hub_model_id="me/my-wan", hub_strategy="every_save")
+    HubUploads(config, run_folder, open_repository(config, run_folder)).upload_checkpoint(run_folder / "checkpoint-5")
+    assert "checkpoint-5 does not go to the hub: OSError: [Errno 28] No space left" in caplog.text
 
 
 def test_a_run_pushes_its_result_and_its_checkpoints(hub, write_recipe):

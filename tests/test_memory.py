@@ -209,6 +209,17 @@ def test_a_module_is_on_another_device_for_a_while_and_comes_back():
         raise RuntimeError("inside")
 
 
+def test_a_module_that_waits_on_the_host_comes_back_without_a_copy():
+    module = torch.nn.Linear(2, 2).requires_grad_(False)
+    weight, where = module.weight, module.weight.data_ptr()
+    with pytest.raises(RuntimeError, match="inside"), on_device(module, torch.device("meta")):
+        assert module.weight.device.type == module.bias.device.type == "meta"
+        raise RuntimeError("inside")
+    assert module.weight.data_ptr() == where
+    assert torch.equal(module.weight, weight)
+    assert not module.weight.requires_grad
+
+
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
@@ -507,8 +518,8 @@ def test_the_plan_says_that_context_parallelism_does_not_share_what_is_validated
 
 
 @pytest.mark.slow
-def test_the_table_of_the_readme_is_what_the_benchmark_plans():
+def test_the_table_of_the_document_is_what_the_benchmark_plans():
     run = run_script([sys.executable, "benchmarks/memory.py", "--plan"])
     assert run.stdout.count("|") > 100
-    for text in ("README.md", "benchmarks/results/memory_plan.md"):
+    for text in ("docs/memory_and_speed.md", "benchmarks/results/memory_plan.md"):
         assert run.stdout.strip() in (ROOT / text).read_text()

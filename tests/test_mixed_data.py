@@ -1,9 +1,7 @@
 """Training on clips of several shapes, sources and captions: processes stay in step, resuming stays exact."""
 
 import csv
-import io
 import shutil
-import tarfile
 
 import pytest
 import torch
@@ -105,32 +103,6 @@ def test_the_plan_counts_buckets_and_stages(write_recipe, mixed, capsys):
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tars(clips, tmp_path_factory):
-    """The clips as WebDataset tars, two clips a tar."""
-    folder = tmp_path_factory.mktemp("tars")
-    for number in range(3):
-        with tarfile.open(folder / f"{number}.tar", "w") as tar:
-            for seed in (2 * number, 2 * number + 1):
-                tar.add(clips / "videos" / f"{seed}.mp4", f"{seed}.mp4")
-                prompt = f"a ball, number {seed}, crosses the field".encode()
-                info = tarfile.TarInfo(f"{seed}.txt")
-                info.size = len(prompt)
-                tar.addfile(info, io.BytesIO(prompt))
-    return {
-        "streaming": True,
-        "dataset_base_path": None,
-        "metadata_path": str(folder),
-        "video_column": "mp4",
-        "caption_column": "txt",
-        "validation_metadata_path": None,
-        "lr_scheduler": "constant",
-        "max_train_steps": 6,
-        "shuffle_buffer_size": 2,
-        "frames_schedule": "0:9,3:17",
-    }
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

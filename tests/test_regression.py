@@ -239,7 +239,9 @@ def test_metrics_have_one_name_for_each_level_that_was_drawn():
     ("settings", "message"),
     [
         ({"denoising_step_list": (0,)}, "must begin with a timestep above 0"),
-        ({"timestep_shift": 0.0}, "timestep_shift must be above 0"),
+        ({"timestep_shift": 0.0}, r"timestep_shift must be in \[0\.001, 1000\], got 0\.0"),
+        ({"timestep_shift": 1e-300}, "timestep_shift must be in"),  # all levels would be 0, and none ever drawn
+        ({"logit_mean": -1000.0}, "far from 0 all levels are the same"),
         ({"num_frame_per_block": 0}, "num_frame_per_block must be 1 or more"),
         ({"num_inference_steps": 0}, "num_inference_steps must be 1 or more"),
         ({"logit_std": 0.0}, "logit_std must be above 0"),

@@ -3,21 +3,23 @@
 import importlib.util
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from conftest import ROOT, launch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 import convert_checkpoint
-from causal_wan.checkpoints import check_process_count
+from causal_wan.checkpoint_checks import check_process_count
 from causal_wan.settings import TrainingConfig
-from causal_wan.training_setup import make_accelerator
+from causal_wan.strategies import follow_settings, replaces_optimizer
+from causal_wan.training_setup import make_accelerator, prepare_run
 
 
 SCRIPT = "train_video_regression.py"
@@ -62,6 +64,9 @@ def train(recipe, tmp_path_factory):
                 "validation_steps": 2,
                 "mixed_precision": "no",
                 "train_batch_size": 1 if strategy else 2,
+                # Gradients are clipped at every step, and to less than Adam would undo.
+                "max_grad_norm": 0.01,
+                "adam_epsilon": 1e-4,
             }
             path.write_text(yaml.safe_dump({**recipe, **changes}))
             launch(SCRIPT, path, num_processes=2 if strategy else 1, strategy=None if strategy == "ddp" else strategy)
@@ -228,6 +233,99 @@ def test_a_broken_run_goes_on_with_another_number_of_processes(train, strategy, 
     assert (flat(result(output_dir)) - expected).norm() < 1e-3 * expected.norm()
     for entry, wanted in zip(metrics(output_dir), metrics(finished[1]), strict=True):
         assert entry == pytest.approx(wanted, rel=1e-3)
+
+
+@NEEDS_DEEPSPEED
+def test_a_run_that_deepspeed_resumes_clips_at_the_norm_that_is_given_now(train, tmp_path):
+    """Its own checkpoint brings the norm of the run before, with which the weights would be those of that run."""
+    finished = train("zero2")
+    path, output_dir = copy_of(finished, tmp_path, without=("checkpoint-4", "transformer"))
+    flags = ["--resume_from_checkpoint", "latest", "--max_grad_norm", "0.001"]
+    launch(SCRIPT, path, *flags, num_processes=2, strategy="zero2")
+    assert metrics(output_dir)[:3] == metrics(finished[1])[:3]
+    assert not torch.equal(flat(result(output_dir)), flat(result(finished[1])))
+
+
+def with_deepspeed(monkeypatch, *, launched="bf16", **config):
+    """As much of an Accelerator as says what DeepSpeed is told, of two processes.
+
+    Args:
+        launched: Precision that accelerate was told.
+        config: Of the launch; with `file` the content of a file of DeepSpeed's own.
+    """
+    for name, value in config.items():
+        variable = "ACCELERATE_DEEPSPEED_" if name.startswith("offload") else "ACCELERATE_"
+        if name != "file":
+            monkeypatch.setenv(variable + name.upper(), str(value))
+    plugin = DeepSpeedPlugin(hf_ds_config=config.get("file"))
+    plugin.set_mixed_precision(launched)
+    fp16, bf16 = (plugin.get_value(f"{name}.enabled") for name in ("fp16", "bf16"))
+    return SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+        mixed_precision="fp16" if fp16 else "bf16" if bf16 else "no",
+        parallelism_config=None,
+        num_processes=2,
+        is_fsdp2=False,
+    )
+
+
+SETTINGS = {"output_dir": "x", "train_batch_size": 3, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}
+ZERO2 = {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.25])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"gradient_clipping": "auto", "gradient_accumulation_steps": "auto"},
+        {"file": {**ZERO2, "gradient_clipping": "auto", "gradient_accumulation_steps": "auto"}},
+        {"file": {**ZERO2, "gradient_accumulation_steps": 2, "train_batch_size": 12, "bf16": {"enabled": "auto"}}},
+    ],
+    ids=["nothing", "auto", "auto in a file", "agreement"],
+)
+def test_deepspeed_is_told_what_the_settings_say(monkeypatch, config, max_grad_norm):
+    accelerator = with_deepspeed(monkeypatch, **config)
+    follow_settings(accelerator, TrainingConfig(**SETTINGS, max_grad_norm=max_grad_norm))
+    told = accelerator.state.deepspeed_plugin.deepspeed_config
+    assert told["gradient_clipping"] == max_grad_norm
+    assert told["gradient_accumulation_steps"] == 2
+    assert told["train_micro_batch_size_per_gpu"] == 3
+    assert told["train_batch_size"] == 12
+    assert told["bf16"]["enabled"] is True
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"gradient_clipping": 0.5},
+            "gradient_clipping .* max_grad_norm, got 0.5 and 1.0; write auto there",
+        ),
+        ({"gradient_clipping": 0.0}, "gradient_clipping .* got 0.0 and 1.0"),
+        ({"gradient_accumulation_steps": 1}, "agree with gradient_accumulation_steps, got 1 and 2"),
+        ({"file": {**ZERO2, "gradient_clipping": 2}}, "agree with max_grad_norm, got 2 and 1.0"),
+        ({"file": {**ZERO2, "gradient_accumulation_steps": 2, "train_micro_batch_size_per_gpu": 1}}, "got 1 and 3"),
+        ({"file": {**ZERO2, "gradient_accumulation_steps": 2, "train_batch_size": 6}}, "all processes, got 6 and 12"),
+        (
+            {"file": {**ZERO2, "gradient_accumulation_steps": 2, "bf16": {"enabled": False}}},
+            "agree with mixed_precision, got no and bf16",
+        ),
+    ],
+)
+def test_a_config_of_deepspeed_that_contradicts_the_settings_is_refused(monkeypatch, config, message):
+    accelerator = with_deepspeed(monkeypatch, **config)
+    with pytest.raises(ValueError, match=message):
+        follow_settings(accelerator, TrainingConfig(**SETTINGS))
+
+
+def test_deepspeed_replaces_the_optimizer_where_its_states_are_on_the_cpu(monkeypatch):
+    assert not replaces_optimizer(with_deepspeed(monkeypatch))
+    assert replaces_optimizer(with_deepspeed(monkeypatch, offload_optimizer_device="cpu"))
+    config = TrainingConfig(**SETTINGS, optimizer="adamw8bit")
+    with pytest.raises(ValueError, match=r"use --optimizer adamw, or launch with accelerate_configs/zero2\.yaml"):
+        prepare_run(with_deepspeed(monkeypatch), config, torch.nn.Linear(1, 1))
 
 
 def test_deepspeed_refuses_another_number_of_processes(tmp_path):

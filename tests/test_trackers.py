@@ -310,6 +310,11 @@ def test_a_run_keeps_its_identity_when_it_goes_on_and_gets_another_when_it_begin
     assert run.name == tmp_path.name
     assert identify_run(str(tmp_path), project="q", run_name="other", resumes=True) == run
     assert identify_run(str(tmp_path), project="p", run_name=None, resumes=False).id != run.id
+    for damaged in ("", '{"project": ', "[]"):
+        (tmp_path / "tracker_run.json").write_text(damaged)
+        again = identify_run(str(tmp_path), project="p", run_name=None, resumes=True)
+        assert again.id != run.id
+        assert identify_run(str(tmp_path), project="p", run_name=None, resumes=True) == again
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

@@ -221,8 +221,8 @@ def test_two_processes_learn_what_one_learns(write_recipe, filled, strategy, lor
 
 
 def test_a_run_without_held_out_clips_loads_no_encoder(write_recipe, filled, monkeypatch):
-    for loader in ("load_vae", "load_text_encoder"):
-        monkeypatch.delattr(f"causal_wan.run_parts.{loader}")
+    monkeypatch.delattr("causal_wan.run_parts.load_vae")
+    monkeypatch.delattr("causal_wan.prompt_embeddings.load_text_encoder")
     changes = {"trajectories_dir": str(filled), "max_train_steps": 1, "validation_metadata_path": None}
     path, output_dir = write_recipe(**changes)
     run_here(TRAINING, "--config", path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +10,13 @@ import time
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, SCRIPT_ENV, launch, run_here, run_script
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
 import train_video_regression
+from causal_wan import validation
 from causal_wan.config import parse_config
 from causal_wan.training import EXIT_STOPPED
 
@@ -38,8 +41,6 @@ def metrics(output_dir):
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory):
     """One whole run, looked at by several tests."""
-    import yaml
-
     folder = tmp_path_factory.mktemp("finished")
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({**recipe, "output_dir": str(folder / "run"), "use_ema": True}))
@@ -130,6 +131,107 @@ def test_a_finished_run_is_not_overwritten(finished, capsys):
     with pytest.raises(SystemExit):
         run_here(SCRIPT, "--config", path)
     assert f"{output_dir} holds checkpoint-4; add --resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The finished run in a folder of its own, and a recipe that resumes it."""
+    path, output_dir = finished
+    shutil.copytree(output_dir, tmp_path / "copied")
+    recipe = yaml.safe_load(path.read_text()) | {"output_dir": str(tmp_path / "copied")}
+    (tmp_path / "copied.yaml").write_text(yaml.safe_dump(recipe | {"resume_from_checkpoint": "latest"}))
+    return tmp_path / "copied.yaml", tmp_path / "copied"
+
+
+def test_what_differs_from_the_run_that_is_resumed_is_listed_and_taken(copied, capsys):
+    path, output_dir = copied
+    run_here(SCRIPT, "--config", path, "--max_train_steps", 5, "--learning_rate", 0.002, "--lr_scheduler", "constant")
+    shown = capsys.readouterr().out
+    assert f"resumes     {output_dir / 'checkpoint-4'}" in shown
+    changed = [line.partition(" ")[2].strip() for line in shown.splitlines() if line.startswith("changed ")]
+    assert changed == [
+        "max_train_steps 4 -> 5 (taken: a schedule that falls is that of the new length)",
+        "learning_rate 0.01 -> 0.002 (taken)",
+        "lr_scheduler cosine -> constant (taken)",
+    ]
+    assert [entry["lr"] for entry in metrics(output_dir) if "lr" in entry][-1] == 0.002
+    for folder in (output_dir, output_dir / "checkpoint-5"):
+        assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 0.002
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+@pytest.mark.parametrize(
+    ("flags", "recorded", "found"),
+    [
+        (["--lora_rank", "2"], "lora_rank was 0, got 2", "it trains all weights, this run LoRA adapters"),
+        (["--optimizer", "adamw8bit"], "optimizer was adamw, got adamw8bit", "which was adamw, got adamw8bit"),
+        (["--max_train_steps", "3"], "is at step 4, got 3", "is at step 4, got 3"),
+    ],
+)
+def test_a_run_that_a_checkpoint_does_not_fit_is_refused_in_one_message_and_changes_nothing(
+    copied, capsys, flags, is_recorded, recorded, found
+):
+    """Whether the checkpoint says how it was written, or its files must tell."""
+    path, output_dir = copied
+    if not is_recorded:
+        for config in (output_dir / "config.yaml", *output_dir.glob("checkpoint-*/config.yaml")):
+            config.unlink()
+    before = {file: file.read_bytes() for file in output_dir.rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit, match="2"):
+        run_here(SCRIPT, "--config", path, "--no_use_ema", *flags)
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert (recorded if is_recorded else found) in message
+    assert {file: file.read_bytes() for file in output_dir.rglob("*") if file.is_file()} == before
+
+
+def test_adapters_of_another_rank_are_refused_in_one_message(write_recipe, capsys):
+    path, output_dir = write_recipe(lora_rank=4, max_train_steps=2, validation_prompts=[], report_to="none")
+    run_here(SCRIPT, "--config", path)
+    (output_dir / "config.yaml").unlink()
+    (output_dir / "checkpoint-2" / "config.yaml").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        run_here(SCRIPT, "--config", path, "--resume_from_checkpoint", "latest", "--lora_rank", 8)
+    assert "(4, 48) there, (8, 48) here. Use the --lora_rank" in capsys.readouterr().err
+
+
+class BrokenParts:
+    """What may fail in a validation, by name: (module, function, exception)."""
+
+    DISK = (validation, "write_video", OSError(28, "No space left on device"))
+    DECODER = (validation, "decode_latents", torch.OutOfMemoryError("CUDA out of memory"))
+    SAMPLING = (validation.CausalWanPipeline, "sample_latents", torch.OutOfMemoryError("CUDA out of memory"))
+
+
+@pytest.mark.parametrize("part", ["DISK", "DECODER", "SAMPLING"])
+def test_a_validation_that_fails_is_reported_and_costs_the_run_nothing(
+    finished, write_recipe, monkeypatch, caplog, part
+):
+    owner, name, error = getattr(BrokenParts, part)
+
+    def fail(*given, **settings):
+        raise error
+
+    monkeypatch.setattr(owner, name, fail)
+    path, output_dir = write_recipe(use_ema=True)
+    run_here(SCRIPT, "--config", path)
+    assert all(torch.equal(weights(output_dir)[name], value) for name, value in weights(finished[1]).items())
+    *steps, failed = metrics(output_dir)
+    *expected, whole = metrics(finished[1])
+    assert steps == expected
+    assert failed == whole | {"validation_failed": 2.0}
+    assert f"validation/00 failed ({type(error).__name__}" in caplog.text
+
+
+def test_a_held_out_loss_that_fails_leaves_the_samples(write_recipe, monkeypatch, caplog):
+    def fail(self, transformer):
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(validation.Validation, "sum_losses", fail)
+    path, output_dir = write_recipe(max_train_steps=1)
+    run_here(SCRIPT, "--config", path)
+    assert metrics(output_dir)[-1] == {"step": 1, "validation_failed": 1.0}
+    assert len(list((output_dir / "validation" / "step-000001").glob("*.mp4"))) == 2
+    assert "the loss on held-out clips failed (RuntimeError: a kernel failed)" in caplog.text
 
 
 def test_two_processes_and_accumulation_learn_the_same(write_recipe):
@@ -312,7 +414,9 @@ output_dir: {tmp_path / "run"}
         (["--resume_from_checkpoint", "checkpoint-9"], "does not exist"),
         (["--quantize_base", "nf4"], "add --lora_rank 64, or leave it out"),
         (["--offload_activations"], "add --gradient_checkpointing"),
-        (["--gradient_checkpointing_interval", "0"], "must be 1 (every layer) or more, got 0"),
+        (["--gradient_checkpointing_interval", "0"], "must be 1 or more, got 0; the default is 1."),
+        (["--lora_alpha", "0"], "lora_alpha must be above 0, got 0.0; the default is None."),
+        (["--seed", "-1"], "seed must be in [0, 4294967295], got -1"),
         (["--cache_latents", "--frame_sampling", "random"], "--frame_sampling random makes each another"),
         (["--latents_dir", "x", "--horizontal_flip", "0.5"], "--horizontal_flip makes each another"),
         (["--denoising_step_list", "0", "500"], "must begin with a timestep above 0"),
@@ -363,8 +467,6 @@ def test_clips_that_break_while_training_are_replaced_counted_and_stop_the_run_a
     write_recipe, clips, capsys
 ):
     """The last two rows pass the check, since their headers are whole, but have lost their pictures."""
-    import shutil
-
     folder = clips.parent / "broken"
     shutil.copytree(clips, folder, dirs_exist_ok=True)
     for name in ("4.mp4", "5.mp4"):

@@ -63,15 +63,25 @@ def config(tmp_path, **changes):
     return TrainingConfig(**{**defaults, **changes})
 
 
-def run_training(training, break_samples=(), validate=None):
+def run_training(
+    training,
+    break_samples=(),
+    validate=None,
+    save_result=None,
+    change=lambda accelerator: None,
+    on_prepare=lambda batch: None,
+):
     """Fits y = 3 x of numbers modulo 7, with every third number masked out of the loss."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = make_accelerator(training)
+    change(accelerator)
 
     def prepare_batch(batch):
+        on_prepare(batch)
+        batch = batch.to(accelerator.device)
         x = (batch % 7)[:, None] / 7
-        x = torch.where(torch.isin(batch, torch.tensor(break_samples))[:, None], float("nan"), x)
+        x = torch.where(torch.isin(batch, torch.tensor(break_samples, device=batch.device))[:, None], float("nan"), x)
         mask = batch % 3 != 0
         return {"x": x, "mask": mask, "num_items": mask.sum(), "num_tokens": len(batch)}
 
@@ -88,6 +98,7 @@ def run_training(training, break_samples=(), validate=None):
         compute_loss=compute_loss,
         summarize=lambda sums: {"count": float(sums["count"])},
         validate=validate,
+        save_result=save_result,
     )
     with ema_weights(run.ema, run.unwrapped_model):
         result = gather_weights(run).values()
@@ -197,15 +208,15 @@ def test_a_run_can_validate_before_its_first_step(tmp_path):
 
 
 def test_the_first_validation_is_that_of_a_new_run_and_logged_once(tmp_path):
-    training = config(tmp_path, validate_first=True, validation_steps=4, resume_from_checkpoint="latest")
+    training = config(tmp_path, validate_first=True, validation_steps=2, resume_from_checkpoint="latest")
     for _ in range(2):  # interrupted before there is a checkpoint, so the second time is a start anew
         with pytest.raises(KeyboardInterrupt):
-            run_training(training, validate=lambda model, step: kill_at_step(4)(model, step) and note_weight(model, 0))
+            run_training(training, validate=lambda model, step: kill_at_step(2)(model, step) and note_weight(model, 0))
         assert logged_steps(training) == [(0, 0.5)]
     (Path(training.output_dir) / "metrics.jsonl").unlink()
     run_training(replace(training, max_train_steps=4), validate=note_weight)
     run_training(training, validate=note_weight)  # goes on from step 4
-    assert [step for step, _ in logged_steps(training)] == [0, 4, 8]
+    assert [step for step, _ in logged_steps(training)] == [0, 2, 4, 6, 8]
 
 
 def test_a_run_with_validation_steps_0_never_validates(tmp_path):
@@ -224,6 +235,16 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
     torch.testing.assert_close(result, expected)
     for a, b in zip(entries(halves), entries(whole), strict=True):
         assert a == pytest.approx(b)
+
+
+def test_the_passes_of_a_step_are_prepared_as_their_batches_come(tmp_path, monkeypatch):
+    read, waiting = [], []
+    load = Numbers.__getitem__
+    monkeypatch.setattr(Numbers, "__getitem__", lambda self, index: read.append(index) or load(self, index))
+    passes = config(tmp_path, train_batch_size=1, gradient_accumulation_steps=4, max_train_steps=2)
+    run_training(passes, on_prepare=lambda batch: waiting.append(len(read) - len(waiting)))
+    assert len(waiting) == 8
+    assert set(waiting[:-1]) == {2}  # the batch itself, and the next one, which accelerate reads ahead
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
@@ -257,7 +278,6 @@ def test_a_new_run_does_not_write_among_old_checkpoints(tmp_path):
     (tmp_path / "checkpoint-7").mkdir()
     with pytest.raises(ValueError, match="holds checkpoint-7; add --resume_from_checkpoint latest"):
         check_output_dir(tmp_path, None)
-    check_output_dir(tmp_path, "latest")
     check_output_dir(tmp_path / "new", "latest")
     with pytest.raises(ValueError, match=r"does not exist; .* has: checkpoint-7"):
         check_output_dir(tmp_path, "checkpoint-8")
@@ -293,9 +313,11 @@ def test_ema_is_lent_to_the_model_and_taken_back(tmp_path):
         ({"max_train_steps": 0}, "max_train_steps must be 1 or more, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be 0 or more, got -1.0; 0 leaves gradients as they are"),
+        ({"seed": 2**32}, r"seed must be in \[0, 4294967295\], got 4294967296; numpy takes no other"),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "use --lr_scheduler constant_with_warmup"),
-        ({"checkpoints_total_limit": 0}, "checkpoints_total_limit must be 1 or more, or None"),
-        ({"validation_steps": -1}, "validation_steps must be 1 or more, or 0 for no validation, got -1"),
+        ({"checkpoints_total_limit": 0}, "checkpoints_total_limit must be 1 or more, got 0; the default is None"),
+        ({"validation_steps": -1}, "validation_steps must be 0 or more, got -1; 0 is no validation"),
         ({"validation_steps": 0, "validate_first": True}, "validation_steps 0 for none; leave one out"),
     ],
 )

@@ -5,10 +5,13 @@ import pytest
 import torch
 from conftest import TINY_TRANSFORMER
 from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from fake_cuda import FakeCuda
 from peft import LoraConfig
 
 from causal_wan.block_attention import block_causal_spans
 from causal_wan.memory import enable_gradient_checkpointing
+from causal_wan.models import add_lora
 from causal_wan.settings import MemoryConfig
 from causal_wan.transformer import CausalWanTransformer3DModel
 
@@ -46,10 +49,12 @@ def run(model, inputs, **changes):
 
 
 @pytest.mark.parametrize("num_frame_per_block", [None, F, 100])
-def test_one_block_is_the_stock_model_to_the_last_bit(stock, inputs, num_frame_per_block):
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_one_block_is_the_stock_model_to_the_last_bit(stock, inputs, num_frame_per_block, autocast):
     timestep = torch.tensor([757.0, 3.0])
     model = make(stock, num_frame_per_block=num_frame_per_block)
-    assert torch.equal(run(model, inputs, timestep=timestep), run(stock, inputs, timestep=timestep))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(run(model, inputs, timestep=timestep), run(stock, inputs, timestep=timestep))
 
 
 def test_timesteps_by_frame_equal_the_stock_timesteps_by_token(stock, inputs):
@@ -113,9 +118,9 @@ def test_processes_share_a_clip_in_equal_parts_only_and_only_in_training(inputs)
     run(model.eval(), inputs, timestep=by_token)
 
 
-def rollout(model, inputs, block, num_frames=F):
+def rollout(model, inputs, block, num_frames=F, dtype=None):
     """Runs the blocks one by one; each is first written with other content, as the denoising steps do."""
-    cache = model.make_cache(B, num_frames, H, W)
+    cache = model.make_cache(B, num_frames, H, W, dtype=dtype)
     outputs = []
     for start in range(0, num_frames, block):
         piece = {
@@ -351,3 +356,73 @@ def test_between_layers_nothing_is_kept_in_float32():
     few, many = kept_for_the_backward_pass(2), kept_for_the_backward_pass(5)
     assert few[torch.float32] == many[torch.float32]  # what the last norm has
     assert many[torch.bfloat16] - few[torch.bfloat16] == 3  # the input of each layer
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """The host, or a GPU that is not there: autocast is not the same on both."""
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    if torch.cuda.is_available():
+        pytest.skip("stands for a GPU where there is none")
+    with FakeCuda():
+        yield "cuda"
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """Queries, keys and values of each call of attention."""
+    calls = []
+
+    def attend(*states, **settings):
+        calls.append(states)
+        return dispatch_attention_fn(*states, **settings)
+
+    monkeypatch.setattr("causal_wan.transformer.dispatch_attention_fn", attend)
+    return calls
+
+
+def types_and_memory(calls):
+    """Types of what attention is given, and how many memories hold its keys."""
+    types = {states.dtype for call in calls for states in call}
+    return types, len({key.untyped_storage()._cdata for _, key, _ in calls})
+
+
+@pytest.mark.parametrize(
+    ("weights", "autocast", "rank", "expected"),
+    [
+        (torch.float32, False, 0, torch.float32),
+        (torch.float32, True, 0, torch.bfloat16),
+        (torch.bfloat16, False, 0, torch.bfloat16),
+        (torch.bfloat16, True, 2, torch.bfloat16),
+        (torch.float64, False, 0, torch.float64),
+    ],
+    ids=["float32", "autocast", "sharded in 16 bits", "adapters on 16 bits", "float64"],
+)
+@pytest.mark.parametrize("teacher_forcing", [False, True], ids=["causal", "teacher-forcing"])
+def test_attention_gets_one_type_and_the_keys_of_a_layer_once(
+    inputs, attended, device, teacher_forcing, weights, autocast, rank, expected
+):
+    model = make(num_frame_per_block=2).to(device, weights)
+    if rank:
+        add_lora(model, rank=rank, alpha=rank, target_modules=["to_q", "to_k", "to_v"])
+    inputs = {name: states.to(device) for name, states in inputs.items()}
+    context = inputs["hidden_states"] if teacher_forcing else None
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        run(model, inputs, context_latents=context)
+    types, num_memories = types_and_memory(attended)
+    assert types == {expected}
+    # Two noisy blocks have clean ones before them, which lie elsewhere: their keys are put together.
+    assert num_memories == len(model.blocks) * (1 + 2 * teacher_forcing)
+
+
+def test_a_rollout_under_autocast_attends_to_its_cache_without_copies(inputs, attended, device):
+    model = make(num_frame_per_block=2).to(device)
+    inputs = {name: states.to(device) for name, states in inputs.items()}
+    with torch.autocast(device, torch.bfloat16):
+        rollout(model, inputs, 2, dtype=torch.bfloat16)
+    types, num_memories = types_and_memory(attended)
+    assert types == {torch.bfloat16}
+    assert len(attended) == 3 * 2 * 2 * len(model.blocks)  # blocks, passes, attention to the past and to the prompt
+    assert num_memories == 2 * len(model.blocks)

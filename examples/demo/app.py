@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -28,6 +28,7 @@ from fastapi.responses import StreamingResponse
 from causal_wan.basics import FRAME_RATE
 from causal_wan.config import parse_config, user_errors
 from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.ranges import AttentionWindow, NonNegativeInt, PositiveInt, Range, checked_dataclass
 from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
 from causal_wan.video_writing import VideoWriter, as_frames
 
@@ -55,7 +56,7 @@ async (name) => {
 """
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to show, and where."""
 
@@ -63,23 +64,23 @@ class Config:
     """Output folder of a run, a diffusers WAN folder or hub id, or a .safetensors or .pt file of weights."""
     pretrained_model_name_or_path: str | None = None
     """Where VAE and text encoder are: None is what the run was made from, or WAN's own for the size of a file."""
-    num_frame_per_block: int | None = None
+    num_frame_per_block: PositiveInt | None = None
     """Latent frames of a block; None is the checkpoint's own setting, and 3 if it has none."""
-    local_attn_size: int | None = None
+    local_attn_size: AttentionWindow | None = None
     """Latent frames that are remembered; -1 is all, None the checkpoint's own setting."""
-    sink_size: int | None = None
+    sink_size: NonNegativeInt | None = None
     """How many of them are the clip's first; None is the checkpoint's own setting."""
-    max_num_frames: int = 957
+    max_num_frames: PositiveInt = 957
     """The longest video that can be asked for."""
-    height: int | None = None
+    height: PositiveInt | None = None
     """Pixels; None is what the run was trained on, or 64 for the embedded checkpoint and else 480."""
-    width: int | None = None
+    width: PositiveInt | None = None
     """Pixels; None is what the run was trained on, or 112 for the embedded checkpoint and else 832."""
     prompt: str = "Draw a sketch of a house step by step"
     """What the page begins with."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines in."""
-    port: int = 7860
+    port: Annotated[int, Range(ge=1, le=65535)] = 7860
     """Port to listen at."""
     compile: bool = False
     """Compile the layers: the first video takes a minute longer."""

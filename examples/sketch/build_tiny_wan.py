@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import string
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -31,12 +32,11 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import av
 import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from av.video.reformatter import VideoReformatter
@@ -68,6 +68,21 @@ from tqdm.auto import tqdm, trange
 from transformers import BatchEncoding, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
+
+from causal_wan.config import parse_config
+from causal_wan.ranges import (
+    GuidanceScale,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Share,
+    TimestepShift,
+    checked_dataclass,
+)
+
+
 TEXT_DIM = 96
 TEXT_LENGTH = 512  # what WanPipeline pads prompts to
 TRAIN_TEXT_LENGTH = 52  # the prompts fit; CountedPadding makes training at this length exact
@@ -78,7 +93,7 @@ FRAMES_AT_FIRST = {2: 0.2, 3: 0.4, 6: 0.25, NUM_LATENT_FRAMES: 0.15}
 FRAMES_AT_LAST = {6: 0.4, NUM_LATENT_FRAMES: 0.6}
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """How long to train, and where to put the result."""
 
@@ -89,35 +104,35 @@ class Config:
     stage: Literal["new", "vae", "details", "colours", "decoder", "base", "continue", "report"] = "vae"
     """`new`: untrained parts. `details`, `colours` and `decoder` are phases of the VAE and go on with those after
     them. `base` starts anew with the VAE in output_dir, `continue` goes on with the base there."""
-    seed: int = 0
+    seed: Annotated[int, Range(ge=0, le=2**32 - 1, hint="numpy takes no other")] = 0
     """Seeds the sketches, the initial weights and the noise."""
-    num_threads: int = 3
+    num_threads: PositiveInt = 3
     """Threads of torch in the stages of the VAE; the base has one process a core instead."""
-    vae_clips: int = 500
+    vae_clips: PositiveInt = 500
     """Clips that the VAE is trained on."""
-    vae_frame_steps: int = 800
+    vae_frame_steps: NonNegativeInt = 800
     """VAE steps on 32 single frames; comes first, because on clips alone the VAE collapses to plain white."""
-    vae_clip_steps: int = 1600
+    vae_clip_steps: NonNegativeInt = 1600
     """VAE steps on 4 short clips."""
-    vae_detail_steps: int = 950
+    vae_detail_steps: NonNegativeInt = 950
     """VAE steps on short clips in which the white near the ink counts as much as the ink."""
-    vae_colour_steps: int = 1300
+    vae_colour_steps: NonNegativeInt = 1300
     """VAE steps in which colour weighs most."""
-    vae_decoder_steps: int = 400
+    vae_decoder_steps: NonNegativeInt = 400
     """VAE steps of the decoder alone, on whole clips: from short ones it learns colours that drift in long ones."""
-    base_steps: int = 16_000
+    base_steps: PositiveInt = 16_000
     """Optimizer steps of the base."""
-    base_frames: int = 96
+    base_frames: PositiveInt = 96
     """Latent frames a step, over all processes."""
-    base_lr: float = 1.5e-3
+    base_lr: PositiveFloat = 1.5e-3
     """Peak learning rate of the base."""
-    pure_noise: float = 0.33
+    pure_noise: Share = 0.33
     """Share of clips at sigma 1."""
-    shift: float = 3.0
+    shift: TimestepShift = 3.0
     """Other training sigmas are shift u / (1 + (shift - 1) u) with u uniform; also the sampler's flow_shift."""
-    guidance_scale: float = 3.0
+    guidance_scale: GuidanceScale = 3.0
     """Guidance of the samples in the report."""
-    export_every: int = 1000
+    export_every: PositiveInt = 1000
     """Steps of the base between two exports."""
 
 
@@ -647,4 +662,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__, use_underscores=True))
+    main(parse_config(Config, description=__doc__))

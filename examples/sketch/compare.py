@@ -24,19 +24,19 @@ import csv
 import itertools
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import tyro
 from ink import ink_f1, psnr
 from report import TOLERANCE, contact_sheet, plot_by_level, read_metrics, read_video
 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
 
+from causal_wan.config import parse_config
+from causal_wan.ranges import checked_dataclass
 from causal_wan.video_metrics import MAX_PSNR, frame_sharpness
 
 
@@ -45,7 +45,7 @@ NUM_SHOWN = 2  # targets and samples of each prompt on the contact sheet, if the
 NUM_PROMPTS_SHOWN = 4
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to compare."""
 
@@ -225,4 +225,4 @@ def write_comparison(rows: dict[tuple[str, str], dict[str, float]], output_dir: 
 
 
 if __name__ == "__main__":
-    main(tyro.cli(tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Config), description=__doc__, use_underscores=True))
+    main(parse_config(Config, description=__doc__))

@@ -18,6 +18,7 @@ import csv
 import itertools
 import math
 import random
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -26,9 +27,14 @@ from typing import BinaryIO
 
 import av
 import numpy as np
-import tyro
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
+
+from causal_wan.config import parse_config
+from causal_wan.ranges import NonNegativeInt, PositiveInt, Seed, checked_dataclass
 
 
 FRAME_RATE = 16
@@ -309,7 +315,7 @@ def split_by_prompt(
     return rest[:num_clips], in_turn, [sketch for group in heldout for sketch in group]
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """What to draw, and where to put it."""
 
@@ -319,23 +325,23 @@ class Config:
     """Comma-separated, or `all` or `base`; the default are those that the tiny WAN does not know yet."""
     colours: str = ",".join(KNOWN_COLOURS)
     """Comma-separated, or `all`; the default are those that the tiny WAN knows."""
-    num_clips: int | None = None
+    num_clips: PositiveInt | None = None
     """Clips in train.csv; None is 120, and all that there are with ambiguous prompts."""
-    num_heldout: int | None = None
+    num_heldout: NonNegativeInt | None = None
     """Prompts in heldout.csv; None is 8, and 2 with ambiguous prompts."""
     ambiguous: bool = False
     """Prompts say less than a clip shows: many clips have the same prompt."""
-    num_targets: int = 4
+    num_targets: PositiveInt = 4
     """Clips of each prompt in heldout.csv, if prompts are ambiguous."""
-    seed: int = 0
+    seed: Seed = 0
     """Chooses which sketches are drawn; the same seed gives the same files."""
-    num_frames: int = NUM_FRAMES
+    num_frames: PositiveInt = NUM_FRAMES
     """Frames of a clip; 4k + 1 for WAN."""
-    height: int = HEIGHT
+    height: PositiveInt = HEIGHT
     """Pixels."""
-    width: int = WIDTH
+    width: PositiveInt = WIDTH
     """Pixels."""
-    num_workers: int = 2
+    num_workers: PositiveInt = 2
     """Processes that draw."""
 
 
@@ -408,4 +414,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__, use_underscores=True))
+    main(parse_config(Config, description=__doc__))

@@ -8,17 +8,22 @@ Every figure is over all held-out clips; the contact sheet shows the first of th
 
 import csv
 import json
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from ink import colour_error, ink_f1, mean_ink_f1, psnr
 from PIL import Image, ImageDraw, ImageFont
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
+
+from causal_wan.config import parse_config
+from causal_wan.ranges import PositiveInt, checked_dataclass
 
 
 TOLERANCE = 2  # pixels
@@ -26,7 +31,7 @@ NUM_FRAMES_SHOWN = 8
 LABEL_WIDTH = 140  # pixels, before they are enlarged
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass
 class Config:
     """Where the pieces are."""
 
@@ -40,7 +45,7 @@ class Config:
     """Output folder of the run, with metrics.jsonl."""
     output_dir: str
     """Folder for contact_sheet.png and loss.png."""
-    num_rows: int = 8
+    num_rows: PositiveInt = 8
     """Held-out clips on the contact sheet, from the first on."""
 
 
@@ -154,4 +159,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Config), description=__doc__, use_underscores=True))
+    main(parse_config(Config, description=__doc__))
