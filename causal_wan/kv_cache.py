@@ -58,54 +58,6 @@ class KeptStates:
         return sum(kept.nbytes for kept in (self.buffer, self.scales) if kept is not None)
 
 
-INT8_MAX = 127
-CACHE_DTYPES = {"auto": None, "int8": torch.int8}
-"""Precisions of a cache by the names of flags; None is that of the passes."""
-
-
-@dataclass
-class KeptStates:
-    """Keys or values of the frames that a layer remembers.
-
-    Attributes:
-        shape: That there is room for, (B, capacity * T, N, E).
-        dtype: That they are kept in; None is their own, whatever it is: under autocast it is not that of the weights.
-        buffer: Of that shape; made when the first block is written.
-        scales: Of int8, one a token and head, float32 `(B, capacity * T, N, 1)`.
-
-    Source: int8 with the largest value's scale as in "LLM.int8()", arXiv 2208.07339, section 2.1.
-    """
-
-    shape: tuple[int, int, int, int]
-    dtype: torch.dtype | None = None
-    buffer: torch.Tensor | None = None
-    scales: torch.Tensor | None = None
-
-    def write(self, states: torch.Tensor, places: torch.Tensor) -> None:
-        """Writes those of a block, `(B, l, N, E)`, to `places` `(l,)`."""
-        if self.buffer is None:
-            self.buffer = states.new_zeros(self.shape, dtype=self.dtype or states.dtype)
-            if self.dtype == torch.int8:
-                self.scales = states.new_zeros((*self.shape[:3], 1), dtype=torch.float32)
-        if self.scales is not None:
-            scales = states.abs().amax(dim=-1, keepdim=True).float() / INT8_MAX
-            self.scales.index_copy_(1, places, scales)
-            states = (states / scales.clamp(min=torch.finfo(torch.float32).tiny)).round()
-        self.buffer.index_copy_(1, places, states.to(self.buffer.dtype))
-
-    def read(self, num_tokens: int, dtype: torch.dtype) -> torch.Tensor:
-        """The first tokens, `(B, num_tokens, N, E)`."""
-        states = self.buffer[:, :num_tokens]
-        if self.scales is not None:
-            states = states * self.scales[:, :num_tokens]
-        return states.to(dtype)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the buffers, as far as they are made."""
-        return sum(kept.nbytes for kept in (self.buffer, self.scales) if kept is not None)
-
-
 @dataclass
 class LayerCache:
     """What one layer remembers.
