@@ -43,6 +43,38 @@ def generate(monkeypatch, tmp_path):
     return run
 
 
+@pytest.fixture
+def frames_by_path(monkeypatch):
+    """What is written to each mp4 file, before the codec."""
+    written, start, write = {}, VideoWriter.__init__, VideoWriter.write
+
+    def note_path(writer, path, *given, **settings):
+        start(writer, path, *given, **settings)
+        written[path] = writer.noted = []
+
+    def note_frames(writer, frames):
+        writer.noted.append(frames.copy())
+        write(writer, frames)
+
+    monkeypatch.setattr(VideoWriter, "__init__", note_path)
+    monkeypatch.setattr(VideoWriter, "write", note_frames)
+    return lambda path: np.concatenate(written[path])
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_generate_samples_what_validation_sampled(write_recipe, clips, tmp_path, frames_by_path, kv_cache_dtype):
+    recipe, run = write_recipe(max_train_steps=1, num_frame_per_block=1, seed=3, kv_cache_dtype=kv_cache_dtype)
+    run_here("train_video_regression.py", "--config", recipe)
+    held_out = ["--checkpoint", run, "--prompts_file", clips / "heldout.csv", "--seed", 3]
+    run_here("generate.py", *held_out, "--output", tmp_path / "same")
+    run_here("generate.py", *held_out, "--output", tmp_path / "other", "--kv_cache_dtype", "int8")
+    for name in ("00.mp4", "01.mp4"):
+        validated = frames_by_path(run / "validation" / "step-000001" / name)
+        assert len(validated) == 17
+        assert np.array_equal(frames_by_path(tmp_path / "same" / name), validated)
+        assert np.array_equal(frames_by_path(tmp_path / "other" / name), validated) == (kv_cache_dtype == "int8")
+
+
 def test_plain_diffusers_folder_generates_the_same_video_from_the_same_seed(checkpoint, generate):
     flags = ["--num_frame_per_block", 1, "--seed"]
     videos = [generate(checkpoint, *flags, seed) for seed in (3, 3, 4)]

@@ -417,6 +417,7 @@ def test_levers_and_shards_lower_the_plan():
     assert whole < peak()
     assert peak(memory=recomputed, optimizer="adamw8bit") < whole < peak(memory=recomputed, use_ema=True)
     assert peak(memory=recomputed, sharding="weights", num_shards=8) < whole
+    assert peak(memory=recomputed, sharding="optimizer") < whole  # the model in 16 bits is not cast for each pass
     lora = peak(memory=recomputed, lora_rank=2)
     assert peak(memory={**recomputed, "offload_activations": True}, lora_rank=2) < lora < whole
     assert whole < peak(memory={**recomputed, "gradient_checkpointing_interval": 2}) < peak()

@@ -175,6 +175,8 @@ def first_of_two(monkeypatch, tmp_path):
     monkeypatch.setattr(PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cpu")))
     stock_init = Accelerator.__init__
     monkeypatch.setattr(Accelerator, "__init__", lambda self, **given: stock_init(self, **{**given, "cpu": False}))
+    # A group of gloo's would look for the second process.
+    monkeypatch.setattr("causal_wan.processes.cpu_group", lambda: torch.distributed.group.WORLD)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
     torch.distributed.destroy_process_group()

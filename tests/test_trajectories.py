@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import TINY_TRANSFORMER
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tqdm.auto import tqdm
 
 from causal_wan.flow import add_noise, inference_timesteps
 from causal_wan.pipeline import CausalWanPipeline
@@ -118,7 +119,9 @@ def test_guidance_leads_away_from_the_negative_prompt(noise, prompt_embeds):
 def test_a_causal_teacher_solves_each_block_after_the_clean_ones_before_it(noise, prompt_embeds):
     teacher = tiny_teacher(num_frame_per_block=2)
     timesteps = trajectory_timesteps(LEVELS, 6, 3.0)
-    kept = sample_trajectories(teacher, noise, prompt_embeds, timesteps, LEVELS)
+    with tqdm(delay=60) as progress:
+        kept = sample_trajectories(teacher, noise, prompt_embeds, timesteps, LEVELS, progress=progress)
+        assert progress.n == 3 * 6  # steps of all blocks
     other = noise.clone()
     other[:, :, 4:] = 0
     changed = sample_trajectories(teacher, other, prompt_embeds, timesteps, LEVELS)
