@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as iio
@@ -50,7 +51,7 @@ def frames_by_path(monkeypatch):
 
     def note_path(writer, path, *given, **settings):
         start(writer, path, *given, **settings)
-        written[path] = writer.noted = []
+        written[Path(path).with_name(Path(path).name.removeprefix("partial-"))] = writer.noted = []
 
     def note_frames(writer, frames):
         writer.noted.append(frames.copy())
