@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SCRIPT_ENV, flip_last_bit, launch, run_here, run_script
+from conftest import ROOT, SCRIPT_ENV, flip_last_bit, launch, run_here, run_python, run_script
 from test_strategies import NEEDS_DEEPSPEED, flat, result
 from test_train_video_regression import metrics, weights
 
@@ -136,7 +136,7 @@ def test_an_interrupted_run_goes_on_where_it_was(filled, recipe_path, tmp_path):
     assert process.returncode == EXIT_STOPPED
     done = entries(folder)
     assert 0 < len(done) < 12
-    shown = run_script(slow, env={"ACCELERATE_USE_CPU": "true"}).stdout
+    shown = run_python(*slow[1:], env={"ACCELERATE_USE_CPU": "true"}).stdout
     assert f"missing     {12 - len(done)} of 12 trajectories" in shown
     assert f"{12 - len(done)} trajectories sampled" in shown
     after = entries(folder)
