@@ -32,8 +32,6 @@ SCRIPT_ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM
 # Shell scripts find the `python` and `accelerate` that the tests run with.
 SCRIPT_ENV["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
-FORKS = multiprocessing.get_context("forkserver")
-
 
 def run_script(command, *, check=True, env=None, timeout=300):
     """Runs a command of ours in the repository; its output is part of a failure."""
@@ -70,14 +68,21 @@ def launch(*arguments, check=True, env=None, **settings):
     """What `accelerate launch` starts, in forks; arguments are those of `launch_arguments`."""
     arguments, cpu_env = launch_arguments(*arguments, **settings)
     num_processes, command, env = resolve_launch(arguments, {**SCRIPT_ENV, **cpu_env, **(env or {})})
-    result = run_forks(command, env, num_processes)
+    with Forks(command, env, num_processes) as forks:
+        result = forks.finish()
     return expect_success(result) if check else result
 
 
 def run_python(script, *flags, check=True, env=None):
     """`python SCRIPT FLAGS` in a fork."""
-    result = run_forks([str(script), *map(str, flags)], {**SCRIPT_ENV, **(env or {})})
+    with start_python(script, *flags, env=env) as forks:
+        result = forks.finish()
     return expect_success(result) if check else result
+
+
+def start_python(script, *flags, env=None):
+    """`python SCRIPT FLAGS` in a fork that is not waited for."""
+    return Forks([str(script), *map(str, flags)], {**SCRIPT_ENV, **(env or {})})
 
 
 def resolve_launch(arguments, env):
@@ -115,56 +120,67 @@ def rank_environments(num_processes):
     return [{name: str(value) for name, value in {**common, **own}.items()} for own in ranks], store
 
 
-def run_forks(command, env, num_processes=None, timeout=300):
-    """Runs `python COMMAND` in forks; with a number of processes as torchrun does. A failure of one ends all."""
-    start_fork_server()
-    additions, _store = ([{}], None) if num_processes is None else rank_environments(num_processes)
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        for path in outputs:
+class Forks:
+    """`python COMMAND` in forks that run already; with a number of processes as torchrun starts them.
+
+    A context, which kills what still runs when it is left.
+
+    Attributes:
+        processes: By rank.
+    """
+
+    def __init__(self, command, env, num_processes=None):
+        context = fork_context()
+        self.command, self._folder = command, tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        for path in self._outputs:
             path.touch()
-        processes = [FORKS.Process(target=become, args=(command, {**env, **own}, outputs)) for own in additions]
-        for process in processes:
+        additions, self._store = ([{}], None) if num_processes is None else rank_environments(num_processes)
+        given = [(command, {**env, **own}, self._outputs) for own in additions]
+        self.processes = [context.Process(target=become, args=arguments) for arguments in given]
+        for process in self.processes:
             process.start()
-        try:
-            status = wait_for(processes, timeout)
-        finally:
-            end(processes)
-        return subprocess.CompletedProcess(command, status, *(path.read_text(errors="replace") for path in outputs))
+
+    def finish(self, timeout=300):
+        """Waits for all, or for the first that fails; status and output, as `subprocess.run` gives them."""
+        deadline, running, status = time.monotonic() + timeout, list(self.processes), 0
+        while running and status == 0:
+            sentinels = [process.sentinel for process in running]
+            ready = multiprocessing.connection.wait(sentinels, deadline - time.monotonic())
+            if not ready:
+                raise TimeoutError(f"the processes must end within {timeout} s")
+            for process in [process for process in running if process.sentinel in ready]:
+                process.join()
+                running.remove(process)
+                status = status or process.exitcode
+        texts = [path.read_text(errors="replace") for path in self._outputs]
+        return subprocess.CompletedProcess(self.command, status, *texts)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for process in self.processes:
+            if process.is_alive():
+                with contextlib.suppress(ProcessLookupError):  # it leads no group yet
+                    os.killpg(process.pid, signal.SIGKILL)  # with the workers of its data loaders
+                process.kill()
+            process.join()
+            process.close()
+        self._folder.cleanup()
 
 
-def start_fork_server():
-    """Starts the process that is forked, once for each process of pytest; it has no threads."""
+def fork_context():
+    """`multiprocessing` with processes that are forks of one with the libraries loaded, which has no threads.
+
+    That one is started once for each process of pytest.
+    """
+    context = multiprocessing.get_context("forkserver")
     path = os.pathsep.join(map(str, (ROOT, TESTS)))
     with mock.patch.dict(os.environ, {**SCRIPT_ENV, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}):
-        FORKS.set_forkserver_preload(["preloaded", "launching"])
+        context.set_forkserver_preload(["preloaded", "launching"])
         multiprocessing.forkserver.ensure_running()
-
-
-def wait_for(processes, timeout):
-    """The status of the first process that fails, or 0."""
-    deadline, running = time.monotonic() + timeout, list(processes)
-    while running:
-        ready = multiprocessing.connection.wait([process.sentinel for process in running], deadline - time.monotonic())
-        if not ready:
-            raise TimeoutError(f"the processes must end within {timeout} s")
-        for process in [process for process in running if process.sentinel in ready]:
-            process.join()
-            running.remove(process)
-            if process.exitcode != 0:
-                return process.exitcode
-    return 0
-
-
-def end(processes):
-    """Kills what still runs, workers of data loaders included."""
-    for process in processes:
-        if process.is_alive():
-            with contextlib.suppress(ProcessLookupError):  # it leads no group yet
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-        process.join()
-        process.close()
+    return context
 
 
 def become(command, env, outputs):
