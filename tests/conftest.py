@@ -1,19 +1,17 @@
 """A tiny WAN with random weights and a few short clips, made once: what the script tests run on."""
 
 import csv
+import gc
 import importlib
 import io
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import av
@@ -21,9 +19,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from launching import ROOT, SCRIPT_ENV, launch, launch_afresh, run_python, run_script, start_python
 
 
-ROOT = Path(__file__).parents[1]
+__all__ = ["ROOT", "SCRIPT_ENV", "launch", "launch_afresh", "run_python", "run_script", "start_python"]
 
 TINY_TRANSFORMER = {
     "num_attention_heads": 2,
@@ -181,20 +180,21 @@ def recipe(clips, checkpoint, tmp_path_factory):
 
 # One thread: sums over threads depend on how many there are, and the tests compare to the last bit.
 torch.set_num_threads(1)
-SCRIPT_ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_MININTERVAL": "10"}
-# Shell scripts find the `python` and `accelerate` that the tests run with.
-SCRIPT_ENV["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
 
-def run_script(command, *, check=True, env=None, timeout=300):
-    """Runs a command of ours in the repository; its output is part of a failure."""
-    full_env = {**SCRIPT_ENV, **(env or {})}
-    result = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=full_env, capture_output=True, text=True, timeout=timeout
-    )
-    if check:
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    return result
+# Files whose tests take longest, the longest first: none of them is left over when all others are done.
+LONGEST = ("test_strategies", "test_train_video_regression", "test_train_ode_regression", "test_mixed_data")
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish():
+    """Leaves all that is loaded out of collections of garbage, of which imageio asks for two with each file."""
+    gc.collect()
+    gc.freeze()
 
 
 def flip_last_bit(path):
@@ -202,21 +202,6 @@ def flip_last_bit(path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-
-
-def launch(
-    script, recipe_path, *flags, num_processes=1, strategy=None, launch_flags=(), wrapper=(), check=True, env=None
-):
-    """`accelerate launch` on the CPU; a strategy for GPUs through `without_gpu.py`."""
-    config = strategy or ("cpu" if num_processes == 1 else "cpu_ddp")
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", num_processes]
-    command += ["--main_process_port", 0, *launch_flags]  # any free one: tests may run side by side
-    command += [ROOT / "tests" / "without_gpu.py"] if strategy else []
-    command += [*wrapper, script, *(["--config", recipe_path] if recipe_path else []), *flags]
-    return run_script(
-        command, check=check, env={**({} if strategy else {"ACCELERATE_USE_CPU": "true"}), **(env or {})}
-    )
 
 
 def run_here(script, *flags):

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import SCRIPT_ENV, launch, run_script
+from conftest import SCRIPT_ENV, launch_afresh, run_python, run_script
 from torch.utils.data import DataLoader
 
 from causal_wan.data_config import DataConfig
@@ -28,7 +28,7 @@ SECRETS = {"HF_TOKEN": "hf_SecretOfTheUser", "WANDB_API_KEY": "SecretOfTheUser" 
 def test_a_process_that_breaks_brings_the_job_down_and_is_named(write_recipe, how):
     path, output_dir = write_recipe(train_batch_size=1, max_train_steps=1000, validation_steps=1000)
     start = time.monotonic()
-    run = launch(SCRIPT, path, num_processes=2, wrapper=["tests/failing_rank.py", how], check=False)
+    run = launch_afresh(SCRIPT, path, num_processes=2, wrapper=["tests/failing_rank.py", how], check=False)
     assert run.returncode != 0
     assert time.monotonic() - start < 120
     assert re.search(r"rank +: 1 ", run.stderr)
@@ -115,7 +115,7 @@ def test_the_file_that_the_wizard_of_accelerate_writes_launches(write_recipe, tm
 def test_tokens_reach_no_file_and_no_output(write_recipe):
     """Of a run without a launcher, with a tracker."""
     path, output_dir = write_recipe(report_to="tensorboard", max_train_steps=2)
-    run = run_script([sys.executable, SCRIPT, "--config", path], env=SECRETS)
+    run = run_python(SCRIPT, "--config", path, env=SECRETS)
     assert list((output_dir / "logs").rglob("events.out.*"))
     written = [file.read_bytes() for file in output_dir.rglob("*") if file.is_file()]
     for text in [run.stdout.encode(), run.stderr.encode(), *written]:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import launch, run_here, run_script
+from conftest import launch, run_here, run_python
 from peft import LoraConfig, get_peft_model_state_dict
 
 from causal_wan.encoding import decode_latents, encode_prompts, encode_videos
@@ -114,7 +113,7 @@ def test_prompts_come_from_text_files_and_csv_files(checkpoint, clips, tmp_path)
     run_here(SCRIPT, *flags, "--prompts_file", tmp_path / "prompts.txt", "--output", tmp_path / "text")
     assert {path.name for path in (tmp_path / "text").iterdir()} == {"00.mp4", "01.mp4"}
     csv_flags = ["--prompts_file", clips / "train.csv", "--num_prompts", 1, "--output", tmp_path / "csv"]
-    run_script([sys.executable, SCRIPT, *flags, *csv_flags])
+    run_python(SCRIPT, *flags, *csv_flags)
     assert {path.name for path in (tmp_path / "csv").iterdir()} == {"00.mp4"}
 
 

@@ -2,14 +2,12 @@
 
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import yaml
-from conftest import ROOT, SCRIPT_ENV, launch, run_here
+from conftest import ROOT, launch_afresh, run_here
 from fake_hub import TOKEN, FakeHub
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData
@@ -327,7 +325,7 @@ def test_a_run_pushes_its_result_and_its_checkpoints(hub, write_recipe):
     path, output = write_recipe(max_train_steps=2, checkpointing_steps=1)
     env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     flags = ["--push_to_hub", "--hub_model_id", "me/sketch", "--hub_strategy", "every_save"]
-    result = launch("train_video_regression.py", path, *flags, env=env)
+    result = launch_afresh("train_video_regression.py", path, *flags, env=env)
     files = hub.repos["me/sketch"]
     assert {"README.md", "config.yaml", "pipeline.py", "data_summary.json"} <= set(files)
     assert any(name.startswith("transformer/") for name in files)
@@ -338,17 +336,14 @@ def test_a_run_pushes_its_result_and_its_checkpoints(hub, write_recipe):
     assert TOKEN.encode() not in b"".join(files.values())
 
 
-def test_a_run_whose_upload_fails_is_a_success_with_a_command_to_finish(hub, write_recipe):
+def test_a_run_whose_upload_fails_is_a_success_with_a_command_to_finish(hub, write_recipe, caplog):
     hub.fail = lambda method, path: 403 if path.endswith("/preupload/main") else None
     path, output = write_recipe(max_train_steps=1)
-    env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    result = launch("train_video_regression.py", path, "--push_to_hub", "--hub_model_id", "me/sketch", env=env)
+    run_here("train_video_regression.py", "--config", path, "--push_to_hub", "--hub_model_id", "me/sketch")
     assert (output / "transformer" / "config.json").is_file()
     hub.fail = lambda method, path: None
-    line = next(line for line in result.stderr.splitlines() if "python push_to_hub.py" in line)
-    command = [sys.executable, *line.split()[1:]]
-    done = subprocess.run(command, cwd=ROOT, env={**SCRIPT_ENV, **env}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    line = next(line for line in caplog.text.splitlines() if "python push_to_hub.py" in line)
+    run_here(*line.split()[1:])
     assert "README.md" in hub.repos["me/sketch"]
 
 

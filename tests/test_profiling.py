@@ -13,6 +13,8 @@ from causal_wan.settings import TrainingConfig
 
 PARTS = {"data", "encode and noise", "forward", "backward", "optimizer", "communication (within the others)"}
 
+SMALL = {"num_frames": 5, "validation_metadata_path": None}  # traces are long
+
 
 def traced_steps(path):
     """How often the optimizer's part is in a trace."""
@@ -22,7 +24,7 @@ def traced_steps(path):
 
 
 def test_chosen_steps_are_traced_and_split_into_parts(write_recipe):
-    path, output_dir = write_recipe(max_train_steps=4, gradient_accumulation_steps=2, profile=[2, 3])
+    path, output_dir = write_recipe(**SMALL, max_train_steps=4, gradient_accumulation_steps=2, profile=[2, 3])
     run_here("train_video_regression.py", "--config", path)
     assert traced_steps(output_dir / "profile" / "trace-0.json.gz") == 2
     parts = json.loads((output_dir / "profile" / "step.json").read_text())
@@ -32,7 +34,7 @@ def test_chosen_steps_are_traced_and_split_into_parts(write_recipe):
 
 
 def test_a_resumed_run_profiles_what_is_left_of_the_steps(write_recipe):
-    path, output_dir = write_recipe(max_train_steps=4, checkpointing_steps=2)
+    path, output_dir = write_recipe(**SMALL, max_train_steps=4, checkpointing_steps=2)
     run_here("train_video_regression.py", "--config", path, "--max_train_steps", 2)
     run_here(
         "train_video_regression.py", "--config", path, "--resume_from_checkpoint", "latest", "--profile", "1", "3"
@@ -41,7 +43,7 @@ def test_a_resumed_run_profiles_what_is_left_of_the_steps(write_recipe):
 
 
 def test_every_process_leaves_a_trace_and_communication_is_measured(write_recipe):
-    path, output_dir = write_recipe(max_train_steps=3)
+    path, output_dir = write_recipe(**SMALL, max_train_steps=3)
     launch("train_video_regression.py", path, "--profile", 2, 3, num_processes=2)
     assert {file.name for file in (output_dir / "profile").iterdir()} == {
         *("trace-0.json.gz", "trace-1.json.gz", "step.json", "step.png")
@@ -50,7 +52,7 @@ def test_every_process_leaves_a_trace_and_communication_is_measured(write_recipe
 
 
 def test_a_profile_that_cannot_be_written_costs_the_run_nothing(write_recipe, caplog):
-    path, output_dir = write_recipe(max_train_steps=2, profile=[1, 1])
+    path, output_dir = write_recipe(**SMALL, max_train_steps=2, profile=[1, 1])
     Path(output_dir).mkdir()
     (output_dir / "profile").write_text("a file where the folder should be")
     run_here("train_video_regression.py", "--config", path)

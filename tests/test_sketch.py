@@ -3,13 +3,12 @@
 import csv
 import json
 import shutil
-import sys
 
 import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_python, run_script
 from diffusers import WanPipeline
 
 from examples.sketch import ink, make_dataset
@@ -23,7 +22,7 @@ MAKE = ROOT / "examples" / "sketch" / "make_dataset.py"
 def drawn(tmp_path_factory):
     """A small data set on disk."""
     folder = tmp_path_factory.mktemp("sketch")
-    run_script([sys.executable, MAKE, "--output_dir", folder, "--num_clips", 6, "--num_heldout", 2])
+    run_python(MAKE, "--output_dir", folder, "--num_clips", 6, "--num_heldout", 2)
     return folder
 
 
@@ -47,9 +46,7 @@ def test_heldout_prompts_are_not_in_the_training_set_and_the_seed_decides_both(d
     assert not train & heldout
     for seed, same in ((0, True), (1, False)):
         folder = tmp_path / str(seed)
-        run_script(
-            [sys.executable, MAKE, "--output_dir", folder, "--num_clips", 6, "--num_heldout", 2, "--seed", seed]
-        )
+        run_python(MAKE, "--output_dir", folder, "--num_clips", 6, "--num_heldout", 2, "--seed", seed)
         assert ((folder / "train.csv").read_bytes() == (drawn / "train.csv").read_bytes()) is same
 
 
@@ -62,7 +59,7 @@ def test_every_clip_has_a_prompt_of_its_own():
 def ambiguous(tmp_path_factory):
     """A small ambiguous data set on disk: two held-out prompts of four clips each."""
     folder = tmp_path_factory.mktemp("ambiguous")
-    run_script([sys.executable, MAKE, "--output_dir", folder, "--ambiguous", "--kinds", "bird,rocket"])
+    run_python(MAKE, "--output_dir", folder, "--ambiguous", "--kinds", "bird,rocket")
     return folder
 
 
@@ -110,7 +107,7 @@ def test_comparison_tells_drawings_from_their_mean_and_many_from_one(ambiguous, 
     run.joinpath("metrics.jsonl").write_text('{"step": 1, "blur_gap_at_time_1000": 0.5}\n{"step": 2}\n')
     flags = ["--data_dir", ambiguous, "--output_dir", tmp_path / "out", "--run", run, "--samples", *samples]
     flags += ["--vae", MAKE.parent / "tiny-wan"]
-    shown = run_script([sys.executable, MAKE.parent / "compare.py", *flags]).stdout
+    shown = run_python(MAKE.parent / "compare.py", *flags).stdout
     entries = json.loads((tmp_path / "out" / "comparison.json").read_text())
     figures = {entry["method"]: entry for entry in entries}
     assert figures["targets"]["ink F1"] == figures["other"]["ink F1"] == figures["same"]["ink F1"] == 1
@@ -129,11 +126,11 @@ def test_comparison_tells_drawings_from_their_mean_and_many_from_one(ambiguous, 
 
 def test_comparison_refuses_what_is_no_folder_of_samples(ambiguous, tmp_path):
     flags = ["--data_dir", ambiguous, "--output_dir", tmp_path, "--samples", "a:3=nowhere"]
-    result = run_script([sys.executable, MAKE.parent / "compare.py", *flags], check=False)
+    result = run_python(MAKE.parent / "compare.py", *flags, check=False)
     assert result.returncode != 0
     assert "samples must be METHOD:STEPS=FOLDER with a folder that exists, got 'a:3=nowhere'" in result.stderr
     flags = ["--data_dir", ambiguous, "--output_dir", tmp_path, "--samples", f"a:3={tmp_path}", "--run", tmp_path]
-    result = run_script([sys.executable, MAKE.parent / "compare.py", *flags], check=False)
+    result = run_python(MAKE.parent / "compare.py", *flags, check=False)
     assert "run must be the output folder of a run, with metrics.jsonl" in result.stderr
 
 
@@ -155,7 +152,7 @@ def test_unknown_kinds_and_too_many_clips_are_refused(tmp_path):
         (("--num_clips", 10_000), "num_clips + num_heldout must be at most 288"),
         (("--ambiguous", "--num_targets", 25), "num_targets at most 24"),
     ):
-        result = run_script([sys.executable, MAKE, "--output_dir", tmp_path, *flags], check=False)
+        result = run_python(MAKE, "--output_dir", tmp_path, *flags, check=False)
         assert result.returncode != 0
         assert message in result.stderr
 
@@ -199,7 +196,7 @@ def test_report_compares_with_the_trivial_answer(drawn, tmp_path):
     entries = [{"step": step, "generator_loss": 1 / step, "loss_at_time_1000": 1.0} for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries))
     folders = ["--data_dir", drawn, "--before", tmp_path / "before", "--after", tmp_path / "after", "--run", tmp_path]
-    run_script([sys.executable, MAKE.parent / "report.py", *folders, "--output_dir", tmp_path])
+    run_python(MAKE.parent / "report.py", *folders, "--output_dir", tmp_path)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["white paper"]["ink F1, last frame"] == 0
     assert scores["before"]["ink F1, last frame"] < 1

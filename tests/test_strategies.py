@@ -11,7 +11,7 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
-from conftest import ROOT, launch
+from conftest import ROOT, launch, launch_afresh
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
@@ -69,7 +69,8 @@ def train(recipe, tmp_path_factory):
                 "adam_epsilon": 1e-4,
             }
             path.write_text(yaml.safe_dump({**recipe, **changes}))
-            launch(SCRIPT, path, num_processes=2 if strategy else 1, strategy=None if strategy == "ddp" else strategy)
+            start = launch_afresh if strategy and not lora_rank else launch  # the real thing, once a strategy
+            start(SCRIPT, path, num_processes=2 if strategy else 1, strategy=None if strategy == "ddp" else strategy)
             done[key] = path, output_dir
         return done[key]
 
@@ -132,7 +133,8 @@ def test_two_processes_that_share_each_clip_learn_what_one_does(write_recipe, nu
     path, alone = write_recipe("alone", train_batch_size=2, **settings)
     launch(SCRIPT, path)
     path, together = write_recipe("together", train_batch_size=2 // num_groups, **settings)
-    run = launch(SCRIPT, path, **context_parallel(num_groups, group_size=2))
+    start = launch_afresh if context == "augmented" else launch
+    run = start(SCRIPT, path, **context_parallel(num_groups, group_size=2))
     assert f"4 steps of 2 clips ({2 // num_groups} x 1 accumulated x {num_groups} process(es))" in run.stdout
 
     def assert_equal_to_one_process():

@@ -5,11 +5,10 @@ import importlib.metadata
 import io
 import json
 import shutil
-import sys
 
 import av
 import pytest
-from conftest import run_script, write_clip
+from conftest import run_python, write_clip
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
@@ -77,7 +76,9 @@ runs = list(trackio.Api().runs("sketches"))
 logs = [SQLiteStorage.get_logs("sketches", run.name, run_id=run.id) for run in runs]
 print("READ" + json.dumps([(run.name, run.config, log) for run, log in zip(runs, logs, strict=True)]))
 """
-    result = run_script([sys.executable, "-c", code], env={"TRACKIO_DIR": str(output_dir / "trackio")})
+    script = output_dir.with_suffix(".py")
+    script.write_text(code)
+    result = run_python(script, env={"TRACKIO_DIR": str(output_dir / "trackio")})
     for name, config, logs in json.loads(result.stdout.partition("READ")[2]):
         rows = [({key: log[key] for key in log if key != "timestamp"}) for log in logs]
         yield name, config, [(row.pop("step"), row) for row in rows]
@@ -145,11 +146,11 @@ def runs(recipe, tmp_path_factory):
     path = resumed.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**recipe, **settings, "output_dir": str(resumed)}))
     folders = {"WANDB_DIR": str(resumed), "TRACKIO_DIR": str(resumed / "trackio")}
-    command = [sys.executable, SCRIPT, "--config", path]
-    run_script(command, env={"WANDB_MODE": "offline", **folders})
+    flags = ["--config", path]
+    run_python(SCRIPT, *flags, env={"WANDB_MODE": "offline", **folders})
     shutil.copytree(resumed, first)
     shutil.rmtree(resumed / "checkpoint-4")
-    run_script([*command, "--max_train_steps", 5], env={"WANDB_MODE": "offline", **folders})
+    run_python(SCRIPT, *flags, "--max_train_steps", 5, env={"WANDB_MODE": "offline", **folders})
     return first, resumed
 
 

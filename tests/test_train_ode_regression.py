@@ -2,15 +2,12 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SCRIPT_ENV, flip_last_bit, launch, run_here, run_script
+from conftest import flip_last_bit, launch, run_here, run_python, run_script, start_python
 from test_strategies import NEEDS_DEEPSPEED, flat, result
 from test_train_video_regression import metrics, weights
 
@@ -122,21 +119,18 @@ def test_a_damaged_trajectory_is_made_anew(filled, recipe_path, tmp_path, capsys
 
 def test_an_interrupted_run_goes_on_where_it_was(filled, recipe_path, tmp_path):
     folder = tmp_path / "trajectories"
-    command = [sys.executable, PRECOMPUTE, "--config", recipe_path, "--trajectories_dir", folder, *FEW_STEPS]
-    command += ["--num_trajectories_per_prompt", "2"]
-    slow = [*command, "--num_inference_steps", "400"]
-    process = subprocess.Popen(
-        list(map(str, slow)), cwd=ROOT, env={**SCRIPT_ENV, "ACCELERATE_USE_CPU": "true"}, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 120
-    while not list((folder / FOLDER).glob("*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == EXIT_STOPPED
+    flags = ["--config", recipe_path, "--trajectories_dir", folder, *FEW_STEPS, "--num_trajectories_per_prompt", 2]
+    slow = [PRECOMPUTE, *flags, "--num_inference_steps", 100]
+    cpu = {"ACCELERATE_USE_CPU": "true"}
+    with start_python(*slow, env=cpu) as forks:
+        deadline = time.monotonic() + 120
+        while not list((folder / FOLDER).glob("*.safetensors")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        forks.processes[0].terminate()
+        assert forks.finish().returncode == EXIT_STOPPED
     done = entries(folder)
     assert 0 < len(done) < 12
-    shown = run_script(slow, env={"ACCELERATE_USE_CPU": "true"}).stdout
+    shown = run_python(*slow, env=cpu).stdout
     assert f"missing     {12 - len(done)} of 12 trajectories" in shown
     assert f"{12 - len(done)} trajectories sampled" in shown
     after = entries(folder)

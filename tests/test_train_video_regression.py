@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SCRIPT_ENV, launch, run_here, run_script
+from conftest import ROOT, SCRIPT_ENV, launch, run_here, run_python, run_script
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
@@ -487,7 +487,7 @@ def test_clips_that_break_while_training_are_replaced_counted_and_stop_the_run_a
 
 
 def test_help_is_grouped_by_owner():
-    shown = run_script([sys.executable, SCRIPT, "--help"]).stdout
+    shown = run_python(SCRIPT, "--help").stdout
     for group in ("model", "memory", "data", "method", "training", "validation"):
         assert f"{group} options" in shown
     assert "--denoising_step_list" in shown
@@ -497,7 +497,7 @@ def test_help_is_grouped_by_owner():
 def test_recipes_for_the_real_models_dry_run(name, clips, tmp_path):
     flags = ["--dataset_base_path", clips / "videos", "--metadata_path", clips / "train.csv"]
     flags += ["--output_dir", tmp_path / "run", "--short_clips", "pad", "--dry_run"]
-    result = run_script([sys.executable, SCRIPT, "--config", f"examples/{name}.yaml", *flags])
+    result = run_python(SCRIPT, "--config", f"examples/{name}.yaml", *flags)
     assert "21 latent frames in 7 block(s) of 3" in result.stdout
     assert not (tmp_path / "run").exists()
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from launching import fork_context
 from torch.utils.data import DataLoader, Dataset
 
 from causal_wan.checkpoints import check_output_dir, list_checkpoints
@@ -142,8 +142,7 @@ def test_kills_at_any_moment_change_nothing(tmp_path, num_kills):
     settings = {"max_train_steps": 8 * num_kills, "checkpointing_steps": 1, "use_ema": True}
     _, expected = run_training(config(tmp_path / "unbroken", checkpoints_total_limit=2, **settings))
     broken = config(tmp_path / "broken", checkpoints_total_limit=2, resume_from_checkpoint="latest", **settings)
-    context, moments = multiprocessing.get_context("forkserver"), random.Random(0)  # imports once, has no threads
-    context.set_forkserver_preload(["causal_wan.training"])
+    context, moments = fork_context(), random.Random(0)
     for _ in range(num_kills):
         before = list_checkpoints(broken.output_dir)[-1:]
         process = context.Process(target=run_training, args=(broken,))
