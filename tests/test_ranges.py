@@ -32,7 +32,15 @@ from causal_wan.table_sources import Source
 NEGATIVES_ARE_MEANT = {"local_attn_size", "logit_mean", "lora_scale"}
 ZEROS_ARE_MEANT = {
     *("lora_rank", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "max_grad_norm", "ema_decay"),
-    *("dataloader_num_workers", "caption_dropout", "horizontal_flip", "color_jitter", "max_bad_samples", "seed"),
+    *(
+        "validation_steps",
+        "dataloader_num_workers",
+        "caption_dropout",
+        "horizontal_flip",
+        "color_jitter",
+        "max_bad_samples",
+        "seed",
+    ),
     *("sink_size", "denoising_step_list", "logit_mean", "clean_block_probability", "min_loss_weight", "lora_scale"),
     *("num_processes", "num_base_steps", "num_heldout", "pure_noise", "num_samples"),
     *(f"vae_{phase}_steps" for phase in ("frame", "clip", "detail", "colour", "decoder")),
