@@ -224,7 +224,7 @@ def test_a_validation_that_fails_is_reported_and_costs_the_run_nothing(
 
 
 def test_a_held_out_loss_that_fails_leaves_the_samples(write_recipe, monkeypatch, caplog):
-    def fail(self, transformer):
+    def fail(self, *given):
         raise RuntimeError("a kernel failed")
 
     monkeypatch.setattr(validation.Validation, "sum_losses", fail)
