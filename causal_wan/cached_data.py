@@ -204,7 +204,7 @@ class LatentKeeper:
         if self.is_broken:
             return
         try:
-            self.writer.add(key, latents, **facts)
+            self.writer.add(key, latents.clone(), **facts)  # pinned memory is not for waiting until a shard is full
         except OSError as error:
             self.is_broken = True
             logger.error("latents are not kept any longer, the run goes on without: %s", error)
