@@ -181,7 +181,14 @@ def make_pipeline(config: Config) -> None:
             fuse_lora(transformer, student)
         transformer.save_pretrained(output / "transformer")
     settings = resolve_settings(run, checkpoint=config.input)
-    export_pipeline(base, output, settings.timesteps, sampler=settings.sampler, revision=run.get("revision"))
+    export_pipeline(
+        base,
+        output,
+        settings.timesteps,
+        sampler=settings.sampler,
+        max_sequence_length=settings.max_sequence_length,
+        revision=run.get("revision"),
+    )
     print(f"saved: generate.py --checkpoint {output} --prompt '...'")
 
 

@@ -186,6 +186,7 @@ def load_pipeline(
         dtype,
         denoising_step_list=settings.timesteps,
         sampler=settings.sampler,
+        max_sequence_length=settings.max_sequence_length,
         num_frame_per_block=config.num_frame_per_block,
         local_attn_size=config.local_attn_size,
         sink_size=config.sink_size,

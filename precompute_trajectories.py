@@ -134,6 +134,7 @@ def main(config: Config) -> None:
         base = config.model.pretrained_model_name_or_path
         teacher = find_teacher(config.teacher or base, base, config.model.revision)
         check_blocks(config, teacher)
+        check_text_length(config, teacher)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=beside_fp8(config.mixed_precision),
@@ -227,6 +228,20 @@ def check_blocks(config: Config, teacher: Teacher) -> None:
         raise ValueError(
             f"a causal teacher's blocks must be the student's, got {of_teacher} latent frames and {of_student}; set "
             "--num_frame_per_block, --independent_first_frame and --generator_task as they were for the teacher."
+        )
+
+
+def check_text_length(config: Config, teacher: Teacher) -> None:
+    """Checks that prompts are padded as they were in the teacher's training: it attends to the padding.
+
+    Raises:
+        ValueError: If not.
+    """
+    length = config.model.max_sequence_length
+    if teacher.max_sequence_length not in (None, length):
+        raise ValueError(
+            f"max_sequence_length must be the teacher's, got {length}; use --max_sequence_length "
+            f"{teacher.max_sequence_length}."
         )
 
 

@@ -59,6 +59,7 @@ def export_pipeline(
     denoising_step_list: Sequence[float],
     *,
     sampler: str = "renoise",
+    max_sequence_length: int = 512,
     revision: str | None = None,
 ) -> None:
     """Completes a folder with a `transformer` in it to a whole pipeline.
@@ -68,6 +69,7 @@ def export_pipeline(
         folder: Gets them, `model_index.json` and `pipeline.py`.
         denoising_step_list: Timesteps that the student is sampled at.
         sampler: How; see `CausalWanPipeline`.
+        max_sequence_length: Tokens that prompts are padded to.
         revision: Of a hub repository.
 
     Raises:
@@ -85,6 +87,7 @@ def export_pipeline(
     index = json.loads((source / "model_index.json").read_text())
     index |= {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
     index |= {"denoising_step_list": list(denoising_step_list), "sampler": sampler}
+    index |= {"max_sequence_length": max_sequence_length}
     index.pop("_name_or_path", None)
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     write_pipeline_file(target)

@@ -43,6 +43,7 @@ class CausalWanPipeline(WanPipeline):
         denoising_step_list: Timesteps that the student is sampled at, falling; None is 1000, 757, 522.
         sampler: How it goes from one to the next: "renoise", for students of a step list, or "euler", for those of any
             level.
+        max_sequence_length: Tokens that prompts are padded to, as they were in training; WAN attends to the padding.
 
     Source: CausVid, arXiv 2412.07772, Algorithm 2.
     """
@@ -61,6 +62,7 @@ class CausalWanPipeline(WanPipeline):
         expand_timesteps: bool = False,
         denoising_step_list: Sequence[float] | None = None,
         sampler: str = "renoise",  # no `Sampler`: diffusers does not take that for a type
+        max_sequence_length: int = 512,
     ) -> None:
         if transformer_2 is not None:
             raise ValueError("a causal pipeline has one transformer, got two (WAN 2.2 14B); give transformer_2=None.")
@@ -75,7 +77,11 @@ class CausalWanPipeline(WanPipeline):
             boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
         )
-        self.register_to_config(denoising_step_list=list(denoising_step_list or DEFAULT_STEP_LIST), sampler=sampler)
+        self.register_to_config(
+            denoising_step_list=list(denoising_step_list or DEFAULT_STEP_LIST),
+            sampler=sampler,
+            max_sequence_length=max_sequence_length,
+        )
 
     @classmethod
     def from_pretrained(
@@ -298,7 +304,7 @@ class CausalWanPipeline(WanPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
         cache_dtype: torch.dtype | None = None,
     ) -> WanPipelineOutput | tuple:
         """Generates videos from prompts.
@@ -330,7 +336,7 @@ class CausalWanPipeline(WanPipeline):
                 its timestep, and a dict of tensors, which it returns; "latents" are those of the block. It may set
                 `pipeline._interrupt = True`: the video then ends with this block, as far as it got.
             callback_on_step_end_tensor_inputs: Of "latents", "prompt_embeds", "negative_prompt_embeds".
-            max_sequence_length: Tokens that prompts are padded to; 512 is what WAN was trained with.
+            max_sequence_length: Tokens that prompts are padded to; None is as many as the student was trained with.
             cache_dtype: Of remembered keys and values: None is that of the passes; torch.int8 takes half of 16 bits
                 and rounds.
 
@@ -440,7 +446,7 @@ class CausalWanPipeline(WanPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
         cache_dtype: torch.dtype | None = None,
     ) -> dict[str, Any]:
         """Those of `sample_blocks` that do not shape the clip."""
@@ -455,11 +461,12 @@ class CausalWanPipeline(WanPipeline):
                 f"{', '.join(sorted(unknown))}."
             )
 
+        length = self.config.max_sequence_length if max_sequence_length is None else max_sequence_length
+
         def embed(texts: str | list[str] | None, embeds: torch.Tensor | None) -> torch.Tensor:
             if embeds is None:
                 texts = [texts] if isinstance(texts, str) else list(texts)
-                encoded = encode_prompts(self.tokenizer, self.text_encoder, texts, max_sequence_length)
-                embeds = pad_prompt_embeds(encoded, max_sequence_length)
+                embeds = pad_prompt_embeds(encode_prompts(self.tokenizer, self.text_encoder, texts, length), length)
             embeds = embeds.to(self._execution_device, self.transformer.dtype)
             return embeds.repeat_interleave(num_videos_per_prompt, dim=0)
 

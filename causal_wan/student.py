@@ -161,7 +161,7 @@ def resolve_settings(
         height=height or run.get("height", 480),
         width=width or run.get("width", 832),
         timesteps=timesteps,
-        max_sequence_length=run.get("max_sequence_length", 512),
+        max_sequence_length=stated.get("max_sequence_length") or run.get("max_sequence_length", 512),
         sampler=sampler,
         kv_cache_dtype=kv_cache_dtype or run.get("kv_cache_dtype", "auto"),
     )
@@ -174,6 +174,7 @@ def load_student(
     *,
     denoising_step_list: list[float] | None = None,
     sampler: Sampler | None = None,
+    max_sequence_length: int | None = None,
     **causal: int | None,
 ) -> CausalWanPipeline:
     """The base checkpoint's pipeline with the run's transformer or LoRA in it.
@@ -184,6 +185,7 @@ def load_student(
         dtype: Of transformer and text encoder; the VAE stays in float32.
         denoising_step_list: What the pipeline samples at if a call does not say.
         sampler: How, likewise.
+        max_sequence_length: Tokens that it pads prompts to, likewise.
         causal: `num_frame_per_block`, `local_attn_size`, `sink_size`; None is the checkpoint's own setting.
 
     Raises:
@@ -200,10 +202,8 @@ def load_student(
         parts["transformer"] = load_transformer(
             base, generator_ckpt=run["generator_ckpt"], revision=run["revision"], dtype=dtype, **causal_settings(run)
         )
-    if denoising_step_list is not None:
-        parts["denoising_step_list"] = denoising_step_list
-    if sampler is not None:
-        parts["sampler"] = sampler
+    own = {"denoising_step_list": denoising_step_list, "sampler": sampler, "max_sequence_length": max_sequence_length}
+    parts |= {name: value for name, value in own.items() if value is not None}
     with announced(f"loading the other parts of {base}"):
         pipeline = CausalWanPipeline.from_pretrained(base, revision=run.get("revision"), **parts, **causal)
         if run and (folder / LORA_WEIGHTS_NAME).is_file():

@@ -34,6 +34,7 @@ class Teacher:
         lora: Folder with a LoRA on top; or None.
         causal: `num_frame_per_block` (None is bidirectional), `local_attn_size`, `sink_size`,
             `independent_first_frame`.
+        max_sequence_length: Tokens that prompts were padded to in its training; None if it is no run.
     """
 
     base: str
@@ -41,6 +42,7 @@ class Teacher:
     generator_ckpt: str | None
     lora: Path | None
     causal: dict[str, Any]
+    max_sequence_length: int | None = None
 
 
 def find_teacher(checkpoint: str, base: str, revision: str | None) -> Teacher:
@@ -72,6 +74,7 @@ def find_teacher(checkpoint: str, base: str, revision: str | None) -> Teacher:
         generator_ckpt,
         folder if has_lora else None,
         causal_settings(run),
+        run.get("max_sequence_length"),
     )
 
 

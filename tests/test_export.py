@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from causal_wan.export import SAMPLING_MODULES, bundle_pipeline
 from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.student import read_run, resolve_settings
+from causal_wan.student import load_student, read_run, resolve_settings
 
 
 CALL = {"num_frames": 13, "height": 32, "width": 48}
@@ -110,6 +110,24 @@ def test_a_student_in_many_steps_leaves_as_a_pipeline_that_takes_them(run_folder
     assert np.array_equal(sample(exported), expected)
     settings = resolve_settings(read_run(str(folder)), checkpoint=str(folder))
     assert (settings.timesteps, settings.sampler) == ([1000, 900, 750, 500], "euler")
+
+
+def test_prompts_of_an_exported_student_are_padded_as_in_its_training(run_folder, checkpoint, tmp_path):
+    source, folder = tmp_path / "run", tmp_path / "exported"
+    shutil.copytree(run_folder, source)
+    run = yaml.safe_load((source / "config.yaml").read_text()) | {"max_sequence_length": 16}
+    (source / "config.yaml").write_text(yaml.safe_dump(run))
+    run_here("convert_checkpoint.py", "--input", source, "--output", folder, "--to", "pipeline")
+    own = resolve_settings(run)
+    loaded = load_student(source, run, torch.float32, max_sequence_length=own.max_sequence_length)
+    exported = CausalWanPipeline.from_pretrained(folder)
+    expected = sample(CausalWanPipeline.from_pretrained(checkpoint, num_frame_per_block=1), max_sequence_length=16)
+    for pipeline in (loaded, exported):
+        assert np.array_equal(sample(pipeline, denoising_step_list=(1000, 757, 522)), expected)
+        assert not np.array_equal(
+            sample(pipeline, denoising_step_list=(1000, 757, 522), max_sequence_length=512), expected
+        )
+    assert resolve_settings(read_run(str(folder)), checkpoint=str(folder)).max_sequence_length == 16
 
 
 def test_parts_of_another_checkpoint_join_an_exported_pipeline_file(run_folder, exported, checkpoint):

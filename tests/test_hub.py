@@ -169,6 +169,12 @@ def test_the_card_of_a_student_of_any_level_in_three_steps_calls_them_few(card_o
 
 
 @pytest.mark.parametrize("is_lora", [False, True])
+def test_the_card_pads_prompts_as_they_were_in_training(card_of, is_lora):
+    card = card_of(is_lora, timestep_sampling="logit_normal", num_inference_steps=3, max_sequence_length=64)
+    assert "width=832, max_sequence_length=64,\n    num_inference_steps=3" in card.text
+
+
+@pytest.mark.parametrize("is_lora", [False, True])
 def test_the_card_of_a_student_of_trajectories_follows_the_flow_at_its_list(card_of, is_lora):
     card = card_of(is_lora, trajectories_dir="trajectories", sampler="euler")
     assert {"few-step", "ode-regression"} <= set(card.data.tags)

@@ -289,6 +289,11 @@ def test_a_run_is_a_causal_teacher_for_a_student_of_the_same_blocks(finished, re
         with pytest.raises(SystemExit):
             run_here(script, *flags[:4], *more, "--num_frame_per_block", 5)
         assert "a causal teacher's blocks must be the student's" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_here(PRECOMPUTE, *flags[:4], "--teacher", teacher, "--max_sequence_length", 64)
+    assert (
+        "max_sequence_length must be the teacher's, got 64; use --max_sequence_length 512" in capsys.readouterr().err
+    )
 
 
 def test_lora_runs_teach_too_and_are_another_teacher_than_their_base(write_recipe, recipe_path, tmp_path):

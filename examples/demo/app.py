@@ -193,7 +193,6 @@ class Studio:
             width=self.settings.width,
             generator=torch.Generator().manual_seed(video.seed),
             output_type="pt",
-            max_sequence_length=self.settings.max_sequence_length,
             cache_dtype=self.settings.cache_dtype,
         )
 
@@ -269,6 +268,7 @@ def make_studio(config: Config) -> Studio:
         dtype,
         denoising_step_list=settings.timesteps,
         sampler=settings.sampler,
+        max_sequence_length=settings.max_sequence_length,
         num_frame_per_block=config.num_frame_per_block,
         local_attn_size=config.local_attn_size,
         sink_size=config.sink_size,
