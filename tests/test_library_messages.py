@@ -25,7 +25,8 @@ run(train_video_regression, "--config", recipe, "--max_train_steps", "1", "--lor
 run(generate, "--checkpoint", student, "--prompt", "a ball", "--output", video)
 """
 OURS = (
-    r"(checkpoint|data|clips|method|training|validation|result|memory)  |in validation: |saved: |INFO |\d video\(s\): |"
+    r"(checkpoint|data|clips|method|training|validation|result|memory)  |in validation: |"
+    r"saved: |INFO |\d video\(s\): |"
     r".*mp4: first frames after |(steps|blocks): |"  # bars that show a loss, whatever the time
     r"(loading|embedding|writing|saving|handing) .* \.\.\.$"  # what takes long, on a busy machine
 )
