@@ -103,10 +103,15 @@ def meet(accelerator):
     assert int(accelerator.reduce(torch.ones(1))) == 2
 
 
+def plan_nothing(*arguments):
+    """The plan of the memory goes backward through a model, which torch does not do in a fork."""
+
+
 def begin_slowly(rank, path):
     """The main process takes long to tell the encoders, and again to load the student, which it alone may load."""
     cached_data.identify_encoders = slowly(cached_data.identify_encoders, rank)
     regression_run.make_student = slowly(regression_run.make_student, rank)
+    regression_run.print_memory = plan_nothing
     config = read_config(path, "--cache_latents")
     begun = begin_run(config, load_clips(config))
     meet(begun.accelerator)
@@ -262,6 +267,7 @@ def test_a_full_disk_is_a_mistake_that_is_said(checkpoint, tmp_path, monkeypatch
 def embed_into_cache(rank, path):
     """The other process has another disk under the path of the cache."""
     prompt_embeddings.SECONDS_TO_SEE = 2.0
+    regression_run.print_memory = plan_nothing
     config = read_config(path, *(("--latents_dir", f"{path}-of-{rank}") if rank else ()))
     with pytest.raises(SystemExit):
         begin_run(config, load_clips(config))

@@ -60,7 +60,10 @@ def test_a_profile_that_cannot_be_written_costs_the_run_nothing(write_recipe, ca
     assert (output_dir / "transformer" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("steps", [(0, 1), (3, 2), (9, 11)])
-def test_steps_that_there_are_not_are_refused(steps):
-    with pytest.raises(ValueError, match="profile must be a first and a last step"):
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [((0, 1), "each of profile must be 1 or more"), ((3, 2), "a first and a last"), ((9, 11), "a first and a last")],
+)
+def test_steps_that_there_are_not_are_refused(steps, message):
+    with pytest.raises(ValueError, match=message):
         TrainingConfig(output_dir="", max_train_steps=10, profile=steps)
