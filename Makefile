@@ -1,5 +1,6 @@
 # make quickstart   from nothing to a causal few-step generator that draws new kinds of sketches, on a CPU
 # make test         the tests
+# make test-all     the tests, and those that are marked slow
 # make lint         ruff
 # make benchmark    tables of ratios against floors and peers, on this machine; about ten minutes
 PYTHON := .venv/bin/python
@@ -12,7 +13,7 @@ else
 LAUNCH := .venv/bin/accelerate launch --config_file accelerate_configs/cpu_ddp.yaml --num_processes $(PROCESSES)
 endif
 
-.PHONY: quickstart test lint benchmark
+.PHONY: quickstart test test-all lint benchmark
 
 quickstart: .venv/installed
 	rm -rf $(SKETCH)
@@ -26,8 +27,13 @@ quickstart: .venv/installed
 	$(PYTHON) examples/sketch/report.py --data_dir $(SKETCH)/data --before $(SKETCH)/before \
 		--after $(SKETCH)/after --run $(SKETCH)/run --output_dir $(SKETCH)
 
+# A file at a time, in the order of tests/conftest.py: the longest first.
+PYTEST := HF_HUB_OFFLINE=1 $(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: .venv/installed-tests
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+test-all: .venv/installed-tests
+	$(PYTEST) -m "slow or not slow"
 
 RESULTS ?= benchmarks/results
 benchmark: .venv/installed-tests

@@ -183,7 +183,10 @@ torch.set_num_threads(1)
 
 
 # Files whose tests take longest, the longest first: none of them is left over when all others are done.
-LONGEST = ("test_strategies", "test_train_video_regression", "test_train_ode_regression", "test_mixed_data")
+LONGEST = (
+    *("test_strategies", "test_train_ode_regression", "test_sketch", "test_check_dataset"),
+    *("test_train_video_regression", "test_memory", "test_faults"),
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -176,8 +176,10 @@ def fork_context():
     That one is started once for each process of pytest.
     """
     context = multiprocessing.get_context("forkserver")
-    path = os.pathsep.join(map(str, (ROOT, TESTS)))
-    with mock.patch.dict(os.environ, {**SCRIPT_ENV, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}):
+    # Whether there is a GPU is asked in a way that leaves CUDA to the forks.
+    settings = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "DS_ACCELERATOR": "cpu"}
+    settings |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS)))}
+    with mock.patch.dict(os.environ, {**SCRIPT_ENV, **settings}):
         context.set_forkserver_preload(["preloaded", "launching"])
         multiprocessing.forkserver.ensure_running()
     return context

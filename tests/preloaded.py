@@ -20,7 +20,7 @@ for name in LIBRARIES:
 # jemalloc, of pyarrow, has one that minds forks.
 threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 others = [name for name in threads if name != "jemalloc_bg_thd"]
-assert len(others) == 1, f"a process that is forked must have one thread, got {others}"
+assert len(others) <= 1, f"a process that is forked must have one thread, got {others}"
 # Garbage is collected by imageio at the end of each file: not among half a million objects that stay.
 gc.collect()
 gc.freeze()
