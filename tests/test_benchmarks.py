@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT
 
 
@@ -23,6 +24,7 @@ def benchmarks():
 def tiny(benchmarks):
     """As little as there can be of a model and a clip, once around."""
     bench = benchmarks["bench"]
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test's may have another precision
     size = bench.Size(
         architecture=bench.COMMON
         | {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 32, "num_layers": 2, "text_dim": 8},
