@@ -194,7 +194,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
 
 
-def pytest_collection_finish():
+@pytest.fixture(autouse=True, scope="module")
+def nothing_lasting_in_garbage():
     """Leaves all that is loaded out of collections of garbage, of which imageio asks for two with each file."""
     gc.collect()
     gc.freeze()
