@@ -21,11 +21,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from causal_wan.config import flat_dict, names_of, parse_config, user_errors
-from causal_wan.data_config import DataConfig
-from causal_wan.ranges import NonNegativeInt, PositiveInt, Seed, checked_dataclass
-from causal_wan.regression_config import RegressionConfig
-from causal_wan.settings import CacheConfig, HubConfig, MemoryConfig, ModelConfig, TrainingConfig, ValidationConfig
+from causal_wan.config.parsing import flat_dict, names_of, parse_config, user_errors
+from causal_wan.config.ranges import NonNegativeInt, PositiveInt, Seed, checked_dataclass
+from causal_wan.config.settings import (
+    CacheConfig,
+    HubConfig,
+    MemoryConfig,
+    ModelConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from causal_wan.data.settings import DataConfig
+from causal_wan.methods.settings import RegressionConfig
 
 
 @checked_dataclass
@@ -64,11 +71,19 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from causal_wan.dataset_report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
-from causal_wan.dataset_survey import BLACK_LUMA, STATIC_MOTION, Survey, count_reason
-from causal_wan.row_records import FACTS, NUM_LOOKS, WHOLE_FILE_BYTES, RecordFile, RowChecker, check_rows, hash_bytes
-from causal_wan.tables import Tables
-from causal_wan.video_files import describe_error
+from causal_wan.survey.records import (
+    FACTS,
+    NUM_LOOKS,
+    WHOLE_FILE_BYTES,
+    RecordFile,
+    RowChecker,
+    check_rows,
+    hash_bytes,
+)
+from causal_wan.survey.report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
+from causal_wan.survey.survey import BLACK_LUMA, STATIC_MOTION, Survey, count_reason
+from causal_wan.tables.rows import Tables
+from causal_wan.video.decoding import describe_error
 from dataset_utils import (
     Row,
     clip_shapes,

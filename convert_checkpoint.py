@@ -14,7 +14,7 @@ The others read a safetensors file, a `.pt` of CausVid or Self Forcing (as tenso
 diffusers format, and change names only. A `.pt` with WAN's names is what Self Forcing's own inference reads.
 LoRAs of runs, diffusers, peft, ComfyUI and kohya (musubi-tuner) go from any form to any other, as they are.
 `--to pipeline` makes a whole diffusers folder, which stock `WanPipeline` loads, and which streams without this
-repository: it has a custom pipeline in it (`causal_wan/export.py`).
+repository: it has a custom pipeline in it (`causal_wan/results/export.py`).
 """
 
 import shutil
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Literal
 
 from causal_wan.basics import LoraNames
-from causal_wan.config import parse_config, user_errors, write_recipe
-from causal_wan.ranges import PositiveInt, checked_dataclass
+from causal_wan.config.parsing import parse_config, user_errors, write_recipe
+from causal_wan.config.ranges import PositiveInt, checked_dataclass
 
 
 @checked_dataclass
@@ -51,11 +51,16 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
-from causal_wan.changed_settings import SETTINGS_NAME, read_settings
-from causal_wan.checkpoints import read_weights
-from causal_wan.export import export_pipeline
-from causal_wan.lora_names import find_lora, lora_file, read_lora
-from causal_wan.models import (
+from causal_wan.config.changed_settings import SETTINGS_NAME, read_settings
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.progress import announced
+from causal_wan.results.export import export_pipeline
+from causal_wan.results.student import read_run as read_student
+from causal_wan.results.student import resolve_settings
+from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.training.checkpoints import read_weights
+from causal_wan.weights.lora_names import find_lora, lora_file, read_lora
+from causal_wan.weights.parts import (
     LORA_WEIGHTS_NAME,
     add_lora,
     causal_settings,
@@ -63,12 +68,7 @@ from causal_wan.models import (
     save_lora,
     save_transformer,
 )
-from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.progress import announced
-from causal_wan.student import read_run as read_student
-from causal_wan.student import resolve_settings
-from causal_wan.transformer import CausalWanTransformer3DModel
-from causal_wan.wan_names import COMFYUI_PREFIX, infer_architecture, read_state, to_diffusers, to_original
+from causal_wan.weights.wan_names import COMFYUI_PREFIX, infer_architecture, read_state, to_diffusers, to_original
 
 
 def main(config: Config) -> None:

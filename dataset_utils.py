@@ -26,13 +26,13 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from causal_wan.data_config import ClipShape, DataConfig
-from causal_wan.file_manifest import FileFacts, FileManifest
-from causal_wan.sample_order import CAPTION_STREAM, CLIP_STREAM, SampleOrder, seeded_generator
-from causal_wan.shared_memory import GIB, SharedMemoryError, advice
-from causal_wan.table_sources import FILE_SUFFIXES, Source, read_sources
-from causal_wan.tables import Table, TableRow, read_table
-from causal_wan.video_files import EmbeddedVideo, decode_frames, describe_error, probe_video, resolve_path
+from causal_wan.data.file_manifest import FileFacts, FileManifest
+from causal_wan.data.sample_order import CAPTION_STREAM, CLIP_STREAM, SampleOrder, seeded_generator
+from causal_wan.data.settings import ClipShape, DataConfig
+from causal_wan.data.shared_memory import GIB, SharedMemoryError, advice
+from causal_wan.tables.rows import Table, TableRow, read_table
+from causal_wan.tables.sources import FILE_SUFFIXES, Source, read_sources
+from causal_wan.video.decoding import EmbeddedVideo, decode_frames, describe_error, probe_video, resolve_path
 
 
 logger = logging.getLogger(__name__)

@@ -34,9 +34,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from causal_wan.basics import MAX_VBENCH_SAMPLES, LpipsNet, Sampler
-from causal_wan.config import parse_config, user_errors
-from causal_wan.data_config import ClipShape, DataConfig
-from causal_wan.ranges import (
+from causal_wan.config.parsing import parse_config, user_errors
+from causal_wan.config.ranges import (
     GuidanceScale,
     NonNegativeInt,
     PositiveInt,
@@ -46,7 +45,8 @@ from causal_wan.ranges import (
     TimestepShift,
     checked_dataclass,
 )
-from causal_wan.regression_config import RegressionConfig, method_of_run
+from causal_wan.data.settings import ClipShape, DataConfig
+from causal_wan.methods.settings import RegressionConfig, method_of_run
 
 
 @checked_dataclass
@@ -120,20 +120,20 @@ import torch
 from diffusers import WanPipeline
 from tqdm.auto import tqdm
 
-from causal_wan.encoding import check_video_size, encode_prompts, pad_prompt_embeds
-from causal_wan.evaluation_report import write_metrics, write_report, write_videos
-from causal_wan.heldout_loss import heldout_statistics, summarize_heldout_loss
-from causal_wan.learned_metrics import ClipScore, load_lpips
-from causal_wan.models import load_vae
-from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.evaluation.figures import Judges, Sample, measure, measure_clips
+from causal_wan.evaluation.heldout_loss import heldout_statistics, summarize_heldout_loss
+from causal_wan.evaluation.learned_metrics import ClipScore, load_lpips
+from causal_wan.evaluation.report import write_metrics, write_report, write_videos
+from causal_wan.evaluation.vbench_export import VBenchExport, read_vbench_prompts
+from causal_wan.evaluation.video_metrics import first_frames_of_blocks
+from causal_wan.methods.noising import sample_generator
+from causal_wan.model.encoding import check_video_size, encode_prompts, pad_prompt_embeds
+from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.progress import PATIENCE, announced, show_progress
-from causal_wan.regression import sample_generator
-from causal_wan.rollout import Rollout
-from causal_wan.sample_figures import Judges, Sample, measure, measure_clips
-from causal_wan.streaming_vae import decode_in_parts
-from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
-from causal_wan.vbench_export import VBenchExport, read_vbench_prompts
-from causal_wan.video_metrics import first_frames_of_blocks
+from causal_wan.results.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
+from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.sampling.rollout import Rollout
+from causal_wan.weights.parts import load_vae
 from dataset_utils import load_rows, load_video
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from causal_wan.basics import FRAME_RATE, Sampler
-from causal_wan.config import parse_config, user_errors
-from causal_wan.ranges import (
+from causal_wan.config.parsing import parse_config, user_errors
+from causal_wan.config.ranges import (
     AttentionWindow,
     FiniteFloat,
     FrameRate,
@@ -34,7 +34,7 @@ from causal_wan.ranges import (
     TimestepShift,
     checked_dataclass,
 )
-from causal_wan.settings import KVCacheDtype
+from causal_wan.config.settings import KVCacheDtype
 
 
 @checked_dataclass
@@ -124,14 +124,14 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from causal_wan.encoding import check_video_size, encode_prompts, pad_prompt_embeds
-from causal_wan.pipeline import CausalWanPipeline
+from causal_wan.methods.noising import sample_generator
+from causal_wan.model.encoding import check_video_size, encode_prompts, pad_prompt_embeds
 from causal_wan.processes import wait_for_all
 from causal_wan.progress import announced
-from causal_wan.prompt_files import read_prompts_file
-from causal_wan.regression import sample_generator
-from causal_wan.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
-from causal_wan.video_writing import VideoWriter, as_frames
+from causal_wan.results.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
+from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.tables.prompts import read_prompts_file
+from causal_wan.video.writing import VideoWriter, as_frames
 
 
 def main(config: Config) -> None:

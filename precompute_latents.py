@@ -21,11 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from causal_wan.config import names_of, parse_config, user_errors
-from causal_wan.data_config import ClipShape, DataConfig, check_can_be_cached, check_waits_for_clips
-from causal_wan.ranges import NonNegativeInt, PositiveFloat, PositiveInt, checked_dataclass
-from causal_wan.regression_config import RegressionConfig
-from causal_wan.settings import (
+from causal_wan.config.parsing import names_of, parse_config, user_errors
+from causal_wan.config.ranges import NonNegativeInt, PositiveFloat, PositiveInt, checked_dataclass
+from causal_wan.config.settings import (
     DATALOADER_TIMEOUT,
     CacheConfig,
     CheckpointConfig,
@@ -36,6 +34,8 @@ from causal_wan.settings import (
     TrainingConfig,
     ValidationConfig,
 )
+from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached, check_waits_for_clips
+from causal_wan.methods.settings import RegressionConfig
 
 
 @checked_dataclass
@@ -88,15 +88,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from causal_wan.basics import beside_fp8
-from causal_wan.cached_data import CachedData, drop_damaged, open_cache
-from causal_wan.encoding import encode_prompts, encode_videos
-from causal_wan.memory import cut_up_vae
-from causal_wan.models import DTYPES, load_text_encoder, load_vae
+from causal_wan.cache.cached_data import CachedData, drop_damaged, open_cache
+from causal_wan.cache.tensor_cache import GIB, CacheWriter, check_disk, free_bytes, remove_stale_shards
+from causal_wan.data.shared_memory import check_shared_memory, collate_shared, shared_memory_here, worker_settings
+from causal_wan.memory.levers import cut_up_vae
+from causal_wan.model.encoding import encode_prompts, encode_videos
 from causal_wan.processes import PATIENCE, gather_lists, wait_for_all
-from causal_wan.run_data import load_run_data
-from causal_wan.shared_memory import check_shared_memory, collate_shared, shared_memory_here, worker_settings
-from causal_wan.tensor_cache import GIB, CacheWriter, check_disk, free_bytes, remove_stale_shards
-from causal_wan.training import EXIT_STOPPED, StopRequest
+from causal_wan.runs.data import load_run_data
+from causal_wan.training.loop import EXIT_STOPPED, StopRequest
+from causal_wan.weights.parts import DTYPES, load_text_encoder, load_vae
 from dataset_utils import Row, VideoDataset, describe_rows, name_clips_of_dead_workers, normalize_videos
 
 

@@ -9,9 +9,9 @@ are not sent again. The token is that of `hf auth login`, or HF_TOKEN's.
 import sys
 from pathlib import Path
 
-from causal_wan.config import parse_config, user_errors
-from causal_wan.ranges import checked_dataclass
-from causal_wan.settings import HubConfig
+from causal_wan.config.parsing import parse_config, user_errors
+from causal_wan.config.ranges import checked_dataclass
+from causal_wan.config.settings import HubConfig
 
 
 @checked_dataclass
@@ -29,7 +29,7 @@ class Config:
 if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
     config = parse_config(Config, description=__doc__)
 
-from causal_wan.hub import describe, open_repository, upload_result
+from causal_wan.results.hub import describe, open_repository, upload_result
 
 
 def main(config: Config) -> None:

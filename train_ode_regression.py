@@ -20,10 +20,10 @@ Source: CausVid, arXiv 2412.07772, section 4.3; with a causal teacher Causal For
 
 from dataclasses import field
 
-from causal_wan.config import parse_config
-from causal_wan.ranges import checked_dataclass
-from causal_wan.regression_config import RegressionConfig
-from causal_wan.run_config import RunConfig
+from causal_wan.config.parsing import parse_config
+from causal_wan.config.ranges import checked_dataclass
+from causal_wan.methods.settings import RegressionConfig
+from causal_wan.runs.settings import RunConfig
 
 
 @checked_dataclass
@@ -50,13 +50,13 @@ import torch
 
 from causal_wan.devices import to_device
 from causal_wan.flow import latents_from_velocity, velocity
-from causal_wan.losses import frame_losses, masked_sum_over_count
-from causal_wan.method_inputs import Inputs
-from causal_wan.regression import draw_noisy_batch
-from causal_wan.regression_run import load_held_out_clips, run_regression
-from causal_wan.training import Batch, Sums
-from causal_wan.trajectories import take_noisy_batch
-from causal_wan.trajectory_data import TrajectoryData, load_trajectory_data
+from causal_wan.methods.losses import frame_losses, masked_sum_over_count
+from causal_wan.methods.noising import draw_noisy_batch
+from causal_wan.runs.inputs import Inputs
+from causal_wan.runs.regression import load_held_out_clips, run_regression
+from causal_wan.runs.trajectory_data import TrajectoryData, load_trajectory_data
+from causal_wan.sampling.trajectories import take_noisy_batch
+from causal_wan.training.loop import Batch, Sums
 
 
 def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:

@@ -20,9 +20,9 @@ examples/objectives). `blur_gap_at_time_*` tells that from too little training; 
 Source: CausVid, arXiv 2412.07772, section 4.3, with (clip, fresh noise) in the place of ODE pairs.
 """
 
-from causal_wan.config import parse_config
-from causal_wan.ranges import checked_dataclass
-from causal_wan.run_config import RunConfig
+from causal_wan.config.parsing import parse_config
+from causal_wan.config.ranges import checked_dataclass
+from causal_wan.runs.settings import RunConfig
 
 
 @checked_dataclass
@@ -40,11 +40,11 @@ if __name__ == "__main__":  # before the imports that take seconds: --help and m
 import torch
 
 from causal_wan.flow import latents_from_velocity, velocity
-from causal_wan.losses import frame_losses, masked_sum_over_count
-from causal_wan.method_inputs import Inputs
-from causal_wan.regression import draw_noisy_batch
-from causal_wan.regression_run import run_regression
-from causal_wan.training import Batch, Sums
+from causal_wan.methods.losses import frame_losses, masked_sum_over_count
+from causal_wan.methods.noising import draw_noisy_batch
+from causal_wan.runs.inputs import Inputs
+from causal_wan.runs.regression import run_regression
+from causal_wan.training.loop import Batch, Sums
 
 
 def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:

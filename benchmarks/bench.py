@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from flops import ForwardFlops, count_forward_flops
 
-from causal_wan.flops import ForwardFlops, count_forward_flops
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.model.transformer import CausalWanTransformer3DModel
 
 
 COMMON = {"in_channels": 16, "out_channels": 16, "freq_dim": 256}

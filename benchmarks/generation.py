@@ -10,12 +10,12 @@ from bench import SIZES, Bench, table
 from diffusers import AutoencoderKLWan
 from layers import run_passes
 
-from causal_wan.encoding import encode_in_passes, encode_videos
 from causal_wan.flow import add_noise, latents_from_velocity, sampling_timesteps, sigmas_from_timesteps
-from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.rollout import draw_noise
-from causal_wan.streaming_vae import StreamingDecoder
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.model.encoding import encode_in_passes, encode_videos
+from causal_wan.model.streaming_vae import StreamingDecoder
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.sampling.rollout import draw_noise
 
 
 STEP_LIST = (1000, 937.5, 833.333, 625)  # four steps, those of Self Forcing

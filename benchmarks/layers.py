@@ -11,11 +11,11 @@ from diffusers import WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from causal_wan.block_attention import TokenSpan, attend_in_spans, block_causal_spans
-from causal_wan.compiling import compile_layers, seconds_compiling
-from causal_wan.memory import enable_gradient_checkpointing
-from causal_wan.settings import MemoryConfig
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.config.settings import MemoryConfig
+from causal_wan.memory.levers import enable_gradient_checkpointing
+from causal_wan.model.block_attention import TokenSpan, attend_in_spans, block_causal_spans
+from causal_wan.model.compiling import compile_layers, seconds_compiling
+from causal_wan.model.transformer import CausalWanTransformer3DModel
 
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

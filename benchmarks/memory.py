@@ -25,11 +25,17 @@ from transformers import UMT5Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from causal_wan.config import parse_config
-from causal_wan.encoding import encode_videos
-from causal_wan.kv_cache import CACHE_DTYPES
-from causal_wan.memory import cut_up_vae, enable_gradient_checkpointing, on_device, quantization_config, store_in_fp8
-from causal_wan.memory_plan import (
+from causal_wan.config.parsing import parse_config
+from causal_wan.config.ranges import PositiveInt, checked_dataclass
+from causal_wan.config.settings import MemoryConfig, TrainingConfig
+from causal_wan.memory.levers import (
+    cut_up_vae,
+    enable_gradient_checkpointing,
+    on_device,
+    quantization_config,
+    store_in_fp8,
+)
+from causal_wan.memory.plan import (
     CUDA_OVERHEAD,
     GIB,
     MemoryPlan,
@@ -39,14 +45,14 @@ from causal_wan.memory_plan import (
     text_encoder_bytes,
     with_vae,
 )
-from causal_wan.memory_simulation import PeakMemory, ValidationWorkload, Workload
-from causal_wan.models import add_lora, load_transformer
-from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.ranges import PositiveInt, checked_dataclass
-from causal_wan.settings import MemoryConfig, TrainingConfig
-from causal_wan.streaming_vae import decode_in_parts
-from causal_wan.training_setup import make_optimizer, trainable_parameters
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.memory.simulation import PeakMemory, ValidationWorkload, Workload
+from causal_wan.model.encoding import encode_videos
+from causal_wan.model.kv_cache import CACHE_DTYPES
+from causal_wan.model.streaming_vae import decode_in_parts
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.training.setup import make_optimizer, trainable_parameters
+from causal_wan.weights.parts import add_lora, load_transformer
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

@@ -24,8 +24,8 @@ from layers import measure_attention, measure_checkpointing, measure_compilation
 from startup import measure_startup
 from steps import measure_context, measure_parts, measure_precision, measure_scaling, measure_step
 
-from causal_wan.config import parse_config
-from causal_wan.ranges import PositiveInt, checked_dataclass
+from causal_wan.config.parsing import parse_config
+from causal_wan.config.ranges import PositiveInt, checked_dataclass
 
 
 Part = Literal[

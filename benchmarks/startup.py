@@ -17,8 +17,9 @@ import sys, time
 sys.argv = ["train_video_regression.py", *sys.argv[2:]]
 start = float(%r)
 import train_video_regression as script
-from causal_wan import regression_run, training
-from causal_wan.config import parse_config
+from causal_wan.runs import regression as regression_run
+from causal_wan.training import loop as training
+from causal_wan.config.parsing import parse_config
 config = parse_config(script.Config)
 print("\\nimports", time.time() - start, flush=True)
 begin_run, train_step = regression_run.begin_run, training.train_step

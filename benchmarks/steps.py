@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from bench import Bench, table
+from flops import count_forward_flops
 from layers import run_passes
 
 from causal_wan.basics import frame_block_lengths
-from causal_wan.flops import count_forward_flops
-from causal_wan.profiling import draw_parts
-from causal_wan.settings import TrainingConfig
-from causal_wan.training import train
-from causal_wan.training_setup import make_accelerator, make_optimizer, prepare_run
+from causal_wan.config.settings import TrainingConfig
+from causal_wan.training.loop import train
+from causal_wan.training.profiling import draw_parts
+from causal_wan.training.setup import make_accelerator, make_optimizer, prepare_run
 
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def make_bare_step(bench: Bench, model: torch.nn.Module) -> Callable[[], None]:
 
 
 def run_in_turns(bench: Bench, bare_step: Callable[[], None], model: torch.nn.Module) -> list[tuple[float, float]]:
-    """Seconds of a bare step and of one of `causal_wan.training.train`, which take turns, step by step."""
+    """Seconds of a bare step and of one of `causal_wan.training.loop.train`, which take turns, step by step."""
     bare, ours, ends, inputs = [], [], [], bench.make_inputs()
 
     def prepare_batch(batch: Any) -> dict[str, Any]:

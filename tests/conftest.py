@@ -212,7 +212,7 @@ def run_here(script, *flags):
     """A script in this process, which has the libraries loaded already."""
     from accelerate.state import AcceleratorState
 
-    from causal_wan.config import parse_config
+    from causal_wan.config.parsing import parse_config
 
     AcceleratorState._reset_state(reset_partial_state=True)
     module = importlib.import_module(script.removesuffix(".py"))

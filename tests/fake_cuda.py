@@ -532,16 +532,18 @@ def on_fake_gpu(*, has_weights: bool = True, **settings: Any) -> Iterator[FakeCu
     from diffusers import ModelMixin
     from transformers import PreTrainedModel
 
-    import causal_wan.regression_run
-    import causal_wan.training
+    import causal_wan.runs.regression
+    import causal_wan.training.loop
 
     load = _load_and_move if has_weights else _load_configuration
     with FakeCuda(**settings) as gpu, contextlib.ExitStack() as stack:
         for model_class in (ModelMixin, PreTrainedModel):
             method = _with_first(load, model_class.from_pretrained.__func__)
             stack.enter_context(mock.patch.object(model_class, "from_pretrained", classmethod(method)))
-        stack.enter_context(mock.patch.object(causal_wan.training, "save_checkpoint", lambda *given, **others: None))
-        stack.enter_context(mock.patch.object(causal_wan.regression_run, "describe_memory", lambda *given: ""))
+        stack.enter_context(
+            mock.patch.object(causal_wan.training.loop, "save_checkpoint", lambda *given, **others: None)
+        )
+        stack.enter_context(mock.patch.object(causal_wan.runs.regression, "describe_memory", lambda *given: ""))
         yield gpu
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from causal_wan.block_attention import attend_in_spans, block_causal_spans, teacher_forcing_spans
+from causal_wan.model.block_attention import attend_in_spans, block_causal_spans, teacher_forcing_spans
 
 
 B, T, N, E = 2, 3, 2, 8

@@ -17,11 +17,11 @@ from conftest import ROOT, SCRIPT_ENV, write_clip
 from PIL import Image
 from test_video_files import write_video
 
-from causal_wan import row_records
-from causal_wan.config import parse_config
-from causal_wan.data_config import DataConfig
-from causal_wan.dataset_survey import Survey, generalize, histogram_of_numbers, suggest
-from causal_wan.row_records import FACTS
+from causal_wan.config.parsing import parse_config
+from causal_wan.data.settings import DataConfig
+from causal_wan.survey import records as row_records
+from causal_wan.survey.records import FACTS
+from causal_wan.survey.survey import Survey, generalize, histogram_of_numbers, suggest
 from check_dataset import TRAINING_SETTINGS, Config, main
 
 

@@ -5,12 +5,12 @@ import torch
 from conftest import TINY_TRANSFORMER, run_here
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from causal_wan import compiling
-from causal_wan.compiling import compile_layers
-from causal_wan.memory import enable_gradient_checkpointing
-from causal_wan.models import add_lora
-from causal_wan.settings import MemoryConfig
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.config.settings import MemoryConfig
+from causal_wan.memory.levers import enable_gradient_checkpointing
+from causal_wan.model import compiling
+from causal_wan.model.compiling import compile_layers
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.weights.parts import add_lora
 
 
 SHAPES = [(2, 6, 4, 6), (1, 6, 6, 8), (1, 4, 4, 6)]
@@ -79,7 +79,7 @@ def test_more_shapes_than_torch_allows_by_default_are_no_error():
 def test_a_run_compiles_for_its_clips_alone_and_validates_without(write_recipe, monkeypatch, capsys):
     counter = CompileCounterWithBackend("aot_eager")
     compile_layers = compiling.compile_layers
-    monkeypatch.setattr("causal_wan.run_parts.compile_layers", lambda *given: compile_layers(*given, backend=counter))
+    monkeypatch.setattr("causal_wan.runs.parts.compile_layers", lambda *given: compile_layers(*given, backend=counter))
     path, plain = write_recipe("plain", max_train_steps=3)
     run_here("train_video_regression.py", "--config", path)
     path, compiled = write_recipe("compiled", max_train_steps=3, compile=True)

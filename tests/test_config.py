@@ -5,9 +5,9 @@ import pytest
 import yaml
 
 import train_video_regression
-from causal_wan.config import flat_dict, parse_config, write_recipe
-from causal_wan.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, checked_dataclass
-from causal_wan.regression_config import method_of_run
+from causal_wan.config.parsing import flat_dict, parse_config, write_recipe
+from causal_wan.config.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, checked_dataclass
+from causal_wan.methods.settings import method_of_run
 
 
 @checked_dataclass

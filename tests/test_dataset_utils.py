@@ -12,9 +12,9 @@ from test_video_files import shown_indices, write_playlists, write_video
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from causal_wan.data_config import ClipShape, DataConfig
-from causal_wan.sample_order import SampleOrder
-from causal_wan.video_files import decode_frames
+from causal_wan.data.sample_order import SampleOrder
+from causal_wan.data.settings import ClipShape, DataConfig
+from causal_wan.video.decoding import decode_frames
 from dataset_utils import (
     Row,
     SampleStream,

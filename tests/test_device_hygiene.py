@@ -15,11 +15,11 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from fake_cuda import FakeCuda, on_fake_gpu
 from transformers import UMT5Config
 
-import causal_wan.method_inputs
-import causal_wan.training
+import causal_wan.runs.inputs
+import causal_wan.training.loop
+from causal_wan.cache.tensor_cache import TensorCache
 from causal_wan.devices import LateCopy, to_device
-from causal_wan.tensor_cache import TensorCache
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.model.transformer import CausalWanTransformer3DModel
 
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a GPU where there is none")
@@ -78,9 +78,9 @@ def run_on_gpu(monkeypatch):
             def before(method, note):
                 return lambda *given, **named: (note(), method(*given, **named))[1]
 
-            prepare, count = causal_wan.training.prepare_passes, causal_wan.training.StepLog.count_step
-            patch.setattr(causal_wan.training, "prepare_passes", before(prepare, watched.begin_step))
-            patch.setattr(causal_wan.training.StepLog, "count_step", before(count, watched.end_step))
+            prepare, count = causal_wan.training.loop.prepare_passes, causal_wan.training.loop.StepLog.count_step
+            patch.setattr(causal_wan.training.loop, "prepare_passes", before(prepare, watched.begin_step))
+            patch.setattr(causal_wan.training.loop.StepLog, "count_step", before(count, watched.end_step))
             run_here(script, *flags)
         assert gpu.found("mismatch", "unsafe") == []
         assert [dict(step) for step in watched.steps] == [{}] * len(watched.steps)
@@ -150,9 +150,12 @@ def test_generating_waits_for_the_frames_of_each_block_and_nothing_else(checkpoi
     flags += ["--local_attn_size", 3, "--sink_size", 1, "--video", clips / "videos" / "6.mp4", "--num_video_frames", 5]
     gpu = run_on_gpu("generate.py", *flags).gpu
     waits = {event.place.split(":")[0]: count for event, count in gpu.events.items() if event.kind == "wait"}
-    assert waits == {"causal_wan/video_writing.py": 5}
+    assert waits == {"causal_wan/video/writing.py": 5}
     # Weights, and the clip that is continued: both before the first block.
-    assert {event.place.split(":")[0] for event in gpu.found("upload")} == {"generate.py", "causal_wan/encoding.py"}
+    assert {event.place.split(":")[0] for event in gpu.found("upload")} == {
+        "generate.py",
+        "causal_wan/model/encoding.py",
+    }
 
 
 def test_a_student_and_its_base_are_evaluated(checkpoint, clips, run_on_gpu, tmp_path):
@@ -179,7 +182,7 @@ def test_clips_are_gone_from_the_gpu_before_the_next_ones_come_and_their_latents
             clips.append(weakref.ref(moved.untyped_storage()))
         return moved
 
-    monkeypatch.setattr(causal_wan.method_inputs, "to_device", upload)
+    monkeypatch.setattr(causal_wan.runs.inputs, "to_device", upload)
     path, output_dir = write_short_recipe(max_train_steps=1, cache_latents=keeps_latents)
     run_on_gpu(SCRIPT, "--config", path)
     assert num_others == ([0, 0, 0, 0] if keeps_latents else [0, 1, 0, 1])  # on its own, or with the other of its pass

@@ -10,10 +10,10 @@ import torch
 import torchvision
 from conftest import run_here
 
-from causal_wan import learned_metrics
-from causal_wan.heldout_loss import summarize_heldout_loss
-from causal_wan.sample_figures import measure
-from causal_wan.video_metrics import first_frames_of_blocks
+from causal_wan.evaluation import learned_metrics
+from causal_wan.evaluation.figures import measure
+from causal_wan.evaluation.heldout_loss import summarize_heldout_loss
+from causal_wan.evaluation.video_metrics import first_frames_of_blocks
 
 
 SCRIPT = "evaluate.py"

@@ -15,9 +15,9 @@ from conftest import run_here
 from diffusers import DiffusionPipeline, WanPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 
-from causal_wan.export import SAMPLING_MODULES, bundle_pipeline
-from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.student import load_student, read_run, resolve_settings
+from causal_wan.results.export import SAMPLING_MODULES, bundle_pipeline
+from causal_wan.results.student import load_student, read_run, resolve_settings
+from causal_wan.sampling.pipeline import CausalWanPipeline
 
 
 CALL = {"num_frames": 13, "height": 32, "width": 48}

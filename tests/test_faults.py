@@ -15,8 +15,8 @@ import yaml
 from conftest import SCRIPT_ENV, launch_afresh, run_python, run_script
 from torch.utils.data import DataLoader
 
-from causal_wan.data_config import DataConfig
-from causal_wan.models import load_text_encoder, load_transformer, load_vae
+from causal_wan.data.settings import DataConfig
+from causal_wan.weights.parts import load_text_encoder, load_transformer, load_vae
 from dataset_utils import SampleStream, VideoDataset, load_rows, name_clips_of_dead_workers, order_samples
 
 

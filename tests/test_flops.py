@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from flops import count_forward_flops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from causal_wan.flops import count_forward_flops
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.model.transformer import CausalWanTransformer3DModel
 
 
 SMALL = {

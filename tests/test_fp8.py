@@ -7,7 +7,7 @@ import torch
 from conftest import run_here
 from safetensors.torch import load_file
 
-from causal_wan import training_setup
+from causal_wan.training import setup as training_setup
 
 
 pytest.importorskip("torchao", reason="optional: pip install torchao")

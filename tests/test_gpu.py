@@ -11,15 +11,15 @@ import pytest
 import torch
 from conftest import ROOT, run_here, run_script
 
-import causal_wan.training
+import causal_wan.training.loop
 import train_video_regression
-from causal_wan.memory import enable_gradient_checkpointing, store_in_fp8
-from causal_wan.memory_plan import GIB, plan_training
-from causal_wan.memory_simulation import Workload
-from causal_wan.models import add_lora
-from causal_wan.settings import MemoryConfig, TrainingConfig
-from causal_wan.training_setup import make_optimizer, trainable_parameters
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.config.settings import MemoryConfig, TrainingConfig
+from causal_wan.memory.levers import enable_gradient_checkpointing, store_in_fp8
+from causal_wan.memory.plan import GIB, plan_training
+from causal_wan.memory.simulation import Workload
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.training.setup import make_optimizer, trainable_parameters
+from causal_wan.weights.parts import add_lora
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -37,7 +37,7 @@ def launch(recipe_path, *flags, strategy="single_gpu"):
 
 def test_a_step_never_waits_for_the_gpu(write_recipe, monkeypatch):
     """Not in preparing a batch of latents that are kept, nor in the step itself."""
-    train_step, prepare = causal_wan.training.train_step, train_video_regression.prepare_batch
+    train_step, prepare = causal_wan.training.loop.train_step, train_video_regression.prepare_batch
     num_watched = 0
 
     def watched(action):
@@ -52,7 +52,7 @@ def test_a_step_never_waits_for_the_gpu(write_recipe, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(causal_wan.training, "train_step", watched(train_step))
+    monkeypatch.setattr(causal_wan.training.loop, "train_step", watched(train_step))
     monkeypatch.setattr(train_video_regression, "prepare_batch", watched(prepare))
     path, _ = write_recipe(max_train_steps=8, cache_latents=True, mixed_precision="bf16", logging_steps=100)
     run_here("train_video_regression.py", "--config", path)

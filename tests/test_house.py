@@ -266,7 +266,7 @@ def test_there_are_documented_commands():
 
 @pytest.mark.parametrize(("script", "arguments"), documented_commands())
 def test_documented_commands_parse(script, arguments, monkeypatch):
-    from causal_wan.config import parse_config
+    from causal_wan.config.parsing import parse_config
 
     monkeypatch.chdir(ROOT)
     module = importlib.import_module(script)

@@ -2,9 +2,9 @@ import pytest
 import torch
 from conftest import TINY_TRANSFORMER
 
-from causal_wan.kv_cache import KeptStates, KVCache, LayerCache
-from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.model.kv_cache import KeptStates, KVCache, LayerCache
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.sampling.pipeline import CausalWanPipeline
 
 
 def make_cache(capacity, sink_size, frame_tokens=2):

@@ -6,8 +6,8 @@ import torchvision
 from conftest import tiny_clip_parts
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
-from causal_wan import learned_metrics
-from causal_wan.learned_metrics import ClipScore, backbone_path, load_lpips
+from causal_wan.evaluation import learned_metrics
+from causal_wan.evaluation.learned_metrics import ClipScore, backbone_path, load_lpips
 
 
 def noise(num_frames=9, height=64, width=96, seed=0):

@@ -5,12 +5,12 @@ import torch
 from conftest import TINY_TRANSFORMER
 
 from causal_wan.flow import latents_from_velocity, velocity
-from causal_wan.losses import frame_losses, masked_sum_over_count
-from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.regression import draw_noisy_batch
-from causal_wan.regression_config import RegressionConfig
-from causal_wan.rollout import count_draws
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.methods.losses import frame_losses, masked_sum_over_count
+from causal_wan.methods.noising import draw_noisy_batch
+from causal_wan.methods.settings import RegressionConfig
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.sampling.rollout import count_draws
 
 
 METHODS = {

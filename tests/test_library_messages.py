@@ -15,7 +15,7 @@ from causal_wan.library_messages import UNNEEDED, hold_back
 RUN_SCRIPTS = """
 import sys
 sys.path.insert(0, "tests")
-from causal_wan.config import parse_config
+from causal_wan.config.parsing import parse_config
 import train_video_regression, generate
 def run(script, *flags):
     script.main(parse_config(script.Config, flags))

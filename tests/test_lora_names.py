@@ -7,10 +7,10 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from causal_wan.lora_names import find_lora, lora_file, parse_lora, peft_config, read_lora
-from causal_wan.models import LORA_WEIGHTS_NAME, add_lora, load_transformer, save_lora
-from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.settings import DEFAULT_LORA_TARGETS
+from causal_wan.config.settings import DEFAULT_LORA_TARGETS
+from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.weights.lora_names import find_lora, lora_file, parse_lora, peft_config, read_lora
+from causal_wan.weights.parts import LORA_WEIGHTS_NAME, add_lora, load_transformer, save_lora
 
 
 TINY_WAN = str(ROOT / "examples" / "sketch" / "tiny-wan")

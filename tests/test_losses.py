@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from causal_wan import losses
 from causal_wan.flow import add_noise, latents_from_velocity, shift_timesteps, velocity
+from causal_wan.methods import losses
 
 
 def test_masked_mean_is_the_plain_mean_over_kept_frames_however_the_batch_is_split():

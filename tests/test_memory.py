@@ -12,26 +12,26 @@ from accelerate import Accelerator
 from conftest import ROOT, TINY_TRANSFORMER, run_here, run_script
 
 import train_video_regression
-from causal_wan import run_plan
-from causal_wan.config import parse_config
-from causal_wan.encoding import encode_videos
-from causal_wan.kv_cache import CACHE_DTYPES
-from causal_wan.memory import (
+from causal_wan.config.parsing import parse_config
+from causal_wan.config.settings import MemoryConfig
+from causal_wan.memory.levers import (
     cut_up_vae,
     enable_gradient_checkpointing,
     on_device,
     quantization_config,
     store_in_fp8,
 )
-from causal_wan.memory_plan import GIB, describe_shortage, plan_decoding, plan_encoding, plan_training
-from causal_wan.memory_simulation import PeakMemory, ValidationWorkload, Workload
-from causal_wan.models import add_lora, load_transformer, load_vae
-from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.settings import MemoryConfig
-from causal_wan.streaming_vae import decode_in_parts
-from causal_wan.transformer import CausalWanTransformer3DModel
-from causal_wan.validation import Validation
-from causal_wan.video_writing import as_frames
+from causal_wan.memory.plan import GIB, describe_shortage, plan_decoding, plan_encoding, plan_training
+from causal_wan.memory.simulation import PeakMemory, ValidationWorkload, Workload
+from causal_wan.model.encoding import encode_videos
+from causal_wan.model.kv_cache import CACHE_DTYPES
+from causal_wan.model.streaming_vae import decode_in_parts
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.runs import plan as run_plan
+from causal_wan.runs.validation import Validation
+from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.video.writing import as_frames
+from causal_wan.weights.parts import add_lora, load_transformer, load_vae
 
 
 CHECKPOINTING = {

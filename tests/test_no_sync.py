@@ -5,7 +5,7 @@ import torch
 from conftest import run_here
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import causal_wan.training
+import causal_wan.training.loop
 
 
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ def test_what_waits_is_noticed():
     ids=["plain", "ema", "lora", "teacher-forcing"],
 )
 def test_a_step_of_a_run_reads_nothing(write_recipe, monkeypatch, changes):
-    train_step, num_checked = causal_wan.training.train_step, 0
+    train_step, num_checked = causal_wan.training.loop.train_step, 0
 
     def checked_step(run, batches, compute_loss, stop, profiler):
         nonlocal num_checked
@@ -48,7 +48,7 @@ def test_a_step_of_a_run_reads_nothing(write_recipe, monkeypatch, changes):
         hand_in(*handed_in[0])
         num_checked += 1
 
-    monkeypatch.setattr(causal_wan.training, "train_step", checked_step)
+    monkeypatch.setattr(causal_wan.training.loop, "train_step", checked_step)
     path, _ = write_recipe(max_train_steps=2, **changes)
     run_here("train_video_regression.py", "--config", path)
     assert num_checked == 2

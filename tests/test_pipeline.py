@@ -9,11 +9,11 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from peft import LoraConfig, get_peft_model_state_dict
 from torch._dynamo.testing import CompileCounter
 
-from causal_wan.encoding import decode_latents, encode_prompts, encode_videos, pad_prompt_embeds
 from causal_wan.flow import add_noise, latents_from_velocity
-from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.rollout import draw_frame_noise, draw_noise
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.model.encoding import decode_latents, encode_prompts, encode_videos, pad_prompt_embeds
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.sampling.rollout import draw_frame_noise, draw_noise
 
 
 B, F, H, W = 2, 6, 4, 6

@@ -12,13 +12,16 @@ from conftest import flip_last_bit, launch, run_here, write_clip
 from test_train_video_regression import metrics, weights
 
 import precompute_latents
-from causal_wan import cached_data, encoding, method_inputs, models
-from causal_wan.config import parse_config
-from causal_wan.data_config import ClipShape, DataConfig
-from causal_wan.encoding import encode_prompts, encode_videos
-from causal_wan.file_manifest import FileManifest
-from causal_wan.models import load_text_encoder, load_vae
-from causal_wan.tensor_cache import TensorCache
+from causal_wan.cache import cached_data
+from causal_wan.cache.tensor_cache import TensorCache
+from causal_wan.config.parsing import parse_config
+from causal_wan.data.file_manifest import FileManifest
+from causal_wan.data.settings import ClipShape, DataConfig
+from causal_wan.model import encoding
+from causal_wan.model.encoding import encode_prompts, encode_videos
+from causal_wan.runs import inputs as method_inputs
+from causal_wan.weights import parts as models
+from causal_wan.weights.parts import load_text_encoder, load_vae
 from dataset_utils import VideoDataset, load_rows, normalize_videos
 
 
@@ -143,7 +146,7 @@ def test_a_clip_that_breaks_is_named_and_the_others_are_kept(own_clips, write_re
 
 def test_a_plan_that_does_not_fit_the_disk_is_refused(write_recipe, tmp_path, capsys, monkeypatch):
     path, _ = write_recipe()
-    monkeypatch.setattr("causal_wan.tensor_cache.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("causal_wan.cache.tensor_cache.free_bytes", lambda folder: 1000)
     with pytest.raises(SystemExit):
         run_here(SCRIPT, "--config", path, "--latents_dir", tmp_path / "cache")
     assert "latents_dir must have room for" in said(capsys)
@@ -190,8 +193,8 @@ def test_training_from_a_cache_loads_no_encoder_and_needs_no_videos(write_recipe
     moved = clips / "elsewhere"
     (clips / "videos").rename(moved)
     try:
-        monkeypatch.delattr("causal_wan.run_parts.load_vae")
-        monkeypatch.delattr("causal_wan.prompt_embeddings.load_text_encoder")
+        monkeypatch.delattr("causal_wan.runs.parts.load_vae")
+        monkeypatch.delattr("causal_wan.runs.prompt_embeddings.load_text_encoder")
         nothing = {"validation_metadata_path": None}
         path, cached = write_recipe("cached", latents_dir=str(filled), dataloader_num_workers=2, **nothing)
         run_here(TRAINING, "--config", path)
@@ -246,7 +249,7 @@ def test_clips_are_encoded_in_the_first_epoch_alone(write_recipe, monkeypatch):
         return encode(vae, videos)
 
     monkeypatch.setattr(method_inputs, "encode_videos", count)
-    monkeypatch.setattr("causal_wan.tensor_cache.EAGER_SECONDS", 0.0)
+    monkeypatch.setattr("causal_wan.cache.tensor_cache.EAGER_SECONDS", 0.0)
     path, output_dir = write_recipe(cache_latents=True, max_train_steps=12)  # four epochs
     run_here(TRAINING, "--config", path)
     assert 8 <= sum(encoded) <= 12  # 6, 2 held out, and those that came again before their shard was written

@@ -12,17 +12,19 @@ from accelerate import Accelerator
 from conftest import in_processes
 
 import train_video_regression
-from causal_wan import cached_data, prompt_embeddings, regression_run
-from causal_wan.checkpoints import list_checkpoints, save_checkpoint
-from causal_wan.config import parse_config
-from causal_wan.encoding import encode_prompts
-from causal_wan.models import load_text_encoder
+from causal_wan.cache import cached_data
+from causal_wan.config.parsing import parse_config
+from causal_wan.config.settings import CheckpointConfig
+from causal_wan.model.encoding import encode_prompts
 from causal_wan.processes import gather_lists, gather_on_machine, num_processes, process_index, wait_for_all
-from causal_wan.prompt_embeddings import embed_prompts
-from causal_wan.regression_run import begin_run, finish_run, load_clips, save_result, upload_checkpoint
-from causal_wan.settings import CheckpointConfig
-from causal_wan.trackers import Trackers
-from causal_wan.training_setup import make_accelerator
+from causal_wan.runs import prompt_embeddings
+from causal_wan.runs import regression as regression_run
+from causal_wan.runs.prompt_embeddings import embed_prompts
+from causal_wan.runs.regression import begin_run, finish_run, load_clips, save_result, upload_checkpoint
+from causal_wan.training.checkpoints import list_checkpoints, save_checkpoint
+from causal_wan.training.setup import make_accelerator
+from causal_wan.training.trackers import Trackers
+from causal_wan.weights.parts import load_text_encoder
 
 
 SHORT, LONG = 6.0, 8.0  # seconds: the timeout of the group of all processes, and what takes longer
@@ -257,7 +259,7 @@ def test_a_full_disk_is_a_mistake_that_is_said(checkpoint, tmp_path, monkeypatch
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("causal_wan.tensor_cache._write_whole", fail)
+    monkeypatch.setattr("causal_wan.cache.tensor_cache._write_whole", fail)
     config = CheckpointConfig(pretrained_model_name_or_path=str(checkpoint))
     with pytest.raises(ValueError, match="output_dir must have room for the embeddings of 11 prompts"):
         embed_prompts(Accelerator(cpu=True), config, PROMPTS, None, output_dir=tmp_path)

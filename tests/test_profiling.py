@@ -8,7 +8,7 @@ import pytest
 from conftest import launch, run_here
 from PIL import Image
 
-from causal_wan.settings import TrainingConfig
+from causal_wan.config.settings import TrainingConfig
 
 
 PARTS = {"data", "encode and noise", "forward", "backward", "optimizer", "communication (within the others)"}

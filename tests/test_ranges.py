@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from causal_wan.config import parse_config
-from causal_wan.data_config import DataConfig
-from causal_wan.ranges import (
+from causal_wan.config.parsing import parse_config
+from causal_wan.config.ranges import (
     FiniteFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -25,7 +24,8 @@ from causal_wan.ranges import (
     checked_dataclass,
     is_checked,
 )
-from causal_wan.table_sources import Source
+from causal_wan.data.settings import DataConfig
+from causal_wan.tables.sources import Source
 
 
 # All other numbers of all scripts must refuse -1, and 0.

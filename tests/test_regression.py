@@ -5,16 +5,16 @@ import pytest
 import torch
 
 from causal_wan.basics import num_valid_latent_frames
+from causal_wan.data.sample_order import CLIP_STREAM, ORDER_STREAM, seeded_generator
 from causal_wan.flow import add_noise, shift_timesteps, sigmas_from_timesteps
-from causal_wan.regression import (
+from causal_wan.methods.noising import (
     draw_continuous_timesteps,
     draw_level_indices,
     draw_noisy_batch,
     sample_generator,
     summarize_levels,
 )
-from causal_wan.regression_config import RegressionConfig, method_of_run
-from causal_wan.sample_order import CLIP_STREAM, ORDER_STREAM, seeded_generator
+from causal_wan.methods.settings import RegressionConfig, method_of_run
 
 
 LEVELS = torch.tensor([1000.0, 757.0, 522.0, 0.0])

@@ -19,20 +19,20 @@ from conftest import in_processes
 from diffusers.training_utils import EMAModel
 from test_training import Line, config, entries, kill_at_step, run_training
 
-from causal_wan import changed_settings
-from causal_wan.changed_settings import compare_settings, read_settings
-from causal_wan.checkpoint_checks import (
+from causal_wan.config import changed_settings
+from causal_wan.config.changed_settings import compare_settings, read_settings
+from causal_wan.config.parsing import names_of
+from causal_wan.runs.settings import RunConfig
+from causal_wan.training.checkpoint_checks import (
     check_optimizer,
     check_strategy,
     check_weights,
     find_damage,
     find_strategy,
 )
-from causal_wan.checkpoints import check_output_dir, find_checkpoint, list_checkpoints, save_checkpoint
-from causal_wan.config import names_of
-from causal_wan.run_config import RunConfig
-from causal_wan.run_log import read_metrics, truncate_metrics
-from causal_wan.training import ChangeCheck, step_optimizer
+from causal_wan.training.checkpoints import check_output_dir, find_checkpoint, list_checkpoints, save_checkpoint
+from causal_wan.training.loop import ChangeCheck, step_optimizer
+from causal_wan.training.metrics import read_metrics, truncate_metrics
 
 
 def resumed(training, **changes):

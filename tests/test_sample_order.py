@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from causal_wan.sample_order import Interleaving, SampleOrder
+from causal_wan.data.sample_order import Interleaving, SampleOrder
 
 
 def first(order, number):

@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from causal_wan.basics import frame_block_lengths
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.model.transformer import CausalWanTransformer3DModel
 
 
 B, F, H, W = 2, 10, 4, 6

@@ -10,10 +10,10 @@ from conftest import ROOT, SCRIPT_ENV, run_here
 from torch.utils.data import DataLoader
 
 import dataset_utils
-from causal_wan import shared_memory
-from causal_wan.data_config import DataConfig
-from causal_wan.run_data import load_run_data
-from causal_wan.shared_memory import MIB, SharedMemory, check_shared_memory
+from causal_wan.data import shared_memory
+from causal_wan.data.settings import DataConfig
+from causal_wan.data.shared_memory import MIB, SharedMemory, check_shared_memory
+from causal_wan.runs.data import load_run_data
 from dataset_utils import VideoDataset, name_clips_of_dead_workers
 
 
@@ -67,7 +67,7 @@ def test_a_run_that_cannot_work_is_refused_before_weights_are_loaded(
     write_recipe, tmp_path, monkeypatch, capsys, script
 ):
     monkeypatch.setattr(shared_memory, "free_bytes", lambda: CLIP_BYTES)
-    for name in ("causal_wan.prompt_embeddings.load_text_encoder", "precompute_latents.load_text_encoder"):
+    for name in ("causal_wan.runs.prompt_embeddings.load_text_encoder", "precompute_latents.load_text_encoder"):
         monkeypatch.setattr(name, lambda *arguments, **options: pytest.fail("loaded"))
     path, _ = write_recipe(dataloader_num_workers=1)
     with pytest.raises(SystemExit) as exit_info:
@@ -115,8 +115,8 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 
-from causal_wan import shared_memory
-from causal_wan.data_config import DataConfig
+from causal_wan.data import shared_memory
+from causal_wan.data.settings import DataConfig
 from dataset_utils import SampleStream, VideoDataset, collate, load_rows, name_clips_of_dead_workers, order_samples
 
 shared_memory.SECONDS_TO_WAIT = 1.0

@@ -16,10 +16,10 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 import convert_checkpoint
-from causal_wan.checkpoint_checks import check_process_count
-from causal_wan.settings import TrainingConfig
-from causal_wan.strategies import follow_settings, replaces_optimizer
-from causal_wan.training_setup import make_accelerator, prepare_run
+from causal_wan.config.settings import TrainingConfig
+from causal_wan.training.checkpoint_checks import check_process_count
+from causal_wan.training.setup import make_accelerator, prepare_run
+from causal_wan.training.strategies import follow_settings, replaces_optimizer
 
 
 SCRIPT = "train_video_regression.py"

@@ -17,12 +17,12 @@ from datasets import Dataset, DatasetDict, Video
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 import dataset_utils
-from causal_wan.data_config import DataConfig
-from causal_wan.sample_order import CLIP_STREAM, seeded_generator
-from causal_wan.stream_sources import StreamedVideo, open_stream
-from causal_wan.streaming import LaneStates, StreamedClips, collate_streamed
-from causal_wan.table_sources import Source
-from causal_wan.video_files import decode_frames, probe_video
+from causal_wan.data.sample_order import CLIP_STREAM, seeded_generator
+from causal_wan.data.settings import DataConfig
+from causal_wan.streams.lanes import LaneStates, StreamedClips, collate_streamed
+from causal_wan.streams.sources import StreamedVideo, open_stream
+from causal_wan.tables.sources import Source
+from causal_wan.video.decoding import decode_frames, probe_video
 from dataset_utils import Row, load_video
 
 
@@ -482,7 +482,7 @@ def test_a_data_set_of_the_hub_is_streamed_by_name_split_and_revision(tmp_path, 
         asked.append((path, revision, arguments["split"], arguments["streaming"]))
         return datasets.load_dataset(str(tmp_path / "repo"), **{**arguments, "split": "train"})
 
-    monkeypatch.setattr("causal_wan.stream_sources.load_dataset", load)
+    monkeypatch.setattr("causal_wan.streams.sources.load_dataset", load)
     stream = open_stream(Source(metadata_path="owner/clips", revision="v1", split="test", **COLUMNS))
     assert set(asked) == {("owner/clips", "v1", "test", True)}
     assert sorted(order(run(stream, end=4))) == [0, 1, 2, 3]

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from causal_wan.encoding import decode_latents
-from causal_wan.models import load_vae
-from causal_wan.pipeline import CausalWanPipeline
-from causal_wan.rollout import Rollout
-from causal_wan.streaming_vae import StreamingDecoder
+from causal_wan.model.encoding import decode_latents
+from causal_wan.model.streaming_vae import StreamingDecoder
+from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.sampling.rollout import Rollout
+from causal_wan.weights.parts import load_vae
 
 
 @pytest.fixture(scope="module")

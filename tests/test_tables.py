@@ -18,13 +18,13 @@ from datasets import Dataset, DatasetDict, Value, Video
 from test_video_files import write_video
 
 import check_dataset
-from causal_wan import tables
-from causal_wan.data_config import DataConfig
-from causal_wan.file_manifest import FileFacts, FileManifest, hash_content, stat_of
-from causal_wan.sample_order import SampleOrder
-from causal_wan.table_sources import Source, read_sources
-from causal_wan.tables import Tables, read_table
-from causal_wan.video_files import EmbeddedVideo
+from causal_wan.data.file_manifest import FileFacts, FileManifest, hash_content, stat_of
+from causal_wan.data.sample_order import SampleOrder
+from causal_wan.data.settings import DataConfig
+from causal_wan.tables import rows as tables
+from causal_wan.tables.rows import Tables, read_table
+from causal_wan.tables.sources import Source, read_sources
+from causal_wan.video.decoding import EmbeddedVideo
 from dataset_utils import find_video, load_rows, read_tables, source_weights, sources_of
 
 

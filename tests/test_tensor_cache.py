@@ -16,10 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
-from causal_wan.cached_data import CachedData, Encoders
-from causal_wan.data_config import ClipShape, DataConfig
-from causal_wan.file_manifest import FileManifest, hash_content
-from causal_wan.tensor_cache import (
+from causal_wan.cache.cached_data import CachedData, Encoders
+from causal_wan.cache.tensor_cache import (
     MAX_SHARD_ENTRIES,
     STALE_SECONDS,
     CacheWriter,
@@ -29,6 +27,8 @@ from causal_wan.tensor_cache import (
     remove_stale_shards,
     settings_key,
 )
+from causal_wan.data.file_manifest import FileManifest, hash_content
+from causal_wan.data.settings import ClipShape, DataConfig
 
 
 FORK = multiprocessing.get_context("fork")  # the libraries are loaded already
@@ -171,7 +171,7 @@ def test_a_full_disk_is_an_error_that_says_so(tmp_path, monkeypatch):
     def full(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("causal_wan.tensor_cache.save_file", full)
+    monkeypatch.setattr("causal_wan.cache.tensor_cache.save_file", full)
     with pytest.raises(OSError, match="No space left"), CacheWriter(tmp_path) as writer:
         writer.add(key(1), tensor(1), SETTINGS)
     assert list(tmp_path.iterdir()) == []

@@ -13,9 +13,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 import train_video_regression
-from causal_wan import trackers
-from causal_wan.config import parse_config
-from causal_wan.trackers import CaptionedVideo, TrackedRun, Trackers, identify_run, resolve_trackers, start_each
+from causal_wan.config.parsing import parse_config
+from causal_wan.training import trackers
+from causal_wan.training.trackers import (
+    CaptionedVideo,
+    TrackedRun,
+    Trackers,
+    identify_run,
+    resolve_trackers,
+    start_each,
+)
 
 
 SCRIPT = "train_video_regression.py"

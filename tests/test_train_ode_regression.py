@@ -13,12 +13,12 @@ from test_train_video_regression import metrics, weights
 
 import precompute_trajectories
 import train_ode_regression
-from causal_wan.config import parse_config
-from causal_wan.hub import DATA_SUMMARY_NAME, stage_result
-from causal_wan.student import read_run, resolve_settings
-from causal_wan.tensor_cache import TensorCache
-from causal_wan.training import EXIT_STOPPED
-from causal_wan.trajectory_data import FOLDER, TrajectoryName
+from causal_wan.cache.tensor_cache import TensorCache
+from causal_wan.config.parsing import parse_config
+from causal_wan.results.hub import DATA_SUMMARY_NAME, stage_result
+from causal_wan.results.student import read_run, resolve_settings
+from causal_wan.runs.trajectory_data import FOLDER, TrajectoryName
+from causal_wan.training.loop import EXIT_STOPPED
 
 
 PRECOMPUTE, TRAINING = "precompute_trajectories.py", "train_ode_regression.py"
@@ -215,8 +215,8 @@ def test_two_processes_learn_what_one_learns(write_recipe, filled, strategy, lor
 
 
 def test_a_run_without_held_out_clips_loads_no_encoder(write_recipe, filled, monkeypatch):
-    monkeypatch.delattr("causal_wan.run_parts.load_vae")
-    monkeypatch.delattr("causal_wan.prompt_embeddings.load_text_encoder")
+    monkeypatch.delattr("causal_wan.runs.parts.load_vae")
+    monkeypatch.delattr("causal_wan.runs.prompt_embeddings.load_text_encoder")
     changes = {"trajectories_dir": str(filled), "max_train_steps": 1, "validation_metadata_path": None}
     path, output_dir = write_recipe(**changes)
     run_here(TRAINING, "--config", path)

@@ -9,11 +9,11 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from fake_cuda import FakeCuda
 from peft import LoraConfig
 
-from causal_wan.block_attention import block_causal_spans
-from causal_wan.memory import enable_gradient_checkpointing
-from causal_wan.models import add_lora
-from causal_wan.settings import MemoryConfig
-from causal_wan.transformer import CausalWanTransformer3DModel
+from causal_wan.config.settings import MemoryConfig
+from causal_wan.memory.levers import enable_gradient_checkpointing
+from causal_wan.model.block_attention import block_causal_spans
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.weights.parts import add_lora
 
 
 B, F, H, W, S = 2, 6, 4, 6, 7
@@ -379,7 +379,7 @@ def attended(monkeypatch):
         calls.append(states)
         return dispatch_attention_fn(*states, **settings)
 
-    monkeypatch.setattr("causal_wan.transformer.dispatch_attention_fn", attend)
+    monkeypatch.setattr("causal_wan.model.transformer.dispatch_attention_fn", attend)
     return calls
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from causal_wan.vbench_export import VBenchExport, file_stem, read_vbench_prompts
+from causal_wan.evaluation.vbench_export import VBenchExport, file_stem, read_vbench_prompts
 
 
 LONG = "a ball that crosses a field, " * 20

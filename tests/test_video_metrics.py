@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from causal_wan.video_metrics import (
+from causal_wan.evaluation.video_metrics import (
     border_flicker,
     by_block,
     first_frames_of_blocks,

@@ -2,7 +2,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from causal_wan.video_writing import VideoWriter
+from causal_wan.video.writing import VideoWriter
 
 
 def frames(count, start=0):

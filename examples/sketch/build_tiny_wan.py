@@ -70,8 +70,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast, UMT5Config, UMT
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
 
-from causal_wan.config import parse_config
-from causal_wan.ranges import (
+from causal_wan.config.parsing import parse_config
+from causal_wan.config.ranges import (
     GuidanceScale,
     NonNegativeInt,
     PositiveFloat,

@@ -35,9 +35,9 @@ from report import TOLERANCE, contact_sheet, plot_by_level, read_metrics, read_v
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
 
-from causal_wan.config import parse_config
-from causal_wan.ranges import checked_dataclass
-from causal_wan.video_metrics import MAX_PSNR, frame_sharpness
+from causal_wan.config.parsing import parse_config
+from causal_wan.config.ranges import checked_dataclass
+from causal_wan.evaluation.video_metrics import MAX_PSNR, frame_sharpness
 
 
 COLUMNS = ("sharpness", "ink F1", "PSNR [dB]", "diversity")
@@ -89,7 +89,7 @@ def by_prompt(prompts: list[str], videos: list[np.ndarray]) -> dict[str, list[np
 
 
 def sharpness(videos: list[np.ndarray]) -> float:
-    """Mean over videos and frames; see `causal_wan.video_metrics.frame_sharpness`."""
+    """Mean over videos and frames; see `causal_wan.evaluation.video_metrics.frame_sharpness`."""
     return float(np.mean([frame_sharpness(torch.from_numpy(v).movedim(-1, 1) / 255).mean() for v in videos]))
 
 
@@ -133,8 +133,8 @@ def mean_video(videos: list[np.ndarray]) -> np.ndarray:
 
 def encode_and_decode(checkpoint: str, videos: list[np.ndarray]) -> list[np.ndarray]:
     """What a checkpoint's VAE leaves of videos."""
-    from causal_wan.encoding import decode_latents, encode_videos  # it takes seconds, and not all need it
-    from causal_wan.models import load_vae
+    from causal_wan.model.encoding import decode_latents, encode_videos  # it takes seconds, and not all need it
+    from causal_wan.weights.parts import load_vae
 
     vae, decoded = load_vae(checkpoint), []
     for video in videos:

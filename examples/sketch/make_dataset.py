@@ -33,8 +33,8 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
 
-from causal_wan.config import parse_config
-from causal_wan.ranges import NonNegativeInt, PositiveInt, Seed, checked_dataclass
+from causal_wan.config.parsing import parse_config
+from causal_wan.config.ranges import NonNegativeInt, PositiveInt, Seed, checked_dataclass
 
 
 FRAME_RATE = 16

@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
 
-from causal_wan.config import parse_config
-from causal_wan.ranges import PositiveInt, checked_dataclass
+from causal_wan.config.parsing import parse_config
+from causal_wan.config.ranges import PositiveInt, checked_dataclass
 
 
 TOLERANCE = 2  # pixels

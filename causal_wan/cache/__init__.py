@@ -1,0 +1,1 @@
+"""Latents, embeddings and trajectories that are kept on disk."""

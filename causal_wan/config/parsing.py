@@ -1,0 +1,219 @@
+"""Frozen dataclasses from a YAML recipe and the command line; flags override the recipe.
+
+A recipe is flat: its keys are the names of the flags. Every key, whichever dataclass it belongs to, is unique.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from causal_wan.config.ranges import check_number, is_checked, passing_mistakes
+
+
+Config = TypeVar("Config")
+
+# The names that "Video Regression Training for CausVid" uses for what diffusers' scripts call otherwise.
+ALIASES = {
+    "batch_size": "train_batch_size",
+    "lr": "learning_rate",
+    "max_steps": "max_train_steps",
+    "save_interval": "checkpointing_steps",
+    "num_workers": "dataloader_num_workers",
+    "prompt_column": "caption_column",
+}
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the program with status 2 and the message alone when what it runs finds a mistake of the user's."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parse_config(
+    config_class: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str = "",
+    also_known: Collection[str] = (),
+) -> Config:
+    """Builds a config from `--config recipe.yaml` and flags; bad input ends the program with status 2 and one message.
+
+    Args:
+        config_class: A `checked_dataclass`; those in it become groups of flags.
+        argv: The command line without the program's name; that of the process by default.
+        description: Shown by `--help`.
+        also_known: Settings of another script, which the recipe may hold and which are passed over.
+
+    Raises:
+        TypeError: If the class is none that checks its numbers.
+    """
+    if not is_checked(config_class):
+        raise TypeError(f"{config_class.__qualname__} must be a checked_dataclass; decorate it.")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with user_errors():
+        argv = _canonical_flags(argv, config_class)
+        argv, recipe_path = _pop_config_flag(argv)
+        recipe = read_recipe(recipe_path, config_class, also_known) if recipe_path else {}
+        given = {_flag_name(token) for token in argv if token.startswith("--")}
+        recipe_argv = [
+            token
+            for key, value in recipe.items()
+            if key not in given and f"no_{key}" not in given
+            for token in _to_flags(key, value)
+        ]
+        with passing_mistakes():
+            return tyro.cli(
+                tyro.conf.configure(tyro.conf.OmitArgPrefixes)(config_class),
+                args=recipe_argv + argv,
+                description=description
+                + "\n\n--config RECIPE.yaml gives defaults for all flags below; flags override it.",
+                use_underscores=True,
+            )
+
+
+def read_recipe(path: str | Path, config_class: type, also_known: Collection[str] = ()) -> dict[str, Any]:
+    """Reads a flat YAML recipe, with aliases resolved, and without what is known to another script alone.
+
+    Raises:
+        ValueError: If the file is not there or no flat mapping, has a key that is no flag (suggests the right one), or
+            a value that the setting cannot have.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--config must name a YAML file, but {path} does not exist.")
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be valid YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must be a mapping of flag names to values, got {type(loaded).__name__}.")
+    fields = dict(flat_fields(config_class))
+    recipe = {}
+    for given_key, given_value in loaded.items():
+        key, value = _canonical_setting(str(given_key), given_value, fields)
+        if key not in fields and key in also_known:
+            continue
+        if key not in fields:
+            close = difflib.get_close_matches(key, [*fields, *ALIASES], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "see --help for all names."
+            raise ValueError(f"{path}: {given_key!r} is not a setting of this script; {hint}")
+        _check_recipe_value(f"{path}: {given_key!r}", fields[key], value)
+        recipe[key] = value
+    return recipe
+
+
+def _check_recipe_value(name: str, hint: Any, value: Any) -> None:
+    """Checks what YAML has read as a number or a bool; of what it has read as text, 1e-4 among it, the flag will say.
+
+    Raises:
+        ValueError: If it is a mapping, or none that the setting can be.
+    """
+    if isinstance(value, dict):
+        raise ValueError(f"{name} must be a value or a list, got a mapping; recipes are flat.")
+    items = value if isinstance(value, list) else [value]
+    if hint is bool or not any(isinstance(item, str) for item in items):
+        is_tuple = any(typing.get_origin(kind) is tuple for kind in (hint, *typing.get_args(hint)))
+        check_number(name, hint, tuple(items) if is_tuple and value is not None else value)
+    if isinstance(value, bool) and hint is not bool:
+        raise ValueError(f"{name} must be no bool, got {value}; in quotes yes, no, on and off are text to YAML.")
+
+
+def flat_fields(config_class: type) -> Iterator[tuple[str, Any]]:
+    """Names and types of all settings, ranges of numbers and those of nested dataclasses included."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from flat_fields(hints[field.name])
+        else:
+            yield field.name, hints[field.name]
+
+
+def names_of(*config_classes: type) -> set[str]:
+    """Names of all settings of some dataclasses."""
+    return {name for config_class in config_classes for name, _ in flat_fields(config_class)}
+
+
+def flat_dict(config: Any) -> dict[str, Any]:
+    """All settings of a config as one flat dict, tuples as lists."""
+    settings: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            settings.update(flat_dict(value))
+        else:
+            settings[field.name] = list(value) if isinstance(value, tuple) else value
+    return settings
+
+
+def write_recipe(settings: dict[str, Any], path: str | Path) -> None:
+    """Writes the settings of a resolved config, from `flat_dict`, as a recipe that `--config` takes."""
+    Path(path).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def _canonical_name(name: str, fields: Collection[str]) -> str:
+    name = name.replace("-", "_")
+    return name if name in fields else ALIASES.get(name, name)
+
+
+def _canonical_setting(key: str, value: Any, fields: Collection[str]) -> tuple[str, Any]:
+    key = _canonical_name(key, fields)
+    if key == "mixed_precision" and isinstance(value, bool):  # the document writes `mixed_precision: true`
+        value = "bf16" if value else "no"
+    return key, value
+
+
+def _flag_name(token: str) -> str:
+    return token.removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def _canonical_flags(argv: list[str], config_class: type) -> list[str]:
+    """Resolves aliases, and `--flag true` / `--flag false` for switches, which tyro writes `--flag` / `--no_flag`."""
+    fields = dict(flat_fields(config_class))
+    switches = {name for name, hint in fields.items() if hint is bool}
+    canonical: list[str] = []
+    for token in argv:
+        if token.startswith("--"):
+            name, equals, value = token.removeprefix("--").partition("=")
+            name = _canonical_name(name, fields)
+            token = f"--{name}{equals}{value}"
+            if name in switches and equals and value.lower() in ("true", "false"):
+                token = f"--{name}" if value.lower() == "true" else f"--no_{name}"
+        elif canonical and _flag_name(canonical[-1]) in switches and token.lower() in ("true", "false"):
+            if token.lower() == "false":
+                canonical[-1] = f"--no_{_flag_name(canonical[-1])}"
+            continue
+        canonical.append(token)
+    return canonical
+
+
+def _pop_config_flag(argv: list[str]) -> tuple[list[str], str | None]:
+    rest, path, tokens = [], None, iter(argv)
+    for token in tokens:
+        if token == "--config":
+            path = next(tokens, None)
+            if path is None:
+                raise ValueError("--config must be followed by the path of a YAML recipe.")
+        elif token.startswith("--config="):
+            path = token.partition("=")[2]
+        else:
+            rest.append(token)
+    return rest, path
+
+
+def _to_flags(key: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{key}" if value else f"--no_{key}"]
+    if isinstance(value, list):
+        return [f"--{key}", *(str(item) for item in value)]
+    return [f"--{key}", str(value)]

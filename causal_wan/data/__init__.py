@@ -1,0 +1,1 @@
+"""Rows as samples: checked, decoded, in a seeded order."""

@@ -1,0 +1,1 @@
+"""Measures of videos, and reports on them."""

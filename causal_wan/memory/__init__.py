@@ -1,0 +1,1 @@
+"""What saves memory, and a plan of what a run takes."""

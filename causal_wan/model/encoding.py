@@ -1,0 +1,221 @@
+"""Prompts -> embeddings, videos -> latents and back, as WAN does.
+
+Shapes: B = batch, T = video frames, height, width in pixels, C = latent channels, F = latent frames, H, W = latent
+height and width, S = prompt tokens, D = text dimension.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from causal_wan.devices import to_device
+from causal_wan.model.context_parallel import check_divides_by_group
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: UMT5EncoderModel,
+    prompts: Sequence[str],
+    max_sequence_length: int = 512,
+    *,
+    batch_size: int = 8,
+    show_progress: bool = False,
+) -> list[torch.Tensor]:
+    """Embeds prompts as WAN does: cleaned, cut at `max_sequence_length` tokens, encoded with their mask.
+
+    Args:
+        tokenizer: Of the checkpoint.
+        text_encoder: Of the checkpoint; its device is used.
+        prompts: Any number of texts.
+        max_sequence_length: Tokens at most; 512 is what WAN was trained with.
+        batch_size: Prompts in one pass.
+        show_progress: Whether to show a bar.
+
+    Returns:
+        One tensor `(S, D)` a prompt, of its true length S. `pad_prompt_embeds` makes a batch of them.
+    """
+    embeds = []
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, desc="prompts", delay=3, disable=not show_progress):
+        tokens = tokenizer(
+            [prompt_clean(prompt) for prompt in prompts[start : start + batch_size]],
+            padding="max_length",
+            max_length=max_sequence_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        lengths = tokens.attention_mask.sum(dim=1).tolist()  # on the host, which then need not wait for the encoder
+        ids, mask = (to_device(part, text_encoder.device) for part in (tokens.input_ids, tokens.attention_mask))
+        hidden_states = text_encoder(ids, mask).last_hidden_state
+        # Cloned: a view would keep the padding in memory.
+        embeds += [states[:length].clone() for states, length in zip(hidden_states, lengths, strict=True)]
+    return embeds
+
+
+class PromptEncoder(Mapping[str, torch.Tensor]):
+    """Prompt -> embedding `(S, D)` of its true length, encoded when it is asked for; the last ones are remembered.
+
+    Args:
+        tokenizer: Of the checkpoint.
+        text_encoder: Of the checkpoint; stays where it is.
+        max_sequence_length: Tokens at most.
+        num_remembered: Embeddings that are kept.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: UMT5EncoderModel,
+        max_sequence_length: int,
+        num_remembered: int = 256,
+    ) -> None:
+        self.text_encoder = text_encoder
+
+        def encode(prompt: str) -> torch.Tensor:
+            return encode_prompts(tokenizer, text_encoder, [prompt], max_sequence_length)[0]
+
+        self._encode = functools.lru_cache(num_remembered)(encode)
+
+    def __getitem__(self, prompt: str) -> torch.Tensor:
+        return self._encode(prompt)
+
+    def __len__(self) -> int:
+        return self._encode.cache_info().currsize
+
+    def __iter__(self) -> Iterator[str]:
+        raise TypeError("any prompt can be encoded; there is no list of them")
+
+
+def pad_prompt_embeds(embeds: Sequence[torch.Tensor], max_sequence_length: int = 512) -> torch.Tensor:
+    """Pads embeddings `(S, D)` with zeros to `(B, max_sequence_length, D)`; WAN attends to the zeros, unmasked."""
+    batch = embeds[0].new_zeros(len(embeds), max_sequence_length, embeds[0].shape[-1])
+    for row, embed in zip(batch, embeds, strict=True):
+        row[: len(embed)] = embed
+    return batch
+
+
+# --- videos and latents ----------------------------------------------------------------------------------------------
+
+MAX_SMALL_FRAME = 480 * 832 // 2  # pixels: 8 such frames take no more memory than 4 of WAN's
+
+
+def _latents_mean_std(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, std = (
+        to_device(torch.tensor(values, dtype=torch.float32), like.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
+@torch.no_grad()
+def encode_videos(vae: AutoencoderKLWan, videos: torch.Tensor) -> torch.Tensor:
+    """Encodes videos to normalised latents: (posterior mode - latents_mean) / latents_std.
+
+    Args:
+        vae: Its dtype and device are used.
+        videos: In [-1, 1], `(B, 3, T, height, width)`, T = 4k + 1.
+
+    Returns:
+        Latents `(B, C, F, H, W)`, float32, F = (T - 1) / 4 + 1. Inverse of `decode_latents`, up to the VAE's loss.
+    """
+    latents = _posterior_mode(vae, videos).float()
+    mean, std = _latents_mean_std(vae, latents)
+    return (latents - mean) / std
+
+
+@apply_forward_hook  # weights that `enable_model_cpu_offload` keeps elsewhere come, as they do for `vae.encode`
+def _posterior_mode(vae: AutoencoderKLWan, videos: torch.Tensor) -> torch.Tensor:
+    """What `vae.encode` gives, up to rounding; small frames go through it 8 at a time, not 4: faster on a CPU."""
+    videos = videos.to(vae.device, vae.dtype)
+    if vae.use_slicing or vae.use_tiling or videos[0, 0, 0].numel() > MAX_SMALL_FRAME:
+        return vae.encode(videos).latent_dist.mode()
+    return encode_in_passes(vae, videos, 8)
+
+
+def encode_in_passes(vae: AutoencoderKLWan, videos: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """The posterior's mode, as `vae.encode` finds it with 4 frames a pass: not normalised, neither sliced nor tiled.
+
+    Args:
+        vae: Its convolutions remember the frames of the passes before.
+        videos: In [-1, 1], `(B, 3, T, height, width)`, T = 4k + 1, where the VAE is and in its dtype.
+        num_frames: Of a pass after the first frame's; a multiple of 4.
+    """
+    if vae.config.patch_size is not None:
+        videos = patchify(videos, patch_size=vae.config.patch_size)
+    vae.clear_cache()
+    hidden = [
+        vae.encoder(frames, feat_cache=vae._enc_feat_map, feat_idx=[0])
+        for frames in (videos[:, :, :1], *videos[:, :, 1:].split(num_frames, dim=2))
+        if frames.shape[2]
+    ]
+    vae.clear_cache()
+    return DiagonalGaussianDistribution(vae.quant_conv(torch.cat(hidden, dim=2))).mode()
+
+
+@torch.no_grad()
+@apply_forward_hook
+def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Decodes normalised latents `(B, C, F, H, W)` to videos in [-1, 1], `(B, 3, T, height, width)`."""
+    return vae.decode(denormalize_latents(vae, latents).to(vae.device, vae.dtype), return_dict=False)[0]
+
+
+def denormalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised latents `(B, C, F, H, W)` -> as the VAE's decoder takes them, float32."""
+    mean, std = _latents_mean_std(vae, latents)
+    return latents.float() * std + mean
+
+
+def check_video_size(
+    num_frames: int,
+    height: int,
+    width: int,
+    *,
+    vae: AutoencoderKLWan,
+    transformer: CausalWanTransformer3DModel,
+    in_blocks: bool = True,
+) -> None:
+    """Checks that a video of this size fits the VAE, the patches, the blocks and the processes that share a clip.
+
+    Args:
+        num_frames: Of the video.
+        height: Pixels.
+        width: Pixels.
+        vae: Of the checkpoint.
+        transformer: Of the checkpoint.
+        in_blocks: Whether the latent frames must divide into blocks.
+
+    Raises:
+        ValueError: If it does not; names the nearest sizes that do.
+    """
+    temporal, spatial = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    if num_frames < 1 or (num_frames - 1) % temporal:
+        below = (num_frames - 1) // temporal * temporal + 1
+        raise ValueError(
+            f"num_frames must be {temporal}k + 1 for the WAN VAE, got {num_frames}; use {max(below, 1)} or "
+            f"{max(below, 1) + temporal}."
+        )
+    multiples = [spatial * patch for patch in transformer.config.patch_size[1:]]
+    for name, size, multiple in (("height", height, multiples[0]), ("width", width, multiples[1])):
+        if size < multiple or size % multiple:
+            below = max(size // multiple * multiple, multiple)
+            raise ValueError(
+                f"{name} must be a multiple of {multiple} for this checkpoint, got {size}; use {below} or "
+                f"{below + multiple}."
+            )
+    if in_blocks:
+        transformer.block_lengths((num_frames - 1) // temporal + 1)
+    frame_tokens = (height // multiples[0]) * (width // multiples[1])
+    check_divides_by_group("the tokens of a frame", frame_tokens, transformer.context_mesh)

@@ -1,0 +1,365 @@
+"""A run's result on the hub: uploads in the background, and the model card.
+
+An upload never costs the run anything: what fails is tried again, then reported with the command that finishes it.
+What goes up is listed here, by name: never data, caches, prompts of the data set, trackers' logs or local paths.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+from causal_wan.basics import Sampler
+from causal_wan.config.settings import HubConfig
+from causal_wan.methods.settings import method_of_run
+from causal_wan.training.metrics import METRICS_NAME, read_metrics
+
+
+logger = logging.getLogger(__name__)
+
+CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+CHECKPOINT_FOLDER = "last-checkpoint"
+DATA_SUMMARY_NAME = "data_summary.json"
+LORA_NAME = "pytorch_lora_weights.safetensors"
+# What of an output folder goes up as it is. Of a whole pipeline, all its parts.
+RESULT = ("transformer/*", LORA_NAME, "pipeline.py", "metrics.jsonl", DATA_SUMMARY_NAME)
+PIPELINE = ("model_index.json", "scheduler/*", "text_encoder/*", "tokenizer/*", "vae/*")
+MAX_SAMPLES = 4
+MAX_FEW_STEPS = 8  # of a block, to be called few
+WAITS = (5, 30)  # seconds before the second and the third attempt
+# Settings that name something on this machine; the card and the uploaded config have the last part of the path.
+PATHS = (
+    *("pretrained_model_name_or_path", "generator_ckpt", "dataset_base_path", "metadata_path", "dataset_config"),
+    *("validation_metadata_path", "latents_dir", "trajectories_dir", "output_dir", "resume_from_checkpoint"),
+)
+SHOWN = (
+    *("generator_task", "num_frame_per_block", "local_attn_size", "independent_first_frame", "denoising_step_list"),
+    *("num_frames", "height", "width", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "lr_scheduler", "optimizer", "mixed_precision", "use_ema", "lora_rank", "loss_type", "seed"),
+    *("timestep_sampling", "timestep_shift", "context", "loss_space", "loss_weighting"),
+)
+
+
+# --- uploads ---------------------------------------------------------------------------------------------------------
+
+
+def open_repository(config: HubConfig, output_dir: str | Path) -> str:
+    """Makes the repository unless it is there, and returns its full name.
+
+    A hub that cannot be reached is reported and no error: it may be there at the end.
+
+    Raises:
+        ValueError: If nobody is logged in, or may not write there.
+    """
+    name = config.hub_model_id or Path(output_dir).resolve().name
+    if get_token() is None:
+        raise ValueError("push_to_hub needs a token that may write; run `hf auth login`, or set HF_TOKEN.")
+    try:
+        return HfApi().create_repo(name, private=config.hub_private_repo or None, exist_ok=True).repo_id
+    except HfHubHTTPError as error:
+        if error.response.status_code in (400, 401, 403, 404):
+            raise ValueError(
+                f"the token must be allowed to write to {name} on the hub, which said: {error}. Run `hf auth login` "
+                "with another token, or choose another --hub_model_id."
+            ) from None
+        reason = str(error)
+    except (HTTPError, OSError, OfflineModeIsEnabled) as error:
+        reason = f"{type(error).__name__}: {error}"
+    logger.warning("the hub cannot be reached now (%s); the upload will be tried at the end.", reason)
+    return name
+
+
+def start_uploads(config: HubConfig, output_dir: str | Path) -> "HubUploads | None":
+    """The uploads of a run, if there are to be any.
+
+    Raises:
+        ValueError: As `open_repository`.
+    """
+    return HubUploads(config, output_dir, open_repository(config, output_dir)) if config.push_to_hub else None
+
+
+class HubUploads:
+    """The uploads of a run, one after the other, in the background.
+
+    Args:
+        config: Says whether and where.
+        output_dir: Of the run.
+        repo_id: From `open_repository`.
+    """
+
+    def __init__(self, config: HubConfig, output_dir: str | Path, repo_id: str) -> None:
+        self.config, self.output_dir, self.repo_id = config, Path(output_dir), repo_id
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="hub")
+        self._checkpoint: Future | None = None
+
+    def upload_checkpoint(self, checkpoint: Path) -> None:
+        """Uploads a checkpoint while the run goes on; leaves it out if an earlier one is still on its way."""
+        if self.config.hub_strategy != "every_save" or not checkpoint.is_dir():
+            return
+        if self._checkpoint is not None and not self._checkpoint.done():
+            logger.warning("%s does not go to the hub: an earlier one is still on its way.", checkpoint.name)
+            return
+        try:
+            staged = Path(tempfile.mkdtemp(prefix="uploading-", dir=self.output_dir))
+            link_tree(checkpoint, staged / "files")  # the checkpoint may be rotated away meanwhile
+            (staged / "files" / "config.yaml").unlink(missing_ok=True)  # it has paths of this machine
+        except OSError as error:  # a full disk costs no run its life
+            logger.error("%s does not go to the hub: %s", checkpoint.name, describe(error))
+            return
+        self._checkpoint = self._worker.submit(self._upload_checkpoint, staged, checkpoint.name)
+
+    def _upload_checkpoint(self, staged: Path, name: str) -> None:
+        settings = {"path_in_repo": CHECKPOINT_FOLDER, "delete_patterns": "*", "commit_message": f"Upload {name}"}
+        try:
+            try_to(lambda: HfApi().upload_folder(repo_id=self.repo_id, folder_path=staged / "files", **settings))
+        except Exception as error:  # the run goes on whatever it is
+            logger.error("%s could not be uploaded to %s: %s", name, self.repo_id, describe(error))
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def finish(self) -> bool:
+        """Uploads the result after what is on its way; returns whether that went well, and says what to do if not."""
+        done = self._worker.submit(upload_result, self.output_dir, self.config, self.repo_id)
+        self._worker.shutdown()
+        try:
+            print(f"uploaded: {done.result()}")
+            return True
+        except Exception as error:
+            logger.error(
+                "the result could not be uploaded: %s\nIt is whole in %s. To finish:\n    %s",
+                describe(error),
+                self.output_dir,
+                finishing_command(self.output_dir, self.repo_id, private=self.config.hub_private_repo),
+            )
+            return False
+
+
+def finishing_command(output_dir: Path, repo_id: str, *, private: bool) -> str:
+    """The command that uploads a result which is in its folder."""
+    command = f"python push_to_hub.py --checkpoint {output_dir} --hub_model_id {repo_id}"
+    return command + " --hub_private_repo" * private
+
+
+def upload_result(output_dir: str | Path, config: HubConfig, repo_id: str) -> str:
+    """Uploads a result with its card, and returns its address; files that are there already are not sent again.
+
+    Raises:
+        Exception: Whatever huggingface_hub raises, after the last attempt.
+    """
+    folder, api = Path(output_dir), HfApi()
+    with stage_result(folder, repo_id) as staged:
+
+        def upload() -> str:
+            name = api.create_repo(repo_id, private=config.hub_private_repo or None, exist_ok=True).repo_id
+            api.upload_folder(repo_id=name, folder_path=staged, commit_message="Upload the result of training")
+            return f"{api.endpoint}/{name}"
+
+        return try_to(upload)
+
+
+def try_to(action: Callable[[], Any]) -> Any:
+    """What an action returns, at the third attempt at the latest.
+
+    Raises:
+        Exception: That of the last attempt, or of the first that another will not help.
+    """
+    for wait in WAITS:
+        try:
+            return action()
+        except HfHubHTTPError as error:
+            if error.response.status_code < 500 and error.response.status_code not in (408, 429):
+                raise
+            reason = describe(error)
+        except (HTTPError, OSError, RuntimeError) as error:
+            reason = describe(error)
+        logger.warning("an upload failed (%s); trying again in %d s", reason, wait)
+        time.sleep(wait)
+    return action()
+
+
+def describe(error: BaseException) -> str:
+    """An error in a line, with what caused it."""
+    cause = f", because of {type(error.__cause__).__name__}" if error.__cause__ is not None else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{cause}"
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """A copy of a folder that takes no room where the disk knows hard links."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copy2(one, other)
+
+    shutil.copytree(source, target, copy_function=link)
+
+
+# --- what goes up ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def stage_result(folder: Path, repo_id: str) -> Iterator[Path]:
+    """A folder of what goes up, for a while.
+
+    Raises:
+        ValueError: If there is no result in the folder.
+    """
+    is_pipeline = (folder / "model_index.json").is_file()
+    patterns = (*RESULT, *PIPELINE) if is_pipeline else RESULT
+    if not (folder / "transformer").is_dir() and not (folder / LORA_NAME).is_file():
+        raise ValueError(
+            f"checkpoint must be the output folder of a finished run, or a whole pipeline, got {folder}, which has "
+            f"neither transformer/ nor {LORA_NAME}."
+        )
+    with tempfile.TemporaryDirectory(prefix="uploading-", dir=folder) as made:
+        staged = Path(made) / "files"
+        for path in (path for pattern in patterns for path in folder.glob(pattern)):
+            place = staged / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                link_tree(path, place)
+            else:
+                shutil.copy2(path, place)
+        run = read_run(folder)
+        if run:
+            (staged / "config.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
+        samples = copy_samples(folder, staged)
+        make_card(folder, run, repo_id, samples).save(staged / "README.md")
+        yield staged
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The settings of a run without the paths of this machine; empty if there are none."""
+    path = folder / "config.yaml"
+    run = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return {name: _last_part(value) if name in PATHS else value for name, value in run.items()}
+
+
+def _last_part(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    is_local = Path(value).is_absolute() or Path(value).exists() or value.startswith((".", "~"))
+    return Path(value).name if is_local else value
+
+
+def copy_samples(folder: Path, staged: Path) -> list[str]:
+    """The first videos of the last validation, as `samples/NN.mp4`."""
+    folders = sorted((folder / "validation").glob("step-*"))
+    videos = sorted(folders[-1].glob("*.mp4"))[:MAX_SAMPLES] if folders else []
+    names = [f"samples/{video.name}" for video in videos]
+    for video, name in zip(videos, names, strict=True):
+        (staged / "samples").mkdir(exist_ok=True)
+        shutil.copy2(video, staged / name)
+    return names
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def make_card(folder: Path, run: dict[str, Any], repo_id: str, samples: list[str]) -> ModelCard:
+    """The model card: what it is, how to use it, how it was trained.
+
+    Args:
+        folder: Of the result.
+        run: From `read_run`.
+        repo_id: On the hub.
+        samples: Videos beside it.
+    """
+    is_lora, is_pipeline = (folder / LORA_NAME).is_file(), (folder / "model_index.json").is_file()
+    base = run.get("pretrained_model_name_or_path")
+    is_on_hub = bool(base) and "/" in base
+    causal = run.get("generator_task", "causal_video") == "causal_video"
+    steps, sampler = sampled_at(folder, run)
+    method = method_of_run(run)
+    has_step_list = not method.is_continuous if run else sampler == "renoise"
+    is_few_step = len(steps) <= MAX_FEW_STEPS if steps else sampler == "renoise"
+    settings = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-video",
+        "license": base_license(base, folder),
+        "base_model": base if is_on_hub else None,
+        "base_model_relation": ("adapter" if is_lora else "finetune") if is_on_hub else None,
+        "tags": [
+            *("wan", "video", "ode-regression" if "trajectories_dir" in run else "video-regression"),
+            *["few-step"] * is_few_step,
+            *["causal"] * causal,
+            *["lora"] * is_lora,
+        ],
+        "widget": [{"text": "held out while training", "output": {"url": name}} for name in samples] or None,
+    }
+    return ModelCard.from_template(
+        ModelCardData(**{name: value for name, value in settings.items() if value is not None}),
+        template_path=str(CARD_TEMPLATE),
+        repo_id=repo_id,
+        name=repo_id.split("/")[-1],
+        base=base or "",
+        is_on_hub=is_on_hub,
+        license=settings["license"],
+        is_lora=is_lora,
+        is_pipeline=is_pipeline,
+        is_causal=causal,
+        run=run,
+        steps=steps,
+        is_few_step=is_few_step,
+        has_step_list=has_step_list,
+        sampler=sampler,
+        timestep_shift=method.timestep_shift,
+        shown={
+            name: run[name]
+            for name in SHOWN
+            if run.get(name) is not None and not (method.is_continuous and name == "denoising_step_list")
+        },
+        data=_read_json(folder / DATA_SUMMARY_NAME),
+        metrics=last_metrics(folder),
+        samples=samples,
+    )
+
+
+def sampled_at(folder: Path, run: dict[str, Any]) -> tuple[list[float], Sampler]:
+    """The timesteps that a student is sampled at, none if they are not known, and the sampler."""
+    if not run:
+        index = _read_json(folder / "model_index.json")
+        return [step for step in index.get("denoising_step_list") or [] if step], index.get("sampler", "renoise")
+    method = method_of_run(run)
+    return [round(step, 3) for step in method.inference_timesteps().tolist()], method.student_sampler
+
+
+def base_license(base: str | None, folder: Path) -> str | None:
+    """The licence that a base model states on the hub, or in its folder; None if it is not known."""
+    if base is None:
+        return None
+    path = folder / "config.yaml"
+    original = yaml.safe_load(path.read_text())["pretrained_model_name_or_path"]
+    readme = Path(original) / "README.md"
+    try:
+        if readme.is_file():
+            return ModelCard.load(readme).data.license
+        card_data = None if Path(original).is_dir() else HfApi().model_info(original).card_data
+        return None if card_data is None else card_data.license
+    except (HTTPError, OSError, OfflineModeIsEnabled, ValueError) as error:
+        logger.info("the licence of %s is not known: %s", original, describe(error))
+        return None
+
+
+def last_metrics(folder: Path) -> dict[str, float]:
+    """The last value of each metric of losses and validation."""
+    found: dict[str, float] = {}
+    for entry in read_metrics(folder / METRICS_NAME):
+        found |= {name: entry[name] for name in entry if name == "step" or "loss" in name}
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}

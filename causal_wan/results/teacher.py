@@ -1,0 +1,124 @@
+"""A teacher on disk -> its transformer, and what it is, told by the content of its weights."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.results.student import read_run
+from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.weights.parts import (
+    LORA_WEIGHTS_NAME,
+    causal_settings,
+    find_part,
+    load_transformer,
+    load_transformer_config,
+)
+
+
+WEIGHTS = {".json", ".safetensors"}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Where a teacher is.
+
+    Attributes:
+        base: Diffusers folder or hub id.
+        revision: Of a hub repository.
+        generator_ckpt: Weights in the place of the base's: a folder or a file; or None.
+        lora: Folder with a LoRA on top; or None.
+        causal: `num_frame_per_block` (None is bidirectional), `local_attn_size`, `sink_size`,
+            `independent_first_frame`.
+        max_sequence_length: Tokens that prompts were padded to in its training; None if it is no run.
+    """
+
+    base: str
+    revision: str | None
+    generator_ckpt: str | None
+    lora: Path | None
+    causal: dict[str, Any]
+    max_sequence_length: int | None = None
+
+
+def find_teacher(checkpoint: str, base: str, revision: str | None) -> Teacher:
+    """The teacher that a checkpoint is: of a run as it was trained, of any other folder as its configuration says.
+
+    Args:
+        checkpoint: Output folder of a run, diffusers folder, hub id or file of weights.
+        base: Diffusers folder or hub id that a file of weights belongs to.
+        revision: Of base, if it is a hub repository.
+
+    Raises:
+        ValueError: If the checkpoint is none of these.
+    """
+    run, folder = read_run(checkpoint, base if Path(checkpoint).is_file() else None), Path(checkpoint)
+    if not run:
+        config = load_transformer_config(checkpoint, revision=revision if checkpoint == base else None)
+        causal = {
+            "num_frame_per_block": config.get("num_frame_per_block"),
+            "local_attn_size": config.get("local_attn_size", -1),
+            "sink_size": config.get("sink_size", 0),
+            "independent_first_frame": config.get("independent_first_frame", False),
+        }
+        return Teacher(checkpoint, revision if checkpoint == base else None, None, None, causal)
+    has_lora = (folder / LORA_WEIGHTS_NAME).is_file()
+    generator_ckpt = checkpoint if (folder / "transformer").is_dir() else run["generator_ckpt"]
+    return Teacher(
+        run["pretrained_model_name_or_path"],
+        run["revision"],
+        generator_ckpt,
+        folder if has_lora else None,
+        causal_settings(run),
+        run.get("max_sequence_length"),
+    )
+
+
+def load_teacher(teacher: Teacher, dtype: torch.dtype, device: torch.device) -> CausalWanTransformer3DModel:
+    """The teacher's transformer, frozen and in eval mode.
+
+    Raises:
+        ValueError: If weights do not fit.
+    """
+    transformer = load_transformer(
+        teacher.base,
+        generator_ckpt=teacher.generator_ckpt,
+        revision=teacher.revision,
+        dtype=dtype,
+        device=device,
+        **teacher.causal,
+    )
+    if teacher.lora is not None:
+        parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
+        CausalWanPipeline(**parts, transformer=transformer).load_lora_weights(
+            str(teacher.lora), weight_name=LORA_WEIGHTS_NAME
+        )
+    return transformer.requires_grad_(False).eval()
+
+
+def identify_teacher(teacher: Teacher, content_of: Callable[[Path], str]) -> str:
+    """SHA-256 over the weights and configuration of a teacher; two folders with the same files are the same teacher.
+
+    Args:
+        teacher: From `find_teacher`.
+        content_of: File -> SHA-256 of its bytes.
+    """
+    files: list[Path] = []
+    if teacher.generator_ckpt is not None and Path(teacher.generator_ckpt).is_file():
+        files.append(Path(teacher.generator_ckpt))
+    elif teacher.generator_ckpt is not None:
+        folder = Path(teacher.generator_ckpt)
+        files += _weights_in(folder / "transformer" if (folder / "transformer").is_dir() else folder)
+    else:
+        files += _weights_in(find_part(teacher.base, "transformer", revision=teacher.revision))
+    if teacher.lora is not None:
+        files.append(teacher.lora / LORA_WEIGHTS_NAME)
+    return hashlib.sha256(str([(path.name, content_of(path)) for path in files]).encode()).hexdigest()
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.suffix in WEIGHTS]

@@ -1,0 +1,278 @@
+"""The clips of a run, from tables or streams, from files or a cache: what training scripts ask of their data.
+
+Knows no noise and no loss. A loader gives the samples of any part of the run, in the run's order.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from torch.utils.data import DataLoader
+
+from causal_wan.cache.cached_data import CachedClips, CachedData, LatentKeeper, open_cache
+from causal_wan.cache.tensor_cache import CorruptTensorError
+from causal_wan.config.settings import CacheConfig, CheckpointConfig
+from causal_wan.data.file_manifest import FileManifest
+from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached
+from causal_wan.data.shared_memory import collate_shared, worker_settings
+from causal_wan.processes import gather_lists
+from causal_wan.streams.lanes import LaneStates, StreamedClips, collate_streamed
+from causal_wan.streams.sources import Stream, open_stream
+from causal_wan.video.decoding import describe_error
+from dataset_utils import (
+    Loadable,
+    Row,
+    SampleStream,
+    StreamDecoder,
+    VideoDataset,
+    clip_shapes,
+    collate,
+    describe_flip,
+    describe_rows,
+    describe_shapes,
+    describe_speed_up,
+    load_rows,
+    order_samples,
+    source_weights,
+    sources_of,
+)
+
+
+@dataclass
+class RunData:
+    """The clips of a run; see `load_run_data`.
+
+    Attributes:
+        config: Settings of the clips.
+        rows: Those to train on; none if they are streamed.
+        validation_rows: Held-out ones.
+        streams: In the place of rows.
+        manifest: Facts of the files, if there is a cache.
+        cached: The cache, once it is open.
+        keeper: Keeps what is encoded, if the cache is to be filled.
+        lane_states: How far the run has come in the streams; goes into checkpoints.
+    """
+
+    config: DataConfig
+    rows: list[Row]
+    validation_rows: list[Row]
+    streams: list[Stream]
+    manifest: FileManifest | None
+    cached: CachedData | None = None
+    keeper: LatentKeeper | None = None
+    lane_states: LaneStates = field(default_factory=LaneStates)
+
+    @property
+    def prompts(self) -> list[str]:
+        """All prompts that are known, held-out ones and the empty one, if it is used, included."""
+        prompts = [prompt for row in [*self.rows, *self.validation_rows] for prompt in row.prompts]
+        return prompts + ([""] if self.config.caption_dropout else [])
+
+    def count(self) -> dict[str, int]:
+        """How much there is of it, for a model card."""
+        if self.streams:
+            return {"streams": len(self.streams)}
+        prompts = {prompt for row in self.rows for prompt in row.prompts}
+        return {"clips": len(self.rows), "distinct prompts": len(prompts), "held-out clips": len(self.validation_rows)}
+
+    def wanted_shapes(self) -> list[list[ClipShape]]:
+        """In which shapes a run shows each of `rows` and `validation_rows`."""
+        shapes = [clip_shapes(row, self.config) for row in self.rows]
+        return shapes + [[self.config.shape]] * len(self.validation_rows)
+
+    def open_cache(
+        self, cache: CacheConfig, checkpoint: CheckpointConfig, prompts: Iterable[str], **encoding: Any
+    ) -> None:
+        """Opens the cache, if there is one. Called by every process.
+
+        Args:
+            cache: Its settings.
+            checkpoint: Where the encoders are.
+            prompts: That the run wants to be embedded.
+            encoding: vae_tiling, text_dtype and encodes of `causal_wan.cache.cached_data.open_cache`.
+
+        Raises:
+            ValueError: If the cache cannot be used, or the run is to read all from it and something is not in it.
+        """
+        if self.manifest is None:
+            return
+        rows = [*self.rows, *self.validation_rows]
+        self.cached, rows = open_cache(cache, self.config, checkpoint, rows, self.manifest, **encoding)
+        if encoding["encodes"]:
+            self.keeper = LatentKeeper(self.cached, self.cached.latent_writer(eager=True))
+        else:
+            self.cached.check_complete(rows, self.wanted_shapes(), prompts)
+        self.rows, self.validation_rows = rows[: len(self.rows)], rows[len(self.rows) :]
+
+    def dataset(self, *, held_out: bool = False) -> Loadable:
+        """Clips as videos, or as latents where the cache has them."""
+        rows, config = (self.validation_rows, self.config.for_validation()) if held_out else (self.rows, self.config)
+        videos = VideoDataset(rows, config)
+        return videos if self.cached is None else CachedClips(videos, self.cached, fills=self.keeper is not None)
+
+    def validation_batch(self, dataset: Loadable, number: int) -> dict[str, Any]:
+        """A batch of one held-out clip, the same every time."""
+        sample = dataset.load(number, torch.Generator(), self.config.shape)
+        prompt = sample.pop("prompts")[0]
+        return collate([sample | {"prompt": prompt, "sample_number": number, "errors": []}])
+
+    def make_loader(
+        self,
+        dataset: Loadable,
+        *,
+        seed: int,
+        samples_per_step: int,
+        batch_size: int,
+        num_workers: int,
+        num_processes: int,
+        pin_memory: bool,
+        timeout: float,
+        start: int,
+        end: int,
+        step: int,
+    ) -> DataLoader:
+        """The batches of the run's samples from `start`, the first of a step, to `end`, in order.
+
+        Args:
+            dataset: From `dataset`.
+            seed: Of the run.
+            samples_per_step: Of an optimizer step, all processes together.
+            batch_size: Samples of a batch of one process.
+            num_workers: Processes that decode ahead.
+            num_processes: That get batches in turn.
+            pin_memory: As in torch.
+            timeout: Seconds after which a batch that does not come is an error.
+            start, end: Numbers of samples.
+            step: Optimizer step that `start` belongs to.
+        """
+        config = self.config
+        if self.streams:
+            samples = StreamedClips(
+                self.streams,
+                self.lane_states,
+                StreamDecoder(config, seed, samples_per_step, start_sample=start, start_step=step),
+                seed=seed,
+                start=start,
+                end=end,
+                batch_size=batch_size,
+                num_slots=num_processes * max(num_workers, 1),
+                weights=source_weights(config),
+                buffer_rows=config.shuffle_buffer_size,
+                buffer_bytes=config.shuffle_buffer_bytes,
+            )
+        else:
+            order = order_samples(
+                self.rows,
+                config,
+                weights=source_weights(config),
+                seed=seed,
+                samples_per_step=samples_per_step,
+                start_sample=start,
+                start_step=step,
+            )
+            samples = SampleStream(dataset, order, config, start=start, end=end)
+        return DataLoader(
+            samples,
+            batch_size=batch_size,
+            collate_fn=partial(collate_shared, partial(collate_streamed, collate) if self.streams else collate),
+            pin_memory=pin_memory,
+            **worker_settings(num_workers, timeout),
+        )
+
+    def sample_bytes(self) -> int:
+        """Of the largest clip that a loader hands over: of a video, or of latents if the cache has them all."""
+        shapes = [clip_shapes(row, self.config) for row in self.rows]
+        if self.cached is not None and not self.cached.missing_clips(self.rows, shapes):
+            work = [(row, shape) for row, own in zip(self.rows, shapes, strict=True) for shape in own]
+            row, shape = max(work, key=lambda each: math.prod(each[1]))
+            with contextlib.suppress(CorruptTensorError):  # is made anew, of the video
+                return self.cached.latents.read(self.cached.latent_key(row.content, shape))[0].nbytes
+        return 3 * max(map(math.prod, self.config.all_shapes()))
+
+    def check_stream(self, seed: int) -> None:
+        """Reads and decodes the first streamed row, so that wrong settings are found at once.
+
+        Raises:
+            ValueError: If that does not work.
+        """
+        for stream in self.streams:
+            path = stream.source.metadata_path
+            row = next(iter(stream.read_file(0, 0)), None)
+            if row is None:
+                raise ValueError(f"{path} must hold at least one row in its first file, but has none.")
+            try:
+                video = row.find_video(stream.source.dataset_base_path)
+                StreamDecoder(self.config, seed, samples_per_step=1)(video, row.prompts, 0)
+            except (ValueError, OSError, av.FFmpegError) as error:
+                raise ValueError(
+                    f"the first row of {path} must be a clip that can be used, but {row.name} is not: "
+                    f"{describe_error(error)}."
+                ) from error
+
+    def gather_lane_states(self) -> None:
+        """Collects how far each process has come in the streams. Called by every process."""
+        self.lane_states.merge(gather_lists([self.lane_states.state_dict()]))
+
+    @property
+    def has_clips(self) -> bool:
+        """Whether there is anything that may have to be encoded."""
+        return bool(self.rows or self.validation_rows or self.streams)
+
+    @property
+    def num_samples(self) -> int:
+        """Clips to train on; 0 if nobody knows."""
+        return len(self.rows)
+
+    def describe_shapes(self) -> list[str]:
+        """Lines on the buckets and stages of a run that has more than one shape."""
+        return describe_shapes(self.rows, self.config)
+
+    def describe_changes(self) -> list[str]:
+        """What clips go through that may surprise, a sentence each."""
+        speed_up = describe_speed_up(self.rows, self.config) if self.rows else None
+        return [note for note in (speed_up, describe_flip(self.rows, self.config)) if note]
+
+    def describe(self) -> str:
+        """Clips and prompts, or streams, in one line."""
+        if not self.streams:
+            return describe_rows(self.rows)
+        counts = [f"{stream.num_files} file(s) of {stream.source.metadata_path}" for stream in self.streams]
+        return "streamed: " + ", ".join(counts)
+
+
+def load_run_data(
+    config: DataConfig,
+    *,
+    validation_metadata_path: str | None,
+    num_validation_samples: int,
+    cache_dir: Path | None,
+    held_out_only: bool = False,
+) -> RunData:
+    """Reads and checks the tables of a run, or opens its streams.
+
+    Args:
+        config: Settings of the clips.
+        validation_metadata_path: Table of held-out clips.
+        num_validation_samples: How many of them are used, from the first row on.
+        cache_dir: Folder of the cache, if there is one.
+        held_out_only: Leave out the clips to train on.
+
+    Raises:
+        ValueError: If they cannot be used.
+    """
+    if cache_dir is not None and not held_out_only:
+        check_can_be_cached(config)
+    manifest = None if cache_dir is None else FileManifest(cache_dir)
+    streams = [open_stream(source) for source in sources_of(config)] if config.streaming and not held_out_only else []
+    rows = [] if config.streaming or held_out_only else load_rows(config, manifest)
+    held_out = []
+    if validation_metadata_path is not None:
+        data = replace(config.for_validation(), metadata_path=validation_metadata_path, dataset_config=None)
+        held_out = load_rows(data, manifest)[:num_validation_samples]
+    return RunData(config, rows, held_out, streams, manifest)

@@ -1,0 +1,147 @@
+"""The parts of a run that trains a student: the student and the VAE; and how its result is saved.
+
+Knows no loss: any method that trains a student takes its parts from here, whoever owns its loop.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+
+from causal_wan.basics import beside_fp8
+from causal_wan.config.parsing import flat_dict
+from causal_wan.data.settings import ClipShape
+from causal_wan.memory.levers import cut_up_vae, enable_gradient_checkpointing, quantization_config, store_in_fp8
+from causal_wan.model.compiling import compile_layers
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.results.export import write_pipeline_file
+from causal_wan.runs.data import RunData
+from causal_wan.runs.settings import RunConfig
+from causal_wan.training.strategies import (
+    check_can_be_compiled,
+    context_mesh,
+    is_sharded,
+    keeps_weights_in_16_bits,
+    loads_weights,
+    takes_over_checkpointing,
+)
+from causal_wan.weights.parts import (
+    DTYPES,
+    add_lora,
+    causal_settings,
+    load_transformer,
+    load_vae,
+    load_vae_config,
+    save_lora,
+    save_transformer,
+)
+
+
+def weight_dtype(accelerator: Any) -> torch.dtype:
+    """What weights that are not trained are kept in, and passes computed in."""
+    return DTYPES.get(beside_fp8(accelerator.mixed_precision), torch.float32)
+
+
+def text_dtype(accelerator: Any) -> torch.dtype:
+    """Of the text encoder: UMT5 overflows in float16."""
+    dtype = weight_dtype(accelerator)
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def with_checkpointing_of_launch(config: RunConfig, accelerator: Any) -> RunConfig:
+    """The config with gradient checkpointing if the launch's config file asks for it."""
+    if not takes_over_checkpointing(accelerator):
+        return config
+    return replace(config, memory=replace(config.memory, gradient_checkpointing=True))
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with local checkpoints named so that `generate.py` finds them from any folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+    model = replace(
+        config.model,
+        pretrained_model_name_or_path=absolute(config.model.pretrained_model_name_or_path),
+        generator_ckpt=absolute(config.model.generator_ckpt),
+    )
+    return replace(config, model=model)
+
+
+def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DModel:
+    """The transformer to train: float32 weights, or frozen ones in 16 bits or fewer with LoRA adapters in float32.
+
+    Raises:
+        ValueError: If weights or memory levers do not fit the checkpoint or the strategy.
+    """
+    if config.compile:
+        check_can_be_compiled(accelerator)
+    lora, memory, dtype = config.model.lora_rank > 0, config.memory, weight_dtype(accelerator)
+    shards = is_sharded(accelerator)
+    if memory.quantize_base and shards:
+        raise ValueError(
+            f"quantize_base {memory.quantize_base} needs the whole base on each GPU; launch with "
+            "accelerate_configs/single_gpu.yaml or ddp.yaml, or leave it out."
+        )
+    transformer = load_transformer(
+        config.model.pretrained_model_name_or_path,
+        generator_ckpt=config.model.generator_ckpt,
+        dtype=dtype if lora or keeps_weights_in_16_bits(accelerator) else torch.float32,
+        revision=config.model.revision,
+        device="cpu" if shards else accelerator.device,
+        quantization=quantization_config(memory.quantize_base, dtype),
+        empty=not loads_weights(accelerator),
+        **causal_settings(flat_dict(config)),
+    )
+    transformer.enable_context_parallel(context_mesh(accelerator))
+    if memory.quantize_base == "fp8":
+        store_in_fp8(transformer, dtype)
+    if lora:
+        add_lora(
+            transformer,
+            rank=config.model.lora_rank,
+            alpha=config.model.lora_rank if config.model.lora_alpha is None else config.model.lora_alpha,
+            target_modules=config.model.lora_target_modules,
+        )
+    if memory.gradient_checkpointing:
+        enable_gradient_checkpointing(transformer, memory)
+    if config.compile:
+        compile_layers(transformer, len(config.data.all_shapes()))
+    return transformer
+
+
+def make_vae(config: RunConfig, device: torch.device, *, is_needed: bool) -> AutoencoderKLWan:
+    """The VAE where it waits between uses, cut up as the config says; its config alone where it is not needed."""
+    name, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    if not is_needed:
+        return load_vae_config(name, revision=revision)
+    vae = load_vae(name, dtype=DTYPES[config.model.vae_dtype], revision=revision)
+    cut_up_vae(vae, config.memory)
+    return vae if config.memory.offload_vae else vae.to(device)
+
+
+def save_student(
+    transformer: CausalWanTransformer3DModel, weights: dict[str, torch.Tensor], config: RunConfig
+) -> None:
+    """Writes `transformer/` in diffusers format, or the LoRA file, and `pipeline.py` into the output folder."""
+    write_pipeline_file(config.training.output_dir)
+    if config.model.lora_rank > 0:
+        save_lora(transformer, weights, config.training.output_dir)
+    else:
+        save_transformer(transformer, weights, Path(config.training.output_dir) / "transformer")
+
+
+def latent_shape(config: RunConfig, vae: AutoencoderKLWan, shape: ClipShape) -> tuple[int, int, int, int]:
+    """(C, F, H, W) of clips of a shape."""
+    spatial = vae.config.scale_factor_spatial
+    return vae.config.z_dim, config.num_latent_frames(shape), shape.height // spatial, shape.width // spatial
+
+
+def validation_prompts(config: RunConfig, data: RunData) -> list[str]:
+    """The prompts that are sampled at each validation: of the held-out clips, then those that are given."""
+    if not config.validates:
+        return []
+    return [row.prompts[0] for row in data.validation_rows] + list(config.validation.validation_prompts)

@@ -1,0 +1,165 @@
+"""What a run that trains a student is going to do and take, in words, before it begins."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from diffusers import AutoencoderKLWan
+from transformers import UMT5Config
+
+from causal_wan.config.changed_settings import compare_settings, read_settings
+from causal_wan.config.parsing import flat_dict
+from causal_wan.data.settings import ClipShape
+from causal_wan.memory.plan import MemoryPlan, describe_shortage, plan_training, text_encoder_bytes, with_vae
+from causal_wan.memory.simulation import ValidationWorkload, Workload
+from causal_wan.runs.data import RunData
+from causal_wan.runs.parts import latent_shape, text_dtype, validation_prompts, weight_dtype, with_absolute_paths
+from causal_wan.runs.settings import RunConfig
+from causal_wan.sampling.rollout import count_draws
+from causal_wan.training.checkpoints import describe_damaged, find_checkpoint, passed_over
+from causal_wan.training.strategies import context_mesh, free_memory, is_sharded, sharding
+from causal_wan.weights.parts import DTYPES, causal_settings, load_transformer_config, load_vae_config
+
+
+def describe_plan(config: RunConfig, run_data: RunData, num_replicas: int) -> str:
+    """What is going to happen, in numbers."""
+    training, method, data = config.training, config.method, config.data
+    lengths = method.block_lengths(config.num_latent_frames(data.shape))
+    samples_per_step = training.samples_per_step(num_replicas)
+    num_samples = training.max_train_steps * samples_per_step
+    passes = f" = {num_samples / run_data.num_samples:.1f} passes over the data" if run_data.num_samples else ""
+    weights = f"LoRA of rank {config.model.lora_rank}" if config.model.lora_rank else "all weights"
+    lines = [
+        f"checkpoint  {config.model.pretrained_model_name_or_path}"
+        + (f", weights of {config.model.generator_ckpt}" if config.model.generator_ckpt else ""),
+        f"data        {run_data.describe()}",
+        f"clips       {data.num_frames} frames of {data.height} x {data.width}, {data.frame_sampling} sampling: "
+        f"{sum(lengths)} latent frames in {len(lengths)} block(s) of {' '.join(map(str, sorted(set(lengths))))}",
+        *run_data.describe_shapes(),
+        f"method      {method.describe()}",
+        f"training    {weights}, {training.max_train_steps} steps of {samples_per_step} clips "
+        f"({training.train_batch_size} x {training.gradient_accumulation_steps} accumulated x {num_replicas} "
+        f"process(es)){passes}",
+        f"validation  {describe_validation(config, run_data)}",
+        f"result      {training.output_dir}",
+    ]
+    return "\n".join(lines + [f"note        {note}" for note in run_data.describe_changes()])
+
+
+def describe_validation(config: RunConfig, run_data: RunData) -> str:
+    """What is validated, and when."""
+    if not config.validates:
+        return "none (--validation_steps 0)"
+    num_videos, num_clips = len(validation_prompts(config, run_data)), len(run_data.validation_rows)
+    if not num_videos:
+        return "none (neither --validation_prompts nor --validation_metadata_path)"
+    at_first = "before the first step, " if config.training.validate_first else ""
+    loss = f" and the loss on {num_clips} held-out clip(s)" if num_clips else ""
+    return f"{at_first}every {config.training.validation_steps} steps and at the end: {num_videos} video(s){loss}"
+
+
+def describe_resumption(config: RunConfig) -> list[str]:
+    """Lines on the checkpoint that a run goes on from, and on each setting that differs from that run's.
+
+    Raises:
+        ValueError: If the checkpoint is none, or depends on other settings.
+    """
+    training = config.training
+    checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    if checkpoint is None:
+        return []
+    newer = passed_over(checkpoint, training.output_dir)
+    lines = [f"resumes     {checkpoint}" + (f"; sets aside {describe_damaged(newer)}" if newer else "")]
+    name, _, number = checkpoint.name.partition("-")
+    if name == "checkpoint" and number.isdecimal() and int(number) > training.max_train_steps:
+        raise ValueError(
+            f"max_train_steps must be at least the steps that are done, but {checkpoint} is at step {number}, got "
+            f"{training.max_train_steps}; raise it, or resume an earlier checkpoint."
+        )
+    before = read_settings(checkpoint)
+    if before is None:
+        return [*lines, "note        the settings of the checkpoint's run are not known: nothing is compared"]
+    changes = compare_settings(checkpoint, before, flat_dict(with_absolute_paths(config)))
+    return lines + [f"changed     {change}" for change in changes]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def describe_memory(config: RunConfig, run_data: RunData, accelerator: Any) -> str:
+    """What the run is going to take of a GPU's memory, and what to do if that is more than there is."""
+    plan = plan_run(config, run_data, accelerator)
+    where = "process, beside libraries and mapped files," if accelerator.device.type == "cpu" else "GPU"
+    lines = [f"memory      of each {where} {plan}"]
+    if plan.workload.validation is not None:
+        lines.append(f"            in validation: {plan.validation}")
+        if context_mesh(accelerator) is not None:
+            lines.append(
+                "note        context parallelism shares the tokens of steps, not of validation: there each process "
+                "has whole clips of its own (--validation_steps 0 leaves it out)"
+            )
+    shortage = describe_shortage(plan, free_memory(accelerator))
+    return "\n".join(lines + ([f"warning     {shortage}"] if shortage else []))
+
+
+def plan_run(config: RunConfig, run_data: RunData, accelerator: Any) -> MemoryPlan:
+    """The memory of a run that embeds prompts, then encodes clips, trains and validates; loads no weights."""
+    name, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    vae = load_vae_config(name, revision=revision)
+    workload = make_workload(config, run_data, accelerator, vae)
+    plan = plan_training(workload)
+    if config.encodes:
+        text_config = UMT5Config.from_pretrained(name, subfolder="text_encoder", revision=revision)
+        text_encoder = text_encoder_bytes(text_config, text_dtype(accelerator))
+        plan = replace(plan, text_encoder=text_encoder, keeps_text_encoder=config.data.streaming)
+    encodes_clips = config.encodes and run_data.has_clips
+    if encodes_clips or workload.validation is not None:
+        shape = largest_shape(config) if encodes_clips else None
+        plan = with_vae(plan, dict(vae.config), dtype=DTYPES[config.model.vae_dtype], video_shape=shape)
+    return plan
+
+
+def make_workload(config: RunConfig, run_data: RunData, accelerator: Any, vae: AutoencoderKLWan) -> Workload:
+    """What of a run decides how much memory it takes."""
+    model, training = config.model, config.training
+    architecture = load_transformer_config(
+        model.pretrained_model_name_or_path, generator_ckpt=model.generator_ckpt, revision=model.revision
+    )
+    return Workload(
+        architecture={**architecture, **causal_settings(flat_dict(config))},
+        latent_shape=latent_shape(config, vae, largest_shape(config)),
+        batch_size=training.train_batch_size,
+        num_passes=training.gradient_accumulation_steps,
+        keeps_gradients=accelerator.num_processes > 1 and not is_sharded(accelerator),  # in DDP's buckets
+        max_sequence_length=model.max_sequence_length,
+        lora_rank=model.lora_rank,
+        lora_target_modules=model.lora_target_modules,
+        has_clean_context=config.method.has_clean_context,
+        dtype=weight_dtype(accelerator),
+        memory=config.memory,
+        optimizer=training.optimizer,
+        use_ema=training.use_ema,
+        validation=make_validation_workload(config, run_data, accelerator, vae),
+        **sharding(accelerator),
+    )
+
+
+def make_validation_workload(
+    config: RunConfig, run_data: RunData, accelerator: Any, vae: AutoencoderKLWan
+) -> ValidationWorkload | None:
+    """The same of its validation, if there is one."""
+    if not validation_prompts(config, run_data):
+        return None
+    method = config.method
+    return ValidationWorkload(
+        latent_shape=latent_shape(config, vae, config.data.shape),
+        measures_loss=bool(run_data.validation_rows),
+        is_guided=bool(config.validation.negative_prompts),
+        num_draws=count_draws(len(method.inference_timesteps()), method.student_sampler),
+        keeps_copy=config.training.use_ema and accelerator.device.type == "cpu",  # it goes to the host
+    )
+
+
+def largest_shape(config: RunConfig) -> ClipShape:
+    """That of the clips which take the most memory."""
+    return max(config.data.all_shapes(), key=math.prod)

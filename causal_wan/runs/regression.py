@@ -1,0 +1,319 @@
+"""A run that trains a student by regression, whatever its data and its loss: the two are functions of the script.
+
+A script says how a batch of the data loader becomes noisy latents, and what is minimised; `run_regression` does what
+remains. A method with a loop of its own takes `begin_run` and `finish_run`, and what lies between is its affair.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from causal_wan.basics import beside_fp8
+from causal_wan.config.changed_settings import SETTINGS_NAME
+from causal_wan.config.parsing import flat_dict, user_errors, write_recipe
+from causal_wan.data.shared_memory import check_shared_memory, shared_memory_here
+from causal_wan.model.encoding import check_video_size
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.processes import gather_lists, wait_for_all
+from causal_wan.progress import announced, show_progress
+from causal_wan.results.hub import DATA_SUMMARY_NAME, HubUploads, start_uploads
+from causal_wan.runs.data import RunData, load_run_data
+from causal_wan.runs.inputs import Inputs
+from causal_wan.runs.parts import (
+    latent_shape,
+    make_student,
+    make_vae,
+    save_student,
+    text_dtype,
+    validation_prompts,
+    with_absolute_paths,
+    with_checkpointing_of_launch,
+)
+from causal_wan.runs.plan import describe_memory, describe_plan, describe_resumption
+from causal_wan.runs.prompt_embeddings import embed_prompts
+from causal_wan.runs.settings import RunConfig
+from causal_wan.runs.validation import Validation, share
+from causal_wan.training.checkpoints import check_output_dir
+from causal_wan.training.loop import EXIT_STOPPED, Batch, Sums, ema_weights, gather_weights, train
+from causal_wan.training.setup import Run, check_precision, make_accelerator, prepare_run, start_trackers
+from causal_wan.training.strategies import count_replicas, follow_settings
+from causal_wan.training.trackers import Trackers, resolve_trackers
+from causal_wan.weights.parts import check_generator_ckpt
+from dataset_utils import name_clips_of_dead_workers
+
+
+PrepareBatch = Callable[[Inputs, Batch], Batch]
+ComputeLoss = Callable[[Inputs, torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]]
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def load_clips(config: RunConfig) -> RunData:
+    """The clips of a run's tables or streams.
+
+    Raises:
+        ValueError: If they cannot be used.
+    """
+    data = load_run_data(
+        config.data,
+        validation_metadata_path=config.held_out_path,
+        num_validation_samples=config.validation.num_validation_samples,
+        cache_dir=config.cache_dir,
+    )
+    data.check_stream(config.training.seed)
+    return data
+
+
+def load_held_out_clips(config: RunConfig) -> RunData:
+    """The held-out clips of a run that trains on something else.
+
+    Raises:
+        ValueError: If they cannot be used.
+    """
+    return load_run_data(
+        config.data,
+        validation_metadata_path=config.held_out_path,
+        num_validation_samples=config.validation.num_validation_samples,
+        cache_dir=config.cache_dir,
+        held_out_only=True,
+    )
+
+
+def run_regression(
+    config: RunConfig,
+    prepare_batch: PrepareBatch,
+    compute_loss: ComputeLoss,
+    *,
+    load_data: Callable[[RunConfig], RunData] = load_clips,
+    prepare_held_out: PrepareBatch | None = None,
+) -> None:
+    """Checks everything that needs no weights, then trains, and saves the result.
+
+    Args:
+        config: Of the run.
+        prepare_batch: A batch of the data loader -> `Inputs.with_prompts`; called without gradients.
+        compute_loss: The loss of a batch as its share of the step's mean, and sums for `Inputs.summarize`.
+        load_data: What is trained on; raises ValueError if it cannot be used.
+        prepare_held_out: Like prepare_batch, of held-out clips; None is the same.
+    """
+    with user_errors():
+        check_generator_ckpt(config.model.generator_ckpt)
+        check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
+        resolve_trackers(config.training.report_to)
+        check_precision(config.training.mixed_precision)
+        data = load_data(config)
+    if config.dry_run:
+        print_plan(config, data)
+        return
+    begun = begin_run(config, data)
+    accelerator, inputs, config = begun.accelerator, begun.inputs, begun.inputs.config
+    dataset = data.dataset()
+    if data.streams:
+        accelerator.register_for_checkpointing(data.lane_states)
+    with user_errors():
+        settings = flat_dict(with_absolute_paths(config))
+        run = prepare_run(accelerator, config.training, begun.transformer, begun.trackers, settings)
+    if accelerator.is_main_process:  # not before: a run that cannot be resumed keeps its own
+        write_recipe(settings, Path(config.training.output_dir) / SETTINGS_NAME)
+    compute_loss = partial(compute_loss, inputs)
+    validate = Validation(
+        accelerator,
+        inputs,
+        compute_loss,
+        output_dir=config.training.output_dir,
+        prompts=validation_prompts(config, data),
+        batches=validation_batches(accelerator, inputs, prepare_held_out or prepare_batch),
+        latent_shape=latent_shape(config, inputs.vae, config.data.shape),
+    )
+
+    @torch.no_grad()
+    def prepare(batch: Batch) -> Batch:
+        inputs.take_note(batch)
+        return prepare_batch(inputs, batch)
+
+    with name_clips_of_dead_workers(dataset), data.keeper or contextlib.nullcontext():
+        complete = train(
+            run,
+            make_dataloader=partial(data.make_loader, dataset, **loader_settings(config, run)),
+            prepare_batch=prepare,
+            compute_loss=compute_loss,
+            summarize=inputs.summarize,
+            validate=validate if validate.prompts else None,
+            before_checkpoint=data.gather_lane_states if data.streams else None,
+            after_checkpoint=partial(upload_checkpoint, begun.uploads) if config.hub.push_to_hub else None,
+            save_result=partial(save_result, begun, run),
+        )
+    finish_run(begun, complete=complete)
+
+
+def print_plan(config: RunConfig, data: RunData) -> None:
+    """What a run is going to do, and what it takes, without weights."""
+    precision = beside_fp8(config.training.mixed_precision)  # without weights there is nothing in 8 bits
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
+    with user_errors():
+        follow_settings(accelerator, config.training)
+    config = with_checkpointing_of_launch(config, accelerator)
+    if not accelerator.is_main_process:
+        return
+    with user_errors():
+        print("\n".join([describe_plan(config, data, count_replicas(accelerator)), *describe_resumption(config)]))
+    print_memory(config, data, accelerator)
+
+
+def print_memory(config: RunConfig, data: RunData, accelerator: Accelerator) -> None:
+    """What a run takes of a GPU's memory, if that can be told."""
+    with user_errors():
+        try:
+            print(describe_memory(config, data, accelerator))
+        except OSError as error:  # the checkpoint is on the hub, and the hub out of reach; or it lacks a part
+            print(f"memory      unknown without the checkpoint's configuration: {error}")
+
+
+@dataclass
+class BegunRun:
+    """A run with its parts loaded, before anything is trained."""
+
+    accelerator: Accelerator
+    inputs: Inputs
+    transformer: CausalWanTransformer3DModel
+    trackers: Trackers
+    uploads: HubUploads | None
+
+
+def begin_run(config: RunConfig, data: RunData) -> BegunRun:
+    """Says what is going to happen, opens the cache, and loads what the run needs; ends with status 2 if it cannot."""
+    with user_errors():
+        accelerator = make_accelerator(config.training)
+    config = with_checkpointing_of_launch(config, accelerator)
+    with user_errors():
+        resumption = describe_resumption(config)
+    if accelerator.is_main_process:
+        print("\n".join([describe_plan(config, data, count_replicas(accelerator)), *resumption]))
+        print_memory(config, data, accelerator)
+    held_out = validation_prompts(config, data)
+    prompts = [*data.prompts, *held_out, *(config.validation.negative_prompts if held_out else [])]
+    with user_errors():
+        trackers = start_trackers(accelerator, config.training, flat_dict(config))
+        uploads = start_uploads(config.hub, config.training.output_dir) if accelerator.is_main_process else None
+        check_streaming(config, accelerator)
+        data.open_cache(
+            config.cache,
+            config.model,
+            prompts,
+            vae_tiling=config.memory.vae_tiling,
+            text_dtype="bf16" if text_dtype(accelerator) == torch.bfloat16 else "fp32",
+            encodes=config.encodes,
+        )
+        check_room_for_batches(config, data, accelerator)
+        prompt_embeds = embed_prompts(
+            accelerator,
+            config.model,
+            prompts,
+            data.cached,
+            output_dir=config.training.output_dir,
+            streaming=config.data.streaming,
+        )
+        transformer = make_student(config, accelerator)
+    vae = make_vae(config, accelerator.device, is_needed=(config.encodes and data.has_clips) or bool(held_out))
+    with user_errors():
+        for shape in config.data.all_shapes():
+            check_video_size(*shape, vae=vae, transformer=transformer)
+    inputs = Inputs(config, prompt_embeds, vae, accelerator.device, data)
+    wait_for_all()  # the main process alone may have had to download and read the weights, which it shares out next
+    return BegunRun(accelerator, inputs, transformer, trackers, uploads)
+
+
+def save_result(begun: BegunRun, run: Run) -> None:
+    """Writes the weights of the result, and what a model card says of the data."""
+    accelerator, config = begun.accelerator, begun.inputs.config
+    with announced("saving the result"):
+        with ema_weights(run.ema, run.unwrapped_model):
+            weights = gather_weights(run)
+        if accelerator.is_main_process:
+            save_student(run.unwrapped_model, weights, config)
+    if accelerator.is_main_process:
+        (Path(config.training.output_dir) / DATA_SUMMARY_NAME).write_text(json.dumps(begun.inputs.data.count()))
+        print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
+    wait_for_all()
+
+
+def finish_run(begun: BegunRun, *, complete: bool) -> None:
+    """Waits for trackers and uploads; or ends the program with `EXIT_STOPPED` if the run is not complete."""
+    begun.trackers.finish()
+    wait_for_all()
+    begun.accelerator.end_training()
+    if not complete:
+        sys.exit(EXIT_STOPPED)
+    if begun.uploads:
+        begun.uploads.finish()
+
+
+def check_room_for_batches(config: RunConfig, data: RunData, accelerator: Accelerator) -> None:
+    """Checks that the workers of the data loaders can hand over their batches. Called by every process.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    warning = check_shared_memory(
+        gather_lists([shared_memory_here()]),
+        batch_bytes=config.training.train_batch_size * data.sample_bytes(),
+        num_workers=config.training.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    if warning and accelerator.is_main_process:
+        print(f"warning     {warning}")
+
+
+def upload_checkpoint(uploads: HubUploads | None, checkpoint: Path) -> None:
+    """Begins to upload a checkpoint, on the process that uploads, for which the others wait.
+
+    It has to set the files aside first, and copies them where the disk knows no hard links.
+    """
+    if uploads is not None:
+        uploads.upload_checkpoint(checkpoint)
+    wait_for_all()
+
+
+def check_streaming(config: RunConfig, accelerator: Accelerator) -> None:
+    """Checks that each process may read clips of its own.
+
+    Raises:
+        ValueError: If groups of processes share clips.
+    """
+    if config.data.streaming and count_replicas(accelerator) != accelerator.num_processes:
+        raise ValueError("--streaming gives each process clips of its own; launch without context parallelism.")
+
+
+def loader_settings(config: RunConfig, run: Run) -> dict[str, Any]:
+    """Those of `RunData.make_loader` that stay the same through a run."""
+    return {
+        "seed": config.training.seed,
+        "samples_per_step": config.training.samples_per_step(run.num_replicas),
+        "batch_size": config.training.train_batch_size,
+        "num_workers": config.training.dataloader_num_workers,
+        "num_processes": run.accelerator.num_processes,
+        "pin_memory": run.accelerator.device.type == "cuda",
+        "timeout": config.training.dataloader_timeout,
+    }
+
+
+@torch.no_grad()
+def validation_batches(
+    accelerator: Accelerator, inputs: Inputs, prepare_batch: PrepareBatch
+) -> list[tuple[Batch, bool]]:
+    """This process's share of the held-out clips, encoded and noised once: the same draws at every validation."""
+    data, dataset = inputs.data, inputs.data.dataset(held_out=True)
+    numbers = share(len(dataset), accelerator.process_index, accelerator.num_processes)
+    return [
+        (prepare_batch(inputs, data.validation_batch(dataset, number)), counts)
+        for number, counts in show_progress(numbers, desc="held-out clips")
+    ]

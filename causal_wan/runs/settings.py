@@ -1,0 +1,82 @@
+"""Settings of a run that trains a student by regression, and what of them must fit together."""
+
+from pathlib import Path
+
+from causal_wan.basics import num_valid_latent_frames
+from causal_wan.config.ranges import checked_dataclass
+from causal_wan.config.settings import (
+    CacheConfig,
+    HubConfig,
+    MemoryConfig,
+    ModelConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached, check_waits_for_clips
+from causal_wan.methods.settings import RegressionConfig
+
+
+@checked_dataclass
+class RunConfig:
+    """Settings of a run that trains a student, by group."""
+
+    model: ModelConfig
+    memory: MemoryConfig
+    data: DataConfig
+    method: RegressionConfig
+    training: TrainingConfig
+    validation: ValidationConfig
+    cache: CacheConfig
+    hub: HubConfig
+    compile: bool = False
+    """Compile the transformer's layers: faster steps, after a minute or so for each shape of clips."""
+    dry_run: bool = False
+    """Resolve the config, check the data, print the plan and the memory it takes, and stop; loads no weights."""
+
+    def __post_init__(self) -> None:
+        for shape in self.data.all_shapes():
+            self.method.block_lengths(self.num_latent_frames(shape))
+        check_waits_for_clips(self.data, self.training.dataloader_timeout)
+        if self.cache_dir is not None:
+            check_can_be_cached(self.data)
+        if self.memory.quantize_base and not self.model.lora_rank:
+            raise ValueError(
+                f"quantize_base {self.memory.quantize_base} freezes the base, so something else must be trained; add "
+                "--lora_rank 64, or leave it out."
+            )
+        if self.compile and (self.memory.keep_attention_outputs or self.memory.quantize_base):
+            raise ValueError(
+                "compile makes one operation of a layer, in which neither keep_attention_outputs finds attention nor "
+                "quantize_base unpacks weights; leave it or them out."
+            )
+        if self.training.validate_first and not self.validation.has_work:
+            raise ValueError(
+                "validate_first needs something to validate; add --validation_prompts or --validation_metadata_path, "
+                "or leave it out."
+            )
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validations at all, if there is something to validate."""
+        return self.training.validation_steps > 0
+
+    @property
+    def held_out_path(self) -> str | None:
+        """Table of the held-out clips, if they are wanted."""
+        return self.validation.validation_metadata_path if self.validates else None
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """Folder of latents and prompt embeddings, if there is one."""
+        if self.cache.latents_dir is not None:
+            return Path(self.cache.latents_dir)
+        return Path(self.training.output_dir) / "cache" if self.cache.cache_latents else None
+
+    @property
+    def encodes(self) -> bool:
+        """Whether clips and prompts may have to be encoded, rather than read."""
+        return self.cache_dir is None or self.cache.cache_latents
+
+    def num_latent_frames(self, shape: ClipShape) -> int:
+        """F, latent frames of a clip."""
+        return num_valid_latent_frames(shape.num_frames, self.data.time_division_factor)

@@ -1,0 +1,199 @@
+"""Validation of a student: samples of fixed noise, and the loss on held-out clips with fixed draws.
+
+The same prompts, noise and draws at every validation and in every run of the same seed, so that curves and videos can
+be laid side by side.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from tqdm.auto import tqdm
+
+from causal_wan.memory.levers import on_device
+from causal_wan.methods.noising import sample_generator
+from causal_wan.model.kv_cache import CACHE_DTYPES
+from causal_wan.model.streaming_vae import decode_in_parts
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.processes import wait_for_all
+from causal_wan.progress import show_progress
+from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.sampling.rollout import Rollout, count_draws, draw_noise
+from causal_wan.training.metrics import MetricSums, Sums
+from causal_wan.training.strategies import is_sharded
+from causal_wan.training.trackers import CaptionedVideo
+from causal_wan.video.writing import VideoWriter, as_frames
+
+
+logger = logging.getLogger(__name__)
+
+
+def share(count: int, process_index: int, num_processes: int) -> list[tuple[int, bool]]:
+    """The items of `count` that a process takes, and whether each counts.
+
+    All processes get equally many, since a sharded model's forward is a common effort: the last item is repeated, and
+    repeats do not count.
+    """
+    numbers = range(process_index, -(-count // num_processes) * num_processes, num_processes)
+    return [(min(number, count - 1), number < count) for number in numbers]
+
+
+class Validation:
+    """Samples prompts and measures the loss on held-out batches; each process takes its share.
+
+    Args:
+        accelerator: Of the run.
+        inputs: Has `config`, `seed`, `vae`, `embed(prompts)` and `summarize`, as `causal_wan.runs.inputs.Inputs`.
+        compute_loss: Of a transformer, a batch and the number of its items.
+        output_dir: Videos go to `validation/step-N` in it.
+        prompts: All prompts, of all processes.
+        batches: This process's prepared batches, and whether each counts.
+        latent_shape: (C, F, H, W) of the videos to sample.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        inputs: Any,
+        compute_loss: Callable[[Any, dict, torch.Tensor], tuple[torch.Tensor, Sums]],
+        *,
+        output_dir: str,
+        prompts: list[str],
+        batches: list[tuple[dict, bool]],
+        latent_shape: tuple[int, int, int, int],
+    ) -> None:
+        self.accelerator, self.inputs, self.compute_loss = accelerator, inputs, compute_loss
+        self.output_dir, self.prompts, self.batches = Path(output_dir), prompts, batches
+        self.latent_shape = latent_shape
+        num_items = sum(batch["num_items"] for batch, counts in batches if counts)
+        wait_for_all()  # some have had more to encode than others
+        self.num_items = accelerator.reduce(torch.as_tensor(num_items, device=accelerator.device))
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # layers that are compiled are so for whole clips, not for each block
+    def __call__(
+        self, transformer: CausalWanTransformer3DModel, step: int
+    ) -> tuple[dict[str, float], dict[str, CaptionedVideo]]:
+        """Metrics, and a video for each prompt, named `validation/NN`.
+
+        What fails (memory, disk, a codec) is reported and counted in the metric `validation_failed`; the rest is done.
+
+        Raises:
+            Exception: Whatever a pass of sharded weights ends with, which processes make together.
+        """
+        transformer.eval()
+        folder = self.output_dir / "validation" / f"step-{step:06d}"
+        videos = {
+            f"validation/{number:02d}": CaptionedVideo(folder / f"{number:02d}.mp4", prompt)
+            for number, prompt in enumerate(self.prompts)
+        }
+        own = share(len(self.prompts), self.accelerator.process_index, self.accelerator.num_processes)
+        sample_failures: list[str] = []
+        sums, loss_failures = MetricSums(), []
+        with self._show_progress(own) as progress:
+            for place, (number, counts) in enumerate(own, start=1):
+                progress.set_postfix_str(f"video {place} of {len(own)}", refresh=False)
+                name = f"validation/{number:02d}"
+                with self._noted(name, sample_failures):
+                    latents = self.sample(transformer, number, progress)
+                    if counts:
+                        with self._noted(name, sample_failures, is_common=False):
+                            self.write(latents, videos[name].path, progress)
+            progress.set_postfix_str("loss", refresh=False)
+            with self._noted("the loss on held-out clips", loss_failures):
+                sums = self.sum_losses(transformer, progress)
+        metrics = self._gather(sums, len(sample_failures), len(loss_failures))
+        return metrics, {name: video for name, video in videos.items() if video.path.is_file()}
+
+    def _show_progress(self, own: list[tuple[int, bool]]) -> tqdm:
+        """A bar that counts passes of samplers, latent frames that are decoded, and held-out batches."""
+        num_frames, method = self.latent_shape[1], self.inputs.config.method
+        num_passes = len(method.block_lengths(num_frames)) * len(method.inference_timesteps())
+        num_decoded = sum(counts for _, counts in own) * num_frames
+        return show_progress(total=len(own) * num_passes + num_decoded + len(self.batches), desc="validation")
+
+    @contextlib.contextmanager
+    def _noted(self, name: str, failures: list[str], *, is_common: bool = True) -> Iterator[None]:
+        """Reports what its body raises, and notes it; but for a pass that others wait for, in common with this one."""
+        try:
+            yield
+        except Exception as error:
+            if is_common and is_sharded(self.accelerator) and self.accelerator.num_processes > 1:
+                raise
+            is_of_the_machine = isinstance(error, OSError | torch.OutOfMemoryError)
+            logger.error(
+                "%s failed (%s: %s); the run goes on",
+                name,
+                type(error).__name__,
+                error,
+                exc_info=None if is_of_the_machine else error,
+            )
+            failures.append(name)
+        if failures:  # outside of the handler, which holds the tensors of the failed pass
+            clear_device_cache(garbage_collection=True)
+
+    def _gather(self, sums: MetricSums, num_failed_samples: int, num_failed_losses: int) -> dict[str, float]:
+        """Metrics of all processes, on the main one."""
+        wait_for_all()  # some have more to sample than others
+        counts = torch.tensor([num_failed_samples, num_failed_losses], device=self.accelerator.device)
+        num_failed_samples, num_failed_losses = self.accelerator.reduce(counts).tolist()
+        failed = num_failed_samples + num_failed_losses
+        metrics = {"validation_failed": float(failed)} if failed else {}
+        if self.batches and not num_failed_losses:
+            sums.reduce_to_main(self.accelerator)
+            if self.accelerator.is_main_process:
+                losses = {"loss": float(sums.sums.pop("loss")), **self.inputs.summarize(sums.sums)}
+                metrics |= {f"validation_{name}": value for name, value in losses.items()}
+        return metrics
+
+    def sample(self, transformer: CausalWanTransformer3DModel, number: int, progress: tqdm) -> torch.Tensor:
+        """The latents of a prompt's video `(1, C, F, H, W)`, from noise of the prompt's own number."""
+        config = self.inputs.config
+        method, validation = config.method, config.validation
+        timesteps, generator = method.inference_timesteps().tolist(), sample_generator(self.inputs.seed, number)
+        sampler = method.student_sampler
+        noise = draw_noise(1, self.latent_shape, count_draws(len(timesteps), sampler), generator=generator)
+        pipeline = CausalWanPipeline(
+            tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer
+        )
+
+        def note(rollout: Rollout, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+            progress.update()
+            return latents
+
+        return pipeline.sample_latents(
+            self.inputs.embed([self.prompts[number]]),
+            noise.to(self.accelerator.device),
+            timesteps,
+            sampler=sampler,
+            negative_prompt_embeds=self.inputs.embed([""]) if validation.negative_prompts else None,
+            guidance_scale=validation.validation_guidance_scale,
+            cache_dtype=CACHE_DTYPES[config.memory.kv_cache_dtype],
+            on_step_end=note,
+        )
+
+    def write(self, latents: torch.Tensor, path: Path, progress: tqdm) -> None:
+        """Decodes latents `(1, C, F, H, W)` to an mp4, in memory that does not grow with the clip."""
+        vae, partial = self.inputs.vae, path.with_name(f"partial-{path.name}")
+        try:
+            with on_device(vae, self.accelerator.device), VideoWriter(partial) as writer:
+                for frames in decode_in_parts(vae, latents):
+                    writer.write(as_frames(frames[0]))
+                    progress.update(-(-frames.shape[2] // vae.config.scale_factor_temporal))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def sum_losses(self, transformer: CausalWanTransformer3DModel, progress: tqdm) -> MetricSums:
+        """The training loss on this process's held-out batches, as sums in all and by level."""
+        sums = MetricSums()
+        for batch, counts in self.batches:
+            loss, batch_sums = self.compute_loss(transformer, batch, self.num_items)
+            weight = float(counts)
+            sums.add({"loss": weight * loss, **{name: weight * value for name, value in batch_sums.items()}})
+            progress.update()
+        return sums

@@ -1,0 +1,1 @@
+"""From noise to a video, block after block."""

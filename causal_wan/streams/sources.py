@@ -1,0 +1,250 @@
+"""Data sets that are read as training goes, without a copy on disk: WebDataset tars, Parquet, JSON lines, local or on
+the hub, file after file.
+
+A clip comes with its bytes, or with a path below `dataset_base_path`. Nothing is decoded here.
+"""
+
+import glob
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tarfile import TarError
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    Value,
+    Video,
+    disable_progress_bars,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfFileSystem
+
+from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
+from causal_wan.video.decoding import resolve_path
+
+
+BUILDERS = {
+    ".tar": "webdataset",
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".ndjson": "json",
+}
+SAVED_DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
+LOADING_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, TarError)
+
+
+@dataclass(frozen=True)
+class StreamedVideo:
+    """A clip whose bytes came with the stream; opens like a path."""
+
+    content: bytes
+    name: str
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """The bytes as a file.
+
+        Raises:
+            ValueError: If it is to be written.
+        """
+        if mode != "rb":
+            raise ValueError(f"a streamed video can be read only, with mode rb, got {mode}.")
+        return io.BytesIO(self.content)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class StreamedRow:
+    """A row as it came, unchecked."""
+
+    file: int
+    row: int  # in the file, from 0
+    name: str  # for people
+    video: bytes | str | None
+    prompts: tuple[str, ...]  # those that are not blank, without white space around them
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.video or "")
+
+    def find_video(self, base: str | None) -> Path | StreamedVideo:
+        """The clip.
+
+        Args:
+            base: Folder that a path is relative to and must not leave; None where no path is allowed.
+
+        Raises:
+            ValueError: If there is none, or none that may be opened.
+        """
+        if not self.prompts:
+            raise ValueError("the prompt is empty")
+        if isinstance(self.video, bytes) and self.video:
+            return StreamedVideo(self.video, self.name)
+        if isinstance(self.video, bytes):
+            raise ValueError("the file is empty")
+        if self.video and base is None:
+            raise ValueError(
+                "the data set holds no bytes of the video, and no file may be opened; name the folder of its files "
+                "with --dataset_base_path"
+            )
+        return resolve_path(self.video, Path(base or ""))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A data set that is read file after file.
+
+    Args:
+        source: What was asked for.
+        dataset: Its columns and no others, undecoded.
+    """
+
+    source: Source
+    dataset: IterableDataset
+
+    @property
+    def num_files(self) -> int:
+        return self.dataset.num_shards
+
+    def split_further(self) -> "Stream":
+        """The same rows in more files, if the format allows it: Parquet by groups of rows."""
+        return Stream(self.source, self.dataset.reshard())
+
+    def read_file(self, file: int, start: int = 0) -> Iterator[StreamedRow]:
+        """The rows of a file in order, from a row on.
+
+        Raises:
+            RuntimeError: If the file cannot be read to its end.
+        """
+        row = -1
+        # `iter` reads all that it is given; going through a data set itself takes another share in each worker.
+        rows = self.dataset.shard(self.num_files, file).iter(batch_size=1)
+        try:
+            for row, columns in enumerate(rows):
+                if row >= start:
+                    yield self._make_row(file, row, {name: values[0] for name, values in columns.items()})
+        except (*LOADING_ERRORS, pa.ArrowException) as error:
+            raise RuntimeError(
+                f"file {file + 1} of {self.num_files} of {self.source.metadata_path} cannot be read after row "
+                f"{row + 1} ({type(error).__name__}: {error}). Repair or remove it, or see to the connection, then go "
+                "on with --resume_from_checkpoint latest."
+            ) from error
+
+    def _make_row(self, file: int, row: int, columns: dict[str, Any]) -> StreamedRow:
+        video, path = columns[self.source.video_column], None
+        if isinstance(video, dict):
+            path, video = video.get("path"), video.get("bytes")
+            if video is None and path and self._is_own_file(path):
+                video = HfFileSystem().cat_file(path)
+        name = f"row {row + 1} of file {file + 1} of {self.source.metadata_path}"
+        if path:
+            name += f" ({os.path.basename(path)})"
+        prompts = tuple(prompt for column in self.source.caption_column for prompt in _prompts(columns[column]))
+        return StreamedRow(file, row, name, path if video is None else video, prompts)
+
+    def _is_own_file(self, path: str) -> bool:
+        """Whether a path is a file in the hub's repository of this data set; no other address is opened."""
+        start = f"hf://datasets/{self.source.metadata_path}@"
+        return path.startswith(start) and not {"..", "."} & set(path.split("/")) and "::" not in path
+
+
+def _prompts(cell: str | Sequence[str | None] | None) -> Iterator[str]:
+    for text in [cell] if isinstance(cell, str) else cell or ():
+        if text and text.strip():
+            yield text.strip()
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def open_stream(source: Source) -> Stream:
+    """A data set to be read as training goes.
+
+    Args:
+        source: `metadata_path` is a tar, Parquet or JSON lines file, a folder of such, a folder that `datasets` saved,
+            the name of a data set on the hub, or the address of files (`hf://...`, `https://...`, with `*`).
+
+    Raises:
+        ValueError: If it cannot be opened, lacks a column, or holds something else in one.
+    """
+    disable_progress_bars()
+    is_saved = any((Path(source.metadata_path) / name).is_file() for name in SAVED_DATASET_FILES)
+    arguments = {} if is_saved else _loading_arguments(source)
+    try:
+        dataset = _load_saved(source) if is_saved else load_undecoded(arguments, streaming=True)
+    except LOADING_ERRORS as error:
+        causes = f"{error} {error.__cause__ or ''}".strip()
+        raise ValueError(f"{source.metadata_path} could not be opened as a stream: {causes}") from error
+    check_columns(dataset.features or (), source)
+    if isinstance(dataset.features[source.video_column], Video):
+        dataset = dataset.cast_column(source.video_column, Video(decode=False))
+    _check_video(dataset.features.arrow_schema.field(source.video_column).type, source)
+    check_captions(dataset.features.arrow_schema, source)
+    columns = dict.fromkeys([source.video_column, *source.caption_column])
+    return Stream(source, dataset.select_columns(list(columns)))
+
+
+def load_undecoded(arguments: dict[str, Any], *, streaming: bool) -> Dataset | IterableDataset:
+    """What `load_dataset` gives, but the videos in WebDataset tars as plain bytes.
+
+    As `Video`, it would drop the bytes of any clip whose name in the tar is also that of a file below the current
+    folder, and go by that file.
+    """
+    stream = load_dataset(**arguments, streaming=True)  # reads no more than the columns take
+    features = stream.features or Features()
+    if {"__key__", "__url__"} <= features.keys():
+        plain = {name: Value("binary") for name, feature in features.items() if isinstance(feature, Video)}
+        return load_dataset(**arguments, features=Features({**features, **plain}), streaming=streaming)
+    return stream if streaming else load_dataset(**arguments)
+
+
+def _check_video(kind: pa.DataType, source: Source) -> None:
+    is_video = pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+    if not (is_video or is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise ValueError(
+            f"{source.metadata_path} must hold videos in the column {source.video_column}, as Video, bytes or paths, "
+            f"but holds {kind}; name another with --video_column."
+        )
+
+
+def _load_saved(source: Source) -> IterableDataset:
+    dataset = load_from_disk(source.metadata_path)
+    if isinstance(dataset, DatasetDict):
+        if source.split not in dataset:
+            raise ValueError(f"it has no split {source.split}, but {', '.join(dataset)}.")
+        dataset = dataset[source.split]
+    return dataset.to_iterable_dataset(num_shards=max(1, min(len(dataset.cache_files), len(dataset))))
+
+
+def _loading_arguments(source: Source) -> dict[str, Any]:
+    """What `load_dataset` has to know of a source.
+
+    Raises:
+        ValueError: If it is nothing that can be streamed.
+    """
+    name = source.metadata_path
+    path, builder = Path(name), BUILDERS.get(Path(name).suffix.lower())
+    if builder and ("://" in name or path.is_file()):
+        return {"path": builder, "data_files": name if "://" in name else glob.escape(name), "split": "train"}
+    if path.is_dir():
+        for suffix, kind in BUILDERS.items():
+            if any(path.rglob(f"*{suffix}")):
+                return {"path": kind, "data_files": f"{glob.escape(name)}/**/*{suffix}", "split": "train"}
+        raise ValueError(f"{name} must hold {', '.join(BUILDERS)} files to be streamed, but has none.")
+    if not path.exists() and not path.suffix and name.count("/") == 1:
+        return {"path": name, "split": source.split, "revision": source.revision}
+    there = "" if path.exists() else ", which does not exist"
+    raise ValueError(
+        f"what is streamed must be {', '.join(BUILDERS)} files, a folder of them, or a data set on the hub "
+        f"(owner/name), got {name}{there}; a CSV is small, and read without --streaming."
+    )

@@ -1,0 +1,1 @@
+"""A check of a whole data set, and its report."""

@@ -1,0 +1,1 @@
+"""Tables of clips, of any kind, as rows."""

@@ -1,0 +1,213 @@
+"""CSV, JSONL and Parquet files, and folders of videos and texts -> Arrow tables of paths and prompts.
+
+Values stay text, whatever they look like: a prompt may be 123, None or a date.
+"""
+
+import csv
+import glob
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
+
+from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
+from causal_wan.video.decoding import resolve_path
+
+
+VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+CHUNK_ROWS = 1024
+MAX_SHOWN = 5
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_csv(path: Path, source: Source) -> Dataset:
+    """All values as text.
+
+    Raises:
+        ValueError: If the file is empty, no CSV, or lacks a column.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = (row for row in csv.reader(file) if row)
+            header, first_row = next(reader, None), next(reader, None)
+            while file.read(1 << 20):  # that all of it is text
+                pass
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8 ({error}); save it as CSV UTF-8.") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV ({error}); a quote may be open.") from None
+    if header is None:
+        raise ValueError(f"{path} must have a header and at least one row, but is empty.")
+    check_columns(header, source)
+    if first_row is None:
+        raise ValueError(f"{path} must have at least one row below its header, but has none.")
+    if len(first_row) > len(header):  # pandas would take the first column for row names, and shift the others
+        raise ValueError(
+            f"{path} must have {len(header)} fields a row, but its first row has {len(first_row)}; put quotes around "
+            "prompts with commas."
+        )
+    # As text, and no word taken for a missing value: a prompt may be 123 or None. A cache of its own, so that a
+    # changed file is read anew and nothing has to be writable.
+    features = Features({name: Value("string") for name in header})
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as cache_dir:
+        try:
+            table = datasets.load_dataset(
+                "csv",
+                data_files=glob.escape(str(path)),  # else rows[1].csv is not found, and rows*.csv several files
+                split="train",
+                features=features,
+                keep_default_na=False,
+                keep_in_memory=True,
+                cache_dir=cache_dir,
+            )
+        except DatasetGenerationError as error:
+            cause = str(error.__cause__).strip()
+            raise ValueError(
+                f"{path} must have {len(header)} fields a row ({cause}); put quotes around prompts with commas, and "
+                "close them."
+            ) from error
+    return table.select_columns([source.video_column, *source.caption_column]).with_format("arrow")
+
+
+def read_jsonl(path: Path, source: Source) -> pa.Table:
+    """One object a line; Arrow's own reader would take texts that look like times for times."""
+    names, chunks = {}, []
+    schema = pa.schema(
+        {source.video_column: pa.string()} | dict.fromkeys(source.caption_column, pa.list_(pa.string()))
+    )
+    with path.open(encoding="utf-8-sig") as file:
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        try:
+            while batch := list(itertools.islice(lines, CHUNK_ROWS)):
+                rows = []
+                for number, line in batch:
+                    values = _parse_line(line, number, path)
+                    names.update(dict.fromkeys(values))
+                    rows.append(_pick_values(values, number, source))
+                chunks.append(pa.Table.from_pylist(rows, schema))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} must be text in UTF-8 ({error}).") from None
+    if chunks:
+        check_columns(names, source)
+    return pa.concat_tables(chunks).combine_chunks() if chunks else schema.empty_table()
+
+
+def _parse_line(line: str, number: int, path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} must have a JSON object in each line, but line {number} is none ({error})."
+        ) from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} must have a JSON object in each line, but line {number} is of type {type(values).__name__}."
+        )
+    return values
+
+
+def _pick_values(values: dict[str, Any], number: int, source: Source) -> dict[str, Any]:
+    picked = {}
+    for name in (source.video_column, *source.caption_column):
+        value = values.get(name)
+        texts = value if isinstance(value, list) and name in source.caption_column else [value]
+        wrong = [text for text in texts if text is not None and not isinstance(text, str)]
+        if wrong:
+            wanted = "text" if name == source.video_column else "text or a list of texts"
+            raise ValueError(
+                f"{source.metadata_path}, line {number}: {name} must be {wanted}, but holds {wrong[0]!r:.100}; put "
+                "numbers in quotes."
+            )
+        try:
+            "".join(text or "" for text in texts).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{source.metadata_path}, line {number}: {name} is no Unicode text ({error}).") from None
+        picked[name] = value if name == source.video_column else texts
+    return picked
+
+
+def read_parquet(path: Path, source: Source) -> pa.Table:
+    """The columns of a Parquet file that a source names.
+
+    Raises:
+        ValueError: If the file cannot be read, or a column is missing or holds something else.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            check_columns(schema.names, source)
+            if not is_text(schema.field(source.video_column).type):
+                raise ValueError(
+                    f"{path} must hold paths as text in the column {source.video_column}, but holds "
+                    f"{schema.field(source.video_column).type}; with videos in it, load it with `datasets`, save "
+                    "that with save_to_disk, and name its folder."
+                )
+            check_captions(schema, source)
+            return file.read(columns=[source.video_column, *source.caption_column]).combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file that can be read ({error}).") from None
+
+
+# --- folders of videos and texts -------------------------------------------------------------------------------------
+
+
+def read_pairs(folder: Path) -> pa.Table:
+    """`name.mp4` with `name.txt`, at any depth, in the order of their names; columns video and prompt.
+
+    Raises:
+        ValueError: If there are none, or one of two is missing; names them.
+    """
+    videos, texts = [], set()
+    for name in sorted(_visible_files(folder)):
+        if Path(name).suffix.lower() in VIDEO_SUFFIXES:
+            videos.append(name)
+        elif Path(name).suffix.lower() == ".txt":
+            texts.add(name)
+    partner = {name: str(Path(name).with_suffix(".txt")) for name in videos}
+    alone = [f"{name} has no {text}" for name, text in partner.items() if text not in texts]
+    alone += [f"{name} has no video" for name in sorted(texts - set(partner.values()))]
+    if alone:
+        more = f", and {len(alone) - MAX_SHOWN} more" if len(alone) > MAX_SHOWN else ""
+        raise ValueError(
+            f"{folder} must have a text with the prompt beside each video, such as a.mp4 and a.txt: "
+            f"{', '.join(alone[:MAX_SHOWN])}{more}."
+        )
+    if not videos:
+        raise ValueError(
+            f"{folder} must hold videos with texts beside them, such as a.mp4 and a.txt, or a `datasets` data set, "
+            "but has no video; name a table in it by its file."
+        )
+    prompts = [_read_text(text, folder) for text in partner.values()]
+    return pa.table({"video": pa.array(videos, pa.string()), "prompt": pa.array(prompts, pa.string())})
+
+
+def _visible_files(folder: Path) -> Iterator[str]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith("."):  # macOS leaves ._a.mp4 beside a.mp4
+                yield os.path.relpath(os.path.join(root, name), folder)
+
+
+def _read_text(name: str, folder: Path) -> str:
+    try:
+        return resolve_path(name, folder).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder / name} must be text in UTF-8 ({error}).") from None
+    except ValueError as error:
+        path = folder / name
+        if path.is_file() and not path.stat().st_size:
+            return ""  # found later, as a row without a prompt
+        raise ValueError(f"{path} must be a text below {folder}: {error}.") from None

@@ -1,0 +1,146 @@
+"""Which tables of clips there are, and how each is read: its columns, its folder, its share of the samples."""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from causal_wan.config.ranges import PositiveFloat, checked_dataclass
+
+
+FILE_SUFFIXES = {".csv", ".jsonl", ".ndjson", ".parquet"}
+
+
+@checked_dataclass
+class Source:
+    """A table, and how to read it."""
+
+    metadata_path: str
+    dataset_base_path: str | None = None
+    video_column: str = "video"
+    caption_column: tuple[str, ...] = ("prompt",)
+    weight: PositiveFloat | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+def check_columns(names: Iterable[str], source: Source) -> None:
+    """Checks that a table has the columns that its source names.
+
+    Raises:
+        ValueError: If not; names those there are.
+    """
+    names = list(names)
+    if not {source.video_column, *source.caption_column} <= set(names):
+        raise ValueError(
+            f"{source.metadata_path} must have the columns {source.video_column} and "
+            f"{' and '.join(source.caption_column)}, but has {', '.join(names)}; name yours with --video_column and "
+            "--caption_column."
+        )
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values of a type are texts, or all missing."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values of a type are lists."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def check_captions(schema: pa.Schema, source: Source) -> None:
+    """Checks that the columns of prompts hold texts, or lists of them.
+
+    Raises:
+        ValueError: If not; names the column.
+    """
+    for name in source.caption_column:
+        kind = schema.field(name).type
+        if not is_text(kind) and not (is_list(kind) and is_text(kind.value_type)):
+            raise ValueError(
+                f"{source.metadata_path} must hold text or lists of text in the column {name}, but holds {kind}; "
+                "convert it, or name another with --caption_column."
+            )
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name can be that of a data set on the hub, and none of a file."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and Path(name).suffix.lower() not in FILE_SUFFIXES
+
+
+# --- several tables --------------------------------------------------------------------------------------------------
+
+
+def read_sources(path: str) -> list[Source]:
+    """The tables that a YAML file lists; paths in it are relative to the file.
+
+    Raises:
+        ValueError: If it is not there or no list of mappings, if a key or value is none of `Source`, or if some tables
+            have weights and others have none.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"dataset_config must name a YAML file, but {path} does not exist.")
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be valid YAML: {error}") from None
+    if not isinstance(loaded, list) or not loaded or not all(isinstance(item, dict) for item in loaded):
+        raise ValueError(
+            f"{path} must be a list of tables, each a mapping that begins with `- metadata_path:`, got "
+            f"{type(loaded).__name__}."
+        )
+    sources = [_parse_source(item, number, path) for number, item in enumerate(loaded, 1)]
+    without = [number for number, source in enumerate(sources, 1) if source.weight is None]
+    if 0 < len(without) < len(sources):
+        raise ValueError(
+            f"{path} must give a weight to all tables or to none, but {', '.join(map(str, without))} of "
+            f"{len(sources)} have none."
+        )
+    return sources
+
+
+def _parse_source(item: dict[Any, Any], number: int, path: str) -> Source:
+    where, names = f"{path}, table {number}", [field.name for field in dataclasses.fields(Source)]
+    values = {}
+    for key, value in item.items():
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}."
+            raise ValueError(f"{where}: {key!r} is not a setting of a table; {hint}")
+        values[key] = _parse_value(key, value, where)
+    if values.get("metadata_path") is None:
+        raise ValueError(f"{where}: metadata_path must be given.")
+    values = {key: value for key, value in values.items() if value is not None}
+    folder = Path(path).parent
+    beside = folder / values["metadata_path"]
+    if beside.exists() or not is_hub_name(values["metadata_path"]):
+        values["metadata_path"] = str(beside)
+    if "dataset_base_path" in values:
+        values["dataset_base_path"] = str(folder / values["dataset_base_path"])
+    return Source(**values)
+
+
+def _parse_value(key: str, value: Any, where: str) -> Any:
+    if value is None:
+        return None
+    if key == "weight":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{where}: weight must be a number above 0, got {value!r}; leave the table out instead.")
+        return float(value)
+    if key == "caption_column":
+        columns = value if isinstance(value, list) else [value]
+        if not columns or not all(isinstance(column, str) for column in columns):
+            raise ValueError(f"{where}: caption_column must be a name or a list of names, got {value!r}.")
+        return tuple(columns)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key} must be text, got {value!r}; put it in quotes.")
+    return value

@@ -1,0 +1,1 @@
+"""The loop, its setup, strategies, checkpoints and logs."""

@@ -1,0 +1,301 @@
+"""Checkpoints of a run: written beside and renamed, found again, rotated."""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed import is_initialized
+from torch.distributed.checkpoint import CheckpointException
+
+from causal_wan.config.changed_settings import SETTINGS_NAME
+from causal_wan.config.parsing import write_recipe
+from causal_wan.processes import cpu_group, gather_lists, wait_for_all
+from causal_wan.training.checkpoint_checks import (
+    DEEPSPEED_NAME,
+    EMA_NAME,
+    FSDP_NAME,
+    TRAINABLE_WEIGHTS_NAME,
+    WHOLE_NAMES,
+    find_damage,
+)
+
+
+logger = logging.getLogger(__name__)
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. Partial ones have another name and are not among them."""
+    named = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+    return sorted(filter(Path.is_dir, named), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of one of a run's own checkpoints."""
+    return int(checkpoint.name.partition("-")[2])
+
+
+def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None) -> None:
+    """Checks that a new run does not write among the checkpoints of an older one, and that one to resume is there.
+
+    Raises:
+        ValueError: If so.
+    """
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise ValueError(f"output_dir must be a folder, but {output_dir} is a file; use another one.")
+    checkpoints = list_checkpoints(output_dir)
+    if checkpoints and resume_from_checkpoint is None:
+        raise ValueError(
+            f"output_dir must be new, or the run in it resumed, but {output_dir} holds {checkpoints[-1].name}; add "
+            "--resume_from_checkpoint latest to go on, or use another --output_dir."
+        )
+    find_checkpoint(resume_from_checkpoint, output_dir)
+
+
+def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> Path | None:
+    """The checkpoint to resume from; None starts anew. `latest` passes over those that are damaged.
+
+    Raises:
+        ValueError: If a path is given that is no checkpoint, or a damaged one; if all are damaged.
+    """
+    if resume_from_checkpoint is None:
+        return None
+    checkpoints = list_checkpoints(output_dir)
+    if resume_from_checkpoint == "latest":
+        whole = next((path for path in reversed(checkpoints) if find_damage(path) is None), None)
+        if checkpoints and whole is None:
+            raise ValueError(
+                f"at least one checkpoint in {output_dir} must be whole, but none is "
+                f"({describe_damaged(checkpoints)}); remove them to start anew."
+            )
+        return whole
+    path = Path(resume_from_checkpoint)
+    if not path.is_dir():
+        path = Path(output_dir) / resume_from_checkpoint
+    if not path.is_dir():
+        names = ", ".join(checkpoint.name for checkpoint in checkpoints) or "none"
+        what = "is a file" if path.exists() or Path(resume_from_checkpoint).exists() else "does not exist"
+        raise ValueError(
+            f"resume_from_checkpoint must be `latest` or a checkpoint folder, got {resume_from_checkpoint!r}, which "
+            f"{what}; {output_dir} has: {names}."
+        )
+    if inside := list_checkpoints(path):
+        raise ValueError(
+            f"resume_from_checkpoint must be `latest` or a checkpoint folder, got {resume_from_checkpoint!r}, the "
+            f"output folder of a run; its newest checkpoint is {inside[-1]}."
+        )
+    if damage := find_damage(path):
+        raise ValueError(f"{path} must be a whole checkpoint of a training run, but {damage}; use another one.")
+    return path
+
+
+def passed_over(checkpoint: Path | None, output_dir: str | Path) -> list[Path]:
+    """Checkpoints in a run's folder that are newer than the one it goes on from."""
+    checkpoints = list_checkpoints(output_dir)
+    return checkpoints[checkpoints.index(checkpoint) + 1 :] if checkpoint in checkpoints else []
+
+
+def set_aside(checkpoints: list[Path]) -> None:
+    """Gives checkpoints another name: a run that goes on from an earlier one is another run from there on."""
+    for checkpoint in checkpoints:
+        target = checkpoint.with_name(f"set-aside-{checkpoint.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            checkpoint.rename(target)
+
+
+def describe_damaged(checkpoints: list[Path]) -> str:
+    """What is wrong with each of some checkpoints, if anything is."""
+    return "; ".join(f"{path.name}: {find_damage(path) or 'whole, but newer'}" for path in checkpoints)
+
+
+def save_checkpoint(
+    accelerator: Any,
+    output_dir: str | Path,
+    step: int,
+    *,
+    ema: EMAModel | None,
+    total_limit: int | None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Writes `checkpoint-STEP` beside and renames it, so that a kill leaves no half of one; then drops old ones.
+
+    What cannot be written (a full disk, a folder that became read-only) is reported and leaves the older ones alone.
+
+    Args:
+        accelerator: Of the run.
+        output_dir: Of the run.
+        step: That is done.
+        ema: The moving average, if there is one.
+        total_limit: How many checkpoints are kept; None is all.
+        settings: Of the run, as a recipe: kept with the checkpoint, for runs that resume it.
+    """
+    final = Path(output_dir) / f"checkpoint-{step}"
+    written = final.with_name(f"partial-{final.name}")
+    if accelerator.is_main_process:
+        for left_by_a_kill in Path(output_dir).glob("partial-checkpoint-*"):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    wait_for_all()
+    parts = [partial(_write_state, accelerator, written, settings)]
+    if ema is not None:
+        parts.append(partial(_write_average, written, ema))
+    # Agreed on for each part: one process alone may write the first, and all have to come to the second.
+    is_complete = all(all(gather_lists([_try_to_write(part, written)])) for part in parts)
+    if accelerator.is_main_process:
+        if is_complete and _try_to_write(partial(_put_in_place, written, final), final):
+            older = [checkpoint for checkpoint in list_checkpoints(output_dir) if step_of(checkpoint) <= step]
+            for old in older[:-total_limit] if total_limit is not None else []:
+                _remove(old)
+        else:
+            shutil.rmtree(written, ignore_errors=True)
+    wait_for_all()
+
+
+def _write_state(accelerator: Any, folder: Path, settings: dict[str, Any] | None) -> None:
+    accelerator.save_state(str(folder))
+    if settings is not None and accelerator.is_main_process:
+        write_recipe(settings, folder / SETTINGS_NAME)
+
+
+def _write_average(folder: Path, ema: EMAModel) -> None:
+    where = {"checkpoint_id": folder / EMA_NAME, "process_group": cpu_group()}
+    dcp.save(_ema_state(ema), **where, no_dist=not is_initialized())
+
+
+def _put_in_place(written: Path, final: Path) -> None:
+    shutil.rmtree(final, ignore_errors=True)
+    written.rename(final)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint; renamed first, so that a kill leaves no half of one under its name."""
+    renamed = checkpoint.with_name(f"partial-{checkpoint.name}")
+    with contextlib.suppress(OSError):
+        checkpoint.rename(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
+
+
+def _try_to_write(write: Callable[[], None], folder: Path) -> bool:
+    """Writes a part of a checkpoint into a folder and returns whether that went well."""
+    try:
+        write()
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # as each library reports it
+        logger.error(
+            "%s could not be written (%s: %s). The run goes on and keeps older checkpoints; make room for the next.",
+            folder,
+            type(error).__name__,
+            error,
+        )
+        return False
+    return True
+
+
+def load_ema(ema: EMAModel, checkpoint: Path) -> None:
+    """Loads the moving average of a checkpoint, whatever the number of processes that wrote it."""
+    state = _ema_state(ema)
+    where = {"checkpoint_id": checkpoint / EMA_NAME, "process_group": cpu_group()}
+    dcp.load(state, **where, no_dist=not is_initialized())
+    ema.optimization_step = int(state["optimization_step"])
+
+
+def _ema_state(ema: EMAModel) -> dict[str, torch.Tensor]:
+    """The average as tensors, whole or sharded as the weights are; loading writes into those of the weights."""
+    state = {f"shadow_params.{index}": shadow for index, shadow in enumerate(ema.shadow_params)}
+    return state | {"optimization_step": torch.tensor(ema.optimization_step)}
+
+
+def read_weights(
+    checkpoint: Path, trainable: dict[str, torch.Tensor], *, average: bool = True
+) -> dict[str, torch.Tensor]:
+    """The trained weights of a checkpoint of any strategy, whole and in float32.
+
+    Args:
+        checkpoint: Folder.
+        trainable: Weights of the model by name; their shapes and order count, not their values.
+        average: Whether to take the moving average, if there is one.
+
+    Raises:
+        ValueError: If names or shapes are not those of the checkpoint.
+    """
+    weights = {name: torch.empty(weight.shape) for name, weight in trainable.items()}
+    if average and (checkpoint / EMA_NAME).is_dir():
+        _read_shards(
+            {f"shadow_params.{i}": weight for i, weight in enumerate(weights.values())}, checkpoint / EMA_NAME
+        )
+    elif (checkpoint / FSDP_NAME).is_dir():
+        _read_shards({f"model.{name}": weight for name, weight in weights.items()}, checkpoint / FSDP_NAME)
+    else:
+        read = _read_files(checkpoint)
+        if not weights.keys() <= read.keys():
+            missing = sorted(weights.keys() - read.keys())
+            raise ValueError(f"{checkpoint} must hold the weights that the run trains, but lacks {missing[:3]}, ...")
+        weights = {name: read[name].float() for name in weights}
+    return weights
+
+
+def _read_shards(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Reads a folder of torch.distributed.checkpoint into tensors.
+
+    Raises:
+        ValueError: If a name or a shape is not that of the folder.
+    """
+    try:
+        dcp.load(weights, checkpoint_id=folder, no_dist=True)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{folder} must hold the weights that the run trains: {reason}") from None
+
+
+def _read_files(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint that is whole, or DeepSpeed's."""
+    for name in WHOLE_NAMES:
+        if (checkpoint / name).is_file():
+            return load_file(checkpoint / name)
+    if not (checkpoint / DEEPSPEED_NAME).is_dir():
+        raise ValueError(f"{checkpoint} must be a checkpoint of a training run, but has no weights in it.")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return get_fp32_state_dict_from_zero_checkpoint(
+        str(checkpoint), tag=DEEPSPEED_NAME, exclude_frozen_parameters=True
+    )
+
+
+def checkpoint_trainable_weights_only(accelerator: Any) -> None:
+    """Makes checkpoints hold the trainable weights alone: a LoRA run need not store its frozen base each time."""
+
+    def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
+        weights.clear()  # tells accelerate that they are dealt with
+        if accelerator.is_main_process:
+            for model in models:
+                save_file(_trainable_state(accelerator.unwrap_model(model)), Path(output_dir) / TRAINABLE_WEIGHTS_NAME)
+
+    def load(models: list[torch.nn.Module], input_dir: str) -> None:
+        while models:
+            model = accelerator.unwrap_model(models.pop())
+            saved, own = load_file(Path(input_dir) / TRAINABLE_WEIGHTS_NAME), _trainable_state(model)
+            if saved.keys() != own.keys():
+                raise ValueError(
+                    f"{input_dir} must come from a run with the same trainable weights; "
+                    f"{len(saved.keys() ^ own.keys())} names differ, first "
+                    f"{sorted(saved.keys() ^ own.keys())[:3]}. Use the same LoRA settings."
+                )
+            model.load_state_dict(saved, strict=False)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }

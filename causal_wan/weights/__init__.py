@@ -1,0 +1,1 @@
+"""Files of weights, by every name they go by."""
