@@ -71,7 +71,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from causal_wan.survey.records import (
+from causal_wan.data.buckets import clip_shapes
+from causal_wan.data.clips import load_video
+from causal_wan.data.frames import min_num_frames, num_sampleable_frames
+from causal_wan.data.rows import Row, find_video, read_tables
+from causal_wan.seeds import RandomStream, seeded_generator
+from causal_wan.survey.report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
+from causal_wan.survey.row_checks import (
     FACTS,
     NUM_LOOKS,
     WHOLE_FILE_BYTES,
@@ -80,20 +86,9 @@ from causal_wan.survey.records import (
     check_rows,
     hash_bytes,
 )
-from causal_wan.survey.report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
 from causal_wan.survey.survey import BLACK_LUMA, STATIC_MOTION, Survey, count_reason
-from causal_wan.tables.rows import Tables
-from causal_wan.video.decoding import describe_error
-from dataset_utils import (
-    Row,
-    clip_shapes,
-    find_video,
-    load_video,
-    min_num_frames,
-    num_sampleable_frames,
-    read_tables,
-    seeded_generator,
-)
+from causal_wan.tables.table import Tables
+from causal_wan.video.opening import describe_error
 
 
 NUM_STRIP_FRAMES = 6
@@ -252,7 +247,7 @@ def strips(table: Tables, survey: Survey, indices: np.ndarray, config: Config) -
             shown = {name: facts[name].item() for name in ("height", "width")}
             row = Row(table_row.number, video, table_row.prompts, int(facts["frames"]), float(facts["rate"]), **shown)
             shape = clip_shapes(row, config.data)[-1]
-            clip, _ = load_video(row, shape, config.data, seeded_generator(config.seed, 0, index))
+            clip, _ = load_video(row, shape, config.data, seeded_generator(config.seed, RandomStream.CLIP, index))
         except (ValueError, OSError, av.FFmpegError) as error:  # it was removed or changed meanwhile
             entries.append(entry(table, index, note=describe_error(error)))
             continue

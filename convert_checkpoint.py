@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from causal_wan.basics import LoraNames
+from causal_wan.config.choices import LoraNames
 from causal_wan.config.parsing import parse_config, user_errors, write_recipe
 from causal_wan.config.ranges import PositiveInt, checked_dataclass
 
@@ -54,20 +54,14 @@ from safetensors.torch import save_file
 from causal_wan.config.changed_settings import SETTINGS_NAME, read_settings
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.progress import announced
+from causal_wan.records.checkpoint_weights import read_weights
 from causal_wan.results.export import export_pipeline
 from causal_wan.results.student import read_run as read_student
 from causal_wan.results.student import resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
-from causal_wan.training.checkpoints import read_weights
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, save_lora
 from causal_wan.weights.lora_names import find_lora, lora_file, read_lora
-from causal_wan.weights.parts import (
-    LORA_WEIGHTS_NAME,
-    add_lora,
-    causal_settings,
-    load_transformer,
-    save_lora,
-    save_transformer,
-)
+from causal_wan.weights.transformer import causal_settings, load_transformer, save_transformer
 from causal_wan.weights.wan_names import COMFYUI_PREFIX, infer_architecture, read_state, to_diffusers, to_original
 
 

@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from causal_wan.basics import MAX_VBENCH_SAMPLES, LpipsNet, Sampler
+from causal_wan.config.choices import MAX_VBENCH_SAMPLES, LpipsNet
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import (
     GuidanceScale,
@@ -47,6 +47,7 @@ from causal_wan.config.ranges import (
 )
 from causal_wan.data.settings import ClipShape, DataConfig
 from causal_wan.methods.settings import RegressionConfig, method_of_run
+from causal_wan.timesteps import Sampler
 
 
 @checked_dataclass
@@ -120,21 +121,23 @@ import torch
 from diffusers import WanPipeline
 from tqdm.auto import tqdm
 
+from causal_wan.data.clips import load_video
+from causal_wan.data.rows import load_rows
 from causal_wan.evaluation.figures import Judges, Sample, measure, measure_clips
 from causal_wan.evaluation.heldout_loss import heldout_statistics, summarize_heldout_loss
 from causal_wan.evaluation.learned_metrics import ClipScore, load_lpips
 from causal_wan.evaluation.report import write_metrics, write_report, write_videos
 from causal_wan.evaluation.vbench_export import VBenchExport, read_vbench_prompts
 from causal_wan.evaluation.video_metrics import first_frames_of_blocks
-from causal_wan.methods.noising import sample_generator
-from causal_wan.model.encoding import check_video_size, encode_prompts, pad_prompt_embeds
 from causal_wan.model.streaming_vae import decode_in_parts
+from causal_wan.model.text import encode_prompts, pad_prompt_embeds
+from causal_wan.model.vae import check_video_size
 from causal_wan.progress import PATIENCE, announced, show_progress
 from causal_wan.results.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.rollout import Rollout
+from causal_wan.seeds import noise_generator
 from causal_wan.weights.parts import load_vae
-from dataset_utils import load_rows, load_video
 
 
 def main(config: Config) -> None:
@@ -265,7 +268,7 @@ def sample_student(
     with announced(f"embedding {len(texts)} prompt(s)"):
         embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
     size, steps = (settings.num_frames, settings.height, settings.width), (settings.timesteps,)
-    generator = sample_generator(seed, number)
+    generator = noise_generator(seed, number)
     noise = pipeline.draw_noise(1, *size, *steps, sampler=settings.sampler, generator=generator).to(device)
     prompt_embeds = pad_prompt_embeds(embeds, settings.max_sequence_length).to(device, dtype)
     ends: list[float] = []
@@ -336,7 +339,7 @@ def sample_base(settings: SamplingSettings, config: Config, pipeline: WanPipelin
         width=settings.width,
         num_inference_steps=config.num_base_steps,
         guidance_scale=config.guidance_scale,
-        generator=sample_generator(config.seed, number),
+        generator=noise_generator(config.seed, number),
         output_type="pt",
     ).frames[0]
     _wait_for(pipeline.transformer.device)

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from causal_wan.basics import FRAME_RATE, Sampler
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import (
     AttentionWindow,
@@ -35,6 +34,8 @@ from causal_wan.config.ranges import (
     checked_dataclass,
 )
 from causal_wan.config.settings import KVCacheDtype
+from causal_wan.geometry import FRAME_RATE
+from causal_wan.timesteps import Sampler
 
 
 @checked_dataclass
@@ -124,12 +125,13 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from causal_wan.methods.noising import sample_generator
-from causal_wan.model.encoding import check_video_size, encode_prompts, pad_prompt_embeds
+from causal_wan.model.text import encode_prompts, pad_prompt_embeds
+from causal_wan.model.vae import check_video_size
 from causal_wan.processes import wait_for_all
 from causal_wan.progress import announced
 from causal_wan.results.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.seeds import noise_generator
 from causal_wan.tables.prompts import read_prompts_file
 from causal_wan.video.writing import VideoWriter, as_frames
 
@@ -234,7 +236,7 @@ def sample(
         height=settings.height,
         width=settings.width,
         video=given,
-        generator=sample_generator(config.seed, number),
+        generator=noise_generator(config.seed, number),
         output_type="pt",
         callback_on_step_end=note_step,
         cache_dtype=settings.cache_dtype,

@@ -87,17 +87,22 @@ from diffusers import AutoencoderKLWan
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from causal_wan.basics import beside_fp8
-from causal_wan.cache.cached_data import CachedData, drop_damaged, open_cache
+from causal_wan.cache.encoded_clips import CachedData
+from causal_wan.cache.opening import drop_damaged, open_cache
 from causal_wan.cache.tensor_cache import GIB, CacheWriter, check_disk, free_bytes, remove_stale_shards
+from causal_wan.data.clips import VideoDataset, normalize_videos
+from causal_wan.data.descriptions import describe_rows
+from causal_wan.data.rows import Row
 from causal_wan.data.shared_memory import check_shared_memory, collate_shared, shared_memory_here, worker_settings
+from causal_wan.data.workers import name_clips_of_dead_workers
 from causal_wan.memory.levers import cut_up_vae
-from causal_wan.model.encoding import encode_prompts, encode_videos
+from causal_wan.model.text import encode_prompts
+from causal_wan.model.vae import encode_videos
 from causal_wan.processes import PATIENCE, gather_lists, wait_for_all
 from causal_wan.runs.data import load_run_data
-from causal_wan.training.loop import EXIT_STOPPED, StopRequest
+from causal_wan.training.stopping import EXIT_STOPPED, StopRequest
+from causal_wan.training.strategies import beside_fp8
 from causal_wan.weights.parts import DTYPES, load_text_encoder, load_vae
-from dataset_utils import Row, VideoDataset, describe_rows, name_clips_of_dead_workers, normalize_videos
 
 
 PROMPT_BYTES = 1 << 20  # about what an embedding of UMT5-XXL takes in 16 bits, of a prompt of 128 tokens

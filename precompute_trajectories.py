@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from causal_wan.basics import frame_block_lengths
+from causal_wan.blocks import frame_block_lengths
 from causal_wan.config.parsing import names_of, parse_config, user_errors
 from causal_wan.config.ranges import GuidanceScale, PositiveInt, Seed, checked_dataclass
 from causal_wan.config.settings import (
@@ -106,23 +106,25 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
-from causal_wan.basics import beside_fp8
-from causal_wan.cache.cached_data import CachedData, drop_damaged, open_cache
+from causal_wan.cache.encoded_clips import CachedData
+from causal_wan.cache.opening import drop_damaged, open_cache
 from causal_wan.cache.tensor_cache import GIB, CacheWriter, TensorCache, check_disk, free_bytes, remove_stale_shards
+from causal_wan.cache.trajectories import FOLDER, TrajectoryName, student_settings
 from causal_wan.data.file_manifest import FileManifest
-from causal_wan.model.encoding import check_video_size, pad_prompt_embeds
+from causal_wan.data.rows import read_tables
+from causal_wan.model.text import pad_prompt_embeds
 from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.model.vae import check_video_size
 from causal_wan.processes import PATIENCE, gather_lists
 from causal_wan.progress import show_progress
 from causal_wan.results.teacher import Teacher, find_teacher, identify_teacher, load_teacher
 from causal_wan.runs.parts import weight_dtype
 from causal_wan.runs.prompt_embeddings import embed_prompts
-from causal_wan.runs.trajectory_data import FOLDER, TrajectoryName, student_settings
 from causal_wan.sampling.trajectories import sample_trajectories, trajectory_timesteps
 from causal_wan.tables.prompts import read_prompts_file
-from causal_wan.training.loop import EXIT_STOPPED, StopRequest
+from causal_wan.training.stopping import EXIT_STOPPED, StopRequest
+from causal_wan.training.strategies import beside_fp8
 from causal_wan.weights.parts import DTYPES, load_vae_config
-from dataset_utils import read_tables
 
 
 def main(config: Config) -> None:

@@ -29,7 +29,8 @@ class Config:
 if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
     config = parse_config(Config, description=__doc__)
 
-from causal_wan.results.hub import describe, open_repository, upload_result
+from causal_wan.results.model_card import describe
+from causal_wan.results.uploads import open_repository, upload_result
 
 
 def main(config: Config) -> None:

@@ -52,11 +52,12 @@ from causal_wan.devices import to_device
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.methods.losses import frame_losses, masked_sum_over_count
 from causal_wan.methods.noising import draw_noisy_batch
+from causal_wan.methods.trajectories import take_noisy_batch
 from causal_wan.runs.inputs import Inputs
 from causal_wan.runs.regression import load_held_out_clips, run_regression
 from causal_wan.runs.trajectory_data import TrajectoryData, load_trajectory_data
-from causal_wan.sampling.trajectories import take_noisy_batch
-from causal_wan.training.loop import Batch, Sums
+from causal_wan.training.loop import Sums
+from causal_wan.training.steps import Batch
 
 
 def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:

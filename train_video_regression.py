@@ -44,7 +44,8 @@ from causal_wan.methods.losses import frame_losses, masked_sum_over_count
 from causal_wan.methods.noising import draw_noisy_batch
 from causal_wan.runs.inputs import Inputs
 from causal_wan.runs.regression import run_regression
-from causal_wan.training.loop import Batch, Sums
+from causal_wan.training.loop import Sums
+from causal_wan.training.steps import Batch
 
 
 def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:

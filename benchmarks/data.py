@@ -32,16 +32,17 @@ from diffusers import AutoencoderKLWan
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from causal_wan.cache.cached_data import CachedClips, CachedData, Encoders
+from causal_wan.cache.encoded_clips import CachedClips, CachedData, Encoders
 from causal_wan.cache.tensor_cache import CacheWriter, TensorCache
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.ranges import PositiveInt, checked_dataclass
+from causal_wan.data.clips import VideoDataset, load_video, normalize_videos
+from causal_wan.data.rows import Row, load_rows
 from causal_wan.data.settings import ClipShape, DataConfig
 from causal_wan.methods.noising import draw_noisy_batch
 from causal_wan.methods.settings import RegressionConfig
-from causal_wan.model.encoding import encode_videos
+from causal_wan.model.vae import encode_videos
 from causal_wan.weights.parts import load_vae
-from dataset_utils import Row, VideoDataset, load_rows, load_video, normalize_videos
 
 
 SHAPES = {"small": ClipShape(81, 64, 112), "1.3b": ClipShape(81, 480, 832)}

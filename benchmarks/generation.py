@@ -11,9 +11,9 @@ from diffusers import AutoencoderKLWan
 from layers import run_passes
 
 from causal_wan.flow import add_noise, latents_from_velocity, sampling_timesteps, sigmas_from_timesteps
-from causal_wan.model.encoding import encode_in_passes, encode_videos
 from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.model.vae import encode_in_passes, encode_videos
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.rollout import draw_noise
 

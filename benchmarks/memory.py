@@ -46,13 +46,15 @@ from causal_wan.memory.plan import (
     with_vae,
 )
 from causal_wan.memory.simulation import PeakMemory, ValidationWorkload, Workload
-from causal_wan.model.encoding import encode_videos
 from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.model.vae import encode_videos
 from causal_wan.sampling.pipeline import CausalWanPipeline
-from causal_wan.training.setup import make_optimizer, trainable_parameters
-from causal_wan.weights.parts import add_lora, load_transformer
+from causal_wan.training.setup import make_optimizer
+from causal_wan.training.weights import trainable_parameters
+from causal_wan.weights.lora import add_lora
+from causal_wan.weights.transformer import load_transformer
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

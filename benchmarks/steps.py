@@ -15,7 +15,7 @@ from bench import Bench, table
 from flops import count_forward_flops
 from layers import run_passes
 
-from causal_wan.basics import frame_block_lengths
+from causal_wan.blocks import frame_block_lengths
 from causal_wan.config.settings import TrainingConfig
 from causal_wan.training.loop import train
 from causal_wan.training.profiling import draw_parts

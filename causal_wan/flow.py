@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from causal_wan.basics import NUM_TRAIN_TIMESTEPS, Sampler, check_denoising_step_list, check_timestep_shift
+from causal_wan.timesteps import NUM_TRAIN_TIMESTEPS, Sampler, check_denoising_step_list, check_timestep_shift
 
 
 DEFAULT_TIMESTEP_SHIFT = 5.0  # of sampling in many steps: what WAN and Self Forcing use

@@ -19,8 +19,8 @@ from test_video_files import write_video
 
 from causal_wan.config.parsing import parse_config
 from causal_wan.data.settings import DataConfig
-from causal_wan.survey import records as row_records
-from causal_wan.survey.records import FACTS
+from causal_wan.survey import row_checks
+from causal_wan.survey.row_checks import FACTS
 from causal_wan.survey.survey import Survey, generalize, histogram_of_numbers, suggest
 from check_dataset import TRAINING_SETTINGS, Config, main
 
@@ -119,13 +119,13 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture
 def decoded(monkeypatch):
     """The files that are decoded for records, in this process."""
-    files, decode = [], row_records.decode_frames
+    files, decode = [], row_checks.decode_frames
 
     def count(video, *args, **more):
         files.append(video.name)
         return decode(video, *args, **more)
 
-    monkeypatch.setattr(row_records, "decode_frames", count)
+    monkeypatch.setattr(row_checks, "decode_frames", count)
     return files
 
 
@@ -257,12 +257,12 @@ def test_other_settings_and_rows_in_another_order_need_no_decoding(folder, decod
 
 
 def test_a_check_that_was_killed_goes_on_and_ends_with_the_same_report(folder, decoded, monkeypatch):
-    monkeypatch.setattr(row_records, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(row_checks, "CHUNK_ROWS", 3)
     main(config(folder))
     whole = page(folder)
     shutil.rmtree(folder / "out")
     decoded.clear()
-    count = row_records.decode_frames
+    count = row_checks.decode_frames
 
     def killed(video, *args, **more):
         if len(decoded) == 5:
@@ -270,7 +270,7 @@ def test_a_check_that_was_killed_goes_on_and_ends_with_the_same_report(folder, d
         return count(video, *args, **more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(row_records, "decode_frames", killed)
+        patch.setattr(row_checks, "decode_frames", killed)
         main(config(folder))
     records = folder / "out" / "records.jsonl"
     num_done = len(records.read_bytes().splitlines())
@@ -285,7 +285,7 @@ def test_a_check_that_was_killed_goes_on_and_ends_with_the_same_report(folder, d
 
 
 def test_processes_find_what_one_finds(folder, monkeypatch):
-    monkeypatch.setattr(row_records, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(row_checks, "CHUNK_ROWS", 2)
     main(config(folder))
     alone = page(folder)
     shutil.rmtree(folder / "out")
@@ -294,15 +294,15 @@ def test_processes_find_what_one_finds(folder, monkeypatch):
 
 
 def test_a_file_that_kills_the_decoder_is_a_bad_row_and_the_others_are_checked(folder, monkeypatch):
-    monkeypatch.setattr(row_records, "CHUNK_ROWS", 2)
-    decode = row_records.decode_frames
+    monkeypatch.setattr(row_checks, "CHUNK_ROWS", 2)
+    decode = row_checks.decode_frames
 
     def dies(video, *args, **more):
         if video.name == "2.mp4":
             os._exit(1)
         return decode(video, *args, **more)
 
-    monkeypatch.setattr(row_records, "decode_frames", dies)
+    monkeypatch.setattr(row_checks, "decode_frames", dies)
     write_rows(folder, [(f"{seed}.mp4", f"a ball, number {seed}") for seed in range(5)])
     assert main(config(folder, num_processes=2)) == 1
     assert "3 2.mp4 the decoder dies at this file" in Page(page(folder)).section("Bad rows")

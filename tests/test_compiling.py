@@ -10,7 +10,7 @@ from causal_wan.memory.levers import enable_gradient_checkpointing
 from causal_wan.model import compiling
 from causal_wan.model.compiling import compile_layers
 from causal_wan.model.transformer import CausalWanTransformer3DModel
-from causal_wan.weights.parts import add_lora
+from causal_wan.weights.lora import add_lora
 
 
 SHAPES = [(2, 6, 4, 6), (1, 6, 6, 8), (1, 4, 4, 6)]

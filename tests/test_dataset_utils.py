@@ -12,25 +12,15 @@ from test_video_files import shown_indices, write_playlists, write_video
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from causal_wan.data.buckets import clip_shapes, order_samples
+from causal_wan.data.clips import VideoDataset, augment_video, build_video_transform, normalize_videos
+from causal_wan.data.descriptions import describe_flip, describe_rows, describe_speed_up
+from causal_wan.data.frames import sample_frame_indices
+from causal_wan.data.rows import Row, load_rows
 from causal_wan.data.sample_order import SampleOrder
+from causal_wan.data.samples import SampleStream, collate
 from causal_wan.data.settings import ClipShape, DataConfig
 from causal_wan.video.decoding import decode_frames
-from dataset_utils import (
-    Row,
-    SampleStream,
-    VideoDataset,
-    augment_video,
-    build_video_transform,
-    clip_shapes,
-    collate,
-    describe_flip,
-    describe_rows,
-    describe_speed_up,
-    load_rows,
-    normalize_videos,
-    order_samples,
-    sample_frame_indices,
-)
 
 
 SHAPE = ClipShape(9, 32, 48)

@@ -78,7 +78,7 @@ def run_on_gpu(monkeypatch):
             def before(method, note):
                 return lambda *given, **named: (note(), method(*given, **named))[1]
 
-            prepare, count = causal_wan.training.loop.prepare_passes, causal_wan.training.loop.StepLog.count_step
+            prepare, count = causal_wan.training.steps.prepare_passes, causal_wan.training.loop.StepLog.count_step
             patch.setattr(causal_wan.training.loop, "prepare_passes", before(prepare, watched.begin_step))
             patch.setattr(causal_wan.training.loop.StepLog, "count_step", before(count, watched.end_step))
             run_here(script, *flags)
@@ -154,7 +154,7 @@ def test_generating_waits_for_the_frames_of_each_block_and_nothing_else(checkpoi
     # Weights, and the clip that is continued: both before the first block.
     assert {event.place.split(":")[0] for event in gpu.found("upload")} == {
         "generate.py",
-        "causal_wan/model/encoding.py",
+        "causal_wan/model/vae.py",
     }
 
 

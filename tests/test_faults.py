@@ -15,9 +15,14 @@ import yaml
 from conftest import SCRIPT_ENV, launch_afresh, run_python, run_script
 from torch.utils.data import DataLoader
 
+from causal_wan.data.buckets import order_samples
+from causal_wan.data.clips import VideoDataset
+from causal_wan.data.rows import load_rows
+from causal_wan.data.samples import SampleStream
 from causal_wan.data.settings import DataConfig
-from causal_wan.weights.parts import load_text_encoder, load_transformer, load_vae
-from dataset_utils import SampleStream, VideoDataset, load_rows, name_clips_of_dead_workers, order_samples
+from causal_wan.data.workers import name_clips_of_dead_workers
+from causal_wan.weights.parts import load_text_encoder, load_vae
+from causal_wan.weights.transformer import load_transformer
 
 
 SCRIPT = "train_video_regression.py"

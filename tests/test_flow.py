@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from causal_wan import basics, flow
+from causal_wan import flow
+from causal_wan.blocks import frame_block_lengths
+from causal_wan.timesteps import check_denoising_step_list
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_sampling_drops_the_trailing_0_that_training_keeps():
 @pytest.mark.parametrize("steps", [[], [0], [500, 757], [1000, 1000], [1001, 0], [1000, -1]])
 def test_step_lists_that_cannot_be_sampled_are_refused(steps):
     with pytest.raises(ValueError, match="denoising_step_list"):
-        basics.check_denoising_step_list(steps)
+        check_denoising_step_list(steps)
 
 
 def test_euler_steps_of_the_true_velocity_follow_the_noising_to_the_data(tensors):
@@ -123,16 +125,16 @@ def test_steps_that_cannot_be_sampled_are_refused():
 
 
 def test_frames_fall_into_blocks():
-    assert basics.frame_block_lengths(21, 3) == [3] * 7
-    assert basics.frame_block_lengths(21, None) == [21]
-    assert basics.frame_block_lengths(21, 21) == [21]
-    assert basics.frame_block_lengths(21, 4, independent_first_frame=True) == [1, 4, 4, 4, 4, 4]
-    assert basics.frame_block_lengths(1, 3) == [1]
+    assert frame_block_lengths(21, 3) == [3] * 7
+    assert frame_block_lengths(21, None) == [21]
+    assert frame_block_lengths(21, 21) == [21]
+    assert frame_block_lengths(21, 4, independent_first_frame=True) == [1, 4, 4, 4, 4, 4]
+    assert frame_block_lengths(1, 3) == [1]
 
 
 def test_frames_that_do_not_divide_name_the_nearest_that_do():
     with pytest.raises(ValueError, match=r"got 20; use 18 or 21 latent frames \(num_frames 69 or 81\)"):
-        basics.frame_block_lengths(20, 3)
+        frame_block_lengths(20, 3)
 
 
 def test_levels_of_blocks_repeat_over_their_frames():

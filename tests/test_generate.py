@@ -13,7 +13,8 @@ import yaml
 from conftest import launch, run_here, run_python
 from peft import LoraConfig, get_peft_model_state_dict
 
-from causal_wan.model.encoding import decode_latents, encode_prompts, encode_videos
+from causal_wan.model.text import encode_prompts
+from causal_wan.model.vae import decode_latents, encode_videos
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.video.writing import VideoWriter
 from causal_wan.weights.parts import load_text_encoder, load_vae
@@ -264,7 +265,7 @@ def test_small_frames_are_encoded_8_a_pass_and_large_ones_as_diffusers_does(chec
     first, *others = passes
     assert first == 1 and sum(others) == num_frames - 1 and all(frames == 8 for frames in others[:-1])
     passes.clear()
-    monkeypatch.setattr("causal_wan.model.encoding.MAX_SMALL_FRAME", 32 * 48 - 1)
+    monkeypatch.setattr("causal_wan.model.vae.MAX_SMALL_FRAME", 32 * 48 - 1)
     torch.testing.assert_close(small, encode_videos(vae, videos), rtol=1e-5, atol=1e-5)
     assert passes == [1, *(num_frames - 1) // 4 * [4]]
 

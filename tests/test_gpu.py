@@ -18,8 +18,9 @@ from causal_wan.memory.levers import enable_gradient_checkpointing, store_in_fp8
 from causal_wan.memory.plan import GIB, plan_training
 from causal_wan.memory.simulation import Workload
 from causal_wan.model.transformer import CausalWanTransformer3DModel
-from causal_wan.training.setup import make_optimizer, trainable_parameters
-from causal_wan.weights.parts import add_lora
+from causal_wan.training.setup import make_optimizer
+from causal_wan.training.weights import trainable_parameters
+from causal_wan.weights.lora import add_lora
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -37,7 +38,7 @@ def launch(recipe_path, *flags, strategy="single_gpu"):
 
 def test_a_step_never_waits_for_the_gpu(write_recipe, monkeypatch):
     """Not in preparing a batch of latents that are kept, nor in the step itself."""
-    train_step, prepare = causal_wan.training.loop.train_step, train_video_regression.prepare_batch
+    train_step, prepare = causal_wan.training.steps.train_step, train_video_regression.prepare_batch
     num_watched = 0
 
     def watched(action):

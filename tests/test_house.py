@@ -5,158 +5,80 @@ import importlib
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SCRIPT_ENV
+from conftest import ROOT, SCRIPT_ENV
 
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = sorted(path.stem for path in (ROOT / "causal_wan").glob("*.py") if path.stem != "__init__")
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "dataset_utils")
+PACKAGE = sorted(path.relative_to(ROOT) for path in (ROOT / "causal_wan").rglob("*.py"))
 
-# module -> the modules of ours that it may import, beside `basics` and `ranges`, which know nothing
-ALLOWED = {
-    "basics": set(),
-    "ranges": set(),
-    "settings": set(),
-    "library_messages": set(),
-    "progress": set(),
-    "flow": set(),
-    "losses": {"flow"},
-    "context_parallel": set(),
-    "block_attention": set(),
-    "devices": set(),
-    "flops": {"block_attention"},
-    "compiling": {"transformer"},
-    "transformer": {"block_attention", "context_parallel", "devices", "kv_cache"},
-    "wan_names": set(),
-    "lora_names": {"wan_names"},
-    "models": {"progress", "transformer", "wan_names"},
-    "memory": {"devices", "settings", "transformer"},
-    "memory_simulation": {
-        *("encoding", "kv_cache", "memory", "models", "rollout", "settings", "streaming_vae", "transformer"),
-    },
-    "memory_plan": {"memory_simulation", "settings"},
-    "streaming_vae": {"encoding"},
-    "kv_cache": {"devices"},
-    "export": set(),
-    "hub": {"regression_config", "run_log", "settings"},
-    "encoding": {"context_parallel", "devices", "transformer"},
-    "rollout": {"devices", "flow", "kv_cache", "transformer"},
-    "video_writing": set(),
-    "pipeline": {"devices", "encoding", "flow", "rollout", "streaming_vae", "transformer"},
-    "regression_config": {"flow", "losses"},
-    "regression": {"devices", "flow", "losses", "regression_config"},
-    "student": {
-        *("flow", "kv_cache", "models", "pipeline", "progress", "regression_config", "settings", "transformer"),
-        *("wan_names",),
-    },
-    "video_files": {"data_config"},
-    "video_metrics": set(),
-    "learned_metrics": set(),
-    "sample_figures": {"learned_metrics", "progress", "video_metrics"},
-    "heldout_loss": {
-        *("dataset_utils", "encoding", "flow", "losses", "pipeline", "progress", "regression", "regression_config"),
-    },
-    "evaluation_report": {"video_writing"},
-    "vbench_export": {"video_writing"},
-    "sample_order": set(),
-    "data_config": set(),
-    "tensor_cache": set(),
-    "processes": set(),
-    "shared_memory": set(),
-    "cached_data": {"data_config", "devices", "file_manifest", "models", "processes", "settings", "tensor_cache"},
-    "table_sources": set(),
-    "table_files": {"table_sources", "video_files"},
-    "stream_sources": {"table_sources", "video_files"},
-    "streaming": {"sample_order", "stream_sources", "video_files"},
-    "tables": {"stream_sources", "table_files", "table_sources", "video_files"},
-    "file_manifest": {"video_files"},
-    "run_data": {
-        *("cached_data", "data_config", "dataset_utils", "file_manifest", "processes", "settings", "shared_memory"),
-        *("stream_sources", "streaming", "tensor_cache", "video_files"),
-    },
-    "prompt_files": set(),
-    "trajectories": {"devices", "flow", "pipeline", "regression", "regression_config", "rollout", "transformer"},
-    "teacher": {"models", "pipeline", "student", "transformer"},
-    "trajectory_data": {
-        *("cached_data", "data_config", "dataset_utils", "file_manifest", "run_data", "sample_order", "settings"),
-        *("shared_memory", "streaming", "tensor_cache"),
-    },
-    "run_config": {"data_config", "regression_config", "settings"},
-    "run_parts": {
-        *("compiling", "config", "data_config", "export", "memory", "models", "run_config", "run_data", "strategies"),
-        "transformer",
-    },
-    "prompt_embeddings": {
-        *("cached_data", "encoding", "models", "processes", "progress", "run_parts", "settings", "tensor_cache"),
-    },
-    "run_plan": {
-        *("changed_settings", "checkpoints", "config", "data_config", "memory_plan", "memory_simulation", "models"),
-        "rollout",
-        *("run_config", "run_data", "run_parts", "strategies"),
-    },
-    "method_inputs": {
-        *("compiling", "data_config", "dataset_utils", "devices", "encoding", "losses", "memory", "regression"),
-        *("run_config", "run_data", "training"),
-    },
-    "regression_run": {
-        *("changed_settings", "checkpoints", "config", "dataset_utils", "encoding", "hub", "method_inputs", "models"),
-        *("processes", "progress", "prompt_embeddings", "run_config", "run_data", "run_parts", "run_plan"),
-        *("shared_memory", "strategies", "trackers", "training", "training_setup", "transformer", "validation"),
-    },
-    "row_records": {"data_config", "dataset_utils", "file_manifest", "tables", "video_files"},
-    "dataset_survey": {"data_config"},
-    "dataset_report": {"dataset_survey"},
-    "config": set(),
-    "trackers": set(),
-    "run_log": {"trackers"},
-    "changed_settings": set(),
-    "checkpoint_checks": set(),
-    "checkpoints": {"changed_settings", "checkpoint_checks", "config", "processes"},
-    "strategies": {"settings"},
-    "profiling": set(),
-    "training_setup": {
-        *("changed_settings", "checkpoint_checks", "checkpoints", "devices", "processes", "progress", "run_log"),
-        *("settings", "strategies", "trackers"),
-    },
-    "training": {"checkpoints", "profiling", "progress", "run_log", "settings", "trackers", "training_setup"},
-    "validation": {
-        *("kv_cache", "memory", "pipeline", "processes", "progress", "regression", "rollout", "run_log"),
-        *("strategies", "streaming_vae"),
-        *("trackers", "transformer", "video_writing"),
-    },
+# A file imports its own wing, or wings left of it; those at the root of the package are the ground.
+WINGS = (
+    *("ground", "config", "video", "tables", "data", "streams", "model", "weights", "cache", "methods", "sampling"),
+    *("memory", "records", "training", "results", "runs", "evaluation", "survey"),
+)
+# What some must not know though it is left of them.
+UNKNOWN = {
+    "methods": {"data", "model", "weights", "video"},
+    "sampling": {"methods", "data", "video"},
+    "training": {"methods", "model", "data", "video", "sampling"},
+    "data": {"devices", "processes", "flow"},
+    "streams": {"devices", "processes", "flow"},
 }
-
-# What knows files and samples, and no noise, models or devices.
-DATA = {"data_config", "file_manifest", "sample_order", "shared_memory", "table_sources", "tables", "video_files"}
 
 
 def imports(path):
-    """Names of all imported modules, ours as `flow`, `dataset_utils`, ..."""
+    """Names of all imported modules, as they are written."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module]
-        found |= {name.removeprefix("causal_wan.") for name in names}
+            found.add(node.module)
     return found
 
 
-@pytest.mark.parametrize("module", PACKAGE)
-def test_package_modules_import_only_what_they_may_know(module):
-    ours = imports(ROOT / "causal_wan" / f"{module}.py") & {*PACKAGE, *SCRIPTS, "dataset_utils"}
-    assert ours - {"basics", "ranges"} <= ALLOWED[module]
+def wing_of(module):
+    """causal_wan.model.vae -> model, causal_wan.flow -> ground."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 2 else "ground"
 
 
-def test_dataset_utils_imports_what_knows_files_alone():
-    assert imports(ROOT / "dataset_utils.py") & {*PACKAGE, *SCRIPTS} <= DATA
+def module_of(path):
+    return ".".join(path.with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=str)
+def test_a_file_imports_its_own_wing_or_wings_left_of_it(path):
+    wing = wing_of(module_of(path))
+    ours = {name for name in imports(ROOT / path) if name.startswith("causal_wan.")}
+    assert not imports(ROOT / path) & {"dataset_utils", *SCRIPTS}
+    assert all(WINGS.index(wing_of(name)) <= WINGS.index(wing) for name in ours)
+    assert not {part for name in ours for part in name.split(".")[1:2]} & UNKNOWN.get(wing, set())
+
+
+def test_wings_are_all_in_line_and_of_a_size_to_know_ones_way_in():
+    wings = {path.name for path in (ROOT / "causal_wan").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert wings | {"ground"} == set(WINGS)
+    files = {wing: [path for path in PACKAGE if wing_of(module_of(path)) == wing] for wing in WINGS}
+    assert all(3 <= len(paths) <= 12 for paths in files.values())
+    assert len(files["ground"]) <= 10
+
+
+def test_files_and_functions_are_short():
+    lengths = {path: len((ROOT / path).read_text().splitlines()) for path in PACKAGE}
+    assert max(lengths.values()) <= 400
+    assert statistics.median(lengths.values()) <= 160
+    for path in [*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / path for path in PACKAGE)]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                assert not body or body[-1].end_lineno - body[0].lineno < 60, f"{path}: {node.name}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -180,19 +102,17 @@ def test_scripts_never_import_each_other(script):
     assert not imports(ROOT / f"{script}.py") & set(SCRIPTS)
 
 
-def test_only_training_and_the_runs_of_scripts_know_accelerate():
+def test_only_training_its_records_and_the_runs_of_scripts_know_accelerate():
     knowing = {
-        m for m in PACKAGE if any(n.split(".")[0] == "accelerate" for n in imports(ROOT / f"causal_wan/{m}.py"))
+        wing_of(module_of(path)) for path in PACKAGE if any("accelerate" in n.split(".") for n in imports(ROOT / path))
     }
-    assert knowing == {
-        *("checkpoint_checks", "regression_run", "strategies", "training", "training_setup", "validation"),
-    }
+    assert knowing == {"records", "training", "runs"}
 
 
 def test_processes_gather_and_wait_for_each_other_in_one_way():
     """Through `causal_wan.processes`, which is patient and keeps what is gathered off the GPUs."""
     others = {"all_gather_object", "gather_object", "broadcast_object_list", "barrier", "wait_for_everyone"}
-    for path in [*ROOT.glob("*.py"), *(ROOT / "causal_wan").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / path for path in PACKAGE)]:
         called = {node.func.attr for node in ast.walk(ast.parse(path.read_text())) if is_method_call(node)}
         assert not called & others or path.stem == "processes", path
 
@@ -202,7 +122,7 @@ def is_method_call(node):
 
 
 def test_flow_and_losses_draw_no_random_numbers_of_their_own():
-    for module in ("flow", "losses"):
+    for module in ("flow", "methods/losses"):
         source = (ROOT / "causal_wan" / f"{module}.py").read_text()
         assert not re.search(r"torch\.(randn?|randint|randperm|bernoulli|multinomial|normal)\b|_like\(.*rand", source)
 
@@ -226,7 +146,7 @@ def test_nothing_of_ours_unpickles_a_file_or_trusts_remote_code(path):
 
 
 def test_config_is_never_read_with_a_default_of_its_own():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "causal_wan").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / path for path in PACKAGE)]:
         assert not re.search(r"getattr\((self\.)?config, \"", path.read_text()), path
 
 

@@ -12,9 +12,9 @@ from fake_hub import TOKEN, FakeHub
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData
 
-from causal_wan import hub as uploads
 from causal_wan.config.settings import HubConfig
-from causal_wan.results.hub import HubUploads, open_repository, read_run, stage_result
+from causal_wan.results import uploads
+from causal_wan.results.uploads import HubUploads, open_repository, read_run, stage_result
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from causal_wan.config.settings import DEFAULT_LORA_TARGETS
 from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, save_lora
 from causal_wan.weights.lora_names import find_lora, lora_file, parse_lora, peft_config, read_lora
-from causal_wan.weights.parts import LORA_WEIGHTS_NAME, add_lora, load_transformer, save_lora
+from causal_wan.weights.transformer import load_transformer
 
 
 TINY_WAN = str(ROOT / "examples" / "sketch" / "tiny-wan")

@@ -23,15 +23,17 @@ from causal_wan.memory.levers import (
 )
 from causal_wan.memory.plan import GIB, describe_shortage, plan_decoding, plan_encoding, plan_training
 from causal_wan.memory.simulation import PeakMemory, ValidationWorkload, Workload
-from causal_wan.model.encoding import encode_videos
 from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.model.vae import encode_videos
 from causal_wan.runs import plan as run_plan
 from causal_wan.runs.validation import Validation
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.video.writing import as_frames
-from causal_wan.weights.parts import add_lora, load_transformer, load_vae
+from causal_wan.weights.lora import add_lora
+from causal_wan.weights.parts import load_vae
+from causal_wan.weights.transformer import load_transformer
 
 
 CHECKPOINTING = {

@@ -36,7 +36,7 @@ def test_what_waits_is_noticed():
     ids=["plain", "ema", "lora", "teacher-forcing"],
 )
 def test_a_step_of_a_run_reads_nothing(write_recipe, monkeypatch, changes):
-    train_step, num_checked = causal_wan.training.loop.train_step, 0
+    train_step, num_checked = causal_wan.training.steps.train_step, 0
 
     def checked_step(run, batches, compute_loss, stop, profiler):
         nonlocal num_checked

@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch._dynamo.testing import CompileCounter
 
 from causal_wan.flow import add_noise, latents_from_velocity
-from causal_wan.model.encoding import decode_latents, encode_prompts, encode_videos, pad_prompt_embeds
+from causal_wan.model.text import encode_prompts, pad_prompt_embeds
 from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.model.vae import decode_latents, encode_videos
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.rollout import draw_frame_noise, draw_noise
 

@@ -12,17 +12,17 @@ from conftest import flip_last_bit, launch, run_here, write_clip
 from test_train_video_regression import metrics, weights
 
 import precompute_latents
-from causal_wan.cache import cached_data
+from causal_wan.cache import opening
 from causal_wan.cache.tensor_cache import TensorCache
 from causal_wan.config.parsing import parse_config
+from causal_wan.data.clips import VideoDataset, normalize_videos
 from causal_wan.data.file_manifest import FileManifest
+from causal_wan.data.rows import load_rows
 from causal_wan.data.settings import ClipShape, DataConfig
-from causal_wan.model import encoding
-from causal_wan.model.encoding import encode_prompts, encode_videos
+from causal_wan.model.text import encode_prompts
+from causal_wan.model.vae import encode_videos
 from causal_wan.runs import inputs as method_inputs
-from causal_wan.weights import parts as models
 from causal_wan.weights.parts import load_text_encoder, load_vae
-from dataset_utils import VideoDataset, load_rows, normalize_videos
 
 
 SCRIPT = "precompute_latents.py"
@@ -323,7 +323,7 @@ def run(write_recipe, tmp_path, monkeypatch):
         work = Work()
 
         def note(name, action):
-            original = getattr(encoding if name.startswith("encode") else models, name)
+            original = getattr(precompute_latents, name)
 
             def noted(*arguments, **options):
                 action(*arguments)
@@ -418,7 +418,7 @@ def test_files_that_are_known_are_not_read_again(run, latents, monkeypatch):
     def read(video):
         raise AssertionError(f"{video} was read")
 
-    monkeypatch.setattr(cached_data, "hash_content", read)
+    monkeypatch.setattr(opening, "hash_content", read)
     assert run().nothing
 
 

@@ -12,18 +12,18 @@ from accelerate import Accelerator
 from conftest import in_processes
 
 import train_video_regression
-from causal_wan.cache import cached_data
+from causal_wan.cache import opening
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.settings import CheckpointConfig
-from causal_wan.model.encoding import encode_prompts
+from causal_wan.model.text import encode_prompts
 from causal_wan.processes import gather_lists, gather_on_machine, num_processes, process_index, wait_for_all
+from causal_wan.records.checkpoints import list_checkpoints, save_checkpoint
+from causal_wan.records.trackers import Trackers
 from causal_wan.runs import prompt_embeddings
 from causal_wan.runs import regression as regression_run
 from causal_wan.runs.prompt_embeddings import embed_prompts
 from causal_wan.runs.regression import begin_run, finish_run, load_clips, save_result, upload_checkpoint
-from causal_wan.training.checkpoints import list_checkpoints, save_checkpoint
 from causal_wan.training.setup import make_accelerator
-from causal_wan.training.trackers import Trackers
 from causal_wan.weights.parts import load_text_encoder
 
 
@@ -111,7 +111,7 @@ def plan_nothing(*arguments):
 
 def begin_slowly(rank, path):
     """The main process takes long to tell the encoders, and again to load the student, which it alone may load."""
-    cached_data.identify_encoders = slowly(cached_data.identify_encoders, rank)
+    opening.identify_encoders = slowly(opening.identify_encoders, rank)
     regression_run.make_student = slowly(regression_run.make_student, rank)
     regression_run.print_memory = plan_nothing
     config = read_config(path, "--cache_latents")

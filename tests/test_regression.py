@@ -4,17 +4,16 @@ import math
 import pytest
 import torch
 
-from causal_wan.basics import num_valid_latent_frames
-from causal_wan.data.sample_order import CLIP_STREAM, ORDER_STREAM, seeded_generator
 from causal_wan.flow import add_noise, shift_timesteps, sigmas_from_timesteps
+from causal_wan.geometry import num_valid_latent_frames
 from causal_wan.methods.noising import (
     draw_continuous_timesteps,
     draw_level_indices,
     draw_noisy_batch,
-    sample_generator,
     summarize_levels,
 )
 from causal_wan.methods.settings import RegressionConfig, method_of_run
+from causal_wan.seeds import RandomStream, noise_generator, seeded_generator
 
 
 LEVELS = torch.tensor([1000.0, 757.0, 522.0, 0.0])
@@ -30,13 +29,15 @@ METHODS = {
 def draws(block_lengths, count, num_valid=None, levels=LEVELS):
     num_valid = sum(block_lengths) if num_valid is None else num_valid
     return torch.stack(
-        [draw_level_indices(sample_generator(0, n), levels, block_lengths, num_valid) for n in range(count)]
+        [draw_level_indices(noise_generator(0, n), levels, block_lengths, num_valid) for n in range(count)]
     )
 
 
 def test_order_clips_and_noise_draw_from_streams_of_their_own():
-    generators = [seeded_generator(0, stream, n) for stream in (ORDER_STREAM, CLIP_STREAM) for n in range(3)]
-    generators += [sample_generator(0, n) for n in range(3)] + [sample_generator(1, 0)]
+    generators = [
+        seeded_generator(0, stream, n) for stream in (RandomStream.ORDER, RandomStream.CLIP) for n in range(3)
+    ]
+    generators += [noise_generator(0, n) for n in range(3)] + [noise_generator(1, 0)]
     assert len({generator.initial_seed() for generator in generators}) == len(generators)
 
 
@@ -104,7 +105,7 @@ def continuous_draws(count, block_lengths, num_valid=None, **settings):
     method = RegressionConfig(**settings)
     num_valid = num_valid or sum(block_lengths)
     return torch.stack(
-        [draw_continuous_timesteps(sample_generator(0, n), method, block_lengths, num_valid) for n in range(count)]
+        [draw_continuous_timesteps(noise_generator(0, n), method, block_lengths, num_valid) for n in range(count)]
     )
 
 

@@ -22,17 +22,17 @@ from test_training import Line, config, entries, kill_at_step, run_training
 from causal_wan.config import changed_settings
 from causal_wan.config.changed_settings import compare_settings, read_settings
 from causal_wan.config.parsing import names_of
-from causal_wan.runs.settings import RunConfig
-from causal_wan.training.checkpoint_checks import (
+from causal_wan.records.checkpoint_checks import (
     check_optimizer,
     check_strategy,
     check_weights,
     find_damage,
     find_strategy,
 )
-from causal_wan.training.checkpoints import check_output_dir, find_checkpoint, list_checkpoints, save_checkpoint
-from causal_wan.training.loop import ChangeCheck, step_optimizer
-from causal_wan.training.metrics import read_metrics, truncate_metrics
+from causal_wan.records.checkpoints import check_output_dir, find_checkpoint, list_checkpoints, save_checkpoint
+from causal_wan.records.metrics import read_metrics, truncate_metrics
+from causal_wan.runs.settings import RunConfig
+from causal_wan.training.steps import ChangeCheck, step_optimizer
 
 
 def resumed(training, **changes):

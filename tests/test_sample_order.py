@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from causal_wan.data.sample_order import Interleaving, SampleOrder
+from causal_wan.seeds import RandomStream
 
 
 def first(order, number):
@@ -17,7 +18,7 @@ def make(buckets, sources=None, **settings):
 
 @pytest.mark.parametrize("shares", [[1.0], [1, 1], [5, 3, 2], [0.97, 0.02, 0.01]])
 def test_every_stretch_of_an_interleaving_has_its_share_of_each_class(shares):
-    sequence = Interleaving(shares, seed=0, stream=(0,))
+    sequence = Interleaving(shares, seed=0, stream=(RandomStream.ORDER,))
     classes = np.array([sequence[position][0] for position in range(5000)])
     expected = np.cumsum(np.eye(len(shares))[classes], axis=0)
     line = np.arange(1, 5001)[:, None] * np.array(shares) / sum(shares)
@@ -29,7 +30,7 @@ def test_every_stretch_of_an_interleaving_has_its_share_of_each_class(shares):
 
 
 def test_an_interleaving_does_not_depend_on_how_far_it_was_read():
-    one, other = (Interleaving([3, 2, 1], seed=1, stream=(7,)) for _ in range(2))
+    one, other = (Interleaving([3, 2, 1], seed=1, stream=(RandomStream.WINDOW,)) for _ in range(2))
     one[100_000]
     assert [one[position] for position in range(3000)] == [other[position] for position in range(3000)]
 

@@ -11,7 +11,7 @@ from conftest import TINY_TRANSFORMER
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from causal_wan.basics import frame_block_lengths
+from causal_wan.blocks import frame_block_lengths
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 
 

@@ -9,12 +9,13 @@ import torch
 from conftest import ROOT, SCRIPT_ENV, run_here
 from torch.utils.data import DataLoader
 
-import dataset_utils
+import causal_wan.data.clips
 from causal_wan.data import shared_memory
+from causal_wan.data.clips import VideoDataset
 from causal_wan.data.settings import DataConfig
 from causal_wan.data.shared_memory import MIB, SharedMemory, check_shared_memory
+from causal_wan.data.workers import name_clips_of_dead_workers
 from causal_wan.runs.data import load_run_data
-from dataset_utils import VideoDataset, name_clips_of_dead_workers
 
 
 TRAINING, PRECOMPUTING = "train_video_regression.py", "precompute_latents.py"
@@ -178,14 +179,14 @@ def test_a_bus_error_is_told_from_a_kill(clips):
 
 
 def hang_at_row_4(monkeypatch):
-    load_video = dataset_utils.load_video
+    load_video = causal_wan.data.clips.load_video
 
     def hang(row, *arguments):
         if row.video.name == "3.mp4" and torch.utils.data.get_worker_info() is not None:
             time.sleep(600)
         return load_video(row, *arguments)
 
-    monkeypatch.setattr(dataset_utils, "load_video", hang)
+    monkeypatch.setattr(causal_wan.data.clips, "load_video", hang)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import convert_checkpoint
 from causal_wan.config.settings import TrainingConfig
-from causal_wan.training.checkpoint_checks import check_process_count
+from causal_wan.records.checkpoint_checks import check_process_count
 from causal_wan.training.setup import make_accelerator, prepare_run
 from causal_wan.training.strategies import follow_settings, replaces_optimizer
 

@@ -16,14 +16,15 @@ from conftest import write_clip
 from datasets import Dataset, DatasetDict, Video
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-import dataset_utils
-from causal_wan.data.sample_order import CLIP_STREAM, seeded_generator
+import causal_wan.data.samples
+from causal_wan.data.clips import load_video
+from causal_wan.data.rows import Row
 from causal_wan.data.settings import DataConfig
+from causal_wan.seeds import RandomStream, seeded_generator
 from causal_wan.streams.lanes import LaneStates, StreamedClips, collate_streamed
 from causal_wan.streams.sources import StreamedVideo, open_stream
 from causal_wan.tables.sources import Source
 from causal_wan.video.decoding import decode_frames, probe_video
-from dataset_utils import Row, load_video
 
 
 COLUMNS = {"video_column": "mp4", "caption_column": ("txt",)}
@@ -398,7 +399,7 @@ def test_clips_of_a_stream_are_seen_as_those_of_a_table(tmp_path):
     config = DataConfig(metadata_path="", num_frames=5, height=16, width=32, horizontal_flip=0.5, temporal_crop=0.5)
 
     def decode(video, prompts, number):
-        generator = seeded_generator(0, CLIP_STREAM, number)
+        generator = seeded_generator(0, RandomStream.CLIP, number)
         row = Row(1, video, prompts, *probe_video(video, limits=config.limits))
         clip, num_valid = load_video(row, config.shape_at(0, 0), config, generator)
         return {"video": clip, "prompt": prompts[0], "num_valid_frames": num_valid}
@@ -411,7 +412,7 @@ def test_clips_of_a_stream_are_seen_as_those_of_a_table(tmp_path):
         sample = clips[number]
         assert sample["video"].equal(expected["video"])
         assert (sample["prompt"], sample["sample_number"]) == ("a", number)
-    batch = collate_streamed(dataset_utils.collate, [sample])
+    batch = collate_streamed(causal_wan.data.samples.collate, [sample])
     assert batch["prompts"] == ["a"] and batch["lane_states"] == [(0, 0, 6, 0, 0, 0)]
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from causal_wan.model.encoding import decode_latents
 from causal_wan.model.streaming_vae import StreamingDecoder
+from causal_wan.model.vae import decode_latents
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.rollout import Rollout
 from causal_wan.weights.parts import load_vae

@@ -17,15 +17,15 @@ import yaml
 from datasets import Dataset, DatasetDict, Value, Video
 from test_video_files import write_video
 
+import causal_wan.tables.table
 import check_dataset
 from causal_wan.data.file_manifest import FileFacts, FileManifest, hash_content, stat_of
+from causal_wan.data.rows import find_video, load_rows, read_tables, source_weights, sources_of
 from causal_wan.data.sample_order import SampleOrder
 from causal_wan.data.settings import DataConfig
-from causal_wan.tables import rows as tables
-from causal_wan.tables.rows import Tables, read_table
 from causal_wan.tables.sources import Source, read_sources
-from causal_wan.video.decoding import EmbeddedVideo
-from dataset_utils import find_video, load_rows, read_tables, source_weights, sources_of
+from causal_wan.tables.table import Tables, read_table
+from causal_wan.video.opening import EmbeddedVideo
 
 
 PROMPTS = ["123", "None", "NA", "2024-01-01 10:00:00"]
@@ -118,7 +118,7 @@ def test_rows_may_lack_values(tmp_path):
 
 
 def test_long_tables_are_read_in_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(causal_wan.tables.table, "CHUNK_ROWS", 3)
     rows = [{"video": f"{number}.mp4", "prompt": str(number)} for number in range(10)]
     table = read_table(source(write_table(tmp_path / "rows.jsonl", rows)))
     assert [(row.number, row.video) for row in table] == [(n + 1, f"{n}.mp4") for n in range(10)]
@@ -347,7 +347,7 @@ def test_a_data_set_of_the_hub_is_loaded_by_name_split_and_revision(hub, clip):
 
 
 def test_paths_in_a_data_set_of_the_hub_stay_in_what_was_downloaded(hub, tmp_path, clip, monkeypatch):
-    monkeypatch.setattr(tables, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(causal_wan.tables.table, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "downloads")
     places = [
         tmp_path / "hub/datasets--owner--name/snapshots/0/0.mp4",
@@ -558,7 +558,7 @@ def test_facts_of_a_manifest_take_the_place_of_opening_files(one_clip, folder, m
     (row,) = load_rows(one_clip, manifest)
     assert (row.name, row.content, row.num_frames) == ("0.mp4", "", 24)
     manifest.add([facts_of(row)])
-    monkeypatch.setattr("dataset_utils.probe_video", None)
+    monkeypatch.setattr("causal_wan.data.rows.probe_video", None)
     (known,) = load_rows(one_clip, manifest)
     assert (known.num_frames, known.frame_rate, known.height, known.width) == (17, 8.0, 480, 832)
     assert (known.content, known.video) == (hash_content(row.video), row.video)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
-from causal_wan.cache.cached_data import CachedData, Encoders
+from causal_wan.cache.encoded_clips import CachedData, Encoders
 from causal_wan.cache.tensor_cache import (
     MAX_SHARD_ENTRIES,
     STALE_SECONDS,

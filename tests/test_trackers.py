@@ -14,15 +14,9 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 import train_video_regression
 from causal_wan.config.parsing import parse_config
-from causal_wan.training import trackers
-from causal_wan.training.trackers import (
-    CaptionedVideo,
-    TrackedRun,
-    Trackers,
-    identify_run,
-    resolve_trackers,
-    start_each,
-)
+from causal_wan.records import tracker_libraries
+from causal_wan.records.tracker_libraries import resolve_trackers, start_each
+from causal_wan.records.trackers import CaptionedVideo, TrackedRun, Trackers, identify_run
 
 
 SCRIPT = "train_video_regression.py"
@@ -387,7 +381,7 @@ def test_a_tracker_that_does_not_start_ends_a_new_run_but_not_a_resumed_one(tmp_
     def start(run, config):
         raise RuntimeError("api_key not configured")
 
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", start)
+    monkeypatch.setitem(tracker_libraries.TRACKERS, "wandb", start)
     run = TrackedRun(project="p", name="n", id="i", output_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"wandb could not be started \(RuntimeError: api_key.* run `wandb login`"):
         start_each(["wandb", "tensorboard"], run, {}, must_start=True)
@@ -399,7 +393,7 @@ def test_a_tracker_that_does_not_start_ends_a_new_run_but_not_a_resumed_one(tmp_
 
 def test_gifs_for_tensorboard_are_small_and_as_fast_as_the_video(tmp_path):
     write_clip(tmp_path / "large.mp4", seed=0, num_frames=33, height=480, width=832)
-    summary = trackers.gif_summary("validation/00", CaptionedVideo(tmp_path / "large.mp4", "a ball"))
+    summary = tracker_libraries.gif_summary("validation/00", CaptionedVideo(tmp_path / "large.mp4", "a ball"))
     width, height, gif = summary.value[0].tensor.string_val
     assert (width, height) == (b"320", b"185")
     with av.open(io.BytesIO(gif)) as container:

@@ -14,11 +14,12 @@ from test_train_video_regression import metrics, weights
 import precompute_trajectories
 import train_ode_regression
 from causal_wan.cache.tensor_cache import TensorCache
+from causal_wan.cache.trajectories import FOLDER, TrajectoryName
 from causal_wan.config.parsing import parse_config
-from causal_wan.results.hub import DATA_SUMMARY_NAME, stage_result
+from causal_wan.results.model_card import DATA_SUMMARY_NAME
 from causal_wan.results.student import read_run, resolve_settings
-from causal_wan.runs.trajectory_data import FOLDER, TrajectoryName
-from causal_wan.training.loop import EXIT_STOPPED
+from causal_wan.results.uploads import stage_result
+from causal_wan.training.stopping import EXIT_STOPPED
 
 
 PRECOMPUTE, TRAINING = "precompute_trajectories.py", "train_ode_regression.py"

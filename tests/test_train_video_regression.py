@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import train_video_regression
 from causal_wan.config.parsing import parse_config
 from causal_wan.runs import validation
-from causal_wan.training.loop import EXIT_STOPPED
+from causal_wan.training.stopping import EXIT_STOPPED
 
 
 SCRIPT = "train_video_regression.py"

@@ -17,9 +17,10 @@ from launching import fork_context
 from torch.utils.data import DataLoader, Dataset
 
 from causal_wan.config.settings import TrainingConfig
-from causal_wan.training.checkpoints import check_output_dir, list_checkpoints
-from causal_wan.training.loop import ema_weights, gather_weights, train
+from causal_wan.records.checkpoints import check_output_dir, list_checkpoints
+from causal_wan.training.loop import train
 from causal_wan.training.setup import make_accelerator, prepare_run
+from causal_wan.training.weights import ema_weights, gather_weights
 
 
 class Numbers(Dataset):

@@ -9,9 +9,10 @@ from tqdm.auto import tqdm
 from causal_wan.flow import add_noise, inference_timesteps
 from causal_wan.methods.noising import draw_noisy_batch
 from causal_wan.methods.settings import RegressionConfig
+from causal_wan.methods.trajectories import take_noisy_batch
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.sampling.pipeline import CausalWanPipeline
-from causal_wan.sampling.trajectories import sample_trajectories, take_noisy_batch, trajectory_timesteps
+from causal_wan.sampling.trajectories import sample_trajectories, trajectory_timesteps
 
 
 LEVELS = torch.tensor([1000.0, 757.0, 522.0])

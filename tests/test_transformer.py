@@ -13,7 +13,7 @@ from causal_wan.config.settings import MemoryConfig
 from causal_wan.memory.levers import enable_gradient_checkpointing
 from causal_wan.model.block_attention import block_causal_spans
 from causal_wan.model.transformer import CausalWanTransformer3DModel
-from causal_wan.weights.parts import add_lora
+from causal_wan.weights.lora import add_lora
 
 
 B, F, H, W, S = 2, 6, 4, 6, 7

@@ -18,8 +18,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from causal_wan.data.settings import DEFAULT_LIMITS, VideoLimits
-from causal_wan.video.decoding import EmbeddedVideo, decode_frames, open_video, probe_video, resolve_path
+from causal_wan.video.decoding import decode_frames, probe_video
+from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
+from causal_wan.video.opening import EmbeddedVideo, open_video, resolve_path
 
 
 GREY_STEP = 8  # frame i of a test clip is 8 i grey all over
@@ -262,7 +263,7 @@ def test_a_mov_whose_pictures_lie_in_another_file_gets_none_of_them(tmp_path):
 def test_whatever_ffmpeg_asks_to_open_it_does_not_get(clip, monkeypatch):
     """The second line of defence, with the first, the list of containers, taken away."""
     write_playlists(clip.parent)
-    monkeypatch.setattr("causal_wan.video.decoding.CONTAINERS", "hls,concat,mov,mp4")
+    monkeypatch.setattr("causal_wan.video.opening.CONTAINERS", "hls,concat,mov,mp4")
     with pytest.raises(ValueError, match=r"refers to another file or address, .*0.mp4"):
         decode_frames(clip.parent / "playlist.m3u8", torch.tensor([0]))
 

@@ -7,7 +7,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 
-from causal_wan.weights.parts import check_generator_ckpt, load_transformer
+from causal_wan.weights.transformer import check_generator_ckpt, load_transformer
 from causal_wan.weights.wan_names import infer_architecture, read_state, strip_prefixes, to_diffusers, to_original
 
 

@@ -24,7 +24,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from causal_wan.basics import NUM_TRAIN_TIMESTEPS
+from causal_wan.timesteps import NUM_TRAIN_TIMESTEPS
 
 
 Class = TypeVar("Class", bound=type)

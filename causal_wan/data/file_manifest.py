@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from causal_wan.video.decoding import EmbeddedVideo, Video
+from causal_wan.video.opening import EmbeddedVideo, Video
 
 
 logger = logging.getLogger(__name__)

@@ -10,15 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-
-ORDER_STREAM, CLIP_STREAM, CAPTION_STREAM = 0, 1, 3  # of a run's random numbers; 2 is the noise in `regression`
-BUCKET_STREAM, SOURCE_STREAM = 4, 5
-
-
-def seeded_generator(seed: int, *stream: int) -> torch.Generator:
-    """A generator for one purpose in a run, e.g. (CLIP_STREAM, sample number) or (ORDER_STREAM, epoch)."""
-    (state,) = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state >> 1))
+from causal_wan.seeds import RandomStream, seed_sequence, seeded_generator
 
 
 class Interleaving:
@@ -33,7 +25,7 @@ class Interleaving:
 
     def __init__(self, shares: Sequence[float], *, seed: int, stream: Sequence[int]) -> None:
         self.shares = np.asarray(shares, np.float64) / np.sum(shares)
-        self.offsets = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=tuple(stream))).random(len(shares))
+        self.offsets = np.random.default_rng(seed_sequence(seed, *stream)).random(len(shares))
         self._classes = self._ranks = np.empty(0, np.int64)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
@@ -101,9 +93,9 @@ class SampleOrder:
             else:
                 shares = [len(cell) * per_row[source] for cell, source in zip(cells, here, strict=True)]
             self.cells.append(cells)
-            self.by_sample.append(Interleaving(shares, seed=seed, stream=(SOURCE_STREAM, int(bucket))))
+            self.by_sample.append(Interleaving(shares, seed=seed, stream=(RandomStream.SOURCE, int(bucket))))
             shares_of_buckets.append(sum(shares))
-        self.by_step = Interleaving(shares_of_buckets, seed=seed, stream=(BUCKET_STREAM,))
+        self.by_step = Interleaving(shares_of_buckets, seed=seed, stream=(RandomStream.BUCKET,))
         self._permutations: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
 
     def step(self, number: int) -> int:
@@ -133,7 +125,7 @@ class SampleOrder:
         if known != epoch:
             only = len(self.buckets) == 1 and len(self.cells[0]) == 1
             stream = (epoch,) if only else (epoch, int(self.buckets[place]), cell)
-            generator = seeded_generator(self.seed, ORDER_STREAM, *stream)
+            generator = seeded_generator(self.seed, RandomStream.ORDER, *stream)
             order = torch.randperm(len(self.cells[place][cell]), generator=generator)
             self._permutations[place, cell] = epoch, order
         return order

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from causal_wan.config.ranges import (
     FrameRate,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     Range,
     Share,
     checked_dataclass,
 )
+from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
 
 
 class ClipShape(NamedTuple):
@@ -24,23 +24,6 @@ class ClipShape(NamedTuple):
     num_frames: int
     height: int
     width: int
-
-
-@checked_dataclass
-class VideoLimits:
-    """What a video file may ask for at most, so that none takes all memory or time."""
-
-    max_video_pixels: PositiveInt = 8192 * 4320
-    """Pixels of a frame of a file; the default allows 8K."""
-    max_video_frames: PositiveInt = 1_000_000
-    """Frames of a file."""
-    max_video_seconds: PositiveFloat = 6 * 3600.0
-    """Duration of a file."""
-    decode_timeout: PositiveFloat = 300.0
-    """Seconds that decoding one clip may take; uniform and random sampling decode files to their end."""
-
-
-DEFAULT_LIMITS = VideoLimits()
 
 
 @checked_dataclass

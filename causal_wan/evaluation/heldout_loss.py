@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from causal_wan.basics import num_valid_latent_frames
+from causal_wan.data.clips import normalize_videos
 from causal_wan.flow import latents_from_velocity
+from causal_wan.geometry import num_valid_latent_frames
 from causal_wan.methods.losses import NUM_STATISTICS, level_metrics, level_statistics
 from causal_wan.methods.noising import draw_noisy_batch
 from causal_wan.methods.settings import RegressionConfig
-from causal_wan.model.encoding import encode_prompts, encode_videos, pad_prompt_embeds
+from causal_wan.model.text import encode_prompts, pad_prompt_embeds
+from causal_wan.model.vae import encode_videos
 from causal_wan.progress import show_progress
 from causal_wan.sampling.pipeline import CausalWanPipeline
-from dataset_utils import normalize_videos
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from transformers import AutoModel, AutoProcessor
 
-from causal_wan.basics import LpipsNet
+from causal_wan.config.choices import LpipsNet
 
 
 BACKBONES = {

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import torch
 
-from causal_wan.basics import FRAME_RATE
+from causal_wan.geometry import FRAME_RATE
 from causal_wan.video.writing import write_video
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from causal_wan.basics import MAX_VBENCH_SAMPLES
+from causal_wan.config.choices import MAX_VBENCH_SAMPLES
 from causal_wan.video.writing import write_video
 
 

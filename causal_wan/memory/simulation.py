@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_iter
 
 from causal_wan.config.settings import DEFAULT_LORA_TARGETS, MemoryConfig
 from causal_wan.memory.levers import cut_up_vae, enable_gradient_checkpointing
-from causal_wan.model.encoding import encode_videos
 from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.model.vae import encode_videos
 from causal_wan.sampling.rollout import Rollout
-from causal_wan.weights.parts import add_lora
+from causal_wan.weights.lora import add_lora
 
 
 class PeakMemory(TorchDispatchMode):

@@ -9,8 +9,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from causal_wan.basics import NUM_TRAIN_TIMESTEPS, LossSpace, LossType, LossWeighting
+from causal_wan.config.choices import LossSpace, LossType, LossWeighting
 from causal_wan.flow import shift_timesteps, sigmas_from_timesteps
+from causal_wan.timesteps import NUM_TRAIN_TIMESTEPS
 
 
 # Columns of the per-level statistics: sums over elements.

@@ -14,26 +14,14 @@ list, or bins of continuous ones.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from causal_wan.basics import NUM_TRAIN_TIMESTEPS
 from causal_wan.devices import to_device
 from causal_wan.flow import add_noise, per_frame, shift_timesteps, sigmas_from_timesteps
 from causal_wan.methods.losses import level_metrics
 from causal_wan.methods.settings import BIN_WIDTH, RegressionConfig
-
-
-NOISE_STREAM = 2  # of a run's random numbers; 0 and 1 belong to dataset_utils
-
-
-def sample_generator(seed: int, sample_number: int) -> torch.Generator:
-    """A CPU generator for the noise of one sample of a run; drawing on the CPU makes a run the same on every device.
-
-    Independent of what `dataset_utils.seeded_generator` gives for the same seed and number.
-    """
-    (state,) = np.random.SeedSequence(seed, spawn_key=(NOISE_STREAM, sample_number)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state >> 1))
+from causal_wan.seeds import noise_generator
+from causal_wan.timesteps import NUM_TRAIN_TIMESTEPS
 
 
 def draw_level_indices(
@@ -159,7 +147,7 @@ def draw_noisy_batch(
         sample_numbers: Number of each sample in the run, B of them.
         num_valid_frames: Latent frames before padding, of each sample.
     """
-    generators = [sample_generator(seed, number) for number in sample_numbers]
+    generators = [noise_generator(seed, number) for number in sample_numbers]
     drawn = [
         draw_levels(generator, method, block_lengths, num_valid)
         for generator, num_valid in zip(generators, num_valid_frames, strict=True)

@@ -6,15 +6,8 @@ Shapes: B = batch, F = latent frames, K = levels of the step list, or bins of co
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from causal_wan.basics import (
-    NUM_TRAIN_TIMESTEPS,
-    LossSpace,
-    LossType,
-    LossWeighting,
-    Sampler,
-    check_denoising_step_list,
-    frame_block_lengths,
-)
+from causal_wan.blocks import frame_block_lengths
+from causal_wan.config.choices import LossSpace, LossType, LossWeighting
 from causal_wan.config.ranges import (
     AttentionWindow,
     NonNegativeFloat,
@@ -26,6 +19,7 @@ from causal_wan.config.ranges import (
     TimestepShift,
     checked_dataclass,
 )
+from causal_wan.timesteps import NUM_TRAIN_TIMESTEPS, Sampler, check_denoising_step_list
 
 
 if TYPE_CHECKING:  # settings are read before torch is there; methods that make tensors import what they need

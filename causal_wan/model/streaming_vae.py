@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from causal_wan.model.encoding import decode_latents, denormalize_latents
+from causal_wan.model.vae import decode_latents, denormalize_latents
 
 
 class StreamingDecoder:

@@ -30,7 +30,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.utils import apply_lora_scale
 from torch.distributed.device_mesh import DeviceMesh
 
-from causal_wan.basics import frame_block_lengths
+from causal_wan.blocks import frame_block_lengths
 from causal_wan.devices import to_device
 from causal_wan.model.block_attention import (
     TokenSpan,

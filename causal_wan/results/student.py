@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import yaml
 
-from causal_wan.basics import Sampler, check_denoising_step_list
 from causal_wan.config.settings import KVCacheDtype
 from causal_wan.flow import choose_sampling
 from causal_wan.methods.settings import method_of_run
@@ -16,14 +15,10 @@ from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.progress import announced
 from causal_wan.sampling.pipeline import CausalWanPipeline
-from causal_wan.weights.parts import (
-    DTYPES,
-    LORA_WEIGHTS_NAME,
-    causal_settings,
-    check_generator_ckpt,
-    load_transformer,
-    load_vae,
-)
+from causal_wan.timesteps import Sampler, check_denoising_step_list
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME
+from causal_wan.weights.parts import DTYPES, load_vae
+from causal_wan.weights.transformer import causal_settings, check_generator_ckpt, load_transformer
 from causal_wan.weights.wan_names import WEIGHTS_SUFFIXES, infer_architecture, read_state, to_diffusers
 
 

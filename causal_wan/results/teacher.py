@@ -11,13 +11,9 @@ import torch
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.results.student import read_run
 from causal_wan.sampling.pipeline import CausalWanPipeline
-from causal_wan.weights.parts import (
-    LORA_WEIGHTS_NAME,
-    causal_settings,
-    find_part,
-    load_transformer,
-    load_transformer_config,
-)
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME
+from causal_wan.weights.parts import find_part
+from causal_wan.weights.transformer import causal_settings, load_transformer, load_transformer_config
 
 
 WEIGHTS = {".json", ".safetensors"}

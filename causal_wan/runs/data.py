@@ -15,33 +15,23 @@ import av
 import torch
 from torch.utils.data import DataLoader
 
-from causal_wan.cache.cached_data import CachedClips, CachedData, LatentKeeper, open_cache
+from causal_wan.cache.encoded_clips import CachedClips, CachedData, LatentKeeper
+from causal_wan.cache.opening import open_cache
 from causal_wan.cache.tensor_cache import CorruptTensorError
 from causal_wan.config.settings import CacheConfig, CheckpointConfig
+from causal_wan.data.buckets import clip_shapes, describe_shapes, order_samples
+from causal_wan.data.clips import Loadable, VideoDataset
+from causal_wan.data.descriptions import describe_flip, describe_rows, describe_speed_up
 from causal_wan.data.file_manifest import FileManifest
+from causal_wan.data.rows import Row, load_rows, source_weights, sources_of
+from causal_wan.data.samples import SampleStream, collate
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached
 from causal_wan.data.shared_memory import collate_shared, worker_settings
 from causal_wan.processes import gather_lists
+from causal_wan.streams.clips import StreamDecoder
 from causal_wan.streams.lanes import LaneStates, StreamedClips, collate_streamed
 from causal_wan.streams.sources import Stream, open_stream
-from causal_wan.video.decoding import describe_error
-from dataset_utils import (
-    Loadable,
-    Row,
-    SampleStream,
-    StreamDecoder,
-    VideoDataset,
-    clip_shapes,
-    collate,
-    describe_flip,
-    describe_rows,
-    describe_shapes,
-    describe_speed_up,
-    load_rows,
-    order_samples,
-    source_weights,
-    sources_of,
-)
+from causal_wan.video.opening import describe_error
 
 
 @dataclass
@@ -95,7 +85,7 @@ class RunData:
             cache: Its settings.
             checkpoint: Where the encoders are.
             prompts: That the run wants to be embedded.
-            encoding: vae_tiling, text_dtype and encodes of `causal_wan.cache.cached_data.open_cache`.
+            encoding: vae_tiling, text_dtype and encodes of `causal_wan.cache.opening.open_cache`.
 
         Raises:
             ValueError: If the cache cannot be used, or the run is to read all from it and something is not in it.

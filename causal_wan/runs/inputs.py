@@ -11,18 +11,20 @@ import torch
 from diffusers import AutoencoderKLWan
 from tqdm.auto import tqdm
 
-from causal_wan.basics import num_valid_latent_frames
+from causal_wan.data.clips import normalize_videos
 from causal_wan.data.settings import ClipShape
 from causal_wan.devices import to_device
+from causal_wan.geometry import num_valid_latent_frames
 from causal_wan.memory.levers import on_device
 from causal_wan.methods.losses import level_statistics
 from causal_wan.methods.noising import NoisyBatch, summarize_levels
 from causal_wan.model.compiling import seconds_compiling
-from causal_wan.model.encoding import encode_videos, pad_prompt_embeds
+from causal_wan.model.text import pad_prompt_embeds
+from causal_wan.model.vae import encode_videos
 from causal_wan.runs.data import RunData
 from causal_wan.runs.settings import RunConfig
-from causal_wan.training.loop import Batch, Sums
-from dataset_utils import normalize_videos
+from causal_wan.training.loop import Sums
+from causal_wan.training.steps import Batch
 
 
 @dataclass

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
-from causal_wan.basics import beside_fp8
 from causal_wan.config.parsing import flat_dict
 from causal_wan.data.settings import ClipShape
 from causal_wan.memory.levers import cut_up_vae, enable_gradient_checkpointing, quantization_config, store_in_fp8
@@ -20,6 +19,7 @@ from causal_wan.results.export import write_pipeline_file
 from causal_wan.runs.data import RunData
 from causal_wan.runs.settings import RunConfig
 from causal_wan.training.strategies import (
+    beside_fp8,
     check_can_be_compiled,
     context_mesh,
     is_sharded,
@@ -27,16 +27,9 @@ from causal_wan.training.strategies import (
     loads_weights,
     takes_over_checkpointing,
 )
-from causal_wan.weights.parts import (
-    DTYPES,
-    add_lora,
-    causal_settings,
-    load_transformer,
-    load_vae,
-    load_vae_config,
-    save_lora,
-    save_transformer,
-)
+from causal_wan.weights.lora import add_lora, save_lora
+from causal_wan.weights.parts import DTYPES, load_vae, load_vae_config
+from causal_wan.weights.transformer import causal_settings, load_transformer, save_transformer
 
 
 def weight_dtype(accelerator: Any) -> torch.dtype:

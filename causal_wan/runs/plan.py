@@ -12,13 +12,14 @@ from causal_wan.config.parsing import flat_dict
 from causal_wan.data.settings import ClipShape
 from causal_wan.memory.plan import MemoryPlan, describe_shortage, plan_training, text_encoder_bytes, with_vae
 from causal_wan.memory.simulation import ValidationWorkload, Workload
+from causal_wan.records.checkpoints import describe_damaged, find_checkpoint, passed_over
 from causal_wan.runs.data import RunData
 from causal_wan.runs.parts import latent_shape, text_dtype, validation_prompts, weight_dtype, with_absolute_paths
 from causal_wan.runs.settings import RunConfig
 from causal_wan.sampling.rollout import count_draws
-from causal_wan.training.checkpoints import describe_damaged, find_checkpoint, passed_over
 from causal_wan.training.strategies import context_mesh, free_memory, is_sharded, sharding
-from causal_wan.weights.parts import DTYPES, causal_settings, load_transformer_config, load_vae_config
+from causal_wan.weights.parts import DTYPES, load_vae_config
+from causal_wan.weights.transformer import causal_settings, load_transformer_config
 
 
 def describe_plan(config: RunConfig, run_data: RunData, num_replicas: int) -> str:

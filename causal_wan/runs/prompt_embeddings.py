@@ -17,10 +17,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from causal_wan.cache.cached_data import PROMPT_SHARD_BYTES, CachedData, CachedPrompts
+from causal_wan.cache.encoded_clips import PROMPT_SHARD_BYTES, CachedData, CachedPrompts
 from causal_wan.cache.tensor_cache import CacheWriter, TensorCache, settings_key
 from causal_wan.config.settings import CheckpointConfig
-from causal_wan.model.encoding import PromptEncoder, encode_prompts
+from causal_wan.model.text import PromptEncoder, encode_prompts
 from causal_wan.processes import gather_lists, gather_on_machine, num_processes, process_index, wait_for_all
 from causal_wan.progress import announced
 from causal_wan.runs.parts import text_dtype

@@ -16,15 +16,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from causal_wan.basics import beside_fp8
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.parsing import flat_dict, user_errors, write_recipe
 from causal_wan.data.shared_memory import check_shared_memory, shared_memory_here
-from causal_wan.model.encoding import check_video_size
+from causal_wan.data.workers import name_clips_of_dead_workers
 from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.model.vae import check_video_size
 from causal_wan.processes import gather_lists, wait_for_all
 from causal_wan.progress import announced, show_progress
-from causal_wan.results.hub import DATA_SUMMARY_NAME, HubUploads, start_uploads
+from causal_wan.records.checkpoints import check_output_dir
+from causal_wan.records.tracker_libraries import resolve_trackers
+from causal_wan.records.trackers import Trackers
+from causal_wan.results.model_card import DATA_SUMMARY_NAME
+from causal_wan.results.uploads import HubUploads, start_uploads
 from causal_wan.runs.data import RunData, load_run_data
 from causal_wan.runs.inputs import Inputs
 from causal_wan.runs.parts import (
@@ -41,13 +45,14 @@ from causal_wan.runs.plan import describe_memory, describe_plan, describe_resump
 from causal_wan.runs.prompt_embeddings import embed_prompts
 from causal_wan.runs.settings import RunConfig
 from causal_wan.runs.validation import Validation, share
-from causal_wan.training.checkpoints import check_output_dir
-from causal_wan.training.loop import EXIT_STOPPED, Batch, Sums, ema_weights, gather_weights, train
-from causal_wan.training.setup import Run, check_precision, make_accelerator, prepare_run, start_trackers
-from causal_wan.training.strategies import count_replicas, follow_settings
-from causal_wan.training.trackers import Trackers, resolve_trackers
-from causal_wan.weights.parts import check_generator_ckpt
-from dataset_utils import name_clips_of_dead_workers
+from causal_wan.training.loop import Sums, train
+from causal_wan.training.run import Run
+from causal_wan.training.setup import check_precision, make_accelerator, prepare_run, start_trackers
+from causal_wan.training.steps import Batch
+from causal_wan.training.stopping import EXIT_STOPPED
+from causal_wan.training.strategies import beside_fp8, count_replicas, follow_settings
+from causal_wan.training.weights import ema_weights, gather_weights
+from causal_wan.weights.transformer import check_generator_ckpt
 
 
 PrepareBatch = Callable[[Inputs, Batch], Batch]

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from causal_wan.basics import num_valid_latent_frames
 from causal_wan.config.ranges import checked_dataclass
 from causal_wan.config.settings import (
     CacheConfig,
@@ -13,6 +12,7 @@ from causal_wan.config.settings import (
     ValidationConfig,
 )
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached, check_waits_for_clips
+from causal_wan.geometry import num_valid_latent_frames
 from causal_wan.methods.settings import RegressionConfig
 
 

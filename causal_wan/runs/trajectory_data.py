@@ -1,113 +1,34 @@
 """The trajectories in a folder: what each depends on, and what a training run asks of them.
 
 `trajectories/` holds tensors by key; `prompts/`, `files.parquet` and `models.json` are as in
-`causal_wan.cache.cached_data`.
+`causal_wan.cache.encoded_clips`.
 
 Shapes: C = latent channels, F = latent frames, H, W = latent height and width, K = latents that are kept of a
 trajectory, from noise to data, the clean end included.
 """
 
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from causal_wan.cache.cached_data import CachedData, LatentKeeper, open_cache
-from causal_wan.cache.tensor_cache import TensorCache, describe_differences, settings_key
+from causal_wan.cache.encoded_clips import CachedData, LatentKeeper
+from causal_wan.cache.opening import open_cache
+from causal_wan.cache.tensor_cache import TensorCache
+from causal_wan.cache.trajectories import FOLDER, TrajectoryName, find_settings, names_in
 from causal_wan.config.settings import CacheConfig, CheckpointConfig
+from causal_wan.data.clips import Loadable
 from causal_wan.data.file_manifest import FileManifest
+from causal_wan.data.rows import Row
 from causal_wan.data.sample_order import SampleOrder
+from causal_wan.data.samples import SampleStream, collate
 from causal_wan.data.settings import ClipShape, DataConfig
 from causal_wan.data.shared_memory import collate_shared, worker_settings
 from causal_wan.runs.data import RunData
 from causal_wan.streams.lanes import LaneStates
-from dataset_utils import Loadable, Row, SampleStream, collate
-
-
-FOLDER = "trajectories"
-TRAJECTORY_STREAM = 6  # of random numbers; see `sample_order` and `regression` for the others
-
-
-@dataclass(frozen=True, order=True)
-class TrajectoryName:
-    """Which of the trajectories of a teacher: the prompt, the seed, and the number among those of the prompt."""
-
-    prompt: str
-    seed: int
-    number: int
-
-    def key(self, settings: dict[str, Any]) -> bytes:
-        """Under which it is found."""
-        return settings_key(settings, self.prompt, str(self.seed), str(self.number))
-
-    def generator(self) -> torch.Generator:
-        """Source of its noise: whatever other prompts there are, and however the work is split."""
-        of_prompt = int.from_bytes(hashlib.blake2b(self.prompt.encode(), digest_size=8).digest())
-        words = (TRAJECTORY_STREAM, self.number, of_prompt >> 32, of_prompt & 0xFFFFFFFF)
-        (state,) = np.random.SeedSequence(self.seed, spawn_key=words).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(state >> 1))
-
-
-def student_settings(shape: ClipShape, levels: torch.Tensor) -> dict[str, Any]:
-    """Of a trajectory's settings, those that the student shares.
-
-    Args:
-        shape: Of the clips.
-        levels: Timesteps of the step list, from noise to data; a trailing 0 is the clean end, which is always there.
-    """
-    return {**shape._asdict(), "levels": [level for level in levels.tolist() if level > 0]}
-
-
-def find_settings(
-    cache: TensorCache, shape: ClipShape, levels: torch.Tensor, block_lengths: list[int]
-) -> dict[str, Any]:
-    """The settings of the trajectories in a cache that a student can learn from.
-
-    Args:
-        cache: Of trajectories.
-        shape: Of the clips.
-        levels: Timesteps of the step list.
-        block_lengths: Latent frames of each of the student's blocks.
-
-    Raises:
-        ValueError: If there are none, or those of several teachers or ways to sample; says what differs.
-    """
-    wanted = student_settings(shape, levels)
-
-    def fits(settings: dict[str, Any]) -> bool:
-        same_shape = all(settings[name] == size for name, size in shape._asdict().items())
-        return same_shape and set(wanted["levels"]) <= set(settings["levels"])
-
-    found = [settings for settings in cache.settings if fits(settings)]
-    if not found:
-        known = [{name: settings[name] for name in wanted} for settings in cache.settings]
-        reason = describe_differences(wanted, known) or "there are none"
-        raise ValueError(
-            f"trajectories_dir must hold trajectories with the size and the levels of the run, but {cache.folder} has "
-            f"none that fit ({reason}). Run precompute_trajectories.py with the same settings, or train with those of "
-            "the trajectories."
-        )
-    if len(found) > 1:
-        values = {name: sorted({str(settings.get(name)) for settings in found}) for name in found[0]}
-        differing = "; ".join(f"{name} is {' and '.join(each)}" for name, each in values.items() if len(each) > 1)
-        raise ValueError(
-            f"trajectories_dir must hold one kind of trajectories that fit the run, but {cache.folder} has "
-            f"{len(found)}: {differing}. Keep them in folders of their own."
-        )
-    (settings,) = found
-    if len(settings["blocks"]) > 1 and settings["blocks"] != block_lengths:
-        raise ValueError(
-            f"a causal teacher's blocks must be the student's, but the trajectories of {cache.folder} were sampled in "
-            f"blocks of {settings['blocks']} latent frames and the student has {block_lengths}; set "
-            "--num_frame_per_block, --independent_first_frame and --generator_task as they were for the teacher."
-        )
-    return settings
 
 
 @dataclass
@@ -290,10 +211,3 @@ def load_trajectory_data(
     places = [*settings["levels"], 0.0]
     slots = [places.index(level) for level in levels.tolist()]
     return TrajectoryData(config, folder, cache, settings, slots, names, clips)
-
-
-def names_in(cache: TensorCache, settings: dict[str, Any]) -> Iterator[TrajectoryName]:
-    """The trajectories of a cache that have these settings."""
-    for own, facts in cache.facts():
-        if own == settings:
-            yield TrajectoryName(facts["prompt"], facts["seed"], facts["number"])

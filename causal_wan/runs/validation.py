@@ -15,17 +15,17 @@ from accelerate.utils.memory import clear_device_cache
 from tqdm.auto import tqdm
 
 from causal_wan.memory.levers import on_device
-from causal_wan.methods.noising import sample_generator
 from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.processes import wait_for_all
 from causal_wan.progress import show_progress
+from causal_wan.records.metrics import MetricSums, Sums
+from causal_wan.records.trackers import CaptionedVideo
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.rollout import Rollout, count_draws, draw_noise
-from causal_wan.training.metrics import MetricSums, Sums
+from causal_wan.seeds import noise_generator
 from causal_wan.training.strategies import is_sharded
-from causal_wan.training.trackers import CaptionedVideo
 from causal_wan.video.writing import VideoWriter, as_frames
 
 
@@ -154,7 +154,10 @@ class Validation:
         """The latents of a prompt's video `(1, C, F, H, W)`, from noise of the prompt's own number."""
         config = self.inputs.config
         method, validation = config.method, config.validation
-        timesteps, generator = method.inference_timesteps().tolist(), sample_generator(self.inputs.seed, number)
+        timesteps, generator = (
+            method.inference_timesteps().tolist(),
+            noise_generator(self.inputs.seed, number),
+        )
         sampler = method.student_sampler
         noise = draw_noise(1, self.latent_shape, count_draws(len(timesteps), sampler), generator=generator)
         pipeline = CausalWanPipeline(

@@ -14,18 +14,12 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from causal_wan.basics import Sampler
 from causal_wan.devices import to_device
 from causal_wan.flow import choose_sampling, sampling_timesteps
-from causal_wan.model.encoding import (
-    check_video_size,
-    decode_latents,
-    encode_prompts,
-    encode_videos,
-    pad_prompt_embeds,
-)
 from causal_wan.model.streaming_vae import StreamingDecoder
+from causal_wan.model.text import encode_prompts, pad_prompt_embeds
 from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.model.vae import check_video_size, decode_latents, encode_videos
 from causal_wan.sampling.rollout import (
     Generators,
     Rollout,
@@ -34,6 +28,7 @@ from causal_wan.sampling.rollout import (
     draw_frame_noise,
     draw_noise,
 )
+from causal_wan.timesteps import Sampler
 
 
 DEFAULT_STEP_LIST = (1000, 757, 522, 0)

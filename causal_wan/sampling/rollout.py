@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from causal_wan.basics import Sampler
 from causal_wan.devices import to_device
 from causal_wan.flow import add_noise, euler_step, latents_from_velocity, sigmas_from_timesteps
 from causal_wan.model.kv_cache import KVCache
 from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.timesteps import Sampler
 
 
 Generators = torch.Generator | list[torch.Generator] | None

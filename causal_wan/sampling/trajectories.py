@@ -9,20 +9,16 @@ are kept, the clean end included, L = entries of the student's step list, S = pr
 Source: CausVid, arXiv 2412.07772, section 4.3; of a causal teacher, Causal Forcing, arXiv 2602.02214.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from causal_wan.basics import NUM_TRAIN_TIMESTEPS
-from causal_wan.devices import to_device
-from causal_wan.flow import broadcast_over_latents, inference_timesteps, sigmas_from_timesteps, velocity_from_latents
-from causal_wan.methods.noising import NoisyBatch, draw_context, draw_level_indices, sample_generator
-from causal_wan.methods.settings import RegressionConfig
+from causal_wan.flow import inference_timesteps
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.rollout import Rollout
+from causal_wan.timesteps import NUM_TRAIN_TIMESTEPS
 
 
 def trajectory_timesteps(levels: torch.Tensor, num_inference_steps: int, timestep_shift: float) -> torch.Tensor:
@@ -96,48 +92,3 @@ def sample_trajectories(
     end = pipeline.sample_latents(prompt_embeds, noise[None], steps, sampler="euler", on_step_end=keep, **guidance)
     inner = [torch.cat(blocks, dim=2) for blocks in kept.values() if blocks]
     return torch.stack([*([noise.float()] if starts_at_noise else []), *inner, end], dim=1)
-
-
-def take_noisy_batch(
-    trajectories: torch.Tensor,
-    latents: torch.Tensor,
-    method: RegressionConfig,
-    block_lengths: Sequence[int],
-    *,
-    seed: int,
-    sample_numbers: Sequence[int],
-) -> NoisyBatch:
-    """Each block as it is at the level that is drawn for it, on its way to the end of its trajectory.
-
-    The draws of levels are those of `causal_wan.methods.noising.draw_noisy_batch` for the same seed, numbers and step
-    list.
-    `noise` is what one would have to add to the end to get the noisy latents.
-
-    Args:
-        trajectories: At each entry of the step list, `(B, L, C, F, H, W)`.
-        latents: Their ends, `(B, C, F, H, W)`.
-        method: Says how levels are drawn, and what the context is.
-        block_lengths: Latent frames of each block.
-        seed: Of the run.
-        sample_numbers: Number of each sample in the run, B of them.
-    """
-    generators = [sample_generator(seed, number) for number in sample_numbers]
-    levels, num_frames = method.levels(), latents.shape[2]
-    indices = torch.stack([draw_level_indices(each, levels, block_lengths, num_frames) for each in generators])
-    context_latents, context_timesteps = draw_context(latents, method, generators)
-    timesteps, indices = (to_device(part, latents.device) for part in (levels[indices], indices))
-    where = indices[:, None, None, :, None, None].expand(-1, 1, latents.shape[1], -1, *latents.shape[3:])
-    noisy_latents, sigmas = trajectories.gather(1, where)[:, 0], sigmas_from_timesteps(timesteps)
-    is_clean = broadcast_over_latents(sigmas == 0)
-    velocity = velocity_from_latents(noisy_latents, latents, sigmas)
-    return NoisyBatch(
-        latents=latents,
-        noise=latents + torch.where(is_clean, 0.0, velocity),
-        noisy_latents=noisy_latents,
-        level_indices=indices,
-        timesteps=timesteps,
-        sigmas=sigmas,
-        mask=timesteps > 0,
-        context_latents=context_latents,
-        context_timesteps=context_timesteps,
-    )

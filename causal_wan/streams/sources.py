@@ -10,26 +10,21 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tarfile import TarError
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 from datasets import (
-    Dataset,
     DatasetDict,
-    Features,
     IterableDataset,
-    Value,
     Video,
     disable_progress_bars,
-    load_dataset,
     load_from_disk,
 )
-from datasets.exceptions import DatasetsError
 from huggingface_hub import HfFileSystem
 
 from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
-from causal_wan.video.decoding import resolve_path
+from causal_wan.tables.undecoded import LOADING_ERRORS, load_undecoded
+from causal_wan.video.opening import resolve_path
 
 
 BUILDERS = {
@@ -39,7 +34,6 @@ BUILDERS = {
     ".ndjson": "json",
 }
 SAVED_DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
-LOADING_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, TarError)
 
 
 @dataclass(frozen=True)
@@ -192,20 +186,6 @@ def open_stream(source: Source) -> Stream:
     check_captions(dataset.features.arrow_schema, source)
     columns = dict.fromkeys([source.video_column, *source.caption_column])
     return Stream(source, dataset.select_columns(list(columns)))
-
-
-def load_undecoded(arguments: dict[str, Any], *, streaming: bool) -> Dataset | IterableDataset:
-    """What `load_dataset` gives, but the videos in WebDataset tars as plain bytes.
-
-    As `Video`, it would drop the bytes of any clip whose name in the tar is also that of a file below the current
-    folder, and go by that file.
-    """
-    stream = load_dataset(**arguments, streaming=True)  # reads no more than the columns take
-    features = stream.features or Features()
-    if {"__key__", "__url__"} <= features.keys():
-        plain = {name: Value("binary") for name, feature in features.items() if isinstance(feature, Video)}
-        return load_dataset(**arguments, features=Features({**features, **plain}), streaming=streaming)
-    return stream if streaming else load_dataset(**arguments)
 
 
 def _check_video(kind: pa.DataType, source: Source) -> None:

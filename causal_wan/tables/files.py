@@ -20,7 +20,7 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
 from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
-from causal_wan.video.decoding import resolve_path
+from causal_wan.video.opening import resolve_path
 
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}

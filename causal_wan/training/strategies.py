@@ -9,7 +9,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import DeviceMesh
 
-from causal_wan.basics import beside_fp8
 from causal_wan.config.settings import TrainingConfig
 
 
@@ -139,3 +138,8 @@ def takes_over_checkpointing(accelerator: Accelerator) -> bool:
         return False
     accelerator.state.fsdp_plugin.activation_checkpointing = False
     return True
+
+
+def beside_fp8(mixed_precision: str | None) -> str | None:
+    """The precision of all but the products that fp8 has in 8 bits: bf16; any other precision is everything's."""
+    return "bf16" if mixed_precision == "fp8" else mixed_precision

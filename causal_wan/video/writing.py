@@ -11,7 +11,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
-from causal_wan.basics import FRAME_RATE
+from causal_wan.geometry import FRAME_RATE
 
 
 def as_frames(video: torch.Tensor) -> np.ndarray:

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
-from causal_wan.basics import LoraNames
+from causal_wan.config.choices import LoraNames
 from causal_wan.weights.wan_names import COMFYUI_PREFIX, INSIDE, MAX_SHOWN, OUTSIDE, PREFIXES, State, read_state
 
 

@@ -4,161 +4,22 @@ Shapes: B = batch, T = video frames, height, width in pixels, C = latent channel
 height and width, S = prompt tokens, D = text dimension.
 """
 
-import contextlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, BitsAndBytesConfig, WanPipeline
-from diffusers.training_utils import cast_training_params
+from diffusers import AutoencoderKLWan
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.progress import announced
-from causal_wan.weights.wan_names import WEIGHTS_SUFFIXES, read_state, strip_prefixes, to_diffusers
 
 
 # Precisions by the names of flags.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
-
-
-def load_transformer(
-    pretrained_model_name_or_path: str,
-    *,
-    num_frame_per_block: int | None,
-    generator_ckpt: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    device: torch.device | str = "cpu",
-    quantization: BitsAndBytesConfig | None = None,
-    empty: bool = False,
-    **causal_config: int | bool,
-) -> CausalWanTransformer3DModel:
-    """Loads a WAN transformer as a causal one.
-
-    Args:
-        pretrained_model_name_or_path: Diffusers folder or hub id of a WAN pipeline.
-        num_frame_per_block: Latent frames a block; None is bidirectional.
-        generator_ckpt: Weights to start from in the place of the base model's: a diffusers transformer folder, a
-            folder with a `transformer` folder in it (the result of a run), or a safetensors file in diffusers' names.
-        dtype: Of the weights; time embedding, tables and norms stay float32 as in diffusers.
-        revision: Of a hub repository.
-        device: Where the weights go, one after another; there is no whole copy elsewhere.
-        quantization: How to quantize the layers; they then go to the current GPU.
-        empty: Leave the weights unset, on the CPU, where they take no memory until they are written: for processes
-            that get them from another.
-        causal_config: `local_attn_size`, `sink_size`, `independent_first_frame`.
-
-    Raises:
-        ValueError: If `generator_ckpt` does not fit; names the first keys that do not.
-    """
-    causal_config = {"num_frame_per_block": num_frame_per_block, **causal_config}
-    where = _find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
-    if empty:
-        return _empty_transformer(where, dtype, **causal_config)
-    with announced(f"loading the transformer of {where['pretrained_model_name_or_path']}"):
-        transformer = CausalWanTransformer3DModel.from_pretrained(
-            **where,
-            dtype=dtype,
-            use_safetensors=True,  # never a pickle
-            quantization_config=quantization,
-            device_map=None if quantization else {"": device},
-            **causal_config,
-        )
-        transformer.requires_grad_(quantization is None)  # loaded straight to a device, weights may come frozen
-        if generator_ckpt is not None and Path(generator_ckpt).is_file():
-            load_generator_file(transformer, generator_ckpt)
-    return transformer
-
-
-def causal_settings(run: dict[str, Any]) -> dict[str, Any]:
-    """What `load_transformer` has to know of a run's resolved config beside the checkpoint."""
-    settings = {name: run[name] for name in ("local_attn_size", "sink_size", "independent_first_frame")}
-    is_causal = run["generator_task"] == "causal_video"
-    return {"num_frame_per_block": run["num_frame_per_block"] if is_causal else None, **settings}
-
-
-def load_transformer_config(
-    pretrained_model_name_or_path: str, *, generator_ckpt: str | None = None, revision: str | None = None
-) -> dict[str, Any]:
-    """The configuration of what `load_transformer` loads."""
-    return CausalWanTransformer3DModel.load_config(
-        **_find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
-    )
-
-
-def _find_transformer(checkpoint: str, generator_ckpt: str | None, revision: str | None) -> dict[str, str | None]:
-    """Where the transformer lies: what `from_pretrained` and `load_config` want to know."""
-    if generator_ckpt is not None and Path(generator_ckpt).is_dir():
-        subfolder = "transformer" if (Path(generator_ckpt) / "transformer").is_dir() else ""
-        return {"pretrained_model_name_or_path": generator_ckpt, "subfolder": subfolder, "revision": None}
-    return {"pretrained_model_name_or_path": checkpoint, "subfolder": "transformer", "revision": revision}
-
-
-def _empty_transformer(
-    where: dict[str, str | None], dtype: torch.dtype, **causal_config: int | bool | None
-) -> CausalWanTransformer3DModel:
-    """A transformer of the dtypes that `from_pretrained` gives, whose weights are not set."""
-    model_class = CausalWanTransformer3DModel
-    with torch.device("meta"):
-        transformer = model_class.from_config(model_class.load_config(**where), **causal_config)
-    transformer.to_empty(device="cpu")
-    config = transformer.config
-    transformer.rope = type(transformer.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
-    for name, parameter in transformer.named_parameters():
-        if not set(model_class._keep_in_fp32_modules) & set(name.split(".")):
-            parameter.data = torch.empty_like(parameter, dtype=dtype)
-    return transformer
-
-
-def check_generator_ckpt(generator_ckpt: str | None) -> None:
-    """Checks, before anything is loaded, that a path can hold a generator.
-
-    Raises:
-        ValueError: If it does not exist, or is neither a transformer folder nor a safetensors file.
-    """
-    if generator_ckpt is None:
-        return
-    path = Path(generator_ckpt)
-    if path.is_dir() and any((path / sub / "config.json").is_file() for sub in ("", "transformer")):
-        return
-    if not (path.is_file() and path.suffix in WEIGHTS_SUFFIXES):
-        raise ValueError(
-            "generator_ckpt must be a diffusers transformer folder (with config.json, or with transformer/config.json "
-            f"in it) or a .safetensors or .pt file, got {generator_ckpt!r}"
-            + (", which does not exist." if not path.exists() else ".")
-        )
-
-
-def load_generator_file(transformer: CausalWanTransformer3DModel, path: str) -> None:
-    """Loads a file of weights in diffusers' or WAN's names into a transformer, all keys or none.
-
-    Raises:
-        ValueError: If keys or shapes differ; names the first of them.
-    """
-    weights, expected = strip_prefixes(read_state(path)), transformer.state_dict()
-    if weights.keys() != expected.keys():
-        with contextlib.suppress(ValueError):  # names that are nobody's are reported below
-            weights = to_diffusers(weights)
-    unexpected = [key for key in weights if key not in expected]
-    missing = [key for key in expected if key not in weights]
-    reshaped = [key for key in weights if key in expected and weights[key].shape != expected[key].shape]
-    for problem, keys in (("unexpected", unexpected), ("missing", missing), ("of another shape", reshaped)):
-        if keys:
-            raise ValueError(
-                f"generator_ckpt {path} must have the names and shapes of the base transformer, but {len(keys)} keys "
-                f"are {problem}, first {', '.join(keys[:5])}; give the weights of the same architecture in diffusers "
-                "format."
-            )
-    transformer.load_state_dict(weights)
 
 
 def find_part(checkpoint: str, part: str, *, revision: str | None = None, download: bool = True) -> Path | None:
@@ -225,56 +86,3 @@ def load_text_encoder(
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------
-
-
-def add_lora(
-    transformer: CausalWanTransformer3DModel, *, rank: int, alpha: float, target_modules: Sequence[str]
-) -> None:
-    """Freezes a transformer and adds trainable LoRA adapters, in float32, to the named linear layers.
-
-    Args:
-        transformer: Changed in place.
-        rank: Of the update, >= 1.
-        alpha: The update is scaled by alpha / rank.
-        target_modules: Endings of module names.
-
-    Raises:
-        ValueError: If no module has such a name (from peft, which lists what it looked for).
-
-    Source: LoRA, arXiv 2106.09685, section 4.1.
-    """
-    transformer.requires_grad_(False)
-    transformer.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=True, target_modules=list(target_modules))
-    )
-    cast_training_params(transformer, dtype=torch.float32)
-
-
-def save_transformer(
-    transformer: CausalWanTransformer3DModel, weights: dict[str, torch.Tensor], folder: str | Path
-) -> None:
-    """Writes a folder in diffusers format: the configuration of `transformer`, and these weights.
-
-    Raises:
-        RuntimeError: If the weights are not those of the configuration.
-    """
-    with torch.device("meta"):  # takes the weights as they are, without room for others
-        plain = type(transformer).from_config(transformer.config)
-    plain.load_state_dict(weights, assign=True)
-    plain.save_pretrained(folder)
-
-
-def save_lora(transformer: CausalWanTransformer3DModel, weights: dict[str, torch.Tensor], folder: str | Path) -> None:
-    """Writes `pytorch_lora_weights.safetensors`, which stock `WanPipeline.load_lora_weights` takes.
-
-    Args:
-        transformer: With adapters.
-        weights: The adapters' weights, by their names in `transformer`.
-        folder: The file goes into it.
-    """
-    WanPipeline.save_lora_weights(
-        str(folder),
-        # What peft does, but for names within the wrappers of a sharded model, which peft does not know.
-        transformer_lora_layers={name.replace(".default.", "."): weight for name, weight in weights.items()},
-        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-    )

@@ -25,9 +25,9 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
 
-from causal_wan.basics import FRAME_RATE
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import AttentionWindow, NonNegativeInt, PositiveInt, Range, checked_dataclass
+from causal_wan.geometry import FRAME_RATE
 from causal_wan.results.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.video.writing import VideoWriter, as_frames

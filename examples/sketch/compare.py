@@ -133,7 +133,7 @@ def mean_video(videos: list[np.ndarray]) -> np.ndarray:
 
 def encode_and_decode(checkpoint: str, videos: list[np.ndarray]) -> list[np.ndarray]:
     """What a checkpoint's VAE leaves of videos."""
-    from causal_wan.model.encoding import decode_latents, encode_videos  # it takes seconds, and not all need it
+    from causal_wan.model.vae import decode_latents, encode_videos  # it takes seconds, and not all need it
     from causal_wan.weights.parts import load_vae
 
     vae, decoded = load_vae(checkpoint), []

@@ -7,34 +7,26 @@ number of runs and of tables, and changed files and settings are never mistaken 
 Shapes: C = latent channels, F = latent frames, H, W = latent height and width, S = prompt tokens, D = text dimension.
 """
 
-import hashlib
-import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from tqdm.auto import tqdm
 
 from causal_wan.cache.tensor_cache import CacheWriter, TensorCache, describe_differences, settings_key
-from causal_wan.config.settings import CacheConfig, CheckpointConfig, LatentsDtype
-from causal_wan.data.file_manifest import FileFacts, FileManifest, hash_content, stat_of
+from causal_wan.config.settings import LatentsDtype
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached
 from causal_wan.devices import LateCopy
-from causal_wan.processes import gather_lists, num_processes, process_index, wait_for_all
-from causal_wan.weights.parts import DTYPES, find_part
+from causal_wan.weights.parts import DTYPES
 
 
 logger = logging.getLogger(__name__)
 
 MAX_SHOWN = 5
 PROMPT_SHARD_BYTES = 32 << 20
-MODEL_SUFFIXES = {".json", ".model", ".safetensors"}
 
 
 @dataclass(frozen=True)
@@ -247,157 +239,3 @@ class CachedClips:
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------
-
-
-def open_cache(
-    config: CacheConfig,
-    data: DataConfig,
-    checkpoint: CheckpointConfig,
-    rows: Sequence[Any],
-    manifest: FileManifest,
-    *,
-    vae_tiling: bool,
-    text_dtype: str,
-    encodes: bool,
-) -> tuple[CachedData, list[Any]]:
-    """A cache as a run wants it, and the run's rows with the content of their files. Called by every process.
-
-    Args:
-        config: Names the folder.
-        data: Settings of the clips.
-        checkpoint: Where the encoders are.
-        rows: Their files are read, split over the processes, unless the manifest knows them.
-        manifest: Of the folder; the main process writes what is new.
-        vae_tiling: Whether the VAE encodes in tiles.
-        text_dtype: Precision of the text encoder, as in `causal_wan.weights.parts.DTYPES`.
-        encodes: Whether the run may encode, and so needs the encoders at hand.
-
-    Raises:
-        ValueError: If the data cannot be cached, or the encoders cannot be told.
-    """
-    check_can_be_cached(data)
-    is_main = process_index() == 0
-    own = range(process_index(), len(rows), num_processes())
-    found = gather_lists(hash_rows(rows, own, show_progress=is_main))
-    manifest.add(found)
-    rows = [row if row.content else replace(row, content=_content(row, manifest)) for row in rows]
-    encoders = None
-    if is_main:  # one reads the weights
-        try:
-            encoders = identify_encoders(
-                manifest.path.parent,
-                checkpoint,
-                manifest,
-                vae_tiling=vae_tiling,
-                text_dtype=text_dtype,
-                download=encodes,
-            )
-        except ValueError as error:
-            encoders = error
-        try:
-            manifest.save()
-        except OSError as error:  # others may only read the folder
-            if encodes:
-                raise
-            logger.info("what was found out about files is not kept: %s", error)
-    (encoders,) = gather_lists([encoders] if is_main else [])
-    if isinstance(encoders, ValueError):
-        raise encoders
-    return CachedData(manifest.path.parent, data, encoders, config.latents_dtype), rows
-
-
-def drop_damaged(caches: Iterable[TensorCache]) -> None:
-    """Reads all entries, each process its share, and takes out those that are damaged. Called by every process."""
-    for cache in caches:
-        keys = list(cache.in_order())[process_index() :: num_processes()]
-        bar = tqdm(keys, desc="verifying", disable=process_index() != 0)
-        damaged = gather_lists(list(cache.corrupt_keys(bar)))
-        if process_index() == 0:
-            print(f"{len(damaged)} of {len(cache)} entries of {cache.folder} are damaged")
-            cache.drop(damaged)
-        wait_for_all()  # until they are out
-        cache.forget(damaged)
-
-
-def hash_rows(rows: Sequence[Any], indices: Sequence[int], *, show_progress: bool = False) -> list[FileFacts]:
-    """Reads the files of rows whose content is not known.
-
-    Args:
-        rows: With `video`, `name`, `content` and the facts of the file.
-        indices: Which of them to look at, so that processes can share the work.
-        show_progress: Whether to show a bar.
-    """
-
-    def facts(index: int) -> FileFacts:
-        row = rows[index]
-        path, size, mtime_ns = stat_of(row.video)
-        known = (row.num_frames, row.frame_rate, row.height, row.width)
-        return FileFacts(path, row.name, size, mtime_ns, hash_content(row.video), *known)
-
-    unknown = [index for index in indices if not rows[index].content]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(facts, unknown)
-        return list(tqdm(found, total=len(unknown), desc="reading files", delay=2, disable=not show_progress))
-
-
-def _content(row: Any, manifest: FileManifest) -> str:
-    known = manifest.find(row.video)
-    return known.content if known is not None else ""
-
-
-def identify_encoders(
-    folder: str | Path,
-    checkpoint: CheckpointConfig,
-    manifest: FileManifest,
-    *,
-    vae_tiling: bool,
-    text_dtype: str,
-    download: bool,
-) -> Encoders:
-    """What encodes, told by the content of its weights, which are read unless the manifest knows the files.
-
-    Args:
-        folder: Of the cache. It remembers what its checkpoints are, for runs without VAE and text encoder at hand.
-        checkpoint: Where the encoders are, and the VAE's precision.
-        manifest: Of the folder.
-        vae_tiling: Whether the VAE encodes in tiles.
-        text_dtype: Precision of the text encoder, as in `causal_wan.weights.parts.DTYPES`.
-        download: Whether to fetch encoders from the hub; else those that are not at hand are remembered.
-
-    Raises:
-        ValueError: If encoders are neither at hand nor remembered.
-    """
-    name, path = checkpoint.pretrained_model_name_or_path, Path(folder) / "models.json"
-    name = str(Path(name).resolve()) if Path(name).is_dir() else f"{name} at {checkpoint.revision or 'main'}"
-    remembered = json.loads(path.read_text()) if path.is_file() else {}
-    contents = dict(remembered.get(name, {}))
-    for part, folders in {"vae": ["vae"], "text_encoder": ["text_encoder", "tokenizer"]}.items():
-        places = [
-            find_part(checkpoint.pretrained_model_name_or_path, each, revision=checkpoint.revision, download=download)
-            for each in folders
-        ]
-        if all(place is not None and place.is_dir() for place in places):
-            contents[part] = _content_of_part(places, manifest)
-        elif part not in contents:
-            raise ValueError(
-                f"latents_dir must be made with the checkpoint of the run, but {folder} does not know {name}; run "
-                "precompute_latents.py with it."
-            )
-    if download and remembered.get(name) != contents:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(remembered | {name: contents}, indent=1))
-        os.replace(partial, path)
-    return Encoders(
-        vae=contents["vae"],
-        text_encoder=contents["text_encoder"],
-        vae_dtype=checkpoint.vae_dtype,
-        vae_tiling=vae_tiling,
-        text_dtype=text_dtype,
-        max_sequence_length=checkpoint.max_sequence_length,
-    )
-
-
-def _content_of_part(folders: Sequence[Path], manifest: FileManifest) -> str:
-    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES]
-    return hashlib.sha256(str([(path.name, manifest.content(path)) for path in files]).encode()).hexdigest()

@@ -19,10 +19,10 @@ from datasets import Dataset, DatasetDict, Value
 from datasets.exceptions import DatasetsError
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from causal_wan.streams.sources import LOADING_ERRORS, load_undecoded
 from causal_wan.tables.files import read_csv, read_jsonl, read_pairs, read_parquet
 from causal_wan.tables.sources import Source, check_captions, check_columns, is_hub_name, is_text
-from causal_wan.video.decoding import EmbeddedVideo
+from causal_wan.tables.undecoded import LOADING_ERRORS, load_undecoded
+from causal_wan.video.opening import EmbeddedVideo
 
 
 SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")

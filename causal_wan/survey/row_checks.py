@@ -23,10 +23,12 @@ import torch
 from torchvision.transforms import v2
 
 from causal_wan.data.file_manifest import stat_of
-from causal_wan.data.settings import DataConfig, VideoLimits
-from causal_wan.tables.rows import TableRow
-from causal_wan.video.decoding import Video, decode_frames, describe_error
-from dataset_utils import check_row, find_video
+from causal_wan.data.rows import check_row, find_video
+from causal_wan.data.settings import DataConfig
+from causal_wan.tables.table import TableRow
+from causal_wan.video.decoding import decode_frames
+from causal_wan.video.limits import VideoLimits
+from causal_wan.video.opening import Video, describe_error
 
 
 VERSION = 1  # of the records; those of another version are made anew

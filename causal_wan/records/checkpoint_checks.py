@@ -1,6 +1,6 @@
 """Whether a checkpoint is whole, and whether a run can go on from it: told by names, shapes and lengths of its files.
 
-Weights and states of optimizers are not read for this. `causal_wan.training.checkpoints` writes and finds checkpoints.
+Weights and states of optimizers are not read for this. `causal_wan.records.checkpoints` writes and finds checkpoints.
 """
 
 import zipfile

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from causal_wan.training.trackers import CaptionedVideo
+from causal_wan.records.trackers import CaptionedVideo
 
 
 logger = logging.getLogger(__name__)

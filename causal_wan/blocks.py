@@ -1,0 +1,34 @@
+"""How the latent frames of a clip fall into blocks. Imports no library."""
+
+
+def frame_block_lengths(
+    num_latent_frames: int, num_frame_per_block: int | None, *, independent_first_frame: bool = False
+) -> list[int]:
+    """How the latent frames of a clip fall into blocks.
+
+    Args:
+        num_latent_frames: F.
+        num_frame_per_block: Latent frames a block; None, or F or more, makes the whole clip one block.
+        independent_first_frame: The first frame is a block of its own, later blocks have `num_frame_per_block`.
+
+    Returns:
+        Latent frames of each block, in order; they add up to F.
+
+    Raises:
+        ValueError: If F does not divide into blocks.
+
+    Source: CausVid, arXiv 2412.07772, section 4.1; `independent_first_frame` as in Self Forcing, arXiv 2506.08009.
+    """
+    first = [1] if independent_first_frame and num_frame_per_block is not None else []
+    rest = num_latent_frames - len(first)
+    if num_frame_per_block is None or num_frame_per_block >= rest > 0:
+        return [*first, rest]
+    if num_frame_per_block < 1 or rest % num_frame_per_block:
+        below = rest // max(num_frame_per_block, 1) * max(num_frame_per_block, 1) + len(first)
+        above = below + max(num_frame_per_block, 1)
+        raise ValueError(
+            f"the number of latent frames must be {'1 + ' if first else ''}a multiple of num_frame_per_block="
+            f"{num_frame_per_block}, got {num_latent_frames}; use {below or above} or {above} latent frames "
+            f"(num_frames {4 * (below or above) - 3} or {4 * above - 3}), or another num_frame_per_block."
+        )
+    return first + [num_frame_per_block] * (rest // num_frame_per_block)

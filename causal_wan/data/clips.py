@@ -1,0 +1,126 @@
+"""Clips as the model sees them: decoded, sampled, resized, cropped and augmented.
+
+Shapes: T = video frames, height, width in pixels."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import av
+import torch
+from torch.utils.data import get_worker_info
+from torchvision.transforms import v2
+
+from causal_wan.data.frames import sample_frame_indices
+from causal_wan.data.rows import Row
+from causal_wan.data.settings import ClipShape, DataConfig
+from causal_wan.video.decoding import decode_frames
+from causal_wan.video.opening import describe_error
+
+
+MAX_WORKERS = 256  # whose clips are noted
+
+
+class ResizeToCover(v2.Transform):
+    """Resizes so that height x width is just covered, aspect ratio kept."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.height, self.width = height, width
+
+    def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
+        """Called by torchvision for each picture `(..., H, W)`."""
+        scale = max(self.height / inpt.shape[-2], self.width / inpt.shape[-1])
+        size = [max(self.height, round(inpt.shape[-2] * scale)), max(self.width, round(inpt.shape[-1] * scale))]
+        return v2.functional.resize(inpt, size, antialias=True)
+
+
+def build_video_transform(height: int, width: int) -> v2.Transform:
+    """Aspect-preserving resize and centre crop of uint8 pictures `(..., H, W)`."""
+    return v2.Compose([ResizeToCover(height, width), v2.CenterCrop((height, width))])
+
+
+def augment_video(video: torch.Tensor, config: DataConfig, generator: torch.Generator) -> torch.Tensor:
+    """Mirrors and recolours a clip, uint8 `(3, T, H, W)`, all frames alike, as the generator decides."""
+    if config.horizontal_flip and float(torch.rand((), generator=generator)) < config.horizontal_flip:
+        video = video.flip(-1)
+    if any(config.color_jitter):
+        picture = video.flatten(1, 2)  # one picture `(3, T * H, W)`: one mean for all frames
+        changes = (2 * torch.rand(4, generator=generator, dtype=torch.float64) - 1) * torch.tensor(config.color_jitter)
+        brightness, contrast, saturation, hue = changes.tolist()
+        picture = v2.functional.adjust_brightness(picture, 1 + brightness)
+        picture = v2.functional.adjust_contrast(picture, 1 + contrast)
+        picture = v2.functional.adjust_saturation(picture, 1 + saturation)
+        video = v2.functional.adjust_hue(picture, hue).reshape(video.shape)
+    return video
+
+
+def normalize_videos(videos: torch.Tensor) -> torch.Tensor:
+    """uint8 -> float32 in [-1, 1], same shape.
+
+    For the training device: workers hand over uint8, a quarter of the bytes.
+    """
+    return videos.float() / 127.5 - 1
+
+
+class Loadable(Protocol):
+    """What can be streamed: `len` rows, each loaded in a shape, with a generator of its own."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int, generator: torch.Generator, shape: ClipShape) -> dict[str, Any]: ...
+
+
+class VideoDataset:
+    """Clips as the model sees them: decoded, sampled, resized, cropped and augmented."""
+
+    def __init__(self, rows: Sequence[Row], config: DataConfig) -> None:
+        self.rows, self.config = list(rows), config
+        # (process, index, whether it is still loading) of each worker's last row, for `name_clips_of_dead_workers`.
+        self.loading = torch.full((MAX_WORKERS, 3), -1).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def load(self, index: int, generator: torch.Generator, shape: ClipShape) -> dict[str, Any]:
+        """One clip.
+
+        Returns:
+            video: uint8 `(3, T, height, width)`; prompts; row_index; num_valid_frames: frames before padding.
+
+        Raises:
+            ValueError: If the clip does not decode; names row and file.
+        """
+        row = self.rows[index]
+        try:
+            with self.noted(index):
+                video, num_valid = load_video(row, shape, self.config, generator)
+        except (ValueError, OSError, av.FFmpegError) as error:
+            raise ValueError(f"row {row.number}, {row.video}: {describe_error(error)}") from error
+        return {"video": video, "prompts": row.prompts, "row_index": index, "num_valid_frames": num_valid}
+
+    @contextlib.contextmanager
+    def noted(self, index: int) -> Iterator[None]:
+        """Notes that a worker of a data loader is at a row, while it is."""
+        worker = get_worker_info()
+        if worker is None:
+            yield
+            return
+        note = self.loading[worker.id % MAX_WORKERS]
+        note.copy_(torch.tensor([os.getpid(), index, True]))
+        try:
+            yield
+        finally:
+            note[2] = False
+
+
+def load_video(row: Row, shape: ClipShape, config: DataConfig, generator: torch.Generator) -> tuple[torch.Tensor, int]:
+    """A clip as the model sees it, uint8 `(3, T, height, width)`, and its frames before padding.
+
+    Raises:
+        ValueError, OSError, av.FFmpegError: If it does not decode.
+    """
+    indices, num_valid = sample_frame_indices(row.num_frames, row.frame_rate, shape.num_frames, config, generator)
+    frames = decode_frames(row.video, indices, build_video_transform(shape.height, shape.width), limits=config.limits)
+    return augment_video(frames.movedim(0, 1), config, generator), num_valid

@@ -1,0 +1,48 @@
+"""What the rows of a run are, in sentences for its plan."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median
+
+from causal_wan.data.rows import Row
+from causal_wan.data.settings import DataConfig
+
+
+def describe_rows(rows: Sequence[Row]) -> str:
+    """Rows, prompts, lengths, rates, sizes and duration in one line."""
+    frames = [row.num_frames for row in rows]
+    (height, width), _ = Counter((row.height, row.width) for row in rows).most_common(1)[0]
+    sizes = len({(row.height, row.width) for row in rows})
+    num_prompts = len({prompt for row in rows for prompt in row.prompts})
+    return (
+        f"{len(rows)} clips, {num_prompts} prompts; {min(frames)} to {max(frames)} frames "
+        f"(median {median(frames):g}) at {median(row.frame_rate for row in rows):g} a second, {height} x {width}"
+        + (f" and {sizes - 1} other sizes" if sizes > 1 else "")
+        + f"; {sum(row.num_frames / row.frame_rate for row in rows) / 60:.1f} minutes in all"
+    )
+
+
+def describe_flip(rows: Sequence[Row], config: DataConfig) -> str | None:
+    """A warning when clips are mirrored, which their prompts or writing in them may not survive."""
+    if not config.horizontal_flip:
+        return None
+    sided = sum(bool(re.search(r"\b(left|right)\b", prompt, re.I)) for row in rows for prompt in row.prompts)
+    said = f"; {sided} prompts here say left or right" if sided else ""
+    return f"--horizontal_flip mirrors writing, and what prompts call left and right{said}."
+
+
+def describe_speed_up(rows: Sequence[Row], config: DataConfig) -> str | None:
+    """One sentence when uniform sampling speeds clips up by more than a quarter, else None."""
+    if config.frame_sampling != "uniform":
+        return None
+    played = config.num_frames / config.frame_rate
+    factors = [row.num_frames / row.frame_rate / played for row in rows]
+    if median(factors) <= 1.25:
+        return None
+    return (
+        f"uniform sampling plays clips {median(factors):.1f} times as fast (up to {max(factors):.1f}): "
+        f"{config.num_frames} frames at {config.frame_rate:g} a second are {played:.1f} s, the clips last "
+        f"{median(factors) * played:.1f} s (median). Right for a drawing process; for real motion use "
+        "--frame_sampling head, or cut the clips."
+    )

@@ -1,0 +1,51 @@
+"""Which frames of a file make a clip."""
+
+import torch
+
+from causal_wan.data.settings import DataConfig
+
+
+def min_num_frames(config: DataConfig) -> int:
+    """Frames that a clip must have: for the shortest bucket, or for the longest stage of a schedule."""
+    return min(config.frame_buckets) if config.frame_buckets else max(length for _, length in config.frame_stages)
+
+
+def num_sampleable_frames(num_file_frames: int, file_frame_rate: float, config: DataConfig) -> int:
+    """How many different moments of a file can be sampled as the config says."""
+    if config.frame_sampling == "uniform":
+        return num_file_frames
+    return int((num_file_frames - 1) / file_frame_rate * config.frame_rate + 1e-6) + 1
+
+
+def sample_frame_indices(
+    num_file_frames: int, file_frame_rate: float, num_frames: int, config: DataConfig, generator: torch.Generator
+) -> tuple[torch.Tensor, int]:
+    """Which frames of a file make the clip.
+
+    Args:
+        num_file_frames: Frames in the file.
+        file_frame_rate: Its frames a second.
+        num_frames: Frames of the clip.
+        config: Says by what rule.
+        generator: Chooses the start of random sampling, and the window of a temporal crop.
+
+    Returns:
+        Indices, non-decreasing, int64 `(num_frames,)`, and how many of them come before padding.
+    """
+    num_valid = min(num_frames, num_sampleable_frames(num_file_frames, file_frame_rate, config))
+    last = num_file_frames - 1
+    if config.frame_sampling == "uniform":
+        start, window = 0.0, float(last)
+        if config.temporal_crop < 1:
+            share, place = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+            shortest = max(config.temporal_crop * last, num_valid - 1)  # no frame twice
+            window = shortest + share * (last - shortest)
+            start = place * (last - window)
+        indices = torch.linspace(start, start + window, num_valid, dtype=torch.float64)
+    else:
+        indices = torch.arange(num_valid, dtype=torch.float64) * file_frame_rate / config.frame_rate
+        if config.frame_sampling == "random":
+            slack = last - float(indices[-1])
+            indices += slack * torch.rand((), generator=generator, dtype=torch.float64)
+    indices = indices.round().long().clamp(max=last)
+    return torch.cat([indices, indices[-1:].expand(num_frames - num_valid)]), num_valid

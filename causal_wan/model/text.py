@@ -1,0 +1,96 @@
+"""Prompts -> embeddings.
+
+Shapes: B = batch, S = prompt tokens, D = text dimension."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from causal_wan.devices import to_device
+
+
+@torch.no_grad()
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: UMT5EncoderModel,
+    prompts: Sequence[str],
+    max_sequence_length: int = 512,
+    *,
+    batch_size: int = 8,
+    show_progress: bool = False,
+) -> list[torch.Tensor]:
+    """Embeds prompts as WAN does: cleaned, cut at `max_sequence_length` tokens, encoded with their mask.
+
+    Args:
+        tokenizer: Of the checkpoint.
+        text_encoder: Of the checkpoint; its device is used.
+        prompts: Any number of texts.
+        max_sequence_length: Tokens at most; 512 is what WAN was trained with.
+        batch_size: Prompts in one pass.
+        show_progress: Whether to show a bar.
+
+    Returns:
+        One tensor `(S, D)` a prompt, of its true length S. `pad_prompt_embeds` makes a batch of them.
+    """
+    embeds = []
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, desc="prompts", delay=3, disable=not show_progress):
+        tokens = tokenizer(
+            [prompt_clean(prompt) for prompt in prompts[start : start + batch_size]],
+            padding="max_length",
+            max_length=max_sequence_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        lengths = tokens.attention_mask.sum(dim=1).tolist()  # on the host, which then need not wait for the encoder
+        ids, mask = (to_device(part, text_encoder.device) for part in (tokens.input_ids, tokens.attention_mask))
+        hidden_states = text_encoder(ids, mask).last_hidden_state
+        # Cloned: a view would keep the padding in memory.
+        embeds += [states[:length].clone() for states, length in zip(hidden_states, lengths, strict=True)]
+    return embeds
+
+
+class PromptEncoder(Mapping[str, torch.Tensor]):
+    """Prompt -> embedding `(S, D)` of its true length, encoded when it is asked for; the last ones are remembered.
+
+    Args:
+        tokenizer: Of the checkpoint.
+        text_encoder: Of the checkpoint; stays where it is.
+        max_sequence_length: Tokens at most.
+        num_remembered: Embeddings that are kept.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: UMT5EncoderModel,
+        max_sequence_length: int,
+        num_remembered: int = 256,
+    ) -> None:
+        self.text_encoder = text_encoder
+
+        def encode(prompt: str) -> torch.Tensor:
+            return encode_prompts(tokenizer, text_encoder, [prompt], max_sequence_length)[0]
+
+        self._encode = functools.lru_cache(num_remembered)(encode)
+
+    def __getitem__(self, prompt: str) -> torch.Tensor:
+        return self._encode(prompt)
+
+    def __len__(self) -> int:
+        return self._encode.cache_info().currsize
+
+    def __iter__(self) -> Iterator[str]:
+        raise TypeError("any prompt can be encoded; there is no list of them")
+
+
+def pad_prompt_embeds(embeds: Sequence[torch.Tensor], max_sequence_length: int = 512) -> torch.Tensor:
+    """Pads embeddings `(S, D)` with zeros to `(B, max_sequence_length, D)`; WAN attends to the zeros, unmasked."""
+    batch = embeds[0].new_zeros(len(embeds), max_sequence_length, embeds[0].shape[-1])
+    for row, embed in zip(batch, embeds, strict=True):
+        row[: len(embed)] = embed
+    return batch

@@ -1,0 +1,57 @@
+"""A run: its model, and all that changes as it is trained."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+from causal_wan.config.settings import TrainingConfig
+from causal_wan.devices import LateReader
+from causal_wan.records.metrics import MetricSums
+from causal_wan.records.trackers import Trackers
+from causal_wan.training.strategies import count_replicas
+
+
+@dataclass
+class RunState:
+    """How far a run is; stored in checkpoints."""
+
+    step: int = 0
+    num_samples: int = 0  # seen by all processes together
+    num_nonfinite_in_a_row: int = 0
+    num_processes: int = 1
+    num_replicas: int = 1
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        vars(self).update(state)
+
+
+@dataclass
+class Run:
+    """The prepared parts of a run."""
+
+    accelerator: Accelerator
+    config: TrainingConfig
+    model: torch.nn.Module  # as wrapped by accelerate: the forward must go through it
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+    state: RunState
+    metrics: MetricSums
+    trackers: Trackers
+    settings: dict[str, Any] | None = None  # of the run, as a recipe; kept in checkpoints
+    num_checked: int = 0  # first steps of this process that were checked to change weights
+    late: LateReader = field(default_factory=LateReader)
+
+    @property
+    def unwrapped_model(self) -> torch.nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def num_replicas(self) -> int:
+        return count_replicas(self.accelerator)

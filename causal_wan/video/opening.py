@@ -1,0 +1,215 @@
+"""Video files: found below their folder and opened safely.
+
+A file may come from anyone. FFmpeg opens none itself: it is handed an open one, and reads containers that hold their
+own pictures only. What a file may ask for is limited, whatever its header says."""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import av
+
+from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
+
+
+# FFmpeg may also read playlists and lists of files; containers that hold their own pictures are all a clip needs.
+CONTAINERS = "matroska,webm,avi,mpeg,mpegts,flv,ogg,gif,asf,m4v,h264,hevc"
+MP4_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2"
+MP4_BOXES = b"ftyp moov mdat free skip wide pnot styp uuid junk sidx moof".split()  # that an mp4 or mov begins with
+MP4_SAMPLE_TABLES = re.compile(rb"stsz.{4}(.{4})(.{4})|trun.(.{3})(.{4})|cmov", re.DOTALL)
+CHUNK_BYTES = 1 << 20
+
+
+def resolve_path(video: str | None, base: Path) -> Path:
+    """The file that a cell names.
+
+    Raises:
+        ValueError: If it is no path below the base folder, symlinks resolved, or no file.
+    """
+    if not (video or "").strip():
+        raise ValueError("the path is empty")
+    if "\0" in video:
+        raise ValueError("the path has a NUL character in it")
+    if ":" in video.split("/")[0]:
+        raise ValueError("the path must name a file below dataset_base_path, not a URL or protocol")
+    path = Path(os.path.realpath(base / video))  # Path.resolve raises RuntimeError where links go in a circle
+    if not path.is_relative_to(os.path.realpath(base)):
+        raise ValueError("the path leaves dataset_base_path")
+    if path.is_dir():
+        raise ValueError("the path is a folder")
+    if not path.exists():
+        raise ValueError("the file does not exist")
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError("the path is a pipe, socket or device, not a file")
+    if path.stat().st_size == 0:
+        raise ValueError("the file is empty")
+    return path
+
+
+@dataclass(frozen=True)
+class EmbeddedVideo:
+    """A clip whose bytes a `datasets` data set holds; opens like a path.
+
+    Args:
+        dataset: A `datasets.Dataset`.
+        index: Of the row, from 0.
+        column: With bytes, or with what `datasets.Video(decode=False)` gives.
+    """
+
+    dataset: Any
+    index: int
+    column: str
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """The bytes as a file.
+
+        Raises:
+            ValueError: If the row holds no bytes: a path in their place is not followed.
+        """
+        if mode != "rb":
+            raise ValueError(f"an embedded video can be read only, with mode rb, got {mode}.")
+        value = self.dataset[self.index][self.column]
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(content, bytes) or not content:
+            raise ValueError("the data set holds no bytes of the video; embed the files, or name them in a CSV")
+        return io.BytesIO(content)
+
+    def __str__(self) -> str:
+        files = [file["filename"] for file in self.dataset.cache_files]
+        return f"row {self.index + 1} of {files[0] if files else self.dataset._fingerprint}"
+
+
+Video = Path | EmbeddedVideo
+
+
+@contextlib.contextmanager
+def open_video(
+    video: Video, limits: VideoLimits = DEFAULT_LIMITS
+) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
+    """A video's container and its first video stream; FFmpeg itself opens no file and reads no playlist.
+
+    Raises:
+        ValueError: If it has no video stream, a codec that is not known, or asks for more than the limits.
+        av.FFmpegError: If it is no video.
+    """
+    with video.open("rb") as file:
+        containers = f"{MP4_CONTAINERS},{CONTAINERS}" if is_mp4(file) else CONTAINERS
+        check_sample_counts(file)
+        pixels = {"max_pixels": str(limits.max_video_pixels)}
+        options = {"format_whitelist": containers, "protocol_whitelist": "", "enable_drefs": "0", **pixels}
+        try:
+            with av.open(file, options=options, io_open=_refuse_to_open, timeout=limits.decode_timeout) as container:
+                if not container.streams.video:
+                    raise ValueError("the file has no video stream")
+                stream = container.streams.video[0]
+                if stream.codec_context is None:
+                    raise ValueError("the video's codec is not known to FFmpeg")
+                stream.codec_context.options = pixels  # those of the container are not the decoder's
+                stream.thread_type = "AUTO"
+                _check_header(stream, limits)
+                yield container, stream
+        except av.error.ExitError:
+            raise _timeout_error(limits) from None
+
+
+def _refuse_to_open(url: str, flags: int, options: dict[str, str]) -> NoReturn:
+    raise ValueError(f"the file refers to another file or address, {url}")
+
+
+def is_mp4(file: BinaryIO) -> bool:
+    """Whether a file begins as an mp4 or mov does; others are not read as one, so that their tables are checked."""
+    file.seek(0)
+    return file.read(8)[4:] in MP4_BOXES
+
+
+def check_sample_counts(file: BinaryIO) -> None:
+    """Checks that the tables of an mp4 or mov state no more samples than the file has bytes; any other file passes.
+
+    FFmpeg takes some 30 bytes for each sample that a table states, before it reads the first. A table of samples of
+    one size takes 20 bytes of the file, however many it states.
+
+    Raises:
+        ValueError: If they state more, or if the header is compressed.
+    """
+    size, stated = file.seek(0, os.SEEK_END), 0
+    for found in _find_sample_tables(file, size):
+        constant, count, fields, run_count = found.groups()
+        if constant is not None:
+            stated += int.from_bytes(count) * int.from_bytes(constant)
+        elif fields is None:
+            raise ValueError("the header of the mov is compressed; encode it anew")
+        elif not int.from_bytes(fields) & 0xF00:  # samples without durations, sizes, flags and offsets of their own
+            stated += int.from_bytes(run_count)
+    file.seek(0)
+    if stated > size:
+        raise ValueError(f"the header states {stated} bytes of samples, but the file has {size}; encode it anew")
+
+
+def _find_sample_tables(file: BinaryIO, size: int) -> Iterator[re.Match[bytes]]:
+    """Goes through all of an mp4 or mov but its pictures and sound."""
+    position = 0 if is_mp4(file) else size
+    while position < size:
+        file.seek(position)
+        head = file.read(16)
+        length, kind = int.from_bytes(head[:4]), head[4:8]
+        if length == 1:
+            length = int.from_bytes(head[8:16])
+        end = min(position + length, size) if length >= 8 else size
+        for start in range(position, end, CHUNK_BYTES) if kind != b"mdat" else ():
+            file.seek(start)
+            chunk = file.read(min(CHUNK_BYTES + 16, end - start))  # a table may lie across the end
+            yield from (found for found in MP4_SAMPLE_TABLES.finditer(chunk) if found.start() < CHUNK_BYTES)
+        position = end
+
+
+def _check_header(stream: av.video.stream.VideoStream, limits: VideoLimits) -> None:
+    if not stream.height * stream.width:
+        raise ValueError(
+            f"the size of its frames cannot be read, or is above max_video_pixels={limits.max_video_pixels}"
+        )
+    _check_pixels(stream.height, stream.width, limits)
+    _check_frames(stream.frames, limits)
+    _check_seconds(float((stream.duration or 0) * (stream.time_base or 0)), limits)
+
+
+def _check_pixels(height: int, width: int, limits: VideoLimits) -> None:
+    if height * width > limits.max_video_pixels:
+        raise ValueError(
+            f"frames must have at most max_video_pixels={limits.max_video_pixels} pixels, got {height} x {width}; "
+            "scale the video down, or raise --max_video_pixels"
+        )
+
+
+def _check_frames(num_frames: int, limits: VideoLimits) -> None:
+    if num_frames > limits.max_video_frames:
+        raise ValueError(
+            f"a file must have at most max_video_frames={limits.max_video_frames} frames, got {num_frames} or more; "
+            "cut it, or raise --max_video_frames"
+        )
+
+
+def _check_seconds(seconds: float, limits: VideoLimits) -> None:
+    if seconds > limits.max_video_seconds:
+        raise ValueError(
+            f"a file must last at most max_video_seconds={limits.max_video_seconds:g}, got {seconds:.0f}; cut it, or "
+            "raise --max_video_seconds"
+        )
+
+
+def _timeout_error(limits: VideoLimits) -> ValueError:
+    return ValueError(
+        f"reading it took longer than decode_timeout={limits.decode_timeout:g} seconds; cut or scale down the video, "
+        "or raise --decode_timeout"
+    )
+
+
+def describe_error(error: Exception) -> str:
+    """What is wrong with a file, in words."""
+    if isinstance(error, av.FFmpegError):
+        return f"not a video that can be read ({error.strerror})"
+    return str(error)
