@@ -12,7 +12,7 @@ import pytest
 
 
 pytest.importorskip("gradio")
-APP = Path(__file__).parents[1] / "examples" / "demo" / "app.py"
+APP = Path(__file__).parents[2] / "examples" / "demo" / "app.py"
 
 
 @pytest.fixture(scope="module")

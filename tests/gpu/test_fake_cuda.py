@@ -46,7 +46,7 @@ def test_what_the_host_reads_is_waited_for(gpu, read):
     read(on_gpu(3))
     (event,) = gpu.events
     assert event.kind == "wait"
-    assert event.place.startswith("tests/test_fake_cuda.py:")
+    assert event.place.startswith("tests/gpu/test_fake_cuda.py:")
 
 
 def test_how_many_there_are_is_waited_for_too(gpu):

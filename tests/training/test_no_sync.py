@@ -1,4 +1,4 @@
-"""A training step never waits for the device. On a GPU torch itself says so: `tests/test_gpu.py`."""
+"""A training step never waits for the device. On a GPU torch itself says so: `tests/gpu/test_gpu.py`."""
 
 import pytest
 import torch

@@ -72,7 +72,7 @@ def test_a_written_recipe_gives_the_same_config(tmp_path):
 
 
 def test_the_recipe_that_a_run_leaves_gives_the_same_config(tmp_path):
-    script, sketch = train_video_regression.Config, Path(__file__).parents[1] / "examples" / "sketch" / "recipe.yaml"
+    script, sketch = train_video_regression.Config, Path(__file__).parents[2] / "examples" / "sketch" / "recipe.yaml"
     flags = ["--profile", "2", "3", "--adam_epsilon", "1e-10", "--lora_rank", "4", "--no_cache_latents"]
     config = parse_config(script, ["--config", str(sketch), *flags, "--color_jitter", "0", "0.1", "0", "0"])
     write_recipe(flat_dict(config), tmp_path / "config.yaml")
