@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from test_video_files import shown_indices, write_playlists, write_video
+from grey_videos import shown_indices, write_playlists, write_video
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 

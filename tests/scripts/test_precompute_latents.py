@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import flip_last_bit, launch, run_here, write_clip
-from test_train_video_regression import metrics, weights
+from outputs import metrics, weights
 
 import precompute_latents
 from causal_wan.cache import opening

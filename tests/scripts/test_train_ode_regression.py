@@ -8,8 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import flip_last_bit, launch, run_here, run_python, run_script, start_python
-from test_strategies import NEEDS_DEEPSPEED, flat, result
-from test_train_video_regression import metrics, weights
+from outputs import NEEDS_DEEPSPEED, flat, metrics, result, weights
 
 import precompute_trajectories
 import train_ode_regression

@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import ROOT, SCRIPT_ENV, launch, run_here, run_python, run_script
 from diffusers import WanPipeline, WanTransformer3DModel
+from outputs import metrics, weights
 from safetensors.torch import load_file
 
 import train_video_regression
@@ -22,20 +23,6 @@ from causal_wan.training.stopping import EXIT_STOPPED
 
 
 SCRIPT = "train_video_regression.py"
-TIMINGS = ("seconds", "memory", "per_second")
-
-
-def weights(output_dir):
-    return load_file(output_dir / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
-def metrics(output_dir):
-    """Logged entries without what depends on the machine's speed."""
-    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if not any(part in key for part in TIMINGS)}
-        for line in lines
-    ]
 
 
 @pytest.fixture(scope="module")

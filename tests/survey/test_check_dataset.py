@@ -14,8 +14,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import ROOT, SCRIPT_ENV, write_clip
+from grey_videos import write_video
 from PIL import Image
-from test_video_files import write_video
 
 from causal_wan.config.parsing import parse_config
 from causal_wan.data.settings import DataConfig

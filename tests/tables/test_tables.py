@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict, Value, Video
-from test_video_files import write_video
+from grey_videos import write_video
 
 import causal_wan.tables.table
 import check_dataset

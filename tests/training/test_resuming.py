@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import in_processes
 from diffusers.training_utils import EMAModel
-from test_training import Line, config, entries, kill_at_step, run_training
+from line_fit import Line, config, entries, kill_at_step, run_training
 
 from causal_wan.config import changed_settings
 from causal_wan.config.changed_settings import compare_settings, read_settings

@@ -1,6 +1,5 @@
 """The strategies of accelerate_configs on two CPU processes: they learn what one process learns, and go on exactly."""
 
-import importlib.util
 import json
 import shutil
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from conftest import ROOT, launch, launch_afresh
 from diffusers import WanTransformer3DModel
-from safetensors.torch import load_file
+from outputs import NEEDS_DEEPSPEED, flat, result
 
 import convert_checkpoint
 from causal_wan.config.settings import TrainingConfig
@@ -23,9 +22,6 @@ from causal_wan.training.strategies import follow_settings, replaces_optimizer
 
 
 SCRIPT = "train_video_regression.py"
-NEEDS_DEEPSPEED = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="optional: pip install deepspeed"
-)
 STRATEGIES = ["fsdp2", pytest.param("zero2", marks=NEEDS_DEEPSPEED), pytest.param("zero3", marks=NEEDS_DEEPSPEED)]
 LOGGED = ("generator_loss", "generator_grad_norm", "loss_at_time_1000", "validation_loss")
 
@@ -34,16 +30,6 @@ def metrics(output_dir):
     """What was logged and does not depend on the clock."""
     entries = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: entry[name] for name in LOGGED if name in entry} for entry in entries]
-
-
-def result(output_dir):
-    """The weights that a run leaves."""
-    lora = output_dir / "pytorch_lora_weights.safetensors"
-    return load_file(lora if lora.exists() else output_dir / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
-def flat(weights):
-    return torch.cat([weights[name].flatten() for name in sorted(weights)])
 
 
 @pytest.fixture(scope="module")

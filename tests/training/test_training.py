@@ -12,106 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from launching import fork_context
-from torch.utils.data import DataLoader, Dataset
+from line_fit import Line, Numbers, config, entries, kill_at_step, run_training
 
-from causal_wan.config.settings import TrainingConfig
 from causal_wan.records.checkpoints import check_output_dir, list_checkpoints
-from causal_wan.training.loop import train
-from causal_wan.training.setup import make_accelerator, prepare_run
-from causal_wan.training.weights import ema_weights, gather_weights
-
-
-class Numbers(Dataset):
-    """Sample p of the run is the number p."""
-
-    def __init__(self, start, end):
-        self.start, self.end = start, end
-
-    def __len__(self):
-        return self.end - self.start
-
-    def __getitem__(self, index):
-        return torch.tensor(float(self.start + index))
-
-
-class Line(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(1, 1)
-        torch.nn.init.constant_(self.linear.weight, 0.5)
-        torch.nn.init.zeros_(self.linear.bias)
-
-    def forward(self, x):
-        return self.linear(x)
-
-
-def config(tmp_path, **changes):
-    defaults = {
-        "output_dir": str(tmp_path / "run"),
-        "max_train_steps": 8,
-        "train_batch_size": 4,
-        "learning_rate": 0.05,
-        "lr_scheduler": "cosine",
-        "logging_steps": 3,
-        "checkpointing_steps": 4,
-        "validation_steps": 1,
-        "report_to": ("none",),
-        "mixed_precision": "no",
-        "dataloader_num_workers": 0,
-    }
-    return TrainingConfig(**{**defaults, **changes})
-
-
-def run_training(
-    training,
-    break_samples=(),
-    validate=None,
-    save_result=None,
-    change=lambda accelerator: None,
-    settings=None,
-    on_prepare=lambda batch: None,
-):
-    """Fits y = 3 x of numbers modulo 7, with every third number masked out of the loss."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    accelerator = make_accelerator(training)
-    change(accelerator)
-
-    def prepare_batch(batch):
-        on_prepare(batch)
-        batch = batch.to(accelerator.device)
-        x = (batch % 7)[:, None] / 7
-        x = torch.where(torch.isin(batch, torch.tensor(break_samples, device=batch.device))[:, None], float("nan"), x)
-        mask = batch % 3 != 0
-        return {"x": x, "mask": mask, "num_items": mask.sum(), "num_tokens": len(batch)}
-
-    def compute_loss(model, batch, num_items):
-        errors = (model(batch["x"]) - 3 * batch["x"]).square()[:, 0]
-        loss = torch.where(batch["mask"], errors, 0.0).sum() / num_items
-        return loss, {"count": batch["mask"].sum().double()}
-
-    run = prepare_run(accelerator, training, Line(), settings=settings)
-    run.is_complete = train(
-        run,
-        make_dataloader=lambda start, end, step: DataLoader(Numbers(start, end), batch_size=training.train_batch_size),
-        prepare_batch=prepare_batch,
-        compute_loss=compute_loss,
-        summarize=lambda sums: {"count": float(sums["count"])},
-        validate=validate,
-        save_result=save_result,
-    )
-    with ema_weights(run.ema, run.unwrapped_model):
-        result = gather_weights(run).values()
-    return run, list(result)
-
-
-def entries(training):
-    lines = (Path(training.output_dir) / "metrics.jsonl").read_text().splitlines()
-    deterministic = ("step", "generator_loss", "generator_grad_norm", "lr", "count", "num_nonfinite_steps")
-    logged = [json.loads(line) for line in lines]
-    return [{key: entry[key] for key in deterministic if key in entry} for entry in logged if "lr" in entry]
 
 
 def test_loss_falls(tmp_path):
@@ -176,15 +80,6 @@ def test_a_full_disk_is_reported_and_costs_nothing_but_the_checkpoint(tmp_path, 
     assert run.state.step == 4
     assert [path.name for path in Path(training.output_dir).glob("*checkpoint*")] == ["checkpoint-2"]
     assert "could not be written (OSError: [Errno 28] No space left on device)" in caplog.text
-
-
-def kill_at_step(step):
-    def validate(model, now):
-        if now == step:
-            raise KeyboardInterrupt
-        return {}, {}
-
-    return validate
 
 
 def logged_steps(training):

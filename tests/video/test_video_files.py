@@ -17,29 +17,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from grey_videos import shown_indices, write_playlists, write_video
 
 from causal_wan.video.decoding import decode_frames, probe_video
 from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
 from causal_wan.video.opening import EmbeddedVideo, open_video, resolve_path
-
-
-GREY_STEP = 8  # frame i of a test clip is 8 i grey all over
-
-
-def write_video(path, num_frames=24, height=48, width=80, rate=16, frames=None):
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=rate, width=width, height=height, options={"crf": "1"})
-        stream.pix_fmt = "yuv444p"
-        for index in range(num_frames):
-            picture = np.full((height, width, 3), GREY_STEP * index, np.uint8) if frames is None else frames[index]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
-def shown_indices(frames):
-    """The index that each frame of a test clip carries in its grey level."""
-    return (frames.float().mean(dim=(-3, -2, -1)) / GREY_STEP).round().int().tolist()
 
 
 @pytest.fixture
@@ -180,12 +162,6 @@ def test_a_folder_that_is_itself_a_link_and_absolute_paths_below_it_are_fine(cli
 
 
 # --- files that refer to others --------------------------------------------------------------------------------------
-
-
-def write_playlists(videos):
-    """Files that make FFmpeg open 0.mp4 beside them, if it is let."""
-    (videos / "playlist.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n0.mp4\n#EXT-X-ENDLIST\n")
-    (videos / "list.mp4").write_text("ffconcat version 1.0\nfile 0.mp4\n")
 
 
 @pytest.mark.parametrize("name", ["playlist.m3u8", "list.mp4"])
