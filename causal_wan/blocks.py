@@ -1,4 +1,38 @@
-"""How the latent frames of a clip fall into blocks. Imports no library."""
+"""How the latent frames of a clip fall into blocks, and what a block sees. Imports no library."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalConfig:
+    """What a causal transformer's config has beside that of a stock one; see `CausalWanTransformer3DModel`.
+
+    Attributes:
+        num_frame_per_block: Latent frames of a block; None makes the whole clip one block (bidirectional).
+        local_attn_size: Latent frames that a block sees, counted back from its end; -1 is all.
+        sink_size: First latent frames that stay in the cache although the window has left them.
+        independent_first_frame: The first latent frame is a block of its own.
+    """
+
+    num_frame_per_block: int | None
+    local_attn_size: int = -1
+    sink_size: int = 0
+    independent_first_frame: bool = False
+
+    def block_lengths(self, num_latent_frames: int) -> list[int]:
+        """Latent frames of each block of a clip.
+
+        Raises:
+            ValueError: If the clip does not divide into blocks.
+        """
+        return frame_block_lengths(
+            num_latent_frames, self.num_frame_per_block, independent_first_frame=self.independent_first_frame
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """By the names of the transformer's config."""
+        return asdict(self)
 
 
 def frame_block_lengths(
