@@ -19,7 +19,8 @@ quickstart: .venv/installed
 	rm -rf $(SKETCH)
 	$(PYTHON) examples/sketch/make_dataset.py --output_dir $(SKETCH)/data --kinds bird,umbrella
 	$(PYTHON) generate.py --checkpoint examples/sketch/tiny-wan --num_frame_per_block 3 \
-		--height 64 --width 112 --prompts_file $(SKETCH)/data/heldout.csv --output $(SKETCH)/before
+		--height 64 --width 112 --num_inference_steps 2 \
+		--prompts_file $(SKETCH)/data/heldout.csv --output $(SKETCH)/before
 	ACCELERATE_USE_CPU=true $(LAUNCH) train_video_regression.py --config examples/sketch/recipe.yaml \
 		--train_batch_size $$((8 / $(PROCESSES)))
 	$(PYTHON) generate.py --checkpoint $(SKETCH)/run \

@@ -240,7 +240,7 @@ def benchmark_training(folder: Path, config: Config) -> list[str]:
     """Share of the time of a step of the embedded checkpoint that is spent waiting for data."""
     make_dataset = ROOT / "examples" / "sketch" / "make_dataset.py"
     run([make_dataset, "--output_dir", folder / "data", "--kinds", "bird", "--num_clips", 24, "--num_heldout", 1])
-    recipe = ["--config", ROOT / "examples" / "sketch" / "recipe.yaml"]
+    recipe = ["--config", ROOT / "examples" / "objectives" / "recipe.yaml"]
     recipe += ["--dataset_base_path", folder / "data" / "videos", "--metadata_path", folder / "data" / "train.csv"]
     data = [*recipe, "--validation_metadata_path", "None"]
     run([ROOT / "precompute_latents.py", *data, "--latents_dir", folder / "latents"])

@@ -45,7 +45,7 @@ def measure_startup(bench: Bench) -> list[str]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_sketches(folder)
-        flags = ["--config", "examples/sketch/recipe.yaml", "--max_train_steps", "1"]
+        flags = ["--config", "examples/objectives/recipe.yaml", "--max_train_steps", "1"]
         flags += ["--output_dir", folder / "run", "--validation_metadata_path", "None"]
         flags += ["--dataset_base_path", folder / "data" / "videos", "--metadata_path", folder / "data" / "train.csv"]
         command = [sys.executable, "-c", TIMED % time.time(), "-", *flags]

@@ -176,7 +176,7 @@ def measure_context(bench: Bench) -> list[str]:
 
 def run_script(folder: Path, name: str, *flags: object) -> list[dict[str, float]]:
     """The metrics of a run on sketches, whose latents are kept."""
-    command = [sys.executable, "train_video_regression.py", "--config", "examples/sketch/recipe.yaml"]
+    command = [sys.executable, "train_video_regression.py", "--config", "examples/objectives/recipe.yaml"]
     command += ["--dataset_base_path", folder / "data" / "videos", "--metadata_path", folder / "data" / "train.csv"]
     command += ["--output_dir", folder / name, "--latents_dir", folder / "latents", "--cache_latents", "True"]
     command += ["--validation_metadata_path", "None", "--logging_steps", 1, *flags]

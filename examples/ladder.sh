@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 OUTPUT_DIR="${OUTPUT_DIR:-outputs/ladder}"
-CONFIG_PATH="${CONFIG_PATH:-examples/sketch/recipe.yaml}"
+CONFIG_PATH="${CONFIG_PATH:-examples/objectives/recipe.yaml}"
 NPROC_PER_NODE="${NPROC_PER_NODE:-1}"
 MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-300}" # of each rung
 NUM_INFERENCE_STEPS="${NUM_INFERENCE_STEPS:-50}" # of the teacher

@@ -18,7 +18,7 @@ export ACCELERATE_USE_CPU="${ACCELERATE_USE_CPU:-true}"
 
 launch() { # a script, on the clips of a data set
     accelerate launch --config_file "${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}" \
-        --num_processes "${NPROC_PER_NODE:-1}" --main_process_port 0 "$1" --config examples/sketch/recipe.yaml \
+        --num_processes "${NPROC_PER_NODE:-1}" --main_process_port 0 "$1" --config examples/objectives/recipe.yaml \
         --dataset_base_path "$folder/data/videos" --metadata_path "$folder/data/train.csv" "${@:2}"
 }
 

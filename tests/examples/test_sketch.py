@@ -8,10 +8,15 @@ import av
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, run_python, run_script
 from diffusers import WanPipeline
+from transformers import AutoTokenizer
 
+from causal_wan.config.parsing import parse_config
+from causal_wan.methods.settings import RegressionConfig
 from examples.sketch import ink, make_dataset
+from train_video_regression import Config
 
 
 TINY_WAN = ROOT / "examples" / "sketch" / "tiny-wan"
@@ -205,6 +210,29 @@ def test_report_compares_with_the_trivial_answer(drawn, tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+def read_recipe(folder):
+    """The settings of a run that a recipe of the examples asks for."""
+    return parse_config(Config, ["--config", str(ROOT / "examples" / folder / "recipe.yaml")])
+
+
+def test_the_quickstart_learns_any_level_while_objectives_and_scripts_begin_with_the_step_list():
+    quickstart, objectives = read_recipe("sketch"), read_recipe("objectives")
+    assert quickstart.method.is_continuous
+    assert quickstart.method.student_sampler == "euler"
+    assert len(quickstart.method.inference_timesteps()) == 2
+    assert objectives.method == RegressionConfig()
+    assert objectives.method.levels().tolist() == [1000, 757, 522, 0]
+    assert objectives.model.max_sequence_length == 512
+    assert objectives.data == quickstart.data
+
+
+def test_no_prompt_of_a_sketch_is_cut_in_the_quickstart():
+    tokenizer = AutoTokenizer.from_pretrained(TINY_WAN / "tokenizer")
+    prompts = [make_dataset.prompt(sketch) for sketch in make_dataset.sketches(tuple(make_dataset.KINDS))]
+    longest = max(map(len, tokenizer(prompts).input_ids))
+    assert longest <= read_recipe("sketch").model.max_sequence_length
+
+
 @pytest.mark.slow
 def test_objectives_stand_side_by_side_in_one_command(tmp_path):
     env = {
@@ -227,3 +255,6 @@ def test_objectives_stand_side_by_side_in_one_command(tmp_path):
     assert rows[:10] == [("targets", ""), ("their mean", ""), ("encoded, decoded", ""), *of_student, *of_teacher]
     assert rows[-2:] == [("ode-2, renoise", "3"), ("ode-2, euler", "3")]
     assert (tmp_path / "ambiguous" / "blur_gaps.png").is_file()
+    for method, levels in (("regression", "step_list"), ("teacher-forcing", "logit_normal")):
+        run = yaml.safe_load((tmp_path / "ambiguous" / method / "config.yaml").read_text())
+        assert (run["timestep_sampling"], run["max_sequence_length"]) == (levels, 512)
