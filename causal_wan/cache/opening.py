@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from causal_wan.cache.encoded_clips import CachedData, Encoders
 from causal_wan.cache.tensor_cache import TensorCache
 from causal_wan.config.settings import CacheConfig, CheckpointConfig
 from causal_wan.data.file_manifest import FileFacts, FileManifest, hash_content, stat_of
 from causal_wan.data.settings import DataConfig, check_can_be_cached
 from causal_wan.processes import gather_lists, num_processes, process_index, wait_for_all
+from causal_wan.progress import show_progress
 from causal_wan.weights.parts import find_part
 
 
@@ -56,7 +55,7 @@ def open_cache(
     check_can_be_cached(data)
     is_main = process_index() == 0
     own = range(process_index(), len(rows), num_processes())
-    found = gather_lists(hash_rows(rows, own, show_progress=is_main))
+    found = gather_lists(hash_rows(rows, own))
     manifest.add(found)
     rows = [row if row.content else replace(row, content=_content(row, manifest)) for row in rows]
     encoders = None
@@ -88,7 +87,7 @@ def drop_damaged(caches: Iterable[TensorCache]) -> None:
     """Reads all entries, each process its share, and takes out those that are damaged. Called by every process."""
     for cache in caches:
         keys = list(cache.in_order())[process_index() :: num_processes()]
-        bar = tqdm(keys, desc="verifying", disable=process_index() != 0)
+        bar = show_progress(keys, desc="verifying")
         damaged = gather_lists(list(cache.corrupt_keys(bar)))
         if process_index() == 0:
             print(f"{len(damaged)} of {len(cache)} entries of {cache.folder} are damaged")
@@ -97,13 +96,12 @@ def drop_damaged(caches: Iterable[TensorCache]) -> None:
         cache.forget(damaged)
 
 
-def hash_rows(rows: Sequence[Any], indices: Sequence[int], *, show_progress: bool = False) -> list[FileFacts]:
+def hash_rows(rows: Sequence[Any], indices: Sequence[int]) -> list[FileFacts]:
     """Reads the files of rows whose content is not known.
 
     Args:
         rows: With `video`, `name`, `content` and the facts of the file.
         indices: Which of them to look at, so that processes can share the work.
-        show_progress: Whether to show a bar.
     """
 
     def facts(index: int) -> FileFacts:
@@ -115,7 +113,7 @@ def hash_rows(rows: Sequence[Any], indices: Sequence[int], *, show_progress: boo
     unknown = [index for index in indices if not rows[index].content]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = pool.map(facts, unknown)
-        return list(tqdm(found, total=len(unknown), desc="reading files", delay=2, disable=not show_progress))
+        return list(show_progress(found, total=len(unknown), desc="reading files"))
 
 
 def _content(row: Any, manifest: FileManifest) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from causal_wan.cache.encoded_clips import PROMPT_SHARD_BYTES, CachedData, CachedPrompts
@@ -22,7 +21,7 @@ from causal_wan.cache.tensor_cache import CacheWriter, TensorCache, settings_key
 from causal_wan.config.settings import CheckpointConfig
 from causal_wan.model.text import PromptEncoder, encode_prompts
 from causal_wan.processes import gather_lists, gather_on_machine, num_processes, process_index, wait_for_all
-from causal_wan.progress import announced
+from causal_wan.progress import announced, show_progress
 from causal_wan.runs.parts import text_dtype
 from causal_wan.weights.parts import load_text_encoder
 
@@ -90,7 +89,7 @@ def _encode(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Each prompt with its embedding `(S, D)` on the CPU; few at a time are on the device."""
     said = announced(f"embedding {len(prompts)} prompt(s)")  # a bar has nothing to show before its first step
-    with said, tqdm(total=len(prompts), desc="prompts", disable=process_index() != 0) as bar:
+    with said, show_progress(total=len(prompts), desc="prompts") as bar:
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             batch = prompts[start : start + PROMPTS_AT_ONCE]
             for prompt, embed in zip(batch, encode_prompts(tokenizer, text_encoder, batch, length), strict=True):
