@@ -5,7 +5,7 @@ D = text dimension, T = video frames.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -106,3 +106,6 @@ class Inputs:
             num_items=noisy.mask.sum(),
             num_tokens=noisy.latents[:, 0].numel() // math.prod(self.patch_size),
         )
+
+
+PrepareBatch = Callable[[Inputs, ClipBatch], RegressionBatch]

@@ -17,23 +17,21 @@ from accelerate import Accelerator
 
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.parsing import flat_dict, user_errors, write_recipe
-from causal_wan.data.clips import Loadable
-from causal_wan.data.samples import BadClips, ClipBatch, collate
-from causal_wan.data.settings import ClipShape
+from causal_wan.data.samples import BadClips, ClipBatch
 from causal_wan.data.shared_memory import check_shared_memory, shared_memory_here
 from causal_wan.data.workers import name_clips_of_dead_workers
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import check_video_size
 from causal_wan.processes import gather_lists, wait_for_all
-from causal_wan.progress import announced, show_progress
+from causal_wan.progress import announced
 from causal_wan.records.checkpoints import check_output_dir
 from causal_wan.records.tracker_libraries import resolve_trackers
 from causal_wan.records.trackers import Trackers
 from causal_wan.results.model_card import DATA_SUMMARY_NAME
 from causal_wan.results.uploads import HubUploads, start_uploads
 from causal_wan.runs.data import RunData, load_run_data
-from causal_wan.runs.inputs import Inputs, RegressionBatch
+from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
 from causal_wan.runs.metrics import summarize
 from causal_wan.runs.parts import (
     latent_shape,
@@ -49,7 +47,7 @@ from causal_wan.runs.plan import describe_memory, describe_plan, describe_resump
 from causal_wan.runs.prompt_embeddings import embed_prompts
 from causal_wan.runs.settings import RunConfig
 from causal_wan.runs.training_data import LoaderSettings, TrainingData, make_loader
-from causal_wan.runs.validation import Validation, share
+from causal_wan.runs.validation import Validation, validation_batches
 from causal_wan.streams.lanes import LaneStates
 from causal_wan.training.loop import Sums, train
 from causal_wan.training.run import Run
@@ -60,7 +58,6 @@ from causal_wan.training.weights import ema_weights, gather_weights
 from causal_wan.weights.transformer import check_generator_ckpt
 
 
-PrepareBatch = Callable[[Inputs, ClipBatch], RegressionBatch]
 ComputeLoss = Callable[[RegressionConfig, torch.nn.Module, RegressionBatch, torch.Tensor], tuple[torch.Tensor, Sums]]
 
 
@@ -332,22 +329,3 @@ def loader_settings(config: RunConfig, run: Run) -> LoaderSettings:
         pin_memory=accelerator.device.type == "cuda",
         timeout=training.dataloader_timeout,
     )
-
-
-@torch.no_grad()
-def validation_batches(
-    accelerator: Accelerator, inputs: Inputs, held_out: Loadable, prepare_batch: PrepareBatch
-) -> list[tuple[RegressionBatch, bool]]:
-    """This process's share of the held-out clips, encoded and noised once: the same draws at every validation."""
-    numbers = share(len(held_out), accelerator.process_index, accelerator.num_processes)
-    return [
-        (prepare_batch(inputs, batch_of_one(held_out, number, inputs.config.data.shape)), counts)
-        for number, counts in show_progress(numbers, desc="held-out clips")
-    ]
-
-
-def batch_of_one(held_out: Loadable, number: int, shape: ClipShape) -> ClipBatch:
-    """A batch of one held-out clip, the same every time."""
-    sample = held_out.load(number, torch.Generator(), shape)
-    prompt = sample.pop("prompts")[0]
-    return collate([sample | {"prompt": prompt, "sample_number": number, "errors": []}])

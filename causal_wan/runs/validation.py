@@ -14,6 +14,9 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from tqdm.auto import tqdm
 
+from causal_wan.data.clips import Loadable
+from causal_wan.data.samples import ClipBatch, collate
+from causal_wan.data.settings import ClipShape
 from causal_wan.memory.levers import on_device
 from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.streaming_vae import decode_in_parts
@@ -22,7 +25,7 @@ from causal_wan.processes import wait_for_all
 from causal_wan.progress import show_progress
 from causal_wan.records.metrics import MetricSums, Sums
 from causal_wan.records.trackers import CaptionedVideo
-from causal_wan.runs.inputs import Inputs, RegressionBatch
+from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.rollout import Rollout, count_draws, draw_noise
 from causal_wan.seeds import noise_generator
@@ -41,6 +44,25 @@ def share(count: int, process_index: int, num_processes: int) -> list[tuple[int,
     """
     numbers = range(process_index, -(-count // num_processes) * num_processes, num_processes)
     return [(min(number, count - 1), number < count) for number in numbers]
+
+
+@torch.no_grad()
+def validation_batches(
+    accelerator: Any, inputs: Inputs, held_out: Loadable, prepare_batch: PrepareBatch
+) -> list[tuple[RegressionBatch, bool]]:
+    """This process's share of the held-out clips, encoded and noised once: the same draws at every validation."""
+    numbers = share(len(held_out), accelerator.process_index, accelerator.num_processes)
+    return [
+        (prepare_batch(inputs, batch_of_one(held_out, number, inputs.config.data.shape)), counts)
+        for number, counts in show_progress(numbers, desc="held-out clips")
+    ]
+
+
+def batch_of_one(held_out: Loadable, number: int, shape: ClipShape) -> ClipBatch:
+    """A batch of one held-out clip, the same every time."""
+    sample = held_out.load(number, torch.Generator(), shape)
+    prompt = sample.pop("prompts")[0]
+    return collate([sample | {"prompt": prompt, "sample_number": number, "errors": []}])
 
 
 class Validation:
