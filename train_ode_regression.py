@@ -48,40 +48,41 @@ if __name__ == "__main__":  # before the imports that take seconds: --help and m
 
 import torch
 
+from causal_wan.data.samples import ClipBatch
 from causal_wan.devices import to_device
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.methods.losses import frame_losses, masked_sum_over_count
 from causal_wan.methods.noising import draw_noisy_batch
 from causal_wan.methods.trajectories import take_noisy_batch
-from causal_wan.runs.inputs import Inputs
+from causal_wan.runs.inputs import Inputs, RegressionBatch
+from causal_wan.runs.metrics import sum_by_level
 from causal_wan.runs.regression import load_held_out_clips, run_regression
 from causal_wan.runs.trajectory_data import TrajectoryData, load_trajectory_data
 from causal_wan.training.loop import Sums
-from causal_wan.training.steps import Batch
 
 
-def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:
+def prepare_batch(inputs: Inputs, batch: ClipBatch) -> RegressionBatch:
     """Trajectories of the data loader -> each block as it is at the level that is drawn for it."""
-    clips = [to_device(clip, inputs.device) for clip in batch["clips"]]
-    trajectories = torch.stack(clips).float()  # (B, K, C, F, H, W)
+    trajectories = torch.stack([to_device(clip, inputs.device) for clip in batch.clips]).float()  # (B, K, C, F, H, W)
+    latents, method = trajectories[:, -1], inputs.config.method
     noisy = take_noisy_batch(
-        torch.stack([trajectories[:, slot] for slot in inputs.data.slots], dim=1),
-        trajectories[:, -1],
-        inputs.config.method,
-        inputs.config.method.block_lengths(trajectories.shape[3]),
+        trajectories[:, : len(method.levels())],
+        latents,
+        method,
+        method.block_lengths(latents.shape[2]),
         seed=inputs.seed,
-        sample_numbers=batch["sample_numbers"],
+        sample_numbers=batch.sample_numbers,
     )
-    return inputs.with_prompts(noisy, batch)
+    return inputs.with_conditions(noisy, batch)
 
 
 def compute_loss(
-    inputs: Inputs, transformer: torch.nn.Module, batch: Batch, num_items: torch.Tensor
+    method: RegressionConfig, transformer: torch.nn.Module, batch: RegressionBatch, num_items: torch.Tensor
 ) -> tuple[torch.Tensor, Sums]:
     """Mean over the step's noisy frames of the error of the predicted ends of the trajectories."""
-    noisy, method = batch["noisy"], inputs.config.method
+    noisy = batch.noisy
     predicted_velocity = transformer(
-        noisy.noisy_latents, noisy.timesteps, batch["prompt_embeds"], return_dict=False, **noisy.context
+        noisy.noisy_latents, noisy.timesteps, **batch.conditions.arguments(), return_dict=False, **noisy.context
     )[0]
     predicted_latents = latents_from_velocity(noisy.noisy_latents, predicted_velocity, noisy.sigmas)
     if method.loss_space == "latents":
@@ -89,7 +90,7 @@ def compute_loss(
     else:  # of the straight line to the end, which is the one step that the student is to make
         errors = frame_losses(predicted_velocity, velocity(noisy.latents, noisy.noise), method.loss_type)
     loss = masked_sum_over_count(method.loss_weights(noisy.sigmas) * errors, noisy.mask, num_items)
-    return loss, inputs.count_errors(batch, predicted_latents)
+    return loss, sum_by_level(batch, predicted_latents, method)
 
 
 # --- what it is trained on -------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def load_data(config: Config) -> TrajectoryData:
     return load_trajectory_data(config.trajectories_dir, clips, config.method.levels(), block_lengths)
 
 
-def prepare_held_out(inputs: Inputs, batch: Batch) -> Batch:
+def prepare_held_out(inputs: Inputs, batch: ClipBatch) -> RegressionBatch:
     """Held-out clips -> latents noised block by block, as in video regression."""
     latents, method = inputs.find_latents(batch), inputs.config.method
     noisy = draw_noisy_batch(
@@ -114,10 +115,10 @@ def prepare_held_out(inputs: Inputs, batch: Batch) -> Batch:
         method,
         method.block_lengths(latents.shape[2]),
         seed=inputs.seed,
-        sample_numbers=batch["sample_numbers"],
+        sample_numbers=batch.sample_numbers,
         num_valid_frames=inputs.count_valid_frames(batch),
     )
-    return inputs.with_prompts(noisy, batch)
+    return inputs.with_conditions(noisy, batch)
 
 
 def main(config: Config) -> None:

@@ -39,36 +39,38 @@ if __name__ == "__main__":  # before the imports that take seconds: --help and m
 
 import torch
 
+from causal_wan.data.samples import ClipBatch
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.methods.losses import frame_losses, masked_sum_over_count
 from causal_wan.methods.noising import draw_noisy_batch
-from causal_wan.runs.inputs import Inputs
+from causal_wan.methods.settings import RegressionConfig
+from causal_wan.runs.inputs import Inputs, RegressionBatch
+from causal_wan.runs.metrics import sum_by_level
 from causal_wan.runs.regression import run_regression
 from causal_wan.training.loop import Sums
-from causal_wan.training.steps import Batch
 
 
-def prepare_batch(inputs: Inputs, batch: Batch) -> Batch:
+def prepare_batch(inputs: Inputs, batch: ClipBatch) -> RegressionBatch:
     """Clips of the data loader -> latents noised block by block."""
-    latents = inputs.find_latents(batch)
+    latents, method = inputs.find_latents(batch), inputs.config.method
     noisy = draw_noisy_batch(
         latents,
-        inputs.config.method,
-        inputs.config.method.block_lengths(latents.shape[2]),
+        method,
+        method.block_lengths(latents.shape[2]),
         seed=inputs.seed,
-        sample_numbers=batch["sample_numbers"],
+        sample_numbers=batch.sample_numbers,
         num_valid_frames=inputs.count_valid_frames(batch),
     )
-    return inputs.with_prompts(noisy, batch)
+    return inputs.with_conditions(noisy, batch)
 
 
 def compute_loss(
-    inputs: Inputs, transformer: torch.nn.Module, batch: Batch, num_items: torch.Tensor
+    method: RegressionConfig, transformer: torch.nn.Module, batch: RegressionBatch, num_items: torch.Tensor
 ) -> tuple[torch.Tensor, Sums]:
     """Mean over the step's noisy frames of the weighted error of the predicted clean latents, or of the velocity."""
-    noisy, method = batch["noisy"], inputs.config.method
+    noisy = batch.noisy
     predicted_velocity = transformer(
-        noisy.noisy_latents, noisy.timesteps, batch["prompt_embeds"], return_dict=False, **noisy.context
+        noisy.noisy_latents, noisy.timesteps, **batch.conditions.arguments(), return_dict=False, **noisy.context
     )[0]
     predicted_latents = latents_from_velocity(noisy.noisy_latents, predicted_velocity, noisy.sigmas)
     if method.loss_space == "latents":
@@ -76,7 +78,7 @@ def compute_loss(
     else:
         errors = frame_losses(predicted_velocity, velocity(noisy.latents, noisy.noise), method.loss_type)
     loss = masked_sum_over_count(method.loss_weights(noisy.sigmas) * errors, noisy.mask, num_items)
-    return loss, inputs.count_errors(batch, predicted_latents)
+    return loss, sum_by_level(batch, predicted_latents, method)
 
 
 def main(config: Config) -> None:

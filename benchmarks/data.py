@@ -160,16 +160,9 @@ def benchmark_cache(folder: Path, config: Config) -> list[str]:
     clips = CachedClips(videos, cached, fills=False)
 
     def noise(latents: torch.Tensor) -> None:
-        number = next(turns)
-        lengths, count = [latents.shape[1]], latents.shape[1]
-        draw_noisy_batch(
-            latents[None].float(),
-            RegressionConfig(),
-            lengths,
-            seed=0,
-            sample_numbers=[number],
-            num_valid_frames=[count],
-        )
+        count = latents.shape[1]
+        sample = {"seed": 0, "sample_numbers": [next(turns)], "num_valid_frames": [count]}
+        draw_noisy_batch(latents[None].float(), RegressionConfig(), [count], **sample)
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bench import Bench, table
@@ -25,6 +25,13 @@ from causal_wan.training.setup import make_accelerator, make_optimizer, prepare_
 ROOT = Path(__file__).parents[1]
 NUM_STEPS = 12
 NUM_WARM_UP = 2
+
+
+class NoBatch(NamedTuple):
+    """What a step counts, of inputs that are always the same."""
+
+    num_items: torch.Tensor
+    num_tokens: int
 
 
 def make_bare_step(bench: Bench, model: torch.nn.Module) -> Callable[[], None]:
@@ -48,12 +55,12 @@ def run_in_turns(bench: Bench, bare_step: Callable[[], None], model: torch.nn.Mo
     """Seconds of a bare step and of one of `causal_wan.training.loop.train`, which take turns, step by step."""
     bare, ours, ends, inputs = [], [], [], bench.make_inputs()
 
-    def prepare_batch(batch: Any) -> dict[str, Any]:
+    def prepare_batch(batch: Any) -> NoBatch:
         if ends:
             ours.append(bench.now() - ends[-1])
         bare.append(bench.seconds(bare_step))
         ends.append(bench.now())
-        return {"num_items": torch.ones((), device=bench.device), "num_tokens": bench.size.num_tokens}
+        return NoBatch(torch.ones((), device=bench.device), bench.size.num_tokens)
 
     def compute_loss(
         model: torch.nn.Module, batch: Any, num_items: Any

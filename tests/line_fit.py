@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -24,6 +25,15 @@ class Numbers(Dataset):
 
     def __getitem__(self, index):
         return torch.tensor(float(self.start + index))
+
+
+class LineBatch(NamedTuple):
+    """A batch as `train` and the loss want it."""
+
+    x: torch.Tensor
+    mask: torch.Tensor
+    num_items: torch.Tensor
+    num_tokens: int
 
 
 class Line(torch.nn.Module):
@@ -75,12 +85,12 @@ def run_training(
         x = (batch % 7)[:, None] / 7
         x = torch.where(torch.isin(batch, torch.tensor(break_samples, device=batch.device))[:, None], float("nan"), x)
         mask = batch % 3 != 0
-        return {"x": x, "mask": mask, "num_items": mask.sum(), "num_tokens": len(batch)}
+        return LineBatch(x, mask, mask.sum(), len(batch))
 
     def compute_loss(model, batch, num_items):
-        errors = (model(batch["x"]) - 3 * batch["x"]).square()[:, 0]
-        loss = torch.where(batch["mask"], errors, 0.0).sum() / num_items
-        return loss, {"count": batch["mask"].sum().double()}
+        errors = (model(batch.x) - 3 * batch.x).square()[:, 0]
+        loss = torch.where(batch.mask, errors, 0.0).sum() / num_items
+        return loss, {"count": batch.mask.sum().double()}
 
     run = prepare_run(accelerator, training, Line(), settings=settings)
     run.is_complete = train(

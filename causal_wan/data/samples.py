@@ -2,10 +2,12 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from causal_wan.data.clips import Loadable
 from causal_wan.data.sample_order import SampleOrder
@@ -65,20 +67,81 @@ def choose_prompt(prompts: Sequence[str], config: DataConfig, *, seed: int, numb
     return "" if drop < config.caption_dropout else prompts[int(choice * len(prompts))]
 
 
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Samples -> a batch.
+# --- batches ---------------------------------------------------------------------------------------------------------
 
-    Returns:
-        Lists. clips: videos, uint8 `(3, T, height, width)`, and latents, float `(C, F, H, W)`; cache_keys: of videos
-        whose latents are to be kept, else None; prompts and errors; row_indices, sample_numbers and num_valid_frames:
-        ints and no tensors, which would wait for a GPU to tell them.
+
+@dataclass(frozen=True, kw_only=True)
+class ClipBatch:
+    """Samples as a data loader hands them over: an entry for each in all lists but `errors`.
+
+    Numbers are ints and no tensors, which would wait for a GPU to tell them.
+
+    Attributes:
+        clips: Videos, uint8 `(3, T, height, width)`, and latents, float `(C, F, H, W)`; of trajectories several,
+            `(K, C, F, H, W)`.
+        is_latents: Which of them are latents.
+        cache_keys: Of videos whose latents are to be kept, else None.
+        prompts: One each.
+        row_indices: Rows of the data set.
+        sample_numbers: In the run.
+        num_valid_frames: Video frames before padding.
+        errors: What is wrong with clips that did not decode and were replaced.
+        lane_states: Of samples of streams, for `causal_wan.streams.lanes.LaneStates`; else there are none.
     """
-    return {
-        "clips": [sample["latents"] if "latents" in sample else sample["video"] for sample in samples],
-        "cache_keys": [sample.get("cache_key") for sample in samples],
-        "prompts": [sample["prompt"] for sample in samples],
-        "row_indices": [sample["row_index"] for sample in samples],
-        "sample_numbers": [sample["sample_number"] for sample in samples],
-        "num_valid_frames": [sample["num_valid_frames"] for sample in samples],
-        "errors": [error for sample in samples for error in sample["errors"]],
-    }
+
+    clips: list[torch.Tensor]
+    is_latents: list[bool]
+    cache_keys: list[bytes | None]
+    prompts: list[str]
+    row_indices: list[int]
+    sample_numbers: list[int]
+    num_valid_frames: list[int]
+    errors: list[str]
+    lane_states: list[tuple[int, ...]] = field(default_factory=list)
+
+    def pin_memory(self) -> Self:
+        """In pinned memory; called by data loaders."""
+        return replace(self, clips=[clip.pin_memory() for clip in self.clips])
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> ClipBatch:
+    """Samples of tables, streams or trajectories -> a batch."""
+    return ClipBatch(
+        clips=[sample["latents"] if "latents" in sample else sample["video"] for sample in samples],
+        is_latents=["latents" in sample for sample in samples],
+        cache_keys=[sample.get("cache_key") for sample in samples],
+        prompts=[sample["prompt"] for sample in samples],
+        row_indices=[sample["row_index"] for sample in samples],
+        sample_numbers=[sample["sample_number"] for sample in samples],
+        num_valid_frames=[sample["num_valid_frames"] for sample in samples],
+        errors=[error for sample in samples for error in sample["errors"]],
+        lane_states=[sample["lane_state"] for sample in samples if "lane_state" in sample],
+    )
+
+
+class BadClips:
+    """The book of the clips of a run that did not decode and were replaced.
+
+    Args:
+        limit: How many there may be: `max_bad_samples`.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.errors: set[str] = set()
+
+    def note(self, errors: Sequence[str]) -> None:
+        """Notes those of a batch, and reports each once, though it comes back every epoch.
+
+        Raises:
+            ValueError: Above the limit.
+        """
+        for error in errors:
+            if error not in self.errors:
+                tqdm.write(f"replaced a clip that does not decode: {error}")
+        self.errors.update(errors)
+        if len(self.errors) > self.limit:
+            raise ValueError(
+                f"at most max_bad_samples={self.limit} clips may fail to decode, but {len(self.errors)} did, last: "
+                f"{errors[-1]}. Repair or remove them, or raise --max_bad_samples."
+            )

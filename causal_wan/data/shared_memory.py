@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,9 +151,10 @@ def share(batch: Any) -> None:
 def _tensors_of(batch: Any) -> Iterator[torch.Tensor]:
     if isinstance(batch, torch.Tensor):
         yield batch
+    elif is_dataclass(batch):
+        yield from _tensors_of([getattr(batch, field.name) for field in fields(batch)])
     elif isinstance(batch, dict):
-        for value in batch.values():
-            yield from _tensors_of(value)
+        yield from _tensors_of(list(batch.values()))
     elif isinstance(batch, list | tuple):
         for value in batch:
             yield from _tensors_of(value)

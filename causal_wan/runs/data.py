@@ -6,14 +6,12 @@ Knows no noise and no loss. A loader gives the samples of any part of the run, i
 import contextlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import av
-import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 
 from causal_wan.cache.encoded_clips import CachedClips, CachedData, LatentKeeper
 from causal_wan.cache.opening import open_cache
@@ -24,12 +22,11 @@ from causal_wan.data.clips import Loadable, VideoDataset
 from causal_wan.data.descriptions import describe_flip, describe_rows, describe_speed_up
 from causal_wan.data.file_manifest import FileManifest
 from causal_wan.data.rows import Row, load_rows, source_weights, sources_of
-from causal_wan.data.samples import SampleStream, collate
+from causal_wan.data.samples import SampleStream
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached
-from causal_wan.data.shared_memory import collate_shared, worker_settings
-from causal_wan.processes import gather_lists
+from causal_wan.runs.training_data import DataDescription, LoaderSettings
 from causal_wan.streams.clips import StreamDecoder
-from causal_wan.streams.lanes import LaneStates, StreamedClips, collate_streamed
+from causal_wan.streams.lanes import LaneStates, StreamedClips
 from causal_wan.streams.sources import Stream, open_stream
 from causal_wan.video.opening import describe_error
 
@@ -46,7 +43,7 @@ class RunData:
         manifest: Facts of the files, if there is a cache.
         cached: The cache, once it is open.
         keeper: Keeps what is encoded, if the cache is to be filled.
-        lane_states: How far the run has come in the streams; goes into checkpoints.
+        lane_states: How far the run has come in the streams, if there are any; goes into checkpoints.
     """
 
     config: DataConfig
@@ -56,7 +53,7 @@ class RunData:
     manifest: FileManifest | None
     cached: CachedData | None = None
     keeper: LatentKeeper | None = None
-    lane_states: LaneStates = field(default_factory=LaneStates)
+    lane_states: LaneStates | None = None
 
     @property
     def prompts(self) -> list[str]:
@@ -100,79 +97,38 @@ class RunData:
             self.cached.check_complete(rows, self.wanted_shapes(), prompts)
         self.rows, self.validation_rows = rows[: len(self.rows)], rows[len(self.rows) :]
 
-    def dataset(self, *, held_out: bool = False) -> Loadable:
+    def dataset(self) -> Loadable:
         """Clips as videos, or as latents where the cache has them."""
-        rows, config = (self.validation_rows, self.config.for_validation()) if held_out else (self.rows, self.config)
-        videos = VideoDataset(rows, config)
+        return self._behind_cache(VideoDataset(self.rows, self.config))
+
+    def held_out_dataset(self) -> Loadable:
+        """The same of held-out clips."""
+        return self._behind_cache(VideoDataset(self.validation_rows, self.config.for_validation()))
+
+    def _behind_cache(self, videos: VideoDataset) -> Loadable:
         return videos if self.cached is None else CachedClips(videos, self.cached, fills=self.keeper is not None)
 
-    def validation_batch(self, dataset: Loadable, number: int) -> dict[str, Any]:
-        """A batch of one held-out clip, the same every time."""
-        sample = dataset.load(number, torch.Generator(), self.config.shape)
-        prompt = sample.pop("prompts")[0]
-        return collate([sample | {"prompt": prompt, "sample_number": number, "errors": []}])
-
-    def make_loader(
-        self,
-        dataset: Loadable,
-        *,
-        seed: int,
-        samples_per_step: int,
-        batch_size: int,
-        num_workers: int,
-        num_processes: int,
-        pin_memory: bool,
-        timeout: float,
-        start: int,
-        end: int,
-        step: int,
-    ) -> DataLoader:
-        """The batches of the run's samples from `start`, the first of a step, to `end`, in order.
-
-        Args:
-            dataset: From `dataset`.
-            seed: Of the run.
-            samples_per_step: Of an optimizer step, all processes together.
-            batch_size: Samples of a batch of one process.
-            num_workers: Processes that decode ahead.
-            num_processes: That get batches in turn.
-            pin_memory: As in torch.
-            timeout: Seconds after which a batch that does not come is an error.
-            start, end: Numbers of samples.
-            step: Optimizer step that `start` belongs to.
-        """
-        config = self.config
-        if self.streams:
-            samples = StreamedClips(
-                self.streams,
-                self.lane_states,
-                StreamDecoder(config, seed, samples_per_step, start_sample=start, start_step=step),
-                seed=seed,
-                start=start,
-                end=end,
-                batch_size=batch_size,
-                num_slots=num_processes * max(num_workers, 1),
-                weights=source_weights(config),
-                buffer_rows=config.shuffle_buffer_size,
-                buffer_bytes=config.shuffle_buffer_bytes,
-            )
-        else:
+    def samples(self, dataset: Loadable, settings: LoaderSettings, *, start: int, end: int, step: int) -> Dataset:
+        """The clips of tables or streams in the run's order; arguments as in `make_loader`."""
+        config, weights = self.config, source_weights(self.config)
+        seed, place = settings.seed, {"start_sample": start, "start_step": step}
+        if self.lane_states is None:
             order = order_samples(
-                self.rows,
-                config,
-                weights=source_weights(config),
-                seed=seed,
-                samples_per_step=samples_per_step,
-                start_sample=start,
-                start_step=step,
+                self.rows, config, weights=weights, seed=seed, samples_per_step=settings.samples_per_step, **place
             )
-            samples = SampleStream(dataset, order, config, start=start, end=end)
-        return DataLoader(
-            samples,
-            batch_size=batch_size,
-            collate_fn=partial(collate_shared, partial(collate_streamed, collate) if self.streams else collate),
-            pin_memory=pin_memory,
-            **worker_settings(num_workers, timeout),
+            return SampleStream(dataset, order, config, start=start, end=end)
+        return StreamedClips(
+            self.streams,
+            self.lane_states,
+            StreamDecoder(config, seed, settings.samples_per_step, **place),
+            seed=seed,
+            start=start,
+            end=end,
+            batch_size=settings.batch_size,
+            num_slots=settings.num_processes * max(settings.num_workers, 1),
+            weights=weights,
+            buffer_rows=config.shuffle_buffer_size,
+            buffer_bytes=config.shuffle_buffer_bytes,
         )
 
     def sample_bytes(self) -> int:
@@ -205,10 +161,6 @@ class RunData:
                     f"{describe_error(error)}."
                 ) from error
 
-    def gather_lane_states(self) -> None:
-        """Collects how far each process has come in the streams. Called by every process."""
-        self.lane_states.merge(gather_lists([self.lane_states.state_dict()]))
-
     @property
     def has_clips(self) -> bool:
         """Whether there is anything that may have to be encoded."""
@@ -219,17 +171,16 @@ class RunData:
         """Clips to train on; 0 if nobody knows."""
         return len(self.rows)
 
-    def describe_shapes(self) -> list[str]:
-        """Lines on the buckets and stages of a run that has more than one shape."""
-        return describe_shapes(self.rows, self.config)
-
-    def describe_changes(self) -> list[str]:
-        """What clips go through that may surprise, a sentence each."""
+    def describe(self) -> DataDescription:
+        """Clips and prompts, buckets and stages, and what clips go through; or streams."""
         speed_up = describe_speed_up(self.rows, self.config) if self.rows else None
-        return [note for note in (speed_up, describe_flip(self.rows, self.config)) if note]
+        return DataDescription(
+            summary=self._summarize(),
+            shapes=describe_shapes(self.rows, self.config),
+            notes=[note for note in (speed_up, describe_flip(self.rows, self.config)) if note],
+        )
 
-    def describe(self) -> str:
-        """Clips and prompts, or streams, in one line."""
+    def _summarize(self) -> str:
         if not self.streams:
             return describe_rows(self.rows)
         counts = [f"{stream.num_files} file(s) of {stream.source.metadata_path}" for stream in self.streams]
@@ -265,4 +216,4 @@ def load_run_data(
     if validation_metadata_path is not None:
         data = replace(config.for_validation(), metadata_path=validation_metadata_path, dataset_config=None)
         held_out = load_rows(data, manifest)[:num_validation_samples]
-    return RunData(config, rows, held_out, streams, manifest)
+    return RunData(config, rows, held_out, streams, manifest, lane_states=LaneStates() if streams else None)

@@ -16,8 +16,8 @@ from causal_wan.memory.levers import cut_up_vae, enable_gradient_checkpointing, 
 from causal_wan.model.compiling import compile_layers
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.results.export import write_pipeline_file
-from causal_wan.runs.data import RunData
 from causal_wan.runs.settings import RunConfig
+from causal_wan.runs.training_data import TrainingData
 from causal_wan.training.strategies import (
     beside_fp8,
     check_can_be_compiled,
@@ -133,7 +133,7 @@ def latent_shape(config: RunConfig, vae: AutoencoderKLWan, shape: ClipShape) -> 
     return vae.config.z_dim, config.num_latent_frames(shape), shape.height // spatial, shape.width // spatial
 
 
-def validation_prompts(config: RunConfig, data: RunData) -> list[str]:
+def validation_prompts(config: RunConfig, data: TrainingData) -> list[str]:
     """The prompts that are sampled at each validation: of the held-out clips, then those that are given."""
     if not config.validates:
         return []

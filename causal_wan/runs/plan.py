@@ -13,18 +13,18 @@ from causal_wan.data.settings import ClipShape
 from causal_wan.memory.plan import MemoryPlan, describe_shortage, plan_training, text_encoder_bytes, with_vae
 from causal_wan.memory.simulation import ValidationWorkload, Workload
 from causal_wan.records.checkpoints import describe_damaged, find_checkpoint, passed_over
-from causal_wan.runs.data import RunData
 from causal_wan.runs.parts import latent_shape, text_dtype, validation_prompts, weight_dtype, with_absolute_paths
 from causal_wan.runs.settings import RunConfig
+from causal_wan.runs.training_data import TrainingData
 from causal_wan.sampling.rollout import count_draws
 from causal_wan.training.strategies import context_mesh, free_memory, is_sharded, sharding
 from causal_wan.weights.parts import DTYPES, load_vae_config
 from causal_wan.weights.transformer import causal_settings, load_transformer_config
 
 
-def describe_plan(config: RunConfig, run_data: RunData, num_replicas: int) -> str:
+def describe_plan(config: RunConfig, run_data: TrainingData, num_replicas: int) -> str:
     """What is going to happen, in numbers."""
-    training, method, data = config.training, config.method, config.data
+    training, method, data, described = config.training, config.method, config.data, run_data.describe()
     lengths = method.block_lengths(config.num_latent_frames(data.shape))
     samples_per_step = training.samples_per_step(num_replicas)
     num_samples = training.max_train_steps * samples_per_step
@@ -33,10 +33,10 @@ def describe_plan(config: RunConfig, run_data: RunData, num_replicas: int) -> st
     lines = [
         f"checkpoint  {config.model.pretrained_model_name_or_path}"
         + (f", weights of {config.model.generator_ckpt}" if config.model.generator_ckpt else ""),
-        f"data        {run_data.describe()}",
+        f"data        {described.summary}",
         f"clips       {data.num_frames} frames of {data.height} x {data.width}, {data.frame_sampling} sampling: "
         f"{sum(lengths)} latent frames in {len(lengths)} block(s) of {' '.join(map(str, sorted(set(lengths))))}",
-        *run_data.describe_shapes(),
+        *described.shapes,
         f"method      {method.describe()}",
         f"training    {weights}, {training.max_train_steps} steps of {samples_per_step} clips "
         f"({training.train_batch_size} x {training.gradient_accumulation_steps} accumulated x {num_replicas} "
@@ -44,10 +44,10 @@ def describe_plan(config: RunConfig, run_data: RunData, num_replicas: int) -> st
         f"validation  {describe_validation(config, run_data)}",
         f"result      {training.output_dir}",
     ]
-    return "\n".join(lines + [f"note        {note}" for note in run_data.describe_changes()])
+    return "\n".join(lines + [f"note        {note}" for note in described.notes])
 
 
-def describe_validation(config: RunConfig, run_data: RunData) -> str:
+def describe_validation(config: RunConfig, run_data: TrainingData) -> str:
     """What is validated, and when."""
     if not config.validates:
         return "none (--validation_steps 0)"
@@ -87,7 +87,7 @@ def describe_resumption(config: RunConfig) -> list[str]:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def describe_memory(config: RunConfig, run_data: RunData, accelerator: Any) -> str:
+def describe_memory(config: RunConfig, run_data: TrainingData, accelerator: Any) -> str:
     """What the run is going to take of a GPU's memory, and what to do if that is more than there is."""
     plan = plan_run(config, run_data, accelerator)
     where = "process, beside libraries and mapped files," if accelerator.device.type == "cpu" else "GPU"
@@ -103,7 +103,7 @@ def describe_memory(config: RunConfig, run_data: RunData, accelerator: Any) -> s
     return "\n".join(lines + ([f"warning     {shortage}"] if shortage else []))
 
 
-def plan_run(config: RunConfig, run_data: RunData, accelerator: Any) -> MemoryPlan:
+def plan_run(config: RunConfig, run_data: TrainingData, accelerator: Any) -> MemoryPlan:
     """The memory of a run that embeds prompts, then encodes clips, trains and validates; loads no weights."""
     name, revision = config.model.pretrained_model_name_or_path, config.model.revision
     vae = load_vae_config(name, revision=revision)
@@ -120,7 +120,7 @@ def plan_run(config: RunConfig, run_data: RunData, accelerator: Any) -> MemoryPl
     return plan
 
 
-def make_workload(config: RunConfig, run_data: RunData, accelerator: Any, vae: AutoencoderKLWan) -> Workload:
+def make_workload(config: RunConfig, run_data: TrainingData, accelerator: Any, vae: AutoencoderKLWan) -> Workload:
     """What of a run decides how much memory it takes."""
     model, training = config.model, config.training
     architecture = load_transformer_config(
@@ -146,7 +146,7 @@ def make_workload(config: RunConfig, run_data: RunData, accelerator: Any, vae: A
 
 
 def make_validation_workload(
-    config: RunConfig, run_data: RunData, accelerator: Any, vae: AutoencoderKLWan
+    config: RunConfig, run_data: TrainingData, accelerator: Any, vae: AutoencoderKLWan
 ) -> ValidationWorkload | None:
     """The same of its validation, if there is one."""
     if not validation_prompts(config, run_data):

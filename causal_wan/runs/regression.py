@@ -11,26 +11,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.parsing import flat_dict, user_errors, write_recipe
+from causal_wan.data.samples import BadClips, ClipBatch
 from causal_wan.data.shared_memory import check_shared_memory, shared_memory_here
 from causal_wan.data.workers import name_clips_of_dead_workers
+from causal_wan.methods.settings import RegressionConfig
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import check_video_size
 from causal_wan.processes import gather_lists, wait_for_all
-from causal_wan.progress import announced, show_progress
+from causal_wan.progress import announced
 from causal_wan.records.checkpoints import check_output_dir
 from causal_wan.records.tracker_libraries import resolve_trackers
 from causal_wan.records.trackers import Trackers
 from causal_wan.results.model_card import DATA_SUMMARY_NAME
 from causal_wan.results.uploads import HubUploads, start_uploads
 from causal_wan.runs.data import RunData, load_run_data
-from causal_wan.runs.inputs import Inputs
+from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
+from causal_wan.runs.metrics import summarize
 from causal_wan.runs.parts import (
     latent_shape,
     make_student,
@@ -44,19 +46,19 @@ from causal_wan.runs.parts import (
 from causal_wan.runs.plan import describe_memory, describe_plan, describe_resumption
 from causal_wan.runs.prompt_embeddings import embed_prompts
 from causal_wan.runs.settings import RunConfig
-from causal_wan.runs.validation import Validation, share
+from causal_wan.runs.training_data import LoaderSettings, TrainingData, make_loader
+from causal_wan.runs.validation import Validation, validation_batches
+from causal_wan.streams.lanes import LaneStates
 from causal_wan.training.loop import Sums, train
 from causal_wan.training.run import Run
 from causal_wan.training.setup import check_precision, make_accelerator, prepare_run, start_trackers
-from causal_wan.training.steps import Batch
 from causal_wan.training.stopping import EXIT_STOPPED
 from causal_wan.training.strategies import beside_fp8, count_replicas, follow_settings
 from causal_wan.training.weights import ema_weights, gather_weights
 from causal_wan.weights.transformer import check_generator_ckpt
 
 
-PrepareBatch = Callable[[Inputs, Batch], Batch]
-ComputeLoss = Callable[[Inputs, torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]]
+ComputeLoss = Callable[[RegressionConfig, torch.nn.Module, RegressionBatch, torch.Tensor], tuple[torch.Tensor, Sums]]
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -98,15 +100,15 @@ def run_regression(
     prepare_batch: PrepareBatch,
     compute_loss: ComputeLoss,
     *,
-    load_data: Callable[[RunConfig], RunData] = load_clips,
+    load_data: Callable[[RunConfig], TrainingData] = load_clips,
     prepare_held_out: PrepareBatch | None = None,
 ) -> None:
     """Checks everything that needs no weights, then trains, and saves the result.
 
     Args:
         config: Of the run.
-        prepare_batch: A batch of the data loader -> `Inputs.with_prompts`; called without gradients.
-        compute_loss: The loss of a batch as its share of the step's mean, and sums for `Inputs.summarize`.
+        prepare_batch: A batch of the data loader -> `Inputs.with_conditions`; called without gradients.
+        compute_loss: The loss of a batch as its share of the step's mean, and its `sum_by_level`.
         load_data: What is trained on; raises ValueError if it cannot be used.
         prepare_held_out: Like prepare_batch, of held-out clips; None is the same.
     """
@@ -122,45 +124,49 @@ def run_regression(
     begun = begin_run(config, data)
     accelerator, inputs, config = begun.accelerator, begun.inputs, begun.inputs.config
     dataset = data.dataset()
-    if data.streams:
+    if data.lane_states is not None:
         accelerator.register_for_checkpointing(data.lane_states)
     with user_errors():
         settings = flat_dict(with_absolute_paths(config))
         run = prepare_run(accelerator, config.training, begun.transformer, begun.trackers, settings)
     if accelerator.is_main_process:  # not before: a run that cannot be resumed keeps its own
         write_recipe(settings, Path(config.training.output_dir) / SETTINGS_NAME)
-    compute_loss = partial(compute_loss, inputs)
+    compute_loss = partial(compute_loss, config.method)
     validate = Validation(
         accelerator,
         inputs,
         compute_loss,
+        summarize=partial(summarize, config),
         output_dir=config.training.output_dir,
         prompts=validation_prompts(config, data),
-        batches=validation_batches(accelerator, inputs, prepare_held_out or prepare_batch),
+        batches=validation_batches(accelerator, inputs, data.held_out_dataset(), prepare_held_out or prepare_batch),
         latent_shape=latent_shape(config, inputs.vae, config.data.shape),
     )
+    bad_clips = BadClips(config.data.max_bad_samples)
 
     @torch.no_grad()
-    def prepare(batch: Batch) -> Batch:
-        inputs.take_note(batch)
+    def prepare(batch: ClipBatch) -> RegressionBatch:
+        bad_clips.note(batch.errors)
+        if data.lane_states is not None:
+            data.lane_states.update(batch.lane_states)
         return prepare_batch(inputs, batch)
 
     with name_clips_of_dead_workers(dataset), data.keeper or contextlib.nullcontext():
         complete = train(
             run,
-            make_dataloader=partial(data.make_loader, dataset, **loader_settings(config, run)),
+            make_dataloader=partial(make_loader, data, dataset, loader_settings(config, run)),
             prepare_batch=prepare,
             compute_loss=compute_loss,
-            summarize=inputs.summarize,
+            summarize=partial(summarize, config),
             validate=validate if validate.prompts else None,
-            before_checkpoint=data.gather_lane_states if data.streams else None,
+            before_checkpoint=None if data.lane_states is None else partial(gather_lane_states, data.lane_states),
             after_checkpoint=partial(upload_checkpoint, begun.uploads) if config.hub.push_to_hub else None,
             save_result=partial(save_result, begun, run),
         )
     finish_run(begun, complete=complete)
 
 
-def print_plan(config: RunConfig, data: RunData) -> None:
+def print_plan(config: RunConfig, data: TrainingData) -> None:
     """What a run is going to do, and what it takes, without weights."""
     precision = beside_fp8(config.training.mixed_precision)  # without weights there is nothing in 8 bits
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
@@ -174,7 +180,7 @@ def print_plan(config: RunConfig, data: RunData) -> None:
     print_memory(config, data, accelerator)
 
 
-def print_memory(config: RunConfig, data: RunData, accelerator: Accelerator) -> None:
+def print_memory(config: RunConfig, data: TrainingData, accelerator: Accelerator) -> None:
     """What a run takes of a GPU's memory, if that can be told."""
     with user_errors():
         try:
@@ -188,13 +194,14 @@ class BegunRun:
     """A run with its parts loaded, before anything is trained."""
 
     accelerator: Accelerator
+    data: TrainingData
     inputs: Inputs
     transformer: CausalWanTransformer3DModel
     trackers: Trackers
     uploads: HubUploads | None
 
 
-def begin_run(config: RunConfig, data: RunData) -> BegunRun:
+def begin_run(config: RunConfig, data: TrainingData) -> BegunRun:
     """Says what is going to happen, opens the cache, and loads what the run needs; ends with status 2 if it cannot."""
     with user_errors():
         accelerator = make_accelerator(config.training)
@@ -232,9 +239,16 @@ def begin_run(config: RunConfig, data: RunData) -> BegunRun:
     with user_errors():
         for shape in config.data.all_shapes():
             check_video_size(*shape, vae=vae, transformer=transformer)
-    inputs = Inputs(config, prompt_embeds, vae, accelerator.device, data)
+    inputs = Inputs(
+        config=config,
+        prompt_embeds=prompt_embeds,
+        vae=vae,
+        device=accelerator.device,
+        keeper=data.keeper,
+        patch_size=transformer.config.patch_size,
+    )
     wait_for_all()  # the main process alone may have had to download and read the weights, which it shares out next
-    return BegunRun(accelerator, inputs, transformer, trackers, uploads)
+    return BegunRun(accelerator, data, inputs, transformer, trackers, uploads)
 
 
 def save_result(begun: BegunRun, run: Run) -> None:
@@ -246,7 +260,7 @@ def save_result(begun: BegunRun, run: Run) -> None:
         if accelerator.is_main_process:
             save_student(run.unwrapped_model, weights, config)
     if accelerator.is_main_process:
-        (Path(config.training.output_dir) / DATA_SUMMARY_NAME).write_text(json.dumps(begun.inputs.data.count()))
+        (Path(config.training.output_dir) / DATA_SUMMARY_NAME).write_text(json.dumps(begun.data.count()))
         print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
     wait_for_all()
 
@@ -262,7 +276,7 @@ def finish_run(begun: BegunRun, *, complete: bool) -> None:
         begun.uploads.finish()
 
 
-def check_room_for_batches(config: RunConfig, data: RunData, accelerator: Accelerator) -> None:
+def check_room_for_batches(config: RunConfig, data: TrainingData, accelerator: Accelerator) -> None:
     """Checks that the workers of the data loaders can hand over their batches. Called by every process.
 
     Raises:
@@ -298,27 +312,20 @@ def check_streaming(config: RunConfig, accelerator: Accelerator) -> None:
         raise ValueError("--streaming gives each process clips of its own; launch without context parallelism.")
 
 
-def loader_settings(config: RunConfig, run: Run) -> dict[str, Any]:
-    """Those of `RunData.make_loader` that stay the same through a run."""
-    return {
-        "seed": config.training.seed,
-        "samples_per_step": config.training.samples_per_step(run.num_replicas),
-        "batch_size": config.training.train_batch_size,
-        "num_workers": config.training.dataloader_num_workers,
-        "num_processes": run.accelerator.num_processes,
-        "pin_memory": run.accelerator.device.type == "cuda",
-        "timeout": config.training.dataloader_timeout,
-    }
+def gather_lane_states(lane_states: LaneStates) -> None:
+    """Collects how far each process has come in the streams. Called by every process."""
+    lane_states.merge(gather_lists([lane_states.state_dict()]))
 
 
-@torch.no_grad()
-def validation_batches(
-    accelerator: Accelerator, inputs: Inputs, prepare_batch: PrepareBatch
-) -> list[tuple[Batch, bool]]:
-    """This process's share of the held-out clips, encoded and noised once: the same draws at every validation."""
-    data, dataset = inputs.data, inputs.data.dataset(held_out=True)
-    numbers = share(len(dataset), accelerator.process_index, accelerator.num_processes)
-    return [
-        (prepare_batch(inputs, data.validation_batch(dataset, number)), counts)
-        for number, counts in show_progress(numbers, desc="held-out clips")
-    ]
+def loader_settings(config: RunConfig, run: Run) -> LoaderSettings:
+    """How a run loads its batches on this process."""
+    training, accelerator = config.training, run.accelerator
+    return LoaderSettings(
+        seed=training.seed,
+        samples_per_step=training.samples_per_step(run.num_replicas),
+        batch_size=training.train_batch_size,
+        num_workers=training.dataloader_num_workers,
+        num_processes=accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
+        timeout=training.dataloader_timeout,
+    )

@@ -3,17 +3,16 @@
 `trajectories/` holds tensors by key; `prompts/`, `files.parquet` and `models.json` are as in
 `causal_wan.cache.encoded_clips`.
 
-Shapes: C = latent channels, F = latent frames, H, W = latent height and width, K = latents that are kept of a
-trajectory, from noise to data, the clean end included.
+Shapes: C = latent channels, F = latent frames, H, W = latent height and width, K = levels that the student learns
+from: its step list, then the clean end if the list has no 0.
 """
 
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch.utils.data import DataLoader
 
 from causal_wan.cache.encoded_clips import CachedData, LatentKeeper
 from causal_wan.cache.opening import open_cache
@@ -24,38 +23,70 @@ from causal_wan.data.clips import Loadable
 from causal_wan.data.file_manifest import FileManifest
 from causal_wan.data.rows import Row
 from causal_wan.data.sample_order import SampleOrder
-from causal_wan.data.samples import SampleStream, collate
+from causal_wan.data.samples import SampleStream
 from causal_wan.data.settings import ClipShape, DataConfig
-from causal_wan.data.shared_memory import collate_shared, worker_settings
 from causal_wan.runs.data import RunData
-from causal_wan.streams.lanes import LaneStates
+from causal_wan.runs.training_data import DataDescription, LoaderSettings
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Trajectories of one kind, as a data set.
+
+    Attributes:
+        cache: Has them.
+        settings: Of them.
+        names: In an order that does not depend on who made them.
+        slots: Where in a trajectory the levels are that the student learns from: its step list, and the clean end.
+    """
+
+    cache: TensorCache
+    settings: dict[str, Any]
+    names: list[TrajectoryName]
+    slots: list[int]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, index: int, generator: torch.Generator, shape: ClipShape) -> dict[str, Any]:
+        """A trajectory: `latents` `(K, C, F, H, W)`, and its prompt.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        latents = self.read(index)
+        return {
+            "latents": latents,
+            "prompts": (self.names[index].prompt,),
+            "row_index": index,
+            "num_valid_frames": shape.num_frames,
+        }
+
+    def read(self, index: int) -> torch.Tensor:
+        """The latents of a trajectory, as in `load`."""
+        kept, _ = self.cache.read(self.names[index].key(self.settings))
+        return kept[self.slots]
 
 
 @dataclass
 class TrajectoryData:
-    """The trajectories of a run, in the place of the clips of a `RunData`.
+    """The trajectories of a run, and its held-out clips; see `load_trajectory_data`.
 
     Attributes:
         config: Settings of the clips.
         folder: Of the trajectories.
-        cache: In it.
-        settings: Of those that are used.
-        slots: Where in a trajectory each entry of the step list is.
-        names: The trajectories, in an order that does not depend on who made them.
+        trajectories: To train on.
         clips: The held-out clips, and no others.
         cached: The embeddings of the prompts, once they are open.
+        lane_states: None, as trajectories are not streamed.
     """
 
     config: DataConfig
     folder: Path
-    cache: TensorCache
-    settings: dict[str, Any]
-    slots: list[int]
-    names: list[TrajectoryName]
+    trajectories: Trajectories
     clips: RunData
     cached: CachedData | None = None
-    streams: tuple[()] = ()
-    lane_states: LaneStates = field(default_factory=LaneStates)
+    lane_states: ClassVar[None] = None
 
     @property
     def validation_rows(self) -> list[Row]:
@@ -75,43 +106,35 @@ class TrajectoryData:
     @property
     def num_samples(self) -> int:
         """Trajectories."""
-        return len(self.names)
+        return len(self.trajectories)
 
     @property
     def prompts(self) -> list[str]:
         """All prompts, held-out ones and the empty one, if it is used, included."""
-        return [*{name.prompt: None for name in self.names}, *self.clips.prompts]
+        return [*{name.prompt: None for name in self.trajectories.names}, *self.clips.prompts]
 
     def count(self) -> dict[str, int]:
         """How much there is of it, for a model card."""
-        num_prompts = len({name.prompt for name in self.names})
+        num_prompts = len({name.prompt for name in self.trajectories.names})
         return {
-            "trajectories": len(self.names),
+            "trajectories": len(self.trajectories),
             "distinct prompts": num_prompts,
             "held-out clips": len(self.validation_rows),
         }
 
-    def describe(self) -> str:
-        """Trajectories, prompts and how they were sampled, in one line."""
-        settings, counts = self.settings, self.count()
+    def describe(self) -> DataDescription:
+        """Trajectories, prompts and how they were sampled."""
+        settings, counts = self.trajectories.settings, self.count()
         blocks = settings["blocks"]
         teacher = "a bidirectional teacher" if len(blocks) == 1 else f"a causal teacher, {len(blocks)} blocks"
-        return (
-            f"{counts['trajectories']} trajectories of {counts['distinct prompts']} prompts, {teacher} "
+        return DataDescription(
+            summary=f"{counts['trajectories']} trajectories of {counts['distinct prompts']} prompts, {teacher} "
             f"({settings['teacher'][:8]}), {settings['num_inference_steps']} steps, guidance "
             f"{settings['guidance_scale']:g}, shift {settings['timestep_shift']:g}"
         )
 
-    def describe_shapes(self) -> list[str]:
-        """Nothing: they are of one shape."""
-        return []
-
-    def describe_changes(self) -> list[str]:
-        """Nothing: trajectories are what the teacher made."""
-        return []
-
     def open_cache(
-        self, cache: CacheConfig, checkpoint: CheckpointConfig, prompts: list[str], **encoding: Any
+        self, cache: CacheConfig, checkpoint: CheckpointConfig, prompts: Iterable[str], **encoding: Any
     ) -> None:
         """Opens the embeddings beside the trajectories, and the cache of held-out clips, if there is one.
 
@@ -125,59 +148,26 @@ class TrajectoryData:
         data = self.config.for_validation()
         self.cached, _ = open_cache(own, data, checkpoint, [], manifest, **{**encoding, "encodes": False})
 
-    def dataset(self, *, held_out: bool = False) -> Loadable:
-        """Trajectories; or held-out clips."""
-        return self.clips.dataset(held_out=True) if held_out else self
+    def dataset(self) -> Trajectories:
+        """The trajectories."""
+        return self.trajectories
 
-    def validation_batch(self, dataset: Loadable, number: int) -> dict[str, Any]:
-        """A batch of one held-out clip, the same every time."""
-        return self.clips.validation_batch(dataset, number)
+    def held_out_dataset(self) -> Loadable:
+        """Held-out clips as videos, or as latents where the cache has them."""
+        return self.clips.held_out_dataset()
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def load(self, index: int, generator: torch.Generator, shape: ClipShape) -> dict[str, Any]:
-        """A trajectory: `latents` `(K, C, F, H, W)`, and its prompt.
-
-        Raises:
-            ValueError: If it is damaged.
-        """
-        name = self.names[index]
-        latents, _ = self.cache.read(name.key(self.settings))
-        return {
-            "latents": latents,
-            "prompts": (name.prompt,),
-            "row_index": index,
-            "num_valid_frames": self.config.num_frames,
-        }
-
-    def make_loader(
-        self,
-        dataset: Loadable,
-        *,
-        seed: int,
-        samples_per_step: int,
-        batch_size: int,
-        num_workers: int,
-        num_processes: int,
-        pin_memory: bool,
-        timeout: float,
-        start: int,
-        end: int,
-        step: int,
-    ) -> DataLoader:
-        """The batches of the run's samples from `start` to `end`, in order; arguments as in `RunData.make_loader`."""
-        one = [0] * len(self)
+    def samples(self, dataset: Loadable, settings: LoaderSettings, *, start: int, end: int, step: int) -> SampleStream:
+        """The trajectories in the run's order; arguments as in `make_loader`."""
+        one = [0] * len(dataset)
         order = SampleOrder(
-            one, one, seed=seed, samples_per_step=samples_per_step, start_sample=start, start_step=step
+            one,
+            one,
+            seed=settings.seed,
+            samples_per_step=settings.samples_per_step,
+            start_sample=start,
+            start_step=step,
         )
-        return DataLoader(
-            SampleStream(dataset, order, self.config, start=start, end=end),
-            batch_size=batch_size,
-            collate_fn=partial(collate_shared, collate),
-            pin_memory=pin_memory,
-            **worker_settings(num_workers, timeout),
-        )
+        return SampleStream(dataset, order, self.config, start=start, end=end)
 
     def sample_bytes(self) -> int:
         """Of a trajectory that a loader hands over.
@@ -185,7 +175,7 @@ class TrajectoryData:
         Raises:
             ValueError: If the first is damaged.
         """
-        return self.cache.read(self.names[0].key(self.settings))[0].nbytes
+        return self.trajectories.read(0).nbytes
 
 
 def load_trajectory_data(
@@ -209,5 +199,6 @@ def load_trajectory_data(
     settings = find_settings(cache, config.shape, levels, block_lengths)
     names = sorted(names_in(cache, settings))
     places = [*settings["levels"], 0.0]
-    slots = [places.index(level) for level in levels.tolist()]
-    return TrajectoryData(config, folder, cache, settings, slots, names, clips)
+    wanted = levels.tolist() + ([] if levels[-1] == 0 else [0.0])
+    slots = [places.index(level) for level in wanted]
+    return TrajectoryData(config, folder, Trajectories(cache, settings, names, slots), clips)

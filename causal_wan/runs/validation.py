@@ -14,6 +14,9 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from tqdm.auto import tqdm
 
+from causal_wan.data.clips import Loadable
+from causal_wan.data.samples import ClipBatch, collate
+from causal_wan.data.settings import ClipShape
 from causal_wan.memory.levers import on_device
 from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.streaming_vae import decode_in_parts
@@ -22,6 +25,7 @@ from causal_wan.processes import wait_for_all
 from causal_wan.progress import show_progress
 from causal_wan.records.metrics import MetricSums, Sums
 from causal_wan.records.trackers import CaptionedVideo
+from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.rollout import Rollout, count_draws, draw_noise
 from causal_wan.seeds import noise_generator
@@ -42,13 +46,33 @@ def share(count: int, process_index: int, num_processes: int) -> list[tuple[int,
     return [(min(number, count - 1), number < count) for number in numbers]
 
 
+@torch.no_grad()
+def validation_batches(
+    accelerator: Any, inputs: Inputs, held_out: Loadable, prepare_batch: PrepareBatch
+) -> list[tuple[RegressionBatch, bool]]:
+    """This process's share of the held-out clips, encoded and noised once: the same draws at every validation."""
+    numbers = share(len(held_out), accelerator.process_index, accelerator.num_processes)
+    return [
+        (prepare_batch(inputs, batch_of_one(held_out, number, inputs.config.data.shape)), counts)
+        for number, counts in show_progress(numbers, desc="held-out clips")
+    ]
+
+
+def batch_of_one(held_out: Loadable, number: int, shape: ClipShape) -> ClipBatch:
+    """A batch of one held-out clip, the same every time."""
+    sample = held_out.load(number, torch.Generator(), shape)
+    prompt = sample.pop("prompts")[0]
+    return collate([sample | {"prompt": prompt, "sample_number": number, "errors": []}])
+
+
 class Validation:
     """Samples prompts and measures the loss on held-out batches; each process takes its share.
 
     Args:
         accelerator: Of the run.
-        inputs: Has `config`, `seed`, `vae`, `embed(prompts)` and `summarize`, as `causal_wan.runs.inputs.Inputs`.
+        inputs: Of the run.
         compute_loss: Of a transformer, a batch and the number of its items.
+        summarize: Sums over processes and batches -> metrics.
         output_dir: Videos go to `validation/step-N` in it.
         prompts: All prompts, of all processes.
         batches: This process's prepared batches, and whether each counts.
@@ -58,18 +82,20 @@ class Validation:
     def __init__(
         self,
         accelerator: Any,
-        inputs: Any,
-        compute_loss: Callable[[Any, dict, torch.Tensor], tuple[torch.Tensor, Sums]],
+        inputs: Inputs,
+        compute_loss: Callable[[Any, RegressionBatch, torch.Tensor], tuple[torch.Tensor, Sums]],
         *,
+        summarize: Callable[[Sums], dict[str, float]],
         output_dir: str,
         prompts: list[str],
-        batches: list[tuple[dict, bool]],
+        batches: list[tuple[RegressionBatch, bool]],
         latent_shape: tuple[int, int, int, int],
     ) -> None:
-        self.accelerator, self.inputs, self.compute_loss = accelerator, inputs, compute_loss
+        self.accelerator, self.inputs = accelerator, inputs
+        self.compute_loss, self.summarize = compute_loss, summarize
         self.output_dir, self.prompts, self.batches = Path(output_dir), prompts, batches
         self.latent_shape = latent_shape
-        num_items = sum(batch["num_items"] for batch, counts in batches if counts)
+        num_items = sum(batch.num_items for batch, counts in batches if counts)
         wait_for_all()  # some have had more to encode than others
         self.num_items = accelerator.reduce(torch.as_tensor(num_items, device=accelerator.device))
 
@@ -146,7 +172,7 @@ class Validation:
         if self.batches and not num_failed_losses:
             sums.reduce_to_main(self.accelerator)
             if self.accelerator.is_main_process:
-                losses = {"loss": float(sums.sums.pop("loss")), **self.inputs.summarize(sums.sums)}
+                losses = {"loss": float(sums.sums.pop("loss")), **self.summarize(sums.sums)}
                 metrics |= {f"validation_{name}": value for name, value in losses.items()}
         return metrics
 

@@ -141,9 +141,9 @@ class LaneStates:
         self.places: dict[tuple[int, int], Place] = {}  # by lane and data set
         self.first_pass = 0  # of lanes that have no place
 
-    def update(self, batch: dict[str, Any]) -> None:
-        """Notes the samples of a batch as trained on."""
-        for lane, source, *place in batch["lane_states"]:
+    def update(self, lane_states: Iterable[tuple[int, ...]]) -> None:
+        """Notes samples as trained on, by the `lane_state` of each."""
+        for lane, source, *place in lane_states:
             self.places[lane, source] = Place(*place)
 
     def merge(self, states: Iterable[dict[str, Any]]) -> None:
@@ -323,10 +323,3 @@ def _split_for(stream: Stream, num_lanes: int) -> Stream:
             num_lanes,
         )
     return finer
-
-
-def collate_streamed(
-    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]], samples: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """A batch that says how far its lane has come."""
-    return {**collate(samples), "lane_states": [sample["lane_state"] for sample in samples]}

@@ -1,13 +1,15 @@
 """The training loop: passes, steps, logging, validation, checkpoints.
 
-Knows no video and no diffusion: a batch is opaque but for two keys, and the loss is an argument. Everything random in
-a step comes from the batch, whose samples are numbered through the whole run; so a resumed run needs no state of
-random generators, and neither the number of processes nor gradient accumulation changes what is learned.
+Knows no video and no diffusion: a batch is opaque but for two numbers (see `PreparedBatch`), and the loss is an
+argument. Everything random in a step comes from the batch, whose samples are numbered through the whole run; so a
+resumed run needs no state of random generators, and neither the number of processes nor gradient accumulation changes
+what is learned.
 """
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -19,7 +21,7 @@ from causal_wan.records.metrics import StepLog, Sums
 from causal_wan.records.trackers import CaptionedVideo
 from causal_wan.training.profiling import StepProfiler
 from causal_wan.training.run import Run
-from causal_wan.training.steps import Batch, prepare_passes, train_step
+from causal_wan.training.steps import PreparedBatch, prepare_passes, train_step
 from causal_wan.training.stopping import StopRequest
 from causal_wan.training.validation_runs import ValidationRuns, is_due
 
@@ -31,8 +33,8 @@ def train(
     run: Run,
     *,
     make_dataloader: Callable[..., DataLoader],
-    prepare_batch: Callable[[Batch], Batch],
-    compute_loss: Callable[[torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]],
+    prepare_batch: Callable[[Any], PreparedBatch],
+    compute_loss: Callable[[torch.nn.Module, Any, torch.Tensor], tuple[torch.Tensor, Sums]],
     summarize: Callable[[Sums], dict[str, float]],
     validate: Callable[[torch.nn.Module, int], tuple[dict[str, float], dict[str, CaptionedVideo]]] | None = None,
     before_checkpoint: Callable[[], None] | None = None,
@@ -48,9 +50,7 @@ def train(
         run: From `prepare_run`.
         make_dataloader: (*, start, end, step) -> the batches of the run's samples from `start`, the first of `step`,
             to `end`, in order.
-        prepare_batch: A batch of the loader, on the host -> what `compute_loss` takes, on the device, with at least
-            `num_items`, a scalar tensor: how many elements its loss is a mean over, and `num_tokens`, an int, for the
-            throughput. No gradients.
+        prepare_batch: A batch of the loader, on the host -> what `compute_loss` takes, on the device. No gradients.
         compute_loss: (wrapped model, prepared batch, num_items of the whole step over all processes) -> (this batch's
             share of the loss: a sum over its elements divided by that number, sums to log).
         summarize: Sums over processes and steps -> metrics.
@@ -95,7 +95,7 @@ def train(
             with log.timed("compute"):
                 train_step(run, prepared, compute_loss, stop, profiler)
             profiler.end_step()
-            log.count_step(num_tokens=sum(batch["num_tokens"] for batch in prepared))
+            log.count_step(num_tokens=sum(batch.num_tokens for batch in prepared))
             state.num_samples += samples_per_step
             state.step += 1
 

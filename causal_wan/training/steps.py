@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import DistributedType
@@ -20,16 +20,27 @@ from causal_wan.training.weights import trainable_parameters
 logger = logging.getLogger(__name__)
 
 
-Batch = dict[str, Any]
+class PreparedBatch(Protocol):
+    """What a step must know of a batch, beside what the loss makes of it.
+
+    Attributes:
+        num_items: How many elements its loss is a mean over, a scalar tensor.
+        num_tokens: For the throughput.
+    """
+
+    @property
+    def num_items(self) -> torch.Tensor: ...
+    @property
+    def num_tokens(self) -> int: ...
 
 
 def prepare_passes(
-    batches: Iterator[Batch],
-    prepare_batch: Callable[[Batch], Batch],
+    batches: Iterator[Any],
+    prepare_batch: Callable[[Any], PreparedBatch],
     num_passes: int,
     log: StepLog,
     profiler: StepProfiler,
-) -> list[Batch]:
+) -> list[PreparedBatch]:
     """The prepared batches of a step, each as it comes: no more than one is there that is not prepared."""
     prepared = []
     for _ in range(num_passes):
@@ -43,8 +54,8 @@ def prepare_passes(
 
 def train_step(
     run: Run,
-    batches: list[Batch],
-    compute_loss: Callable[[torch.nn.Module, Batch, torch.Tensor], tuple[torch.Tensor, Sums]],
+    batches: list[PreparedBatch],
+    compute_loss: Callable[[torch.nn.Module, Any, torch.Tensor], tuple[torch.Tensor, Sums]],
     stop: StopRequest,
     profiler: StepProfiler,
 ) -> None:
@@ -58,7 +69,7 @@ def train_step(
     """
     accelerator, config = run.accelerator, run.config
     check = ChangeCheck(run)
-    num_items = torch.stack([batch["num_items"] for batch in batches]).sum()
+    num_items = torch.stack([batch.num_items for batch in batches]).sum()
     num_items, num_stops = accelerator.reduce(torch.stack([num_items, torch.full_like(num_items, stop.received)]))
     # Those that share a clip all count its items and compute its whole loss, each with the gradients of its tokens.
     num_sharing = accelerator.num_processes // run.num_replicas

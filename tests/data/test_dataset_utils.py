@@ -1,5 +1,6 @@
 import os
 import pickle
+import textwrap
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -8,17 +9,19 @@ import av
 import numpy as np
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from grey_videos import shown_indices, write_playlists, write_video
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+import dataset_utils
 from causal_wan.data.buckets import clip_shapes, order_samples
 from causal_wan.data.clips import VideoDataset, augment_video, build_video_transform, normalize_videos
 from causal_wan.data.descriptions import describe_flip, describe_rows, describe_speed_up
 from causal_wan.data.frames import sample_frame_indices
 from causal_wan.data.rows import Row, load_rows
 from causal_wan.data.sample_order import SampleOrder
-from causal_wan.data.samples import SampleStream, collate
+from causal_wan.data.samples import BadClips, SampleStream, collate
 from causal_wan.data.settings import ClipShape, DataConfig
 from causal_wan.video.decoding import decode_frames
 
@@ -330,9 +333,9 @@ def test_a_resumed_stream_goes_on_where_the_unbroken_one_would(num_workers):
     whole, resumed = batches(0), batches(10)
     assert len(resumed) == 7
     for expected, batch in zip(whole[5:], resumed, strict=True):
-        assert batch["prompts"] == expected["prompts"]
-        assert batch["sample_numbers"] == expected["sample_numbers"]
-        assert all(map(torch.equal, batch["clips"], expected["clips"]))
+        assert batch.prompts == expected.prompts
+        assert batch.sample_numbers == expected.sample_numbers
+        assert all(map(torch.equal, batch.clips, expected.clips))
 
 
 def test_samples_do_not_share_their_randomness():
@@ -361,7 +364,7 @@ def test_a_broken_clip_is_replaced_by_the_next_of_its_epoch_and_reported():
     assert row_indices(stream)[2] == row_indices(whole)[3]
     assert stream[2]["errors"] == [f"row {broken} is broken"]
     assert stream[1]["errors"] == []
-    assert collate([stream[1], stream[2]])["errors"] == [f"row {broken} is broken"]
+    assert collate([stream[1], stream[2]]).errors == [f"row {broken} is broken"]
 
 
 def test_a_data_set_that_is_broken_all_over_is_an_error():
@@ -391,11 +394,66 @@ def test_batches_hold_clips_and_what_is_known_of_them(folder):
     settings = config(folder, GOOD)
     stream = video_stream(load_rows(settings), settings, 2)
     batch = collate([stream[0], stream[1]])
-    assert [clip.shape for clip in batch["clips"]] == [(3, 9, 32, 48)] * 2
-    assert batch["clips"][0].dtype == torch.uint8
-    assert batch["num_valid_frames"] == [9, 9]
-    tensors = [value for value in tree_leaves(batch) if isinstance(value, torch.Tensor)]
-    assert len(tensors) == len(batch["clips"])  # all else is for the host alone
+    assert [clip.shape for clip in batch.clips] == [(3, 9, 32, 48)] * 2
+    assert batch.clips[0].dtype == torch.uint8
+    assert batch.is_latents == [False, False]
+    assert batch.num_valid_frames == [9, 9]
+    assert len(tensors_of(batch)) == len(batch.clips)  # all else is for the host alone
+
+
+def tensors_of(batch):
+    """All that a batch holds, wherever."""
+    return [value for value in tree_leaves(vars(batch)) if isinstance(value, torch.Tensor)]
+
+
+def test_a_batch_says_which_clips_are_latents_whatever_their_type():
+    video, latents = {"video": torch.zeros(3, 1, 2, 2)}, {"latents": torch.zeros(4, dtype=torch.uint8)}
+    known = {"prompt": "", "row_index": 0, "sample_number": 0, "num_valid_frames": 1, "errors": []}
+    batch = collate([{**known, **video}, {**known, **latents}, {**known, **video}])
+    assert batch.is_latents == [False, True, False]
+    assert batch.lane_states == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a GPU where there is none")
+def test_a_loader_pins_all_tensors_of_a_batch_and_loses_nothing():
+    samples = [stream_of(Rows(4), 4, start=2)[number] for number in range(2)]
+    samples[1] |= {"errors": ["broken"], "cache_key": b"key", "lane_state": (0, 0, 1, 2, 3, 4)}
+    with FakeCuda() as gpu:
+        (batch,) = DataLoader(samples, batch_size=2, collate_fn=collate, pin_memory=True)
+        assert len(tensors_of(batch)) == 2
+        assert all(map(gpu.is_pinned, tensors_of(batch)))
+    expected = collate(samples)
+    assert all(map(torch.equal, batch.clips, expected.clips))
+    assert replace(batch, clips=[]) == replace(expected, clips=[])
+
+
+def test_bad_clips_are_reported_once_and_counted_up_to_a_limit(capsys):
+    bad_clips = BadClips(2)
+    bad_clips.note(["a is broken"])
+    bad_clips.note([])
+    bad_clips.note(["a is broken", "b is broken"])
+    assert capsys.readouterr().out.count("replaced a clip that does not decode: a is broken") == 1
+    with pytest.raises(ValueError, match=r"max_bad_samples=2 clips may fail to decode, but 3 did, last: c is broken"):
+        bad_clips.note(["c is broken"])
+
+
+def test_the_example_of_the_front_door_runs(clips, monkeypatch):
+    monkeypatch.chdir(clips)
+    code = textwrap.dedent(dataset_utils.__doc__.split("\n\n")[1])
+    for shown, here in {
+        "metadata.csv": "train.csv",
+        "num_frames=81": "num_frames=17, height=32, width=48",
+        "end=8000": "end=8",
+        "num_workers=4": "num_workers=1",
+    }.items():
+        assert code.count(shown) == 1
+        code = code.replace(shown, here)
+    found = {}
+    exec(code, found)
+    batch = found["batch"]
+    assert [clip.shape for clip in batch.clips] == [(3, 17, 32, 48)] * 2
+    assert (batch.clips[0].dtype, batch.sample_numbers) == (torch.uint8, [6, 7])
+    assert set(batch.prompts) <= {prompt for row in found["rows"] for prompt in row.prompts}
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ from torch.utils.data import DataLoader
 import causal_wan.data.clips
 from causal_wan.data import shared_memory
 from causal_wan.data.clips import VideoDataset
+from causal_wan.data.samples import collate
 from causal_wan.data.settings import DataConfig
 from causal_wan.data.shared_memory import MIB, SharedMemory, check_shared_memory
 from causal_wan.data.workers import name_clips_of_dead_workers
 from causal_wan.runs.data import load_run_data
+from causal_wan.runs.training_data import LoaderSettings, make_loader
 
 
 TRAINING, PRECOMPUTING = "train_video_regression.py", "precompute_latents.py"
@@ -93,7 +95,7 @@ def test_latents_of_a_cache_take_the_room_that_they_take(write_recipe, tmp_path,
 # --- while it runs ---------------------------------------------------------------------------------------------------
 
 
-def make_loader(clips, timeout=60.0, num_workers=1):
+def loader_over(clips, timeout=60.0, num_workers=1):
     """A loader as runs have it, and its data set."""
     config = DataConfig(
         dataset_base_path=str(clips / "videos"),
@@ -104,9 +106,16 @@ def make_loader(clips, timeout=60.0, num_workers=1):
     )
     data = load_run_data(config, validation_metadata_path=None, num_validation_samples=1, cache_dir=None)
     dataset = data.dataset()
-    sizes = {"seed": 0, "samples_per_step": 1, "batch_size": 1, "num_processes": 1, "start": 0, "end": 6, "step": 0}
-    loader = data.make_loader(dataset, **sizes, num_workers=num_workers, pin_memory=False, timeout=timeout)
-    return loader, dataset
+    settings = LoaderSettings(
+        seed=0,
+        samples_per_step=1,
+        batch_size=1,
+        num_workers=num_workers,
+        num_processes=1,
+        pin_memory=False,
+        timeout=timeout,
+    )
+    return make_loader(data, dataset, settings, start=0, end=6, step=0), dataset
 
 
 IN_LITTLE_ROOM = """
@@ -118,7 +127,8 @@ from torch.utils.data import DataLoader
 
 from causal_wan.data import shared_memory
 from causal_wan.data.settings import DataConfig
-from dataset_utils import SampleStream, VideoDataset, collate, load_rows, name_clips_of_dead_workers, order_samples
+from causal_wan.data.workers import name_clips_of_dead_workers
+from dataset_utils import SampleStream, VideoDataset, collate, load_rows, order_samples
 
 shared_memory.SECONDS_TO_WAIT = 1.0
 base, table = sys.argv[1:]
@@ -154,10 +164,18 @@ def test_a_full_shared_memory_is_said_at_once_with_the_clip(clips):
         assert "in Docker, run with --shm-size=16g or --ipc=host" in message
 
 
+def test_all_tensors_of_a_batch_are_handed_over_in_shared_memory():
+    clips = [torch.zeros(3), torch.zeros(2)]
+    known = {"prompt": "", "row_index": 0, "sample_number": 0, "num_valid_frames": 1, "errors": []}
+    batch = collate([{**known, "latents": clips[0]}, {**known, "video": clips[1]}])
+    shared_memory.share(batch)
+    assert [clip.is_shared() for clip in batch.clips] == [True, True]
+
+
 def test_a_worker_waits_for_room_that_comes(clips, monkeypatch):
     first = time.monotonic()
     monkeypatch.setattr(shared_memory, "free_bytes", lambda: 0 if time.monotonic() < first + 1 else None)
-    loader, _ = make_loader(clips)
+    loader, _ = loader_over(clips)
     assert len(list(loader)) == 6
 
 
@@ -165,14 +183,14 @@ def test_another_error_of_handing_over_reaches_the_training_process(clips, monke
     def fail(storage):
         raise RuntimeError("unable to open shared memory object: Too many open files (24)")
 
-    loader, dataset = make_loader(clips)
+    loader, dataset = loader_over(clips)
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", fail)
     with pytest.raises(RuntimeError, match="Too many open files"), name_clips_of_dead_workers(dataset):
         list(loader)
 
 
 def test_a_bus_error_is_told_from_a_kill(clips):
-    _, dataset = make_loader(clips)
+    _, dataset = loader_over(clips)
     said = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are"
     with pytest.raises(RuntimeError, match=r"had no shared memory .*--shm-size"), name_clips_of_dead_workers(dataset):
         raise RuntimeError(said)
@@ -192,7 +210,7 @@ def hang_at_row_4(monkeypatch):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_decoder_that_hangs_ends_the_wait_and_its_clip_is_named(clips, monkeypatch, num_workers):
     hang_at_row_4(monkeypatch)
-    loader, dataset = make_loader(clips, timeout=2.0, num_workers=num_workers)
+    loader, dataset = loader_over(clips, timeout=2.0, num_workers=num_workers)
     message = r"for 2 seconds; they are at row 4, .*/3\.mp4\. If .* raise --dataloader_timeout\."
     with pytest.raises(RuntimeError, match=message), name_clips_of_dead_workers(dataset):
         list(loader)
@@ -214,7 +232,7 @@ def test_waiting_for_clips_is_given_up_later_than_decoding_one(write_recipe, cap
 
 
 def test_without_workers_there_is_nothing_to_wait_for(clips):
-    loader, _ = make_loader(clips, num_workers=0)
+    loader, _ = loader_over(clips, num_workers=0)
     assert isinstance(loader, DataLoader)
     assert len(list(loader)) == 6
     assert isinstance(loader.dataset.dataset, VideoDataset)

@@ -148,8 +148,8 @@ def finish_slowly(rank, path, complete):
     regression_run.gather_weights = lambda run: {}
     regression_run.save_student = slowly(lambda *parts: None, rank)
     trackers = SimpleNamespace(finish=slowly(Trackers().finish, rank))
-    inputs = SimpleNamespace(config=config, data=SimpleNamespace(count=dict))
-    begun = SimpleNamespace(accelerator=accelerator, inputs=inputs, trackers=trackers, uploads=None)
+    inputs, data = SimpleNamespace(config=config), SimpleNamespace(count=dict)
+    begun = SimpleNamespace(accelerator=accelerator, data=data, inputs=inputs, trackers=trackers, uploads=None)
     if complete:
         save_result(begun, SimpleNamespace(ema=None, unwrapped_model=None))
         meet(accelerator)

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import io
 import json
 import tarfile
@@ -16,12 +15,12 @@ from conftest import write_clip
 from datasets import Dataset, DatasetDict, Video
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-import causal_wan.data.samples
 from causal_wan.data.clips import load_video
 from causal_wan.data.rows import Row
+from causal_wan.data.samples import collate
 from causal_wan.data.settings import DataConfig
 from causal_wan.seeds import RandomStream, seeded_generator
-from causal_wan.streams.lanes import LaneStates, StreamedClips, collate_streamed
+from causal_wan.streams.lanes import LaneStates, StreamedClips
 from causal_wan.streams.sources import StreamedVideo, open_stream
 from causal_wan.tables.sources import Source
 from causal_wan.video.decoding import decode_frames, probe_video
@@ -72,10 +71,6 @@ def read(video, prompts, number):
     return {"video": int(content.removeprefix("clip ")), "prompt": prompt, "num_valid_frames": 1}
 
 
-def collate(samples):
-    return {name: [sample[name] for sample in samples] for name in ("video", "sample_number", "errors", "row_index")}
-
-
 def run(stream, states=None, *, start=0, end=60, ranks=1, workers=0, batch_size=2, stop=None, **settings):
     """Trains in as many simulated processes, one after another; returns batches by their number in the run.
 
@@ -102,14 +97,14 @@ def run(stream, states=None, *, start=0, end=60, ranks=1, workers=0, batch_size=
             clips,
             batch_sampler=BatchSamplerShard(sampler, ranks, rank),
             num_workers=workers,
-            collate_fn=functools.partial(collate_streamed, collate),
+            collate_fn=collate,
         )
         for turn, batch in enumerate(loader):
             number = start + (turn * ranks + rank) * batch_size
             if stop is not None and number >= stop:
                 break
-            assert batch["sample_number"] == list(range(number, number + batch_size))
-            own.update(batch)
+            assert batch.sample_numbers == list(range(number, number + batch_size))
+            own.update(batch.lane_states)
             batches[number] = batch
         noted.append(own)
     states.load_state_dict(noted[0].state_dict())
@@ -118,13 +113,13 @@ def run(stream, states=None, *, start=0, end=60, ranks=1, workers=0, batch_size=
 
 
 def order(batches):
-    return [number for batch in batches for number in batch["video"]]
+    return [number for batch in batches for number in batch.clips]
 
 
 def by_lane(batches):
     lanes = {}
     for batch in batches:
-        lanes.setdefault(batch["lane_states"][0][0], []).extend(batch["video"])
+        lanes.setdefault(batch.lane_states[0][0], []).extend(batch.clips)
     return lanes
 
 
@@ -136,7 +131,7 @@ def test_lanes_share_out_each_pass_and_shuffle_it_anew(tars, ranks, workers):
     batches = run(tars, ranks=ranks, workers=workers, end=240)
     passes = {}
     for batch in batches:
-        for number, (_, _, epoch, file, row, taken) in zip(batch["video"], batch["lane_states"], strict=True):
+        for number, (_, _, epoch, file, row, taken) in zip(batch.clips, batch.lane_states, strict=True):
             at_end = (file, row, taken) == (0, 0, 0)
             passes.setdefault(epoch - at_end, []).append(number)
     assert len(by_lane(batches)) == ranks * max(workers, 1)
@@ -161,7 +156,7 @@ def test_rows_are_shuffled_among_those_of_their_window(tmp_path):
 
 def test_each_row_has_an_index_of_its_own(tars):
     batches = run(tars, end=30)
-    assert len({index for batch in batches for index in batch["row_index"]}) == 30
+    assert len({index for batch in batches for index in batch.row_indices}) == 30
 
 
 @pytest.mark.parametrize("num_clips", [12, 3])
@@ -242,14 +237,14 @@ def test_a_run_that_reads_otherwise_begins_a_new_pass_and_says_so(tars, caplog, 
     batches = run(tars, states, start=36, end=96, **changes)
     assert "the stream begins a new pass" in caplog.text
     assert {"workers": "num_lanes"}.get(*changes, *changes) in caplog.text
-    assert min(state[2] for batch in batches for state in batch["lane_states"]) == 2
+    assert min(state[2] for batch in batches for state in batch.lane_states) == 2
     assert set(order(batches)) == set(range(30))
 
 
 def test_of_what_processes_note_the_furthest_counts():
     states, other = LaneStates(), LaneStates()
-    states.update({"lane_states": [(0, 0, 0, 3, 1, 5), (1, 0, 0, 0, 0, 1)]})
-    other.update({"lane_states": [(0, 0, 0, 3, 1, 2), (1, 0, 1, 0, 0, 0)]})
+    states.update([(0, 0, 0, 3, 1, 5), (1, 0, 0, 0, 0, 1)])
+    other.update([(0, 0, 0, 3, 1, 2), (1, 0, 1, 0, 0, 0)])
     states.merge([other.state_dict()])
     assert states.places == {(0, 0): (0, 3, 1, 5), (1, 0): (1, 0, 0, 0)}
 
@@ -263,7 +258,7 @@ def test_bad_clips_are_passed_over_and_reported(tmp_path):
     stream = open_stream(Source(metadata_path=str(tmp_path / "tars"), **COLUMNS))
     batches = run(stream, batch_size=1, end=12)
     assert sorted(order(batches)[:6]) == [0, 1, 2, 5, 8, 9]
-    errors = [error for batch in batches[:6] for found in batch["errors"] for error in found]
+    errors = [error for batch in batches[:6] for error in batch.errors]
     assert sorted(error.partition(" of file 1 of ")[0] for error in errors) == ["row 4", "row 5", "row 8"]
     assert sum("it is broken" in error for error in errors) == 2
     assert sum("the file is empty" in error for error in errors) == 1
@@ -412,8 +407,8 @@ def test_clips_of_a_stream_are_seen_as_those_of_a_table(tmp_path):
         sample = clips[number]
         assert sample["video"].equal(expected["video"])
         assert (sample["prompt"], sample["sample_number"]) == ("a", number)
-    batch = collate_streamed(causal_wan.data.samples.collate, [sample])
-    assert batch["prompts"] == ["a"] and batch["lane_states"] == [(0, 0, 6, 0, 0, 0)]
+    batch = collate([sample])
+    assert batch.prompts == ["a"] and batch.lane_states == [(0, 0, 6, 0, 0, 0)]
 
 
 def test_files_in_the_repository_of_a_hub_data_set_are_read_and_no_others(tars, monkeypatch):
@@ -483,7 +478,7 @@ def test_a_data_set_of_the_hub_is_streamed_by_name_split_and_revision(tmp_path, 
         asked.append((path, revision, arguments["split"], arguments["streaming"]))
         return datasets.load_dataset(str(tmp_path / "repo"), **{**arguments, "split": "train"})
 
-    monkeypatch.setattr("causal_wan.streams.sources.load_dataset", load)
+    monkeypatch.setattr("causal_wan.tables.undecoded.load_dataset", load)
     stream = open_stream(Source(metadata_path="owner/clips", revision="v1", split="test", **COLUMNS))
     assert set(asked) == {("owner/clips", "v1", "test", True)}
     assert sorted(order(run(stream, end=4))) == [0, 1, 2, 3]
