@@ -18,7 +18,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import (
@@ -129,7 +129,8 @@ from causal_wan.model.text import encode_prompts, pad_prompt_embeds
 from causal_wan.model.vae import check_video_size
 from causal_wan.processes import wait_for_all
 from causal_wan.progress import announced
-from causal_wan.results.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
+from causal_wan.results.run_record import RunRecord, find_run
+from causal_wan.results.student import SamplingSettings, choose_device, load_student, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.seeds import noise_generator
 from causal_wan.tables.prompts import read_prompts_file
@@ -142,7 +143,7 @@ def main(config: Config) -> None:
     device, dtype = choose_device(config.device or str(state.device), config.dtype)
     with user_errors():
         prompts = read_prompts(config)
-        run = read_run(config.checkpoint, config.pretrained_model_name_or_path)
+        run = find_run(config.checkpoint, config.pretrained_model_name_or_path)
         settings = resolve_settings(
             run,
             checkpoint=config.checkpoint,
@@ -175,7 +176,7 @@ def main(config: Config) -> None:
 
 
 def load_pipeline(
-    config: Config, run: dict[str, Any], settings: SamplingSettings, dtype: torch.dtype
+    config: Config, run: RunRecord | None, settings: SamplingSettings, dtype: torch.dtype
 ) -> CausalWanPipeline:
     """The student, ready to sample.
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from causal_wan.model.transformer import CausalWanTransformer3DModel
-from causal_wan.results.student import read_run
+from causal_wan.results.run_record import find_run
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 from causal_wan.weights.parts import find_part
-from causal_wan.weights.transformer import causal_settings, load_transformer, load_transformer_config
+from causal_wan.weights.transformer import load_transformer, load_transformer_config
 
 
 WEIGHTS = {".json", ".safetensors"}
@@ -52,8 +52,8 @@ def find_teacher(checkpoint: str, base: str, revision: str | None) -> Teacher:
     Raises:
         ValueError: If the checkpoint is none of these.
     """
-    run, folder = read_run(checkpoint, base if Path(checkpoint).is_file() else None), Path(checkpoint)
-    if not run:
+    run = find_run(checkpoint, base if Path(checkpoint).is_file() else None)
+    if run is None:
         config = load_transformer_config(checkpoint, revision=revision if checkpoint == base else None)
         causal = {
             "num_frame_per_block": config.get("num_frame_per_block"),
@@ -62,15 +62,13 @@ def find_teacher(checkpoint: str, base: str, revision: str | None) -> Teacher:
             "independent_first_frame": config.get("independent_first_frame", False),
         }
         return Teacher(checkpoint, revision if checkpoint == base else None, None, None, causal)
-    has_lora = (folder / LORA_WEIGHTS_NAME).is_file()
-    generator_ckpt = checkpoint if (folder / "transformer").is_dir() else run["generator_ckpt"]
     return Teacher(
-        run["pretrained_model_name_or_path"],
-        run["revision"],
-        generator_ckpt,
-        folder if has_lora else None,
-        causal_settings(run),
-        run.get("max_sequence_length"),
+        run.model.pretrained_model_name_or_path,
+        run.model.revision,
+        checkpoint if run.has_transformer else run.model.generator_ckpt,
+        run.folder if run.has_lora else None,
+        run.causal,
+        None if run.folder is None else run.model.max_sequence_length,
     )
 
 

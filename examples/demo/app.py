@@ -28,7 +28,8 @@ from fastapi.responses import StreamingResponse
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import AttentionWindow, NonNegativeInt, PositiveInt, Range, checked_dataclass
 from causal_wan.geometry import FRAME_RATE
-from causal_wan.results.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
+from causal_wan.results.run_record import find_run
+from causal_wan.results.student import SamplingSettings, choose_device, load_student, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.video.writing import VideoWriter, as_frames
 
@@ -256,7 +257,7 @@ def make_studio(config: Config) -> Studio:
         ValueError: If it cannot be loaded.
     """
     device, dtype = choose_device(None, None)
-    run = read_run(config.checkpoint, config.pretrained_model_name_or_path)
+    run = find_run(config.checkpoint, config.pretrained_model_name_or_path)
     is_embedded = Path(config.checkpoint).resolve() == SKETCH
     height, width = (64, 112) if is_embedded else (None, None)
     settings = resolve_settings(
