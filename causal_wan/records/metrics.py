@@ -19,6 +19,12 @@ logger = logging.getLogger(__name__)
 Sums = dict[str, torch.Tensor]
 
 METRICS_NAME = "metrics.jsonl"
+STUDENT = "student"  # the role of what the result is made of; most runs train nothing else
+
+
+def sum_name(role: str, name: str) -> str:
+    """What a sum of a role's steps is called; the student's go without its name, as in checkpoints of before."""
+    return name if role == STUDENT else f"{role}_{name}"
 
 
 class MetricSums:
@@ -114,14 +120,14 @@ class StepLog:
     def _entry(self, sums: Sums) -> dict[str, float]:
         seconds = sum(self.seconds.values())
         num_tokens = self.num_tokens * self.run.num_replicas
-        losses, grad_norms = float(sums.pop("loss")), float(sums.pop("grad_norm"))
-        num_taken, num_skipped = int(sums.pop("num_steps")), float(sums.pop("num_nonfinite_steps"))
-        entry = {}
-        if num_taken:
-            entry = {"generator_loss": losses / num_taken, "generator_grad_norm": grad_norms / num_taken}
+        num_skipped, entry, rates = float(sums.pop("num_nonfinite_steps")), {}, {}
+        for role, trainee in self.run.trainees.items():
+            entry |= pop_means(sums, role)
+            rates[sum_name(role, "lr")] = trainee.lr_scheduler.get_last_lr()[0]
+        if entry:
             entry |= self.summarize(sums)
         return entry | {
-            "lr": self.run.lr_scheduler.get_last_lr()[0],
+            **rates,
             "num_nonfinite_steps": num_skipped,
             "seconds_per_step": seconds / self.num_steps,
             "data_seconds_per_step": self.seconds["data"] / self.num_steps,
@@ -140,6 +146,16 @@ class StepLog:
             self._was_cut_off = True
             logger.error("the metrics of step %d could not be written (%s); the run goes on.", step, error)
         self.run.trackers.log(entry, step)
+
+
+def pop_means(sums: Sums, role: str) -> dict[str, float]:
+    """Takes a role's own sums out, and returns their means over its steps; nothing if it has taken none."""
+    names = [sum_name(role, name) for name in ("num_steps", "loss", "grad_norm")]
+    num_taken, loss, grad_norm = (float(sums.pop(name, 0.0)) for name in names)
+    logged_as = "generator" if role == STUDENT else role
+    if not num_taken:
+        return {}
+    return {f"{logged_as}_loss": loss / num_taken, f"{logged_as}_grad_norm": grad_norm / num_taken}
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,10 +1,11 @@
-"""What a run has before its first step: Accelerator, optimizer, schedule, EMA and trackers, prepared and resumed.
+"""What a run has before its first step: Accelerator, trackers, and what it trains, prepared and resumed.
 
 Knows no video and no diffusion.
 """
 
 import importlib.util
 import logging
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from causal_wan.records.metrics import MetricSums
 from causal_wan.records.tracker_libraries import resolve_trackers, start_each
 from causal_wan.records.trackers import Trackers, identify_run
 from causal_wan.training.resuming import optimizer_settings, resume
-from causal_wan.training.run import Run, RunState
+from causal_wan.training.run import Run, RunState, Trainee
 from causal_wan.training.strategies import follow_settings, is_sharded, replaces_optimizer
 from causal_wan.training.weights import trainable_parameters
 
@@ -45,6 +46,92 @@ from causal_wan.training.weights import trainable_parameters
 logger = logging.getLogger(__name__)
 
 STEP_PATIENCE = timedelta(minutes=10)  # NCCL's own timeout
+
+
+def prepare_run(
+    accelerator: Accelerator,
+    config: TrainingConfig,
+    models: Mapping[str, torch.nn.Module],
+    trackers: Trackers | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Run:
+    """A run of models that are to be trained, prepared by accelerate and, when the config says so, resumed.
+
+    Args:
+        accelerator: From `make_accelerator`.
+        config: Of the run.
+        models: To train, by role; the result is that of `STUDENT`.
+        trackers: From `start_trackers`; without them metrics.jsonl is all that is written.
+        settings: Of the whole run, as a recipe: kept in checkpoints.
+
+    Raises:
+        ValueError: If the strategy cannot do what is asked for, or the checkpoint to resume does not fit.
+    """
+    check_strategy_can(accelerator, config, num_models=len(models))
+    has_frozen_weights = any(not weight.requires_grad for model in models.values() for weight in model.parameters())
+    trainees = {role: prepare_trainee(accelerator, config, model) for role, model in models.items()}
+    run = Run(accelerator, config, trainees, RunState(), MetricSums(), trackers or Trackers(), settings)
+    accelerator.register_for_checkpointing(run.state, run.metrics)
+    unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if has_frozen_weights and accelerator.distributed_type in unsharded:
+        checkpoint_trainable_weights_only(accelerator)
+    resume(run)
+    return run
+
+
+def prepare_trainee(accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module) -> Trainee:
+    """A model with its optimizer, schedule and average, prepared by accelerate."""
+    optimizer = make_optimizer(trainable_parameters(model), config)
+    lr_scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        # All processes have loaded the same: DDP need not send them around, and gloo could not send 8 bits.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    with announced("handing out the weights"):
+        model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    unwrapped_model, ema = accelerator.unwrap_model(model), None
+    if config.use_ema:
+        ema = EMAModel(trainable_parameters(unwrapped_model), decay=config.ema_decay)
+    return Trainee(model, unwrapped_model, optimizer, lr_scheduler, ema)
+
+
+def check_strategy_can(accelerator: Accelerator, config: TrainingConfig, *, num_models: int) -> None:
+    """Checks that the strategy of the launch can do what a run asks for.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if config.use_ema and is_deepspeed:
+        raise ValueError(
+            "use_ema needs weights that can be read in float32 after each step, but DeepSpeed keeps them to itself; "
+            "launch with accelerate_configs/fsdp2.yaml, or leave --use_ema out."
+        )
+    if config.optimizer == "adamw8bit" and accelerator.is_fsdp2:
+        raise ValueError(
+            "bitsandbytes takes sharded weights for whole ones and writes outside of them (its issue 1633); use "
+            "--optimizer adamw, or launch with accelerate_configs/ddp.yaml or zero2.yaml."
+        )
+    if config.optimizer == "adamw8bit" and replaces_optimizer(accelerator):
+        raise ValueError(
+            "DeepSpeed updates states on the CPU by an AdamW of its own, in 32 bits; use --optimizer adamw, or launch "
+            "with accelerate_configs/zero2.yaml or zero3.yaml."
+        )
+    if accelerator.mixed_precision == "fp8" and is_sharded(accelerator):
+        raise ValueError(
+            "mixed_precision fp8 needs whole weights on each GPU; launch with accelerate_configs/single_gpu.yaml or "
+            "ddp.yaml, or use bf16."
+        )
+    if num_models > 1 and is_deepspeed:
+        raise ValueError(
+            f"DeepSpeed trains one model in a run, but this one trains {num_models}; launch with "
+            "accelerate_configs/ddp.yaml or fsdp2.yaml."
+        )
 
 
 # --- its parts -------------------------------------------------------------------------------------------------------
@@ -169,72 +256,3 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig)
             ) from None
         return bitsandbytes.optim.AdamW8bit(parameters, **settings)
     return torch.optim.AdamW(parameters, **settings, fused=True)
-
-
-# --- the whole -------------------------------------------------------------------------------------------------------
-
-
-def prepare_run(
-    accelerator: Accelerator,
-    config: TrainingConfig,
-    model: torch.nn.Module,
-    trackers: Trackers | None = None,
-    settings: dict[str, Any] | None = None,
-) -> Run:
-    """Optimizer, schedule and EMA of a model, prepared by accelerate and, when the config says so, resumed.
-
-    Args:
-        accelerator: From `make_accelerator`.
-        config: Of the run.
-        model: To train.
-        trackers: From `start_trackers`; without them metrics.jsonl is all that is written.
-        settings: Of the whole run, as a recipe: kept in checkpoints.
-
-    Raises:
-        ValueError: If the strategy cannot do what the config asks for, or the checkpoint to resume does not fit.
-    """
-    if config.use_ema and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "use_ema needs weights that can be read in float32 after each step, but DeepSpeed keeps them to itself; "
-            "launch with accelerate_configs/fsdp2.yaml, or leave --use_ema out."
-        )
-    if config.optimizer == "adamw8bit" and accelerator.is_fsdp2:
-        raise ValueError(
-            "bitsandbytes takes sharded weights for whole ones and writes outside of them (its issue 1633); use "
-            "--optimizer adamw, or launch with accelerate_configs/ddp.yaml or zero2.yaml."
-        )
-    if config.optimizer == "adamw8bit" and replaces_optimizer(accelerator):
-        raise ValueError(
-            "DeepSpeed updates states on the CPU by an AdamW of its own, in 32 bits; use --optimizer adamw, or launch "
-            "with accelerate_configs/zero2.yaml or zero3.yaml."
-        )
-    if accelerator.mixed_precision == "fp8" and is_sharded(accelerator):
-        raise ValueError(
-            "mixed_precision fp8 needs whole weights on each GPU; launch with accelerate_configs/single_gpu.yaml or "
-            "ddp.yaml, or use bf16."
-        )
-    optimizer = make_optimizer(trainable_parameters(model), config)
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-    )
-    has_frozen_weights = any(not parameter.requires_grad for parameter in model.parameters())
-    if has_frozen_weights:
-        # All processes have loaded the same: DDP need not send them around, and gloo could not send 8 bits.
-        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    with announced("handing out the weights"):
-        model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    ema = None
-    if config.use_ema:
-        ema = EMAModel(trainable_parameters(accelerator.unwrap_model(model)), decay=config.ema_decay)
-    parts = (accelerator, config, model, optimizer, lr_scheduler, ema, RunState(), MetricSums())
-    run = Run(*parts, trackers or Trackers(), settings)
-    accelerator.register_for_checkpointing(run.state, run.metrics)
-    unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if has_frozen_weights and accelerator.distributed_type in unsharded:
-        checkpoint_trainable_weights_only(accelerator)
-    resume(run)
-    return run

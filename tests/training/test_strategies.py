@@ -315,7 +315,7 @@ def test_deepspeed_replaces_the_optimizer_where_its_states_are_on_the_cpu(monkey
     assert replaces_optimizer(with_deepspeed(monkeypatch, offload_optimizer_device="cpu"))
     config = TrainingConfig(**SETTINGS, optimizer="adamw8bit")
     with pytest.raises(ValueError, match=r"use --optimizer adamw, or launch with accelerate_configs/zero2\.yaml"):
-        prepare_run(with_deepspeed(monkeypatch), config, torch.nn.Linear(1, 1))
+        prepare_run(with_deepspeed(monkeypatch), config, {"student": torch.nn.Linear(1, 1)})
 
 
 def test_deepspeed_refuses_another_number_of_processes(tmp_path):
