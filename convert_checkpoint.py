@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from causal_wan.config.choices import LoraNames
+from causal_wan.config.choices import LocalPath, LoraNames
 from causal_wan.config.parsing import parse_config, user_errors, write_recipe
 from causal_wan.config.ranges import PositiveInt, checked_dataclass
 
@@ -30,13 +30,13 @@ from causal_wan.config.ranges import PositiveInt, checked_dataclass
 class Config:
     """What to convert."""
 
-    input: str
+    input: LocalPath
     """`checkpoint-STEP` in the output folder of a run; or weights, or a LoRA: a file or a folder of diffusers."""
-    output: str
+    output: LocalPath
     """New folder; with `to` original, comfyui or kohya a new .safetensors, or, of whole weights, .pt."""
     to: LoraNames | Literal["pipeline"] = "diffusers"
     """Names of the weights in the output (kohya is for LoRAs, and original is comfyui there); or a whole pipeline."""
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: LocalPath | None = None
     """Where a pipeline's VAE and text encoder are: None is what the run was made from, or WAN's own."""
     use_ema: bool = True
     """Take the moving average if the checkpoint has one."""

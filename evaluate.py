@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from causal_wan.config.choices import MAX_VBENCH_SAMPLES, LpipsNet
+from causal_wan.config.choices import MAX_VBENCH_SAMPLES, LocalPath, LpipsNet
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import (
     GuidanceScale,
@@ -54,17 +54,17 @@ from causal_wan.timesteps import Sampler
 class Config:
     """What to measure, and on which clips."""
 
-    checkpoint: str
+    checkpoint: LocalPath
     """Output folder of a run, or a diffusers WAN folder or hub id."""
-    metadata_path: str
+    metadata_path: LocalPath
     """Table of held-out clips, as in training."""
-    dataset_base_path: str | None = None
+    dataset_base_path: LocalPath | None = None
     """Folder that its paths are relative to."""
     video_column: str = "video"
     """Column with the path of the video."""
     caption_column: tuple[str, ...] = ("prompt",)
     """Column with the prompt; of several the first that is not empty is sampled."""
-    output_dir: str = "outputs/evaluation"
+    output_dir: LocalPath = "outputs/evaluation"
     """Folder of the result."""
     num_samples: PositiveInt = 16
     """Clips that are measured, from the first row on."""
@@ -92,13 +92,13 @@ class Config:
     """Pixels; None is what the run was trained on, or 832."""
     lpips_net: LpipsNet | None = "alex"
     """Backbone of LPIPS, downloaded by torch.hub if it is not there; LPIPS is left out if it cannot be had."""
-    clip_model: str | None = None
+    clip_model: LocalPath | None = None
     """Folder or hub id of a CLIP or SigLIP model that says how well videos keep to their prompts."""
     num_clip_frames: PositiveInt = 8
     """Evenly spaced frames of a video that it looks at."""
-    vbench_export: str | None = None
+    vbench_export: LocalPath | None = None
     """Folder to write videos to for VBench."""
-    vbench_prompts: str | None = None
+    vbench_prompts: LocalPath | None = None
     """Text file of the prompts of these videos, one a line; None is the prompts of the clips."""
     num_vbench_samples: Annotated[int, Range(ge=1, le=MAX_VBENCH_SAMPLES)] = 5
     """Videos of each of these prompts, seeded seed, seed + 1, ...; VBench wants 25 for temporal_flickering."""

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import (
     AttentionWindow,
@@ -42,28 +43,28 @@ from causal_wan.timesteps import Sampler
 class Config:
     """What to generate, with which checkpoint."""
 
-    checkpoint: str
+    checkpoint: LocalPath
     """Output folder of a run, a diffusers WAN folder or hub id, or a .safetensors or .pt file of weights."""
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: LocalPath | None = None
     """Where VAE and text encoder are: None is what the run was made from, or WAN's own for the size of a file."""
-    lora: tuple[str, ...] = ()
+    lora: tuple[LocalPath, ...] = ()
     """LoRA files or folders to add, in diffusers' names or others that it reads."""
     lora_scale: tuple[FiniteFloat, ...] = ()
     """Weight of each; 1 if there are none."""
     prompt: str | None = None
     """One prompt."""
-    prompts_file: str | None = None
+    prompts_file: LocalPath | None = None
     """Text file with one prompt a line, or a CSV with a `prompt` column."""
     negative_prompt: str = ""
     """What guidance leads away from."""
     guidance_scale: GuidanceScale = 1.0
     """Classifier-free guidance above 1: for students of any level, trained with --caption_dropout. Those of a step
     list are trained without."""
-    video: str | None = None
+    video: LocalPath | None = None
     """A video to continue: its last frames become the first blocks of the clip."""
     num_video_frames: PositiveInt | None = None
     """How many of its frames; None is as many as make whole blocks, and at most half of the clip."""
-    output: str = "out.mp4"
+    output: LocalPath = "out.mp4"
     """The mp4 of one prompt; with prompts_file a folder, which gets 00.mp4, 01.mp4, ..."""
     stream: bool = False
     """Write files that can be played while they are written."""

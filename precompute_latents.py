@@ -21,21 +21,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from causal_wan.config.parsing import names_of, parse_config, user_errors
+from causal_wan.config.choices import LocalPath
+from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import NonNegativeInt, PositiveFloat, PositiveInt, checked_dataclass
 from causal_wan.config.settings import (
     DATALOADER_TIMEOUT,
     CacheConfig,
     CheckpointConfig,
-    HubConfig,
     LatentsDtype,
     MemoryConfig,
-    ModelConfig,
-    TrainingConfig,
     ValidationConfig,
 )
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached, check_waits_for_clips
-from causal_wan.methods.settings import RegressionConfig
+from causal_wan.runs.settings import TRAINING_SETTINGS
 
 
 @checked_dataclass
@@ -45,7 +43,7 @@ class Config:
     data: DataConfig
     model: CheckpointConfig
     validation: ValidationConfig
-    latents_dir: str
+    latents_dir: LocalPath
     """Folder of the result; one may serve many tables and settings."""
     latents_dtype: LatentsDtype = "bf16"
     """Precision that latents are kept in."""
@@ -69,12 +67,6 @@ class Config:
     def __post_init__(self) -> None:
         check_waits_for_clips(self.data, self.dataloader_timeout)
         check_can_be_cached(self.data)
-
-
-# What a recipe of the training script may hold beside.
-TRAINING_SETTINGS = {"compile", "dry_run", "trajectories_dir"} | names_of(
-    CacheConfig, HubConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig
-)
 
 
 if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once

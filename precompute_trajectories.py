@@ -29,20 +29,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from causal_wan.blocks import frame_block_lengths
-from causal_wan.config.parsing import names_of, parse_config, user_errors
+from causal_wan.config.choices import LocalPath
+from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import GuidanceScale, PositiveInt, Seed, checked_dataclass
-from causal_wan.config.settings import (
-    CacheConfig,
-    CheckpointConfig,
-    HubConfig,
-    LatentsDtype,
-    MemoryConfig,
-    ModelConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
+from causal_wan.config.settings import CacheConfig, CheckpointConfig, LatentsDtype
 from causal_wan.data.settings import DataConfig
 from causal_wan.methods.settings import RegressionConfig
+from causal_wan.runs.settings import TRAINING_SETTINGS
 
 
 @checked_dataclass
@@ -52,11 +45,11 @@ class Config:
     data: DataConfig
     model: CheckpointConfig
     method: RegressionConfig
-    trajectories_dir: str
+    trajectories_dir: LocalPath
     """Folder of the result."""
-    teacher: str | None = None
+    teacher: LocalPath | None = None
     """Output folder of a run, diffusers folder, hub id or file of weights; None is the checkpoint of the recipe."""
-    prompts_file: str | None = None
+    prompts_file: LocalPath | None = None
     """Text file with one prompt a line, or a CSV with a `prompt` column; in the place of the tables' prompts."""
     num_trajectories_per_prompt: PositiveInt = 1
     """Each from noise of its own."""
@@ -92,10 +85,6 @@ class Config:
     def num_latent_frames(self) -> int:
         """F."""
         return (self.data.num_frames - 1) // self.data.time_division_factor + 1
-
-
-# What a recipe of the training scripts may hold beside.
-TRAINING_SETTINGS = names_of(CacheConfig, HubConfig, MemoryConfig, ModelConfig, TrainingConfig, ValidationConfig)
 
 
 if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once

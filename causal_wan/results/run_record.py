@@ -8,8 +8,16 @@ from typing import Any, Self, TypeVar
 import yaml
 
 from causal_wan.config.changed_settings import SETTINGS_NAME, read_settings
-from causal_wan.config.parsing import flat_dict, names_of
-from causal_wan.config.settings import KVCacheDtype, MemoryConfig, ModelConfig
+from causal_wan.config.parsing import flat_dict, names_of, paths_of
+from causal_wan.config.settings import (
+    CacheConfig,
+    KVCacheDtype,
+    MemoryConfig,
+    ModelConfig,
+    TrainingConfig,
+    TrajectoriesConfig,
+    ValidationConfig,
+)
 from causal_wan.data.settings import DataConfig
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
@@ -28,12 +36,8 @@ BASES = {
 LINEAGE_BLOCK = 3  # latent frames of a block in CausVid's and Self Forcing's checkpoints
 # What the result knows of its data: how clips were shown, not where they are.
 SHAPE_SETTINGS = ("num_frames", "height", "width", "time_division_factor", "frame_sampling", "frame_rate")
-
-# Settings that name something on this machine.
-PATHS = (
-    *("pretrained_model_name_or_path", "generator_ckpt", "dataset_base_path", "metadata_path", "dataset_config"),
-    *("validation_metadata_path", "latents_dir", "trajectories_dir", "output_dir", "resume_from_checkpoint"),
-)
+# All groups of which one has settings that name something on this machine.
+GROUPS_WITH_PATHS = (CacheConfig, DataConfig, ModelConfig, TrainingConfig, TrajectoriesConfig, ValidationConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +143,8 @@ class RunRecord:
 
     def public_settings(self) -> dict[str, Any]:
         """The settings without the paths of this machine: of each, the last part is left."""
-        return {name: _last_part(value) if name in PATHS else value for name, value in self.settings.items()}
+        local = paths_of(*GROUPS_WITH_PATHS)
+        return {name: _last_part(value) if name in local else value for name, value in self.settings.items()}
 
     @property
     def has_transformer(self) -> bool:

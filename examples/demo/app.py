@@ -25,6 +25,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import AttentionWindow, NonNegativeInt, PositiveInt, Range, checked_dataclass
 from causal_wan.geometry import FRAME_RATE
@@ -61,9 +62,9 @@ async (name) => {
 class Config:
     """What to show, and where."""
 
-    checkpoint: str = str(SKETCH)
+    checkpoint: LocalPath = str(SKETCH)
     """Output folder of a run, a diffusers WAN folder or hub id, or a .safetensors or .pt file of weights."""
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: LocalPath | None = None
     """Where VAE and text encoder are: None is what the run was made from, or WAN's own for the size of a file."""
     num_frame_per_block: PositiveInt | None = None
     """Latent frames of a block; None is the checkpoint's own setting, and 3 if it has none."""
