@@ -140,17 +140,7 @@ def main(config: Config) -> None:
     if accelerator.is_main_process:  # for all: on a shared disk, others may not see the newest shards yet
         remove_stale_shards(cache.folder)
         settings = trajectory_settings(accelerator, config, teacher, embeddings)
-        wanted = [
-            TrajectoryName(prompt, config.seed, number)
-            for number in range(config.num_trajectories_per_prompt)
-            for prompt in prompts
-        ]
-        missing = [name for name in wanted if name.key(settings) not in cache]
-        num_bytes = len(missing) * trajectory_bytes(config)
-        print(describe_work(config, settings, len(wanted), len(missing), num_bytes))
-        with user_errors():
-            check_disk("trajectories_dir", config.trajectories_dir, num_bytes)
-        found = [(settings, missing)]
+        found = [(settings, find_missing(config, cache, settings, prompts))]
     ((settings, missing),) = gather_lists(found)
     if config.dry_run:
         return
@@ -205,6 +195,23 @@ def find_prompts(config: Config) -> list[str]:
         return list(dict.fromkeys(read_prompts_file(config.prompts_file)))
     tables = read_tables(config.data, need_files=False)
     return list(dict.fromkeys(prompt for table in tables for row in table for prompt in row.prompts))
+
+
+def find_missing(
+    config: Config, cache: TensorCache, settings: dict[str, Any], prompts: list[str]
+) -> list[TrajectoryName]:
+    """The trajectories that are not there; says how many they are, and ends the program if they find no room."""
+    wanted = [
+        TrajectoryName(prompt, config.seed, number)
+        for number in range(config.num_trajectories_per_prompt)
+        for prompt in prompts
+    ]
+    missing = [name for name in wanted if name.key(settings) not in cache]
+    num_bytes = len(missing) * trajectory_bytes(config)
+    print(describe_work(config, settings, len(wanted), len(missing), num_bytes))
+    with user_errors():
+        check_disk("trajectories_dir", config.trajectories_dir, num_bytes)
+    return missing
 
 
 def check_blocks(config: Config, teacher: Teacher) -> None:
