@@ -29,35 +29,6 @@ OPTIMIZER_STATES = {"adamw": "exp_avg", "adamw8bit": "state1"}
 """A state that only this optimizer has."""
 
 
-def at_place(name: str, place: int) -> str:
-    """What a file or folder of the first trainee is called if it is that of another: accelerate numbers them."""
-    if name.endswith("_0"):
-        return f"{name[:-1]}{place}"
-    stem, dot, suffix = name.partition(".")
-    return f"{stem}_{place}{dot}{suffix}" if place else name
-
-
-def count_trainees(checkpoint: Path) -> int:
-    """How many models a run has trained that left a checkpoint."""
-    names = (FSDP_NAME, DEEPSPEED_NAME, *WHOLE_NAMES, OPTIMIZER_NAME, FSDP_OPTIMIZER_NAME, SCHEDULER_NAME)
-
-    def is_there(place: int) -> bool:
-        return any((checkpoint / at_place(name, place)).exists() for name in names)
-
-    return len(list(itertools.takewhile(is_there, itertools.count())))
-
-
-def find_strategy(checkpoint: Path) -> str | None:
-    """How a checkpoint was written: whole (one process or DDP), FSDP2 or DeepSpeed; None if it holds no weights."""
-    if (checkpoint / FSDP_NAME).is_dir():
-        return "FSDP2"
-    if (checkpoint / DEEPSPEED_NAME).is_dir():
-        return "DeepSpeed"
-    if any((checkpoint / name).is_file() for name in WHOLE_NAMES):
-        return "one process or DDP"
-    return None
-
-
 # --- is it whole? ----------------------------------------------------------------------------------------------------
 
 
@@ -283,3 +254,35 @@ def _names(states: dict[Any, Any]) -> Iterator[Any]:
         yield name
         if isinstance(state, dict):
             yield from _names(state)
+
+
+# --- how was it written? ---------------------------------------------------------------------------------------------
+
+
+def find_strategy(checkpoint: Path) -> str | None:
+    """How a checkpoint was written: whole (one process or DDP), FSDP2 or DeepSpeed; None if it holds no weights."""
+    if (checkpoint / FSDP_NAME).is_dir():
+        return "FSDP2"
+    if (checkpoint / DEEPSPEED_NAME).is_dir():
+        return "DeepSpeed"
+    if any((checkpoint / name).is_file() for name in WHOLE_NAMES):
+        return "one process or DDP"
+    return None
+
+
+def count_trainees(checkpoint: Path) -> int:
+    """How many models a run has trained that left a checkpoint."""
+    names = (FSDP_NAME, DEEPSPEED_NAME, *WHOLE_NAMES, OPTIMIZER_NAME, FSDP_OPTIMIZER_NAME, SCHEDULER_NAME)
+
+    def is_there(place: int) -> bool:
+        return any((checkpoint / at_place(name, place)).exists() for name in names)
+
+    return len(list(itertools.takewhile(is_there, itertools.count())))
+
+
+def at_place(name: str, place: int) -> str:
+    """What a file or folder of the first trainee is called if it is that of another: accelerate numbers them."""
+    if name.endswith("_0"):
+        return f"{name[:-1]}{place}"
+    stem, dot, suffix = name.partition(".")
+    return f"{stem}_{place}{dot}{suffix}" if place else name

@@ -24,17 +24,6 @@ from causal_wan.records.checkpoint_checks import EMA_NAME, at_place, find_damage
 logger = logging.getLogger(__name__)
 
 
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. Partial ones have another name and are not among them."""
-    named = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
-    return sorted(filter(Path.is_dir, named), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in the name of one of a run's own checkpoints."""
-    return int(checkpoint.name.partition("-")[2])
-
-
 def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None) -> None:
     """Checks that a new run does not write among the checkpoints of an older one, and that one to resume is there.
 
@@ -107,6 +96,17 @@ def set_aside(checkpoints: list[Path]) -> None:
 def describe_damaged(checkpoints: list[Path]) -> str:
     """What is wrong with each of some checkpoints, if anything is."""
     return "; ".join(f"{path.name}: {find_damage(path) or 'whole, but newer'}" for path in checkpoints)
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. Partial ones have another name and are not among them."""
+    named = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+    return sorted(filter(Path.is_dir, named), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of one of a run's own checkpoints."""
+    return int(checkpoint.name.partition("-")[2])
 
 
 def save_checkpoint(

@@ -1,4 +1,4 @@
-"""Metrics of a run: sums over processes and steps, written to metrics.jsonl and the trackers."""
+"""Metrics of a run: sums over processes and steps, written to metrics.jsonl and the trackers, and read again."""
 
 import contextlib
 import json
@@ -20,58 +20,6 @@ Sums = dict[str, torch.Tensor]
 
 METRICS_NAME = "metrics.jsonl"
 STUDENT = "student"  # the role of what the result is made of; most runs train nothing else
-
-
-def sum_name(role: str, name: str) -> str:
-    """What a sum of a role's steps is called; the student's go without its name, as in checkpoints of before."""
-    return name if role == STUDENT else f"{role}_{name}"
-
-
-class MetricSums:
-    """Sums over the steps since the last log entry; stored in checkpoints, so that a resumed run logs the same."""
-
-    def __init__(self) -> None:
-        self.sums: Sums = {}
-
-    def add(self, sums: Sums) -> None:
-        for name, value in sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def reduce_to_main(self, accelerator: Any) -> None:
-        """Moves the sums of all processes to the main one."""
-        for name, value in sorted(self.sums.items()):
-            total = accelerator.reduce(value.clone())
-            self.sums[name] = total if accelerator.is_main_process else torch.zeros_like(total)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums = state["sums"]
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics file, but for what a kill or a full disk has left of some; none without a file."""
-    entries = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
-
-
-def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drops the entries of a metrics file after `last_step`: a resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = [entry for entry in read_metrics(path) if entry["step"] <= last_step]
-    partial = path.with_name(f"partial-{path.name}")  # a full disk leaves the file as it is
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    partial.replace(path)
-
-
-def has_validation(path: Path, step: int) -> bool:
-    """Whether a metrics file has the entry of a validation after a step."""
-    return any(entry["step"] == step and "lr" not in entry for entry in read_metrics(path))  # of a step, it has one
 
 
 class StepLog:
@@ -167,3 +115,55 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class MetricSums:
+    """Sums over the steps since the last log entry; stored in checkpoints, so that a resumed run logs the same."""
+
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+
+    def add(self, sums: Sums) -> None:
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def reduce_to_main(self, accelerator: Any) -> None:
+        """Moves the sums of all processes to the main one."""
+        for name, value in sorted(self.sums.items()):
+            total = accelerator.reduce(value.clone())
+            self.sums[name] = total if accelerator.is_main_process else torch.zeros_like(total)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums = state["sums"]
+
+
+def sum_name(role: str, name: str) -> str:
+    """What a sum of a role's steps is called; the student's go without its name, as in checkpoints of before."""
+    return name if role == STUDENT else f"{role}_{name}"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics file, but for what a kill or a full disk has left of some; none without a file."""
+    entries = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Drops the entries of a metrics file after `last_step`: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = [entry for entry in read_metrics(path) if entry["step"] <= last_step]
+    partial = path.with_name(f"partial-{path.name}")  # a full disk leaves the file as it is
+    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    partial.replace(path)
+
+
+def has_validation(path: Path, step: int) -> bool:
+    """Whether a metrics file has the entry of a validation after a step."""
+    return any(entry["step"] == step and "lr" not in entry for entry in read_metrics(path))  # of a step, it has one

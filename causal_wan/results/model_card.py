@@ -14,13 +14,13 @@ from causal_wan.methods.settings import RegressionConfig
 from causal_wan.records.metrics import METRICS_NAME, read_metrics
 from causal_wan.results.run_record import RunRecord
 from causal_wan.timesteps import Sampler
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 
 
 logger = logging.getLogger(__name__)
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 DATA_SUMMARY_NAME = "data_summary.json"
-LORA_NAME = "pytorch_lora_weights.safetensors"
 MAX_SAMPLES = 4
 MAX_FEW_STEPS = 8  # of a block, to be called few
 SHOWN = (
@@ -32,7 +32,7 @@ SHOWN = (
 
 
 def make_card(folder: Path, run: RunRecord | None, repo_id: str, samples: list[str]) -> ModelCard:
-    """The model card: what it is, how to use it, how it was trained.
+    """The card of a result.
 
     Args:
         folder: Of the result.
@@ -40,7 +40,7 @@ def make_card(folder: Path, run: RunRecord | None, repo_id: str, samples: list[s
         repo_id: On the hub.
         samples: Videos beside it.
     """
-    is_lora, is_pipeline = (folder / LORA_NAME).is_file(), (folder / "model_index.json").is_file()
+    is_lora, is_pipeline = (folder / LORA_WEIGHTS_NAME).is_file(), (folder / "model_index.json").is_file()
     base = None if run is None else run.public_settings()["pretrained_model_name_or_path"]
     is_on_hub = base is not None and "/" in base
     method = RegressionConfig() if run is None else run.method

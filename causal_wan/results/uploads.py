@@ -1,4 +1,4 @@
-"""A run's result on the hub: uploads in the background, and the model card.
+"""A run's result on its way to the hub, in the background while it trains and at the end.
 
 An upload never costs the run anything: what fails is tried again, then reported with the command that finishes it.
 What goes up is listed here, by name: never data, caches, prompts of the data set, trackers' logs or local paths.
@@ -21,20 +21,32 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.parsing import write_recipe
 from causal_wan.config.settings import HubConfig
-from causal_wan.results.model_card import DATA_SUMMARY_NAME, LORA_NAME, copy_samples, describe, make_card
+from causal_wan.records.metrics import METRICS_NAME
+from causal_wan.results.export import PIPELINE_NAME
+from causal_wan.results.model_card import DATA_SUMMARY_NAME, copy_samples, describe, make_card
 from causal_wan.results.run_record import RunRecord
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FOLDER = "last-checkpoint"
 # What of an output folder goes up as it is. Of a whole pipeline, all its parts.
-RESULT = ("transformer/*", LORA_NAME, "pipeline.py", "metrics.jsonl", DATA_SUMMARY_NAME)
+RESULT = ("transformer/*", LORA_WEIGHTS_NAME, PIPELINE_NAME, METRICS_NAME, DATA_SUMMARY_NAME)
 PIPELINE = ("model_index.json", "scheduler/*", "text_encoder/*", "tokenizer/*", "vae/*")
 WAITS = (5, 30)  # seconds before the second and the third attempt
 
 
 # --- uploads ---------------------------------------------------------------------------------------------------------
+
+
+def start_uploads(config: HubConfig, output_dir: str | Path) -> "HubUploads | None":
+    """The uploads of a run, if there are to be any.
+
+    Raises:
+        ValueError: As `open_repository`.
+    """
+    return HubUploads(config, output_dir, open_repository(config, output_dir)) if config.push_to_hub else None
 
 
 def open_repository(config: HubConfig, output_dir: str | Path) -> str:
@@ -61,15 +73,6 @@ def open_repository(config: HubConfig, output_dir: str | Path) -> str:
         reason = f"{type(error).__name__}: {error}"
     logger.warning("the hub cannot be reached now (%s); the upload will be tried at the end.", reason)
     return name
-
-
-def start_uploads(config: HubConfig, output_dir: str | Path) -> "HubUploads | None":
-    """The uploads of a run, if there are to be any.
-
-    Raises:
-        ValueError: As `open_repository`.
-    """
-    return HubUploads(config, output_dir, open_repository(config, output_dir)) if config.push_to_hub else None
 
 
 class HubUploads:
@@ -195,10 +198,10 @@ def stage_result(folder: Path, repo_id: str) -> Iterator[Path]:
     """
     is_pipeline = (folder / "model_index.json").is_file()
     patterns = (*RESULT, *PIPELINE) if is_pipeline else RESULT
-    if not (folder / "transformer").is_dir() and not (folder / LORA_NAME).is_file():
+    if not (folder / "transformer").is_dir() and not (folder / LORA_WEIGHTS_NAME).is_file():
         raise ValueError(
             f"checkpoint must be the output folder of a finished run, or a whole pipeline, got {folder}, which has "
-            f"neither transformer/ nor {LORA_NAME}."
+            f"neither transformer/ nor {LORA_WEIGHTS_NAME}."
         )
     with tempfile.TemporaryDirectory(prefix="uploading-", dir=folder) as made:
         staged = Path(made) / "files"

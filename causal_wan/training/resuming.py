@@ -31,16 +31,6 @@ from causal_wan.training.strategies import clip_as_set
 logger = logging.getLogger(__name__)
 
 
-def optimizer_settings(config: TrainingConfig) -> dict[str, Any]:
-    """Of AdamW, by torch's names."""
-    return {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-
-
 def resume(run: Run) -> None:
     """Loads the checkpoint that the config names, if any, and cuts the metrics file and the trackers back to it.
 
@@ -143,6 +133,16 @@ def apply_settings(run: Run) -> None:
         for group, rate in zip(trainee.optimizer.param_groups, schedule._last_lr, strict=True):
             group.update(settings | {"lr": rate, "initial_lr": run.config.learning_rate})
         clip_as_set(trainee.optimizer, run.config)
+
+
+def optimizer_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Of AdamW, by torch's names."""
+    return {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
 
 
 def note_processes(run: Run) -> None:
