@@ -171,7 +171,7 @@ def make_pipeline(config: Config) -> None:
         if (student / LORA_WEIGHTS_NAME).is_file():
             fuse_lora(transformer, student)
         transformer.save_pretrained(output / "transformer")
-    settings = resolve_settings(run, checkpoint=config.input)
+    settings = resolve_settings(run, student=config.input)
     export_pipeline(
         base,
         output,

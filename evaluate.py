@@ -148,7 +148,7 @@ def main(config: Config) -> None:
         run = find_run(config.checkpoint)
         settings = resolve_settings(
             run,
-            checkpoint=config.checkpoint,
+            student=config.checkpoint,
             num_frames=config.num_frames,
             height=config.height,
             width=config.width,

@@ -147,7 +147,7 @@ def main(config: Config) -> None:
         run = find_run(config.checkpoint, config.pretrained_model_name_or_path)
         settings = resolve_settings(
             run,
-            checkpoint=config.checkpoint,
+            student=config.checkpoint,
             num_frames=config.num_frames,
             height=config.height,
             width=config.width,

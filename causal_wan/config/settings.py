@@ -30,7 +30,7 @@ KVCacheDtype = Literal["auto", "int8"]
 
 @checked_dataclass
 class CheckpointConfig:
-    """The checkpoint to start from, and how it encodes clips and prompts."""
+    """The base model, and how it encodes clips and prompts."""
 
     pretrained_model_name_or_path: LocalPath
     """Diffusers folder or hub id of a WAN text-to-video pipeline, e.g. Wan-AI/Wan2.1-T2V-1.3B-Diffusers."""
@@ -44,7 +44,7 @@ class CheckpointConfig:
 
 @checked_dataclass
 class ModelConfig(CheckpointConfig):
-    """The checkpoint to start from, and which of its weights are trained."""
+    """The base model, and which of its weights are trained."""
 
     generator_ckpt: LocalPath | None = None
     """Start the student from these weights: a diffusers folder, the result of a run, a .safetensors, or a .pt of

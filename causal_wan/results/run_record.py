@@ -33,7 +33,7 @@ BASES = {
     (5120, 16): "Wan-AI/Wan2.1-T2V-14B-Diffusers",
     (3072, 48): "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
 }
-LINEAGE_BLOCK = 3  # latent frames of a block in CausVid's and Self Forcing's checkpoints
+LINEAGE_BLOCK = 3  # latent frames of a block in the weights of CausVid and Self Forcing
 # What the result knows of its data: how clips were shown, not where they are.
 SHAPE_SETTINGS = ("num_frames", "height", "width", "time_division_factor", "frame_sampling", "frame_rate")
 # All groups of which one has settings that name something on this machine.

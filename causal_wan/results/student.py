@@ -48,7 +48,7 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[str, torch.dty
 def resolve_settings(
     run: RunRecord | None,
     *,
-    checkpoint: str | None = None,
+    student: str | None = None,
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -64,7 +64,7 @@ def resolve_settings(
 
     Args:
         run: From `find_run`.
-        checkpoint: Where it was read; a pipeline's folder may say how it is sampled.
+        student: Where it is; a pipeline's folder may say how it is sampled.
         num_frames, height, width: Of the videos.
         denoising_step_list, num_inference_steps, timestep_shift, sampler: See `causal_wan.flow.choose_sampling`; of a
             number of steps and their shift, one that is not given is the run's.
@@ -77,8 +77,8 @@ def resolve_settings(
     data = DataConfig() if run is None else run.data
     max_sequence_length = CheckpointConfig.max_sequence_length if run is None else run.model.max_sequence_length
     own = method.inference_timesteps() if method.is_continuous else method.levels()
-    index = Path(checkpoint or "", "model_index.json")
-    stated = json.loads(index.read_text()) if checkpoint and run is None and index.is_file() else {}
+    index = Path(student or "", "model_index.json")
+    stated = json.loads(index.read_text()) if student and run is None and index.is_file() else {}
     if run is not None and num_inference_steps is not None and timestep_shift is None:
         timestep_shift = method.timestep_shift
     if method.is_continuous and timestep_shift is not None and denoising_step_list is None:
@@ -104,7 +104,7 @@ def resolve_settings(
 
 
 def load_student(
-    checkpoint: str,
+    student: str,
     run: RunRecord | None,
     dtype: torch.dtype,
     *,
@@ -113,21 +113,21 @@ def load_student(
     max_sequence_length: int | None = None,
     **causal: int | None,
 ) -> CausalWanPipeline:
-    """The base checkpoint's pipeline with the run's transformer or LoRA in it.
+    """The base model's pipeline with the run's transformer or LoRA in it.
 
     Args:
-        checkpoint: Output folder of a run, a diffusers WAN folder or hub id, or a file of weights.
+        student: Output folder of a run, a diffusers WAN folder or hub id, or a file of weights.
         run: From `find_run`.
         dtype: Of transformer and text encoder; the VAE stays in float32.
         denoising_step_list: What the pipeline samples at if a call does not say.
         sampler: How, likewise.
         max_sequence_length: Tokens that it pads prompts to, likewise.
-        causal: `num_frame_per_block`, `local_attn_size`, `sink_size`; None is the checkpoint's own setting.
+        causal: `num_frame_per_block`, `local_attn_size`, `sink_size`; None is the student's own setting.
 
     Raises:
         ValueError: If weights do not fit, or the causal settings do not go together.
     """
-    base, revision = base_of(checkpoint, run)
+    base, revision = base_of(student, run)
     parts = {"vae": load_vae(base, revision=revision), "dtype": dtype}
     if run is not None and run.has_transformer:
         parts["transformer"] = CausalWanTransformer3DModel.from_pretrained(

@@ -41,31 +41,31 @@ class Teacher:
     max_sequence_length: int | None = None
 
 
-def find_teacher(checkpoint: str, base: str, revision: str | None) -> Teacher:
-    """The teacher that a checkpoint is: of a run as it was trained, of any other folder as its configuration says.
+def find_teacher(teacher: str, base: str, revision: str | None) -> Teacher:
+    """What a teacher is: of a run as it was trained, of any other folder as its configuration says.
 
     Args:
-        checkpoint: Output folder of a run, diffusers folder, hub id or file of weights.
+        teacher: Output folder of a run, diffusers folder, hub id or file of weights.
         base: Diffusers folder or hub id that a file of weights belongs to.
         revision: Of base, if it is a hub repository.
 
     Raises:
-        ValueError: If the checkpoint is none of these.
+        ValueError: If it is none of these.
     """
-    run = find_run(checkpoint, base if Path(checkpoint).is_file() else None)
+    run = find_run(teacher, base if Path(teacher).is_file() else None)
     if run is None:
-        config = load_transformer_config(checkpoint, revision=revision if checkpoint == base else None)
+        config = load_transformer_config(teacher, revision=revision if teacher == base else None)
         causal = {
             "num_frame_per_block": config.get("num_frame_per_block"),
             "local_attn_size": config.get("local_attn_size", -1),
             "sink_size": config.get("sink_size", 0),
             "independent_first_frame": config.get("independent_first_frame", False),
         }
-        return Teacher(checkpoint, revision if checkpoint == base else None, None, None, causal)
+        return Teacher(teacher, revision if teacher == base else None, None, None, causal)
     return Teacher(
         run.model.pretrained_model_name_or_path,
         run.model.revision,
-        checkpoint if run.has_transformer else run.model.generator_ckpt,
+        teacher if run.has_transformer else run.model.generator_ckpt,
         run.folder if run.has_lora else None,
         run.causal,
         None if run.folder is None else run.model.max_sequence_length,

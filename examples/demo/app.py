@@ -262,7 +262,7 @@ def make_studio(config: Config) -> Studio:
     is_embedded = Path(config.checkpoint).resolve() == SKETCH
     height, width = (64, 112) if is_embedded else (None, None)
     settings = resolve_settings(
-        run, checkpoint=config.checkpoint, height=config.height or height, width=config.width or width
+        run, student=config.checkpoint, height=config.height or height, width=config.width or width
     )
     pipeline = load_student(
         config.checkpoint,

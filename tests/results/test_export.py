@@ -109,7 +109,7 @@ def test_a_student_in_many_steps_leaves_as_a_pipeline_that_takes_them(run_folder
     ours = CausalWanPipeline.from_pretrained(checkpoint, num_frame_per_block=1)
     expected = sample(ours, num_inference_steps=4, timestep_shift=3.0)
     assert np.array_equal(sample(exported), expected)
-    settings = resolve_settings(find_run(str(folder)), checkpoint=str(folder))
+    settings = resolve_settings(find_run(str(folder)), student=str(folder))
     assert (settings.timesteps, settings.sampler) == ([1000, 900, 750, 500], "euler")
 
 
@@ -129,7 +129,7 @@ def test_prompts_of_an_exported_student_are_padded_as_in_its_training(run_folder
         assert not np.array_equal(
             sample(pipeline, denoising_step_list=(1000, 757, 522), max_sequence_length=512), expected
         )
-    assert resolve_settings(find_run(str(folder)), checkpoint=str(folder)).max_sequence_length == 16
+    assert resolve_settings(find_run(str(folder)), student=str(folder)).max_sequence_length == 16
 
 
 def test_parts_of_another_checkpoint_join_an_exported_pipeline_file(run_folder, exported, checkpoint):

@@ -180,7 +180,7 @@ def test_a_run_learns_logs_and_validates_as_video_regression_does(finished):
 
 def test_a_student_of_trajectories_keeps_its_noise_from_step_to_step(finished):
     _, output_dir = finished
-    settings = resolve_settings(find_run(str(output_dir)), checkpoint=str(output_dir))
+    settings = resolve_settings(find_run(str(output_dir)), student=str(output_dir))
     assert (settings.timesteps, settings.sampler) == ([1000, 757, 522, 0], "euler")
 
 
