@@ -95,8 +95,9 @@ def update_weights(run: Run, trainee: Trainee) -> tuple[torch.Tensor, torch.Tens
     """Clips, steps, averages; the norm of the gradients before, and whether the step was taken, on the device."""
     accelerator, max_norm = run.accelerator, run.config.max_grad_norm
     parameters, max_norm = trainable_parameters(trainee.model), max_norm or float("inf")
-    if accelerator.is_fsdp2 and accelerator.scaler is not None:
-        # accelerate divides by the scale twice where some weights are frozen.
+    if accelerator.is_fsdp2 and (accelerator.scaler is not None or len(run.trainees) > 1):
+        # accelerate divides by the scale twice where some weights are frozen, and looks for a model by comparing its
+        # weights with those of all others, by their numbers.
         accelerator.unscale_gradients()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     else:
