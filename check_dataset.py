@@ -21,18 +21,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from causal_wan.config.parsing import flat_dict, names_of, parse_config, user_errors
+from causal_wan.config.choices import LocalPath
+from causal_wan.config.parsing import flat_dict, parse_config, user_errors
 from causal_wan.config.ranges import NonNegativeInt, PositiveInt, Seed, checked_dataclass
-from causal_wan.config.settings import (
-    CacheConfig,
-    HubConfig,
-    MemoryConfig,
-    ModelConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
 from causal_wan.data.settings import DataConfig
-from causal_wan.methods.settings import RegressionConfig
+from causal_wan.runs.settings import TRAINING_SETTINGS
 
 
 @checked_dataclass
@@ -40,7 +33,7 @@ class Config:
     """What to check, and where the report goes."""
 
     data: DataConfig
-    output_dir: str = "outputs/check"
+    output_dir: LocalPath = "outputs/check"
     """Folder of the report."""
     num_processes: NonNegativeInt | None = None
     """Processes that decode; None is one a core, 0 is this one alone."""
@@ -48,18 +41,12 @@ class Config:
     """Random rows on the contact sheet."""
     seed: Seed = 0
     """Chooses them."""
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: LocalPath | None = None
     """Checkpoint whose tokenizer counts the tokens of prompts; without, words are counted."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     max_sequence_length: PositiveInt = 512
     """Tokens that prompts are cut at."""
-
-
-# What a recipe of the training script may hold beside.
-TRAINING_SETTINGS = {"compile", "dry_run", "trajectories_dir"} | names_of(
-    CacheConfig, HubConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig, ValidationConfig
-)
 
 
 if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once

@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from causal_wan.config.choices import LoraNames
+from causal_wan.config.choices import LocalPath, LoraNames
 from causal_wan.config.parsing import parse_config, user_errors, write_recipe
 from causal_wan.config.ranges import PositiveInt, checked_dataclass
 
@@ -30,13 +30,13 @@ from causal_wan.config.ranges import PositiveInt, checked_dataclass
 class Config:
     """What to convert."""
 
-    input: str
+    input: LocalPath
     """`checkpoint-STEP` in the output folder of a run; or weights, or a LoRA: a file or a folder of diffusers."""
-    output: str
+    output: LocalPath
     """New folder; with `to` original, comfyui or kohya a new .safetensors, or, of whole weights, .pt."""
     to: LoraNames | Literal["pipeline"] = "diffusers"
     """Names of the weights in the output (kohya is for LoRAs, and original is comfyui there); or a whole pipeline."""
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: LocalPath | None = None
     """Where a pipeline's VAE and text encoder are: None is what the run was made from, or WAN's own."""
     use_ema: bool = True
     """Take the moving average if the checkpoint has one."""
@@ -51,17 +51,17 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
-from causal_wan.config.changed_settings import SETTINGS_NAME, read_settings
+from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.progress import announced
 from causal_wan.records.checkpoint_weights import read_weights
 from causal_wan.results.export import export_pipeline
-from causal_wan.results.student import read_run as read_student
+from causal_wan.results.run_record import RunRecord, base_of, find_run
 from causal_wan.results.student import resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, save_lora
 from causal_wan.weights.lora_names import find_lora, lora_file, read_lora
-from causal_wan.weights.transformer import causal_settings, load_transformer, save_transformer
+from causal_wan.weights.transformer import load_transformer, save_transformer
 from causal_wan.weights.wan_names import COMFYUI_PREFIX, infer_architecture, read_state, to_diffusers, to_original
 
 
@@ -159,29 +159,26 @@ def make_pipeline(config: Config) -> None:
     Raises:
         ValueError: If input or output cannot be used.
     """
-    run = read_student(config.input, config.pretrained_model_name_or_path)
-    base, output = run.get("pretrained_model_name_or_path", config.input), Path(config.output)
+    run, output = find_run(config.input, config.pretrained_model_name_or_path), Path(config.output)
+    base, revision = base_of(config.input, run)
     if output.exists():
         raise ValueError(f"output must be a new folder, but {output} exists.")
     student = Path(config.input)
     if (student / "transformer").is_dir():
         shutil.copytree(student / "transformer", output / "transformer")
     else:
-        causal = causal_settings(run) if run else {"num_frame_per_block": None}
-        transformer = load_transformer(
-            base, generator_ckpt=run.get("generator_ckpt"), revision=run.get("revision"), **causal
-        )
+        transformer = load_untrained(run) if run is not None else load_transformer(base, num_frame_per_block=None)
         if (student / LORA_WEIGHTS_NAME).is_file():
             fuse_lora(transformer, student)
         transformer.save_pretrained(output / "transformer")
-    settings = resolve_settings(run, checkpoint=config.input)
+    settings = resolve_settings(run, student=config.input)
     export_pipeline(
         base,
         output,
         settings.timesteps,
         sampler=settings.sampler,
         max_sequence_length=settings.max_sequence_length,
-        revision=run.get("revision"),
+        revision=revision,
     )
     print(f"saved: generate.py --checkpoint {output} --prompt '...'")
 
@@ -200,53 +197,43 @@ def convert_checkpoint(config: Config) -> None:
     with user_errors():
         if config.to != "diffusers":
             raise ValueError("a checkpoint of a run goes to diffusers first; convert the result with --to after that.")
-        checkpoint, run = Path(config.input), read_run(config.input)
+        checkpoint, run = Path(config.input), RunRecord.of_checkpoint(Path(config.input))
         if Path(config.output).exists():
             raise ValueError(f"output must be a new folder, but {config.output} exists.")
         transformer = make_empty_student(run)
         trainable = {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
         weights = read_weights(checkpoint, trainable, average=config.use_ema)
     output = Path(config.output)
-    if run["lora_rank"]:
+    if run.model.lora_rank:
         save_lora(transformer, weights, output)
     else:
         save_transformer(transformer, weights, output / "transformer")
-    write_recipe(run, output / SETTINGS_NAME)
+    write_recipe(run.settings, output / SETTINGS_NAME)
     print(f"saved: generate.py --checkpoint {output} --prompt '...'")
 
 
-def read_run(checkpoint: str) -> dict:
-    """The resolved config of the run that a checkpoint belongs to.
-
-    Raises:
-        ValueError: If it is not in the output folder of a run.
-    """
-    run = read_settings(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else None
-    if run is None:
-        raise ValueError(
-            f"input must be a checkpoint-STEP folder of a run, with config.yaml in it or beside it, got {checkpoint}."
-        )
-    return run
-
-
-def make_empty_student(run: dict) -> CausalWanTransformer3DModel:
+def make_empty_student(run: RunRecord) -> CausalWanTransformer3DModel:
     """The transformer that the run trains; its weights are not set."""
-    transformer = load_transformer(
-        run["pretrained_model_name_or_path"],
-        generator_ckpt=run["generator_ckpt"],
-        revision=run["revision"],
-        dtype=torch.float32,
-        empty=True,
-        **causal_settings(run),
-    )
-    if run["lora_rank"]:
+    transformer, model = load_untrained(run, empty=True), run.model
+    if model.lora_rank:
         add_lora(
             transformer,
-            rank=run["lora_rank"],
-            alpha=run["lora_alpha"] or run["lora_rank"],
-            target_modules=run["lora_target_modules"],
+            rank=model.lora_rank,
+            alpha=model.lora_alpha or model.lora_rank,
+            target_modules=model.lora_target_modules,
         )
     return transformer
+
+
+def load_untrained(run: RunRecord, *, empty: bool = False) -> CausalWanTransformer3DModel:
+    """The transformer that a run began with, in float32."""
+    return load_transformer(
+        run.model.pretrained_model_name_or_path,
+        generator_ckpt=run.model.generator_ckpt,
+        revision=run.model.revision,
+        empty=empty,
+        **run.causal,
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from causal_wan.config.choices import MAX_VBENCH_SAMPLES, LpipsNet
+from causal_wan.config.choices import MAX_VBENCH_SAMPLES, LocalPath, LpipsNet
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import (
     GuidanceScale,
@@ -46,7 +46,7 @@ from causal_wan.config.ranges import (
     checked_dataclass,
 )
 from causal_wan.data.settings import ClipShape, DataConfig
-from causal_wan.methods.settings import RegressionConfig, method_of_run
+from causal_wan.methods.settings import RegressionConfig
 from causal_wan.timesteps import Sampler
 
 
@@ -54,17 +54,17 @@ from causal_wan.timesteps import Sampler
 class Config:
     """What to measure, and on which clips."""
 
-    checkpoint: str
+    checkpoint: LocalPath
     """Output folder of a run, or a diffusers WAN folder or hub id."""
-    metadata_path: str
+    metadata_path: LocalPath
     """Table of held-out clips, as in training."""
-    dataset_base_path: str | None = None
+    dataset_base_path: LocalPath | None = None
     """Folder that its paths are relative to."""
     video_column: str = "video"
     """Column with the path of the video."""
     caption_column: tuple[str, ...] = ("prompt",)
     """Column with the prompt; of several the first that is not empty is sampled."""
-    output_dir: str = "outputs/evaluation"
+    output_dir: LocalPath = "outputs/evaluation"
     """Folder of the result."""
     num_samples: PositiveInt = 16
     """Clips that are measured, from the first row on."""
@@ -92,13 +92,13 @@ class Config:
     """Pixels; None is what the run was trained on, or 832."""
     lpips_net: LpipsNet | None = "alex"
     """Backbone of LPIPS, downloaded by torch.hub if it is not there; LPIPS is left out if it cannot be had."""
-    clip_model: str | None = None
+    clip_model: LocalPath | None = None
     """Folder or hub id of a CLIP or SigLIP model that says how well videos keep to their prompts."""
     num_clip_frames: PositiveInt = 8
     """Evenly spaced frames of a video that it looks at."""
-    vbench_export: str | None = None
+    vbench_export: LocalPath | None = None
     """Folder to write videos to for VBench."""
-    vbench_prompts: str | None = None
+    vbench_prompts: LocalPath | None = None
     """Text file of the prompts of these videos, one a line; None is the prompts of the clips."""
     num_vbench_samples: Annotated[int, Range(ge=1, le=MAX_VBENCH_SAMPLES)] = 5
     """Videos of each of these prompts, seeded seed, seed + 1, ...; VBench wants 25 for temporal_flickering."""
@@ -133,7 +133,8 @@ from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds
 from causal_wan.model.vae import check_video_size
 from causal_wan.progress import PATIENCE, announced, show_progress
-from causal_wan.results.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
+from causal_wan.results.run_record import RunRecord, base_of, find_run
+from causal_wan.results.student import SamplingSettings, choose_device, load_student, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.rollout import Rollout
 from causal_wan.seeds import noise_generator
@@ -144,10 +145,10 @@ def main(config: Config) -> None:
     """Samples every prompt, measures, and writes the report."""
     device, dtype = choose_device(config.device, config.dtype)
     with user_errors():
-        run = read_run(config.checkpoint)
+        run = find_run(config.checkpoint)
         settings = resolve_settings(
             run,
-            checkpoint=config.checkpoint,
+            student=config.checkpoint,
             num_frames=config.num_frames,
             height=config.height,
             width=config.width,
@@ -170,9 +171,8 @@ def main(config: Config) -> None:
     targets = [clip.movedim(0, 1) / 255 for clip, _ in clips]
 
     results = {"student": sample_all(student, prompts, partial(sample_student, settings, config, config.seed), device)}
-    heldout_loss = measure_loss(
-        student, clips, prompts, method_to_measure(config, run), settings, seed=run.get("seed", config.seed)
-    )
+    seed = config.seed if run is None or run.seed is None else run.seed
+    heldout_loss = measure_loss(student, clips, prompts, method_to_measure(config, run), settings, seed=seed)
     if config.num_base_steps:
         student.to("cpu")
         base = partial(sample_base, settings, config)
@@ -234,10 +234,10 @@ def open_export(config: Config, settings: SamplingSettings, prompts: list[str]) 
     return export
 
 
-def data_config(config: Config, run: dict[str, Any], settings: SamplingSettings) -> DataConfig:
+def data_config(config: Config, run: RunRecord | None, settings: SamplingSettings) -> DataConfig:
     """The clips as the run was shown them."""
-    shown = {name: run[name] for name in ("frame_sampling", "frame_rate", "time_division_factor") if name in run}
-    data = DataConfig(
+    data = replace(
+        DataConfig() if run is None else run.data,
         dataset_base_path=config.dataset_base_path,
         metadata_path=config.metadata_path,
         video_column=config.video_column,
@@ -245,7 +245,6 @@ def data_config(config: Config, run: dict[str, Any], settings: SamplingSettings)
         num_frames=settings.num_frames,
         height=settings.height,
         width=settings.width,
-        **shown,
     )
     return data.for_validation()
 
@@ -317,9 +316,9 @@ def sample_for_vbench(
     return video.movedim(1, 0) * 2 - 1
 
 
-def load_base(checkpoint: str, run: dict[str, Any], dtype: torch.dtype) -> WanPipeline:
+def load_base(checkpoint: str, run: RunRecord | None, dtype: torch.dtype) -> WanPipeline:
     """The stock pipeline of the model that the student was made from."""
-    base, revision = run.get("pretrained_model_name_or_path", checkpoint), run.get("revision")
+    base, revision = base_of(checkpoint, run)
     with announced(f"loading {base}"):
         pipeline = WanPipeline.from_pretrained(
             base, vae=load_vae(base, revision=revision), dtype=dtype, revision=revision, use_safetensors=True
@@ -368,9 +367,9 @@ def _peak_memory(device: torch.device) -> dict[str, float]:
     return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if is_gpu else math.nan}
 
 
-def method_to_measure(config: Config, run: dict[str, Any]) -> RegressionConfig:
+def method_to_measure(config: Config, run: RunRecord | None) -> RegressionConfig:
     """The levels and the context that the loss is measured with: the run's, or those of a list that is asked for."""
-    method = method_of_run(run)
+    method = RegressionConfig() if run is None else run.method
     if config.denoising_step_list is None:
         return method
     return replace(

@@ -18,8 +18,9 @@ import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import (
     AttentionWindow,
@@ -42,28 +43,28 @@ from causal_wan.timesteps import Sampler
 class Config:
     """What to generate, with which checkpoint."""
 
-    checkpoint: str
+    checkpoint: LocalPath
     """Output folder of a run, a diffusers WAN folder or hub id, or a .safetensors or .pt file of weights."""
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: LocalPath | None = None
     """Where VAE and text encoder are: None is what the run was made from, or WAN's own for the size of a file."""
-    lora: tuple[str, ...] = ()
+    lora: tuple[LocalPath, ...] = ()
     """LoRA files or folders to add, in diffusers' names or others that it reads."""
     lora_scale: tuple[FiniteFloat, ...] = ()
     """Weight of each; 1 if there are none."""
     prompt: str | None = None
     """One prompt."""
-    prompts_file: str | None = None
+    prompts_file: LocalPath | None = None
     """Text file with one prompt a line, or a CSV with a `prompt` column."""
     negative_prompt: str = ""
     """What guidance leads away from."""
     guidance_scale: GuidanceScale = 1.0
     """Classifier-free guidance above 1: for students of any level, trained with --caption_dropout. Those of a step
     list are trained without."""
-    video: str | None = None
+    video: LocalPath | None = None
     """A video to continue: its last frames become the first blocks of the clip."""
     num_video_frames: PositiveInt | None = None
     """How many of its frames; None is as many as make whole blocks, and at most half of the clip."""
-    output: str = "out.mp4"
+    output: LocalPath = "out.mp4"
     """The mp4 of one prompt; with prompts_file a folder, which gets 00.mp4, 01.mp4, ..."""
     stream: bool = False
     """Write files that can be played while they are written."""
@@ -129,7 +130,8 @@ from causal_wan.model.text import encode_prompts, pad_prompt_embeds
 from causal_wan.model.vae import check_video_size
 from causal_wan.processes import wait_for_all
 from causal_wan.progress import announced
-from causal_wan.results.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
+from causal_wan.results.run_record import RunRecord, find_run
+from causal_wan.results.student import SamplingSettings, choose_device, load_student, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.seeds import noise_generator
 from causal_wan.tables.prompts import read_prompts_file
@@ -142,10 +144,10 @@ def main(config: Config) -> None:
     device, dtype = choose_device(config.device or str(state.device), config.dtype)
     with user_errors():
         prompts = read_prompts(config)
-        run = read_run(config.checkpoint, config.pretrained_model_name_or_path)
+        run = find_run(config.checkpoint, config.pretrained_model_name_or_path)
         settings = resolve_settings(
             run,
-            checkpoint=config.checkpoint,
+            student=config.checkpoint,
             num_frames=config.num_frames,
             height=config.height,
             width=config.width,
@@ -175,7 +177,7 @@ def main(config: Config) -> None:
 
 
 def load_pipeline(
-    config: Config, run: dict[str, Any], settings: SamplingSettings, dtype: torch.dtype
+    config: Config, run: RunRecord | None, settings: SamplingSettings, dtype: torch.dtype
 ) -> CausalWanPipeline:
     """The student, ready to sample.
 

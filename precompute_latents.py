@@ -21,21 +21,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from causal_wan.config.parsing import names_of, parse_config, user_errors
+from causal_wan.config.choices import LocalPath
+from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import NonNegativeInt, PositiveFloat, PositiveInt, checked_dataclass
 from causal_wan.config.settings import (
     DATALOADER_TIMEOUT,
     CacheConfig,
     CheckpointConfig,
-    HubConfig,
     LatentsDtype,
     MemoryConfig,
-    ModelConfig,
-    TrainingConfig,
     ValidationConfig,
 )
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached, check_waits_for_clips
-from causal_wan.methods.settings import RegressionConfig
+from causal_wan.runs.settings import TRAINING_SETTINGS
 
 
 @checked_dataclass
@@ -45,7 +43,7 @@ class Config:
     data: DataConfig
     model: CheckpointConfig
     validation: ValidationConfig
-    latents_dir: str
+    latents_dir: LocalPath
     """Folder of the result; one may serve many tables and settings."""
     latents_dtype: LatentsDtype = "bf16"
     """Precision that latents are kept in."""
@@ -71,12 +69,6 @@ class Config:
         check_can_be_cached(self.data)
 
 
-# What a recipe of the training script may hold beside.
-TRAINING_SETTINGS = {"compile", "dry_run", "trajectories_dir"} | names_of(
-    CacheConfig, HubConfig, MemoryConfig, ModelConfig, RegressionConfig, TrainingConfig
-)
-
-
 if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
     config = parse_config(Config, description=__doc__, also_known=TRAINING_SETTINGS)
 
@@ -99,7 +91,7 @@ from causal_wan.memory.levers import cut_up_vae
 from causal_wan.model.text import encode_prompts
 from causal_wan.model.vae import encode_videos
 from causal_wan.processes import PATIENCE, gather_lists, wait_for_all
-from causal_wan.runs.data import load_run_data
+from causal_wan.runs.data import RunData, load_run_data
 from causal_wan.training.stopping import EXIT_STOPPED, StopRequest
 from causal_wan.training.strategies import beside_fp8
 from causal_wan.weights.parts import DTYPES, load_text_encoder, load_vae
@@ -136,18 +128,7 @@ def main(config: Config) -> None:
             text_dtype="bf16" if accelerator.mixed_precision == "bf16" else "fp32",
             encodes=True,
         )
-    if accelerator.is_main_process:
-        for cache in (cached.latents, cached.prompts):
-            remove_stale_shards(cache.folder)
-    if config.verify:
-        drop_damaged((cached.latents, cached.prompts))
-    found = []
-    if accelerator.is_main_process:  # for all: on a shared disk, others may not see the newest shards yet
-        missing = cached.missing_clips(rows, data.wanted_shapes())
-        missing.sort(key=lambda work: (work[1], work[0]))  # by shape
-        prompts = ["", *config.validation.validation_prompts, *data.prompts]
-        found = [(missing, cached.missing_prompts(prompts))]
-    ((missing, missing_prompts),) = gather_lists(found)
+    missing, missing_prompts = find_missing(accelerator, config, data, cached, rows)
     if accelerator.is_main_process:
         num_bytes = needed_bytes(config, missing, missing_prompts)
         print(describe_work(config, rows, missing, missing_prompts, num_bytes))
@@ -173,6 +154,25 @@ def main(config: Config) -> None:
 
 
 # --- what is missing -------------------------------------------------------------------------------------------------
+
+
+def find_missing(
+    accelerator: Accelerator, config: Config, data: RunData, cached: CachedData, rows: list[Row]
+) -> tuple[list[Work], list[str]]:
+    """Clips, sorted by shape, and prompts that are not there, or damaged. Called by every process."""
+    if accelerator.is_main_process:
+        for cache in (cached.latents, cached.prompts):
+            remove_stale_shards(cache.folder)
+    if config.verify:
+        drop_damaged((cached.latents, cached.prompts))
+    found = []
+    if accelerator.is_main_process:  # for all: on a shared disk, others may not see the newest shards yet
+        missing = cached.missing_clips(rows, data.wanted_shapes())
+        missing.sort(key=lambda work: (work[1], work[0]))
+        prompts = ["", *config.validation.validation_prompts, *data.prompts]
+        found = [(missing, cached.missing_prompts(prompts))]
+    ((missing, missing_prompts),) = gather_lists(found)
+    return missing, missing_prompts
 
 
 def describe_work(config: Config, rows: list[Row], missing: list[Work], prompts: list[str], num_bytes: int) -> str:

@@ -29,20 +29,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from causal_wan.blocks import frame_block_lengths
-from causal_wan.config.parsing import names_of, parse_config, user_errors
+from causal_wan.config.choices import LocalPath
+from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import GuidanceScale, PositiveInt, Seed, checked_dataclass
-from causal_wan.config.settings import (
-    CacheConfig,
-    CheckpointConfig,
-    HubConfig,
-    LatentsDtype,
-    MemoryConfig,
-    ModelConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
+from causal_wan.config.settings import CacheConfig, CheckpointConfig, LatentsDtype
 from causal_wan.data.settings import DataConfig
 from causal_wan.methods.settings import RegressionConfig
+from causal_wan.runs.settings import TRAINING_SETTINGS
 
 
 @checked_dataclass
@@ -52,11 +45,11 @@ class Config:
     data: DataConfig
     model: CheckpointConfig
     method: RegressionConfig
-    trajectories_dir: str
+    trajectories_dir: LocalPath
     """Folder of the result."""
-    teacher: str | None = None
+    teacher: LocalPath | None = None
     """Output folder of a run, diffusers folder, hub id or file of weights; None is the checkpoint of the recipe."""
-    prompts_file: str | None = None
+    prompts_file: LocalPath | None = None
     """Text file with one prompt a line, or a CSV with a `prompt` column; in the place of the tables' prompts."""
     num_trajectories_per_prompt: PositiveInt = 1
     """Each from noise of its own."""
@@ -92,10 +85,6 @@ class Config:
     def num_latent_frames(self) -> int:
         """F."""
         return (self.data.num_frames - 1) // self.data.time_division_factor + 1
-
-
-# What a recipe of the training scripts may hold beside.
-TRAINING_SETTINGS = names_of(CacheConfig, HubConfig, MemoryConfig, ModelConfig, TrainingConfig, ValidationConfig)
 
 
 if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
@@ -151,17 +140,7 @@ def main(config: Config) -> None:
     if accelerator.is_main_process:  # for all: on a shared disk, others may not see the newest shards yet
         remove_stale_shards(cache.folder)
         settings = trajectory_settings(accelerator, config, teacher, embeddings)
-        wanted = [
-            TrajectoryName(prompt, config.seed, number)
-            for number in range(config.num_trajectories_per_prompt)
-            for prompt in prompts
-        ]
-        missing = [name for name in wanted if name.key(settings) not in cache]
-        num_bytes = len(missing) * trajectory_bytes(config)
-        print(describe_work(config, settings, len(wanted), len(missing), num_bytes))
-        with user_errors():
-            check_disk("trajectories_dir", config.trajectories_dir, num_bytes)
-        found = [(settings, missing)]
+        found = [(settings, find_missing(config, cache, settings, prompts))]
     ((settings, missing),) = gather_lists(found)
     if config.dry_run:
         return
@@ -216,6 +195,23 @@ def find_prompts(config: Config) -> list[str]:
         return list(dict.fromkeys(read_prompts_file(config.prompts_file)))
     tables = read_tables(config.data, need_files=False)
     return list(dict.fromkeys(prompt for table in tables for row in table for prompt in row.prompts))
+
+
+def find_missing(
+    config: Config, cache: TensorCache, settings: dict[str, Any], prompts: list[str]
+) -> list[TrajectoryName]:
+    """The trajectories that are not there; says how many they are, and ends the program if they find no room."""
+    wanted = [
+        TrajectoryName(prompt, config.seed, number)
+        for number in range(config.num_trajectories_per_prompt)
+        for prompt in prompts
+    ]
+    missing = [name for name in wanted if name.key(settings) not in cache]
+    num_bytes = len(missing) * trajectory_bytes(config)
+    print(describe_work(config, settings, len(wanted), len(missing), num_bytes))
+    with user_errors():
+        check_disk("trajectories_dir", config.trajectories_dir, num_bytes)
+    return missing
 
 
 def check_blocks(config: Config, teacher: Teacher) -> None:

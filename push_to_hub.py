@@ -9,6 +9,7 @@ are not sent again. The token is that of `hf auth login`, or HF_TOKEN's.
 import sys
 from pathlib import Path
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import checked_dataclass
 from causal_wan.config.settings import HubConfig
@@ -18,7 +19,7 @@ from causal_wan.config.settings import HubConfig
 class Config:
     """What goes where."""
 
-    checkpoint: str
+    checkpoint: LocalPath
     """Output folder of a finished run, or a folder of `convert_checkpoint.py --to pipeline`."""
     hub_model_id: str
     """Name of the repository, USER/NAME."""

@@ -23,15 +23,13 @@ from dataclasses import field
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.ranges import checked_dataclass
 from causal_wan.methods.settings import RegressionConfig
-from causal_wan.runs.settings import RunConfig
+from causal_wan.runs.settings import TrajectoryRunConfig
 
 
 @checked_dataclass
-class Config(RunConfig):
+class Config(TrajectoryRunConfig):
     """Settings of a run, by group."""
 
-    trajectories_dir: str
-    """Folder that precompute_trajectories.py has filled."""
     method: RegressionConfig = field(default_factory=lambda: RegressionConfig(sampler="euler"))
 
     def __post_init__(self) -> None:

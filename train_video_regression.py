@@ -22,16 +22,12 @@ Source: CausVid, arXiv 2412.07772, section 4.3, with (clip, fresh noise) in the 
 
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.ranges import checked_dataclass
-from causal_wan.runs.settings import RunConfig
+from causal_wan.runs.settings import TRAINING_SETTINGS, RunConfig
 
 
 @checked_dataclass
 class Config(RunConfig):
     """Settings of a run, by group."""
-
-
-# What a recipe of train_ode_regression.py may hold beside.
-TRAINING_SETTINGS = {"trajectories_dir"}
 
 
 if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once

@@ -138,19 +138,16 @@ def benchmark_cache(folder: Path, config: Config) -> list[str]:
     """What a clip costs beside the transformer: decoded and encoded, or read."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape, vae = SHAPES[config.size], load_benchmark_vae(config.size).to(device)
-    rows, data = [], None
-    for number in range(NUM_CACHED):
-        path = folder / f"cached{number}.mp4"
-        write_clip(path, shape, seed=number)
-        row, data = one_row(path, num_frames=shape.num_frames, height=shape.height, width=shape.width)
-        rows.append(replace(row, content=str(number)))
+    rows, data = clips_to_cache(folder, shape)
     encoders = Encoders("vae", "text", "fp32", False, "fp32", 512)
     cached = CachedData(folder / "cache", data, encoders, "bf16")
     videos, turns = VideoDataset(rows, data), itertools.count()
 
+    def decode(index: int) -> torch.Tensor:
+        return videos.load(index, torch.Generator(), shape)["video"]
+
     def encode(index: int) -> torch.Tensor:
-        video = videos.load(index, torch.Generator(), shape)["video"].to(device)
-        return encode_videos(vae, normalize_videos(video[None]))[0]
+        return encode_videos(vae, normalize_videos(decode(index).to(device)[None]))[0]
 
     with cached.latent_writer() as writer:
         for index, row in enumerate(rows):
@@ -159,23 +156,14 @@ def benchmark_cache(folder: Path, config: Config) -> list[str]:
     cached.latents.refresh()
     clips = CachedClips(videos, cached, fills=False)
 
-    def noise(latents: torch.Tensor) -> None:
-        count = latents.shape[1]
-        sample = {"seed": 0, "sample_numbers": [next(turns)], "num_valid_frames": [count]}
-        draw_noisy_batch(latents[None].float(), RegressionConfig(), [count], **sample)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
     def read(index: int) -> torch.Tensor:
         return clips.load(index, torch.Generator(), shape)["latents"].to(device)
 
     seconds = measure(
         {
-            "decoded, encoded and noised": lambda: noise(encode(next(turns) % NUM_CACHED)),
-            "decoded alone (workers do that ahead)": lambda: videos.load(
-                next(turns) % NUM_CACHED, torch.Generator(), shape
-            ),
-            "read from the cache and noised": lambda: noise(read(next(turns) % NUM_CACHED)),
+            "decoded, encoded and noised": lambda: noise(encode(next(turns) % NUM_CACHED), next(turns)),
+            "decoded alone (workers do that ahead)": lambda: decode(next(turns) % NUM_CACHED),
+            "read from the cache and noised": lambda: noise(read(next(turns) % NUM_CACHED), next(turns)),
         },
         config.num_repeats,
     )
@@ -191,6 +179,32 @@ def benchmark_cache(folder: Path, config: Config) -> list[str]:
         f"Decoding a clip takes {workers:.2f} of the time of encoding it: without a cache, {math.ceil(workers)} "
         "worker(s) a GPU keep up even with one that does nothing but encode.",
     ]
+
+
+def clips_to_cache(folder: Path, shape: ClipShape) -> tuple[list[Row], DataConfig]:
+    """So many clips of a shape, each with a content of its own."""
+    rows, data = [], None
+    for number in range(NUM_CACHED):
+        path = folder / f"cached{number}.mp4"
+        write_clip(path, shape, seed=number)
+        row, data = one_row(path, num_frames=shape.num_frames, height=shape.height, width=shape.width)
+        rows.append(replace(row, content=str(number)))
+    return rows, data
+
+
+def noise(latents: torch.Tensor, number: int) -> None:
+    """Noises latents `(C, F, H, W)` as a step does, to the end."""
+    count = latents.shape[1]
+    draw_noisy_batch(
+        latents[None].float(),
+        RegressionConfig(),
+        [count],
+        seed=0,
+        sample_numbers=[number],
+        num_valid_frames=[count],
+    )
+    if latents.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def benchmark_reading(folder: Path, config: Config) -> list[str]:

@@ -24,6 +24,7 @@ from layers import measure_attention, measure_checkpointing, measure_compilation
 from startup import measure_startup
 from steps import measure_context, measure_parts, measure_precision, measure_scaling, measure_step
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.ranges import PositiveInt, checked_dataclass
 
@@ -44,7 +45,7 @@ class Config:
     """Tables to make."""
     num_rounds: PositiveInt = 5
     """Rounds of each table, after one that warms up."""
-    output: str | None = None
+    output: LocalPath | None = None
     """Markdown file to write what is printed to; pictures go beside it."""
     device: str | None = None
     """None is the GPU if there is one."""

@@ -17,6 +17,7 @@ from layers import run_passes
 
 from causal_wan.blocks import frame_block_lengths
 from causal_wan.config.settings import TrainingConfig
+from causal_wan.records.metrics import STUDENT
 from causal_wan.training.loop import train
 from causal_wan.training.profiling import draw_parts
 from causal_wan.training.setup import make_accelerator, make_optimizer, prepare_run
@@ -77,10 +78,10 @@ def run_in_turns(bench: Bench, bare_step: Callable[[], None], model: torch.nn.Mo
             report_to=("none",),
         )
         train(
-            prepare_run(make_accelerator(config), config, model),
+            prepare_run(make_accelerator(config), config, {STUDENT: model}),
             make_dataloader=lambda *, start, end, step: torch.utils.data.DataLoader(range(start, end)),
             prepare_batch=prepare_batch,
-            compute_loss=compute_loss,
+            losses={STUDENT: compute_loss},
             summarize=lambda sums: {},
         )
     return list(zip(bare, ours, strict=False))[NUM_WARM_UP:]

@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader, Dataset
 
 from causal_wan.config.settings import TrainingConfig
+from causal_wan.records.metrics import STUDENT
 from causal_wan.training.loop import train
 from causal_wan.training.setup import make_accelerator, prepare_run
 from causal_wan.training.weights import ema_weights, gather_weights
@@ -72,6 +73,8 @@ def run_training(
     change=lambda accelerator: None,
     settings=None,
     on_prepare=lambda batch: None,
+    roles=(STUDENT,),
+    turn=lambda step: STUDENT,
 ):
     """Fits y = 3 x of numbers modulo 7, with every third number masked out of the loss."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -92,24 +95,28 @@ def run_training(
         loss = torch.where(batch.mask, errors, 0.0).sum() / num_items
         return loss, {"count": batch.mask.sum().double()}
 
-    run = prepare_run(accelerator, training, Line(), settings=settings)
+    run = prepare_run(accelerator, training, {role: Line() for role in roles}, settings=settings)
     run.is_complete = train(
         run,
         make_dataloader=lambda start, end, step: DataLoader(Numbers(start, end), batch_size=training.train_batch_size),
         prepare_batch=prepare_batch,
-        compute_loss=compute_loss,
+        losses=dict.fromkeys(roles, compute_loss),
+        turn=turn,
         summarize=lambda sums: {"count": float(sums["count"])},
         validate=validate,
         save_result=save_result,
     )
-    with ema_weights(run.ema, run.unwrapped_model):
-        result = gather_weights(run).values()
-    return run, list(result)
+    result = []
+    for trainee in run.trainees.values():
+        with ema_weights(trainee):
+            result += gather_weights(accelerator, trainee).values()
+    return run, result
 
 
 def entries(training):
     lines = (Path(training.output_dir) / "metrics.jsonl").read_text().splitlines()
-    deterministic = ("step", "generator_loss", "generator_grad_norm", "lr", "count", "num_nonfinite_steps")
+    deterministic = ["step", "generator_loss", "generator_grad_norm", "lr", "count", "num_nonfinite_steps"]
+    deterministic += ["critic_loss", "critic_grad_norm", "critic_lr"]
     logged = [json.loads(line) for line in lines]
     return [{key: entry[key] for key in deterministic if key in entry} for entry in logged if "lr" in entry]
 

@@ -10,11 +10,12 @@ import sys
 import typing
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 import yaml
 
+from causal_wan.config.choices import ON_THIS_MACHINE
 from causal_wan.config.ranges import check_number, is_checked, passing_mistakes
 
 
@@ -142,6 +143,16 @@ def flat_fields(config_class: type) -> Iterator[tuple[str, Any]]:
 def names_of(*config_classes: type) -> set[str]:
     """Names of all settings of some dataclasses."""
     return {name for config_class in config_classes for name, _ in flat_fields(config_class)}
+
+
+def paths_of(*config_classes: type) -> set[str]:
+    """Names of the settings of some dataclasses that name something on this machine; see `LocalPath`."""
+    return {name for config_class in config_classes for name, hint in flat_fields(config_class) if _is_path(hint)}
+
+
+def _is_path(hint: Any) -> bool:
+    kinds = typing.get_args(hint)
+    return (typing.get_origin(hint) is Annotated and ON_THIS_MACHINE in hint.__metadata__) or any(map(_is_path, kinds))
 
 
 def flat_dict(config: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.ranges import (
     Decay,
     GuidanceScale,
@@ -29,9 +30,9 @@ KVCacheDtype = Literal["auto", "int8"]
 
 @checked_dataclass
 class CheckpointConfig:
-    """The checkpoint to start from, and how it encodes clips and prompts."""
+    """The base model, and how it encodes clips and prompts."""
 
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: LocalPath
     """Diffusers folder or hub id of a WAN text-to-video pipeline, e.g. Wan-AI/Wan2.1-T2V-1.3B-Diffusers."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
@@ -43,9 +44,9 @@ class CheckpointConfig:
 
 @checked_dataclass
 class ModelConfig(CheckpointConfig):
-    """The checkpoint to start from, and which of its weights are trained."""
+    """The base model, and which of its weights are trained."""
 
-    generator_ckpt: str | None = None
+    generator_ckpt: LocalPath | None = None
     """Start the student from these weights: a diffusers folder, the result of a run, a .safetensors, or a .pt of
     CausVid or Self Forcing, in diffusers' names or WAN's own."""
     lora_rank: NonNegativeInt = 0
@@ -94,7 +95,7 @@ class MemoryConfig:
 class TrainingConfig:
     """The run: how long, how fast, what is kept."""
 
-    output_dir: str
+    output_dir: LocalPath
     """Folder of the result, the checkpoints, the logs and the validation videos."""
     seed: Annotated[int, Range(ge=0, le=2**32 - 1, hint="numpy takes no other")] = 0
     """Seeds the order of the data, the noise and the draws of noise levels."""
@@ -141,7 +142,7 @@ class TrainingConfig:
     """Steps between checkpoints, from which a run can be resumed."""
     checkpoints_total_limit: PositiveInt | None = None
     """How many checkpoints are kept, the newest; None keeps all."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: LocalPath | None = None
     """`latest` (starts anew when there is none) or the path of a checkpoint."""
     logging_steps: PositiveInt = 10
     """Steps between log entries, each over all steps since the last."""
@@ -189,7 +190,7 @@ class ValidationConfig:
 
     validation_prompts: tuple[str, ...] = ()
     """Prompts to sample at each validation."""
-    validation_metadata_path: str | None = None
+    validation_metadata_path: LocalPath | None = None
     """CSV of held-out clips, like metadata_path: their loss is measured and their prompts are sampled."""
     num_validation_samples: PositiveInt = 4
     """How many of the held-out clips are used, from the first row on."""
@@ -211,12 +212,20 @@ class ValidationConfig:
 class CacheConfig:
     """Latents and prompt embeddings on disk, in the place of VAE and text encoder."""
 
-    latents_dir: str | None = None
+    latents_dir: LocalPath | None = None
     """Folder that precompute_latents.py has filled; nothing is encoded then."""
     cache_latents: bool = False
     """Keep latents as they are encoded, in latents_dir else in `cache` of the output folder, and read them after."""
     latents_dtype: LatentsDtype = "bf16"
     """Precision that latents are kept in."""
+
+
+@checked_dataclass
+class TrajectoriesConfig:
+    """Trajectories of a teacher, in the place of clips."""
+
+    trajectories_dir: LocalPath
+    """Folder that precompute_trajectories.py has filled."""
 
 
 @checked_dataclass

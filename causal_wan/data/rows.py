@@ -53,52 +53,6 @@ class ShortClipError(ValueError):
     """A clip has fewer frames than are sampled."""
 
 
-def sources_of(config: DataConfig) -> list[Source]:
-    """The tables of a config: its own, or those that `dataset_config` lists.
-
-    Raises:
-        ValueError: If there are none, or that list cannot be used.
-    """
-    if config.dataset_config is None:
-        if config.metadata_path is None:
-            raise ValueError(
-                "exactly one of metadata_path and dataset_config must be given, got neither; --metadata_path names "
-                "one table, --dataset_config a YAML list of several."
-            )
-        own = {name: vars(config)[name] for name in ("metadata_path", "dataset_base_path")}
-        return [Source(**own, video_column=config.video_column, caption_column=config.caption_column)]
-    return [
-        replace(source, dataset_base_path=config.dataset_base_path)
-        if source.dataset_base_path is None and Path(source.metadata_path).suffix.lower() in FILE_SUFFIXES
-        else source
-        for source in read_sources(config.dataset_config)
-    ]
-
-
-def source_weights(config: DataConfig) -> list[float] | None:
-    """The share of each table in the samples, in any unit; None is in proportion to their rows."""
-    weights = [source.weight for source in sources_of(config)]
-    return None if None in weights else weights
-
-
-def read_tables(config: DataConfig, *, need_files: bool = True) -> list[Table]:
-    """The rows of each table, unchecked.
-
-    Args:
-        config: Names the tables.
-        need_files: Whether the folders of their videos must be there.
-
-    Raises:
-        ValueError: If a table cannot be used, or such a folder is not there.
-    """
-    tables = []
-    for source in sources_of(config):
-        tables.append(read_table(source))
-        if need_files and source.dataset_base_path is not None and not Path(source.dataset_base_path).is_dir():
-            raise ValueError(f"dataset_base_path must be a folder, but {source.dataset_base_path} is not one.")
-    return tables
-
-
 def load_rows(config: DataConfig, manifest: FileManifest | None = None) -> list[Row]:
     """Reads the tables and checks every row by opening its file, without decoding.
 
@@ -155,6 +109,52 @@ def _list_bad_rows(bad: Sequence[BadRow], place: str, total: int, *, name_tables
         lines.append(f"  {table}row {row.number}, {row.video or 'no path'}: {describe_error(error)}")
     hidden = len(bad) - MAX_ERRORS_SHOWN
     return "\n".join([*lines, f"  and {hidden} more"] if hidden > 0 else lines)
+
+
+def read_tables(config: DataConfig, *, need_files: bool = True) -> list[Table]:
+    """The rows of each table, unchecked.
+
+    Args:
+        config: Names the tables.
+        need_files: Whether the folders of their videos must be there.
+
+    Raises:
+        ValueError: If a table cannot be used, or such a folder is not there.
+    """
+    tables = []
+    for source in sources_of(config):
+        tables.append(read_table(source))
+        if need_files and source.dataset_base_path is not None and not Path(source.dataset_base_path).is_dir():
+            raise ValueError(f"dataset_base_path must be a folder, but {source.dataset_base_path} is not one.")
+    return tables
+
+
+def sources_of(config: DataConfig) -> list[Source]:
+    """The tables of a config: its own, or those that `dataset_config` lists.
+
+    Raises:
+        ValueError: If there are none, or that list cannot be used.
+    """
+    if config.dataset_config is None:
+        if config.metadata_path is None:
+            raise ValueError(
+                "exactly one of metadata_path and dataset_config must be given, got neither; --metadata_path names "
+                "one table, --dataset_config a YAML list of several."
+            )
+        own = {name: vars(config)[name] for name in ("metadata_path", "dataset_base_path")}
+        return [Source(**own, video_column=config.video_column, caption_column=config.caption_column)]
+    return [
+        replace(source, dataset_base_path=config.dataset_base_path)
+        if source.dataset_base_path is None and Path(source.metadata_path).suffix.lower() in FILE_SUFFIXES
+        else source
+        for source in read_sources(config.dataset_config)
+    ]
+
+
+def source_weights(config: DataConfig) -> list[float] | None:
+    """The share of each table in the samples, in any unit; None is in proportion to their rows."""
+    weights = [source.weight for source in sources_of(config)]
+    return None if None in weights else weights
 
 
 def check_row(row: TableRow, config: DataConfig, *, source: int = 0, manifest: FileManifest | None = None) -> Row:

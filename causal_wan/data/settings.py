@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.ranges import (
     FrameRate,
     NonNegativeInt,
@@ -30,11 +31,11 @@ class ClipShape(NamedTuple):
 class DataConfig:
     """The clips: where they are, and what the model sees of them."""
 
-    dataset_base_path: str | None = None
+    dataset_base_path: LocalPath | None = None
     """Folder that the paths in the table are relative to; they cannot leave it. Folders and data sets need none."""
-    metadata_path: str | None = None
+    metadata_path: LocalPath | None = None
     """CSV, JSONL or Parquet with a row a clip, folder with a.mp4 and a.txt, or `datasets` folder or hub name."""
-    dataset_config: str | None = None
+    dataset_config: LocalPath | None = None
     """YAML list of several tables with weights; in the place of metadata_path."""
     video_column: str = "video"
     """Column with the path of the video."""

@@ -3,8 +3,7 @@
 Shapes: B = batch, F = latent frames, K = levels of the step list, or bins of continuous ones.
 """
 
-from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from causal_wan.blocks import frame_block_lengths
 from causal_wan.config.choices import LossSpace, LossType, LossWeighting
@@ -205,11 +204,3 @@ class RegressionConfig:
         context = f", {self.context} context" if self.has_clean_context else ""
         weights = f" with {self.loss_weighting} weights" if self.loss_weighting != "none" else ""
         return f"{self.generator_task}, {levels}{context}, {self.loss_type} of {self.loss_space}{weights}"
-
-
-def method_of_run(run: dict[str, Any]) -> RegressionConfig:
-    """The method of a run's resolved config; settings that it does not have are the defaults."""
-    settings = {field.name: run[field.name] for field in fields(RegressionConfig) if field.name in run}
-    return RegressionConfig(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    )

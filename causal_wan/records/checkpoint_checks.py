@@ -3,6 +3,7 @@
 Weights and states of optimizers are not read for this. `causal_wan.records.checkpoints` writes and finds checkpoints.
 """
 
+import itertools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,21 +22,11 @@ FSDP_NAME, FSDP_OPTIMIZER_NAME = "pytorch_model_fsdp_0", "optimizer_0"  # accele
 DEEPSPEED_NAME = "pytorch_model"
 WHOLE_NAMES = (TRAINABLE_WEIGHTS_NAME, "model.safetensors")
 OPTIMIZER_NAME, SCALER_NAME = "optimizer.bin", "scaler.pt"
-STATE_NAMES = ("scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl")
+SCHEDULER_NAME = "scheduler.bin"
+STATE_NAMES = ("random_states_0.pkl", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl")
 
 OPTIMIZER_STATES = {"adamw": "exp_avg", "adamw8bit": "state1"}
 """A state that only this optimizer has."""
-
-
-def find_strategy(checkpoint: Path) -> str | None:
-    """How a checkpoint was written: whole (one process or DDP), FSDP2 or DeepSpeed; None if it holds no weights."""
-    if (checkpoint / FSDP_NAME).is_dir():
-        return "FSDP2"
-    if (checkpoint / DEEPSPEED_NAME).is_dir():
-        return "DeepSpeed"
-    if any((checkpoint / name).is_file() for name in WHOLE_NAMES):
-        return "one process or DDP"
-    return None
 
 
 # --- is it whole? ----------------------------------------------------------------------------------------------------
@@ -58,18 +49,24 @@ def _find_damage(checkpoint: Path) -> str | None:
     strategy = find_strategy(checkpoint)
     if strategy is None:
         return "it has no weights"
-    parts: list[Iterator[str]] = []
-    if strategy == "FSDP2":
-        parts += [_damage_of_shards(checkpoint / name) for name in (FSDP_NAME, FSDP_OPTIMIZER_NAME)]
-    elif strategy == "DeepSpeed":
-        parts += [_damage_of_deepspeed(checkpoint / DEEPSPEED_NAME)]
-    else:
-        parts += [_damage_of_safetensors(next(filter(Path.is_file, map(checkpoint.joinpath, WHOLE_NAMES))))]
-        parts += [_damage_of_archive(checkpoint / OPTIMIZER_NAME)]
+    parts = [_damage_of_trainee(checkpoint, strategy, place) for place in range(count_trainees(checkpoint))]
     parts += [_damage_of_archive(checkpoint / name) for name in STATE_NAMES]
-    if (checkpoint / EMA_NAME).is_dir():
-        parts += [_damage_of_shards(checkpoint / EMA_NAME)]
     return next((damage for part in parts for damage in part), None)
+
+
+def _damage_of_trainee(checkpoint: Path, strategy: str, place: int) -> Iterator[str]:
+    if strategy == "FSDP2":
+        yield from _damage_of_shards(checkpoint / at_place(FSDP_NAME, place))
+        yield from _damage_of_shards(checkpoint / at_place(FSDP_OPTIMIZER_NAME, place))
+    elif strategy == "DeepSpeed":
+        yield from _damage_of_deepspeed(checkpoint / at_place(DEEPSPEED_NAME, place))
+    else:
+        weights = [checkpoint / at_place(name, place) for name in WHOLE_NAMES]
+        yield from _damage_of_safetensors(next(filter(Path.is_file, weights), weights[-1]))
+        yield from _damage_of_archive(checkpoint / at_place(OPTIMIZER_NAME, place))
+    yield from _damage_of_archive(checkpoint / at_place(SCHEDULER_NAME, place))
+    if (checkpoint / at_place(EMA_NAME, place)).is_dir():
+        yield from _damage_of_shards(checkpoint / at_place(EMA_NAME, place))
 
 
 def _damage_of_safetensors(path: Path) -> Iterator[str]:
@@ -152,20 +149,35 @@ def check_process_count(checkpoint: Path, num_processes: int) -> None:
         )
 
 
-def check_weights(checkpoint: Path, trainable: dict[str, torch.Tensor]) -> None:
+def check_trainees(checkpoint: Path, roles: list[str]) -> None:
+    """Checks that the run of a checkpoint has trained as many models.
+
+    Raises:
+        ValueError: If not.
+    """
+    if (trained := count_trainees(checkpoint)) != len(roles):
+        raise ValueError(
+            f"{checkpoint} must come from a run that trains {len(roles)} model(s), {' and '.join(roles)}, but holds "
+            f"{trained}; resume one of the same script."
+        )
+
+
+def check_weights(checkpoint: Path, trainable: dict[str, torch.Tensor], place: int = 0) -> None:
     """Checks that a checkpoint has the weights that a run trains, by names and shapes.
 
     Args:
         checkpoint: A whole one; DeepSpeed's are not looked into.
         trainable: Weights by name, whole or sharded.
+        place: Of the trainee among those of the run.
 
     Raises:
         ValueError: If it has others.
     """
-    saved = _saved_shapes(checkpoint)
+    saved = _saved_shapes(checkpoint, place)
     if saved is None:
         return
-    is_all = not (checkpoint / TRAINABLE_WEIGHTS_NAME).is_file()  # frozen weights included, if there are any
+    # Frozen weights are among them, if there are any.
+    is_all = not (checkpoint / at_place(TRAINABLE_WEIGHTS_NAME, place)).is_file()
     differing = [name for name, weight in trainable.items() if saved.get(name) != tuple(weight.shape)]
     extra = [] if is_all else sorted(saved.keys() - trainable.keys())
     adapters = [any("lora_" in name for name in names) for names in (saved, trainable)]
@@ -185,13 +197,14 @@ def check_weights(checkpoint: Path, trainable: dict[str, torch.Tensor]) -> None:
     )
 
 
-def _saved_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]] | None:
+def _saved_shapes(checkpoint: Path, place: int) -> dict[str, tuple[int, ...]] | None:
     """Names and shapes of the weights in a checkpoint; None where they are not told without reading it."""
-    for path in filter(Path.is_file, map(checkpoint.joinpath, WHOLE_NAMES)):
+    for path in filter(Path.is_file, (checkpoint / at_place(name, place) for name in WHOLE_NAMES)):
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    if (checkpoint / FSDP_NAME).is_dir():
-        stored = dcp.FileSystemReader(checkpoint / FSDP_NAME).read_metadata().state_dict_metadata
+    shards = checkpoint / at_place(FSDP_NAME, place)
+    if shards.is_dir():
+        stored = dcp.FileSystemReader(shards).read_metadata().state_dict_metadata
         return {
             name.removeprefix("model."): tuple(facts.size)
             for name, facts in stored.items()
@@ -200,26 +213,26 @@ def _saved_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]] | None:
     return None
 
 
-def check_average(checkpoint: Path) -> None:
+def check_average(checkpoint: Path, place: int = 0) -> None:
     """Checks that a checkpoint has a moving average.
 
     Raises:
         ValueError: If it has none.
     """
-    if not (checkpoint / EMA_NAME).is_dir():
+    if not (checkpoint / at_place(EMA_NAME, place)).is_dir():
         raise ValueError(
             f"{checkpoint} must come from a run with use_ema, but holds no moving average; resume without --use_ema, "
             "or start anew with it."
         )
 
 
-def check_optimizer(checkpoint: Path, optimizer: str) -> None:
+def check_optimizer(checkpoint: Path, optimizer: str, place: int = 0) -> None:
     """Checks that the states in a checkpoint are those of an optimizer, `adamw` or `adamw8bit`.
 
     Raises:
         ValueError: If they are another's.
     """
-    path = checkpoint / OPTIMIZER_NAME
+    path = checkpoint / at_place(OPTIMIZER_NAME, place)
     if not path.is_file():  # sharded: the strategies have one optimizer only
         return
     try:
@@ -241,3 +254,35 @@ def _names(states: dict[Any, Any]) -> Iterator[Any]:
         yield name
         if isinstance(state, dict):
             yield from _names(state)
+
+
+# --- how was it written? ---------------------------------------------------------------------------------------------
+
+
+def find_strategy(checkpoint: Path) -> str | None:
+    """How a checkpoint was written: whole (one process or DDP), FSDP2 or DeepSpeed; None if it holds no weights."""
+    if (checkpoint / FSDP_NAME).is_dir():
+        return "FSDP2"
+    if (checkpoint / DEEPSPEED_NAME).is_dir():
+        return "DeepSpeed"
+    if any((checkpoint / name).is_file() for name in WHOLE_NAMES):
+        return "one process or DDP"
+    return None
+
+
+def count_trainees(checkpoint: Path) -> int:
+    """How many models a run has trained that left a checkpoint."""
+    names = (FSDP_NAME, DEEPSPEED_NAME, *WHOLE_NAMES, OPTIMIZER_NAME, FSDP_OPTIMIZER_NAME, SCHEDULER_NAME)
+
+    def is_there(place: int) -> bool:
+        return any((checkpoint / at_place(name, place)).exists() for name in names)
+
+    return len(list(itertools.takewhile(is_there, itertools.count())))
+
+
+def at_place(name: str, place: int) -> str:
+    """What a file or folder of the first trainee is called if it is that of another: accelerate numbers them."""
+    if name.endswith("_0"):
+        return f"{name[:-1]}{place}"
+    stem, dot, suffix = name.partition(".")
+    return f"{stem}_{place}{dot}{suffix}" if place else name

@@ -1,4 +1,4 @@
-"""The weights in a checkpoint of any strategy."""
+"""The weights in a checkpoint: read, whatever strategy wrote them, and written without those that are frozen."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from causal_wan.records.checkpoint_checks import (
     FSDP_NAME,
     TRAINABLE_WEIGHTS_NAME,
     WHOLE_NAMES,
+    at_place,
 )
 
 
@@ -79,13 +80,15 @@ def checkpoint_trainable_weights_only(accelerator: Any) -> None:
     def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         weights.clear()  # tells accelerate that they are dealt with
         if accelerator.is_main_process:
-            for model in models:
-                save_file(_trainable_state(accelerator.unwrap_model(model)), Path(output_dir) / TRAINABLE_WEIGHTS_NAME)
+            for place, model in enumerate(models):
+                path = Path(output_dir) / at_place(TRAINABLE_WEIGHTS_NAME, place)
+                save_file(_trainable_state(accelerator.unwrap_model(model)), path)
 
     def load(models: list[torch.nn.Module], input_dir: str) -> None:
         while models:
             model = accelerator.unwrap_model(models.pop())
-            saved, own = load_file(Path(input_dir) / TRAINABLE_WEIGHTS_NAME), _trainable_state(model)
+            path = Path(input_dir) / at_place(TRAINABLE_WEIGHTS_NAME, len(models))  # the last is taken first
+            saved, own = load_file(path), _trainable_state(model)
             if saved.keys() != own.keys():
                 raise ValueError(
                     f"{input_dir} must come from a run with the same trainable weights; "

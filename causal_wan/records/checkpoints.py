@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,10 @@ from torch.distributed.checkpoint import CheckpointException
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.parsing import write_recipe
 from causal_wan.processes import cpu_group, gather_lists, wait_for_all
-from causal_wan.records.checkpoint_checks import (
-    EMA_NAME,
-    find_damage,
-)
+from causal_wan.records.checkpoint_checks import EMA_NAME, at_place, find_damage
 
 
 logger = logging.getLogger(__name__)
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. Partial ones have another name and are not among them."""
-    named = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
-    return sorted(filter(Path.is_dir, named), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in the name of one of a run's own checkpoints."""
-    return int(checkpoint.name.partition("-")[2])
 
 
 def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None) -> None:
@@ -112,12 +98,23 @@ def describe_damaged(checkpoints: list[Path]) -> str:
     return "; ".join(f"{path.name}: {find_damage(path) or 'whole, but newer'}" for path in checkpoints)
 
 
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. Partial ones have another name and are not among them."""
+    named = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+    return sorted(filter(Path.is_dir, named), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of one of a run's own checkpoints."""
+    return int(checkpoint.name.partition("-")[2])
+
+
 def save_checkpoint(
     accelerator: Any,
     output_dir: str | Path,
     step: int,
     *,
-    ema: EMAModel | None,
+    averages: Sequence[EMAModel | None],
     total_limit: int | None,
     settings: dict[str, Any] | None = None,
 ) -> None:
@@ -129,7 +126,7 @@ def save_checkpoint(
         accelerator: Of the run.
         output_dir: Of the run.
         step: That is done.
-        ema: The moving average, if there is one.
+        averages: The moving average of each trainee, if it has one.
         total_limit: How many checkpoints are kept; None is all.
         settings: Of the run, as a recipe: kept with the checkpoint, for runs that resume it.
     """
@@ -140,8 +137,7 @@ def save_checkpoint(
             shutil.rmtree(left_by_a_kill, ignore_errors=True)
     wait_for_all()
     parts = [partial(_write_state, accelerator, written, settings)]
-    if ema is not None:
-        parts.append(partial(_write_average, written, ema))
+    parts += [partial(_write_average, written, ema, place) for place, ema in enumerate(averages) if ema is not None]
     # Agreed on for each part: one process alone may write the first, and all have to come to the second.
     is_complete = all(all(gather_lists([_try_to_write(part, written)])) for part in parts)
     if accelerator.is_main_process:
@@ -160,8 +156,8 @@ def _write_state(accelerator: Any, folder: Path, settings: dict[str, Any] | None
         write_recipe(settings, folder / SETTINGS_NAME)
 
 
-def _write_average(folder: Path, ema: EMAModel) -> None:
-    where = {"checkpoint_id": folder / EMA_NAME, "process_group": cpu_group()}
+def _write_average(folder: Path, ema: EMAModel, place: int) -> None:
+    where = {"checkpoint_id": folder / at_place(EMA_NAME, place), "process_group": cpu_group()}
     dcp.save(_ema_state(ema), **where, no_dist=not is_initialized())
 
 
@@ -193,10 +189,10 @@ def _try_to_write(write: Callable[[], None], folder: Path) -> bool:
     return True
 
 
-def load_ema(ema: EMAModel, checkpoint: Path) -> None:
-    """Loads the moving average of a checkpoint, whatever the number of processes that wrote it."""
+def load_ema(ema: EMAModel, checkpoint: Path, place: int) -> None:
+    """Loads the average of the trainee at a place in a checkpoint, whatever the number of processes that wrote it."""
     state = _ema_state(ema)
-    where = {"checkpoint_id": checkpoint / EMA_NAME, "process_group": cpu_group()}
+    where = {"checkpoint_id": checkpoint / at_place(EMA_NAME, place), "process_group": cpu_group()}
     dcp.load(state, **where, no_dist=not is_initialized())
     ema.optimization_step = int(state["optimization_step"])
 

@@ -1,4 +1,4 @@
-"""The libraries of trackers, each as `Trackers` wants it."""
+"""The libraries of trackers: which are there, and each as `Trackers` wants it."""
 
 import contextlib
 import importlib.metadata
@@ -17,10 +17,35 @@ from causal_wan.records.trackers import CaptionedVideo, TrackedRun, Tracker, Tra
 
 logger = logging.getLogger(__name__)
 
-
 GIF_SIDE = 320  # pixels at most: a GIF is some ten times as large as the mp4 it shows
 CHARTED = ("loss", "validation_loss", "pred_latent_std", "blur_gap")
 """Metrics by level, each drawn as one chart of all its levels where the tracker can be told so."""
+
+
+def resolve_trackers(report_to: Iterable[str]) -> list[TrackerName]:
+    """The trackers that `--report_to` means: `all` are those that are installed, `none` none.
+
+    Raises:
+        ValueError: If one is not installed.
+    """
+    if "all" in report_to:
+        return [name for name in TRACKERS if _is_installed(name)]
+    names = [name for name in TRACKERS if name in report_to]
+    missing = [name for name in names if not _is_installed(name)]
+    if missing:
+        raise ValueError(
+            f"report_to must name trackers that are installed, but {' and '.join(missing)} cannot be found; run "
+            f"`pip install {' '.join(missing)}`, or leave them out (metrics.jsonl is written in any case)."
+        )
+    return names
+
+
+def _is_installed(package: str) -> bool:
+    try:  # a folder called `wandb`, as its runs leave behind, can be found but is no package
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return importlib.util.find_spec(package) is not None
 
 
 def start_each(names: Iterable[TrackerName], run: TrackedRun, config: dict[str, Any], *, must_start: bool) -> Trackers:
@@ -186,29 +211,3 @@ def gif_summary(name: str, video: CaptionedVideo) -> Any:
     image = make_tensor_proto([b"%d" % width, b"%d" % height, buffer.getvalue()])
     metadata = create_summary_metadata(display_name=name, description=video.caption)
     return Summary(value=[Summary.Value(tag=name, metadata=metadata, tensor=image)])
-
-
-def resolve_trackers(report_to: Iterable[str]) -> list[TrackerName]:
-    """The trackers that `--report_to` means: `all` are those that are installed, `none` none.
-
-    Raises:
-        ValueError: If one is not installed.
-    """
-    if "all" in report_to:
-        return [name for name in TRACKERS if _is_installed(name)]
-    names = [name for name in TRACKERS if name in report_to]
-    missing = [name for name in names if not _is_installed(name)]
-    if missing:
-        raise ValueError(
-            f"report_to must name trackers that are installed, but {' and '.join(missing)} cannot be found; run "
-            f"`pip install {' '.join(missing)}`, or leave them out (metrics.jsonl is written in any case)."
-        )
-    return names
-
-
-def _is_installed(package: str) -> bool:
-    try:  # a folder called `wandb`, as its runs leave behind, can be found but is no package
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return importlib.util.find_spec(package) is not None

@@ -101,6 +101,3 @@ class Trackers:
                         " ".join(str(error).split()),
                     )
                 self._failing.add(tracker.name)
-
-
-# --- the libraries ---------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ HEADER = '''"""A causal, few-step WAN pipeline in one file, for use without the 
     for frames in pipeline.stream("a prompt", num_frames=81):
         ...  # those of a block, as soon as they exist
 
-It takes the parts of any WAN text-to-video checkpoint. Made by a program out of the modules {modules}.
+It takes the parts of any WAN text-to-video model. Made by a program out of the modules {modules}.
 """
 '''
 

@@ -1,4 +1,4 @@
-"""The model card of a result."""
+"""The model card of a result: what it is, how it is used, how it was trained, and samples to look at."""
 
 import json
 import logging
@@ -6,59 +6,59 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-from causal_wan.methods.settings import method_of_run
+from causal_wan.data.settings import DataConfig
+from causal_wan.methods.settings import RegressionConfig
 from causal_wan.records.metrics import METRICS_NAME, read_metrics
+from causal_wan.results.run_record import RunRecord
 from causal_wan.timesteps import Sampler
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 
 
 logger = logging.getLogger(__name__)
 
-
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+DATA_SUMMARY_NAME = "data_summary.json"
+MAX_SAMPLES = 4
+MAX_FEW_STEPS = 8  # of a block, to be called few
+SHOWN = (
+    *("generator_task", "num_frame_per_block", "local_attn_size", "independent_first_frame", "denoising_step_list"),
+    *("num_frames", "height", "width", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "lr_scheduler", "optimizer", "mixed_precision", "use_ema", "lora_rank", "loss_type", "seed"),
+    *("timestep_sampling", "timestep_shift", "context", "loss_space", "loss_weighting"),
+)
 
 
-def copy_samples(folder: Path, staged: Path) -> list[str]:
-    """The first videos of the last validation, as `samples/NN.mp4`."""
-    folders = sorted((folder / "validation").glob("step-*"))
-    videos = sorted(folders[-1].glob("*.mp4"))[:MAX_SAMPLES] if folders else []
-    names = [f"samples/{video.name}" for video in videos]
-    for video, name in zip(videos, names, strict=True):
-        (staged / "samples").mkdir(exist_ok=True)
-        shutil.copy2(video, staged / name)
-    return names
-
-
-def make_card(folder: Path, run: dict[str, Any], repo_id: str, samples: list[str]) -> ModelCard:
-    """The model card: what it is, how to use it, how it was trained.
+def make_card(folder: Path, run: RunRecord | None, repo_id: str, samples: list[str]) -> ModelCard:
+    """The card of a result.
 
     Args:
         folder: Of the result.
-        run: From `read_run`.
+        run: That made it; None of a pipeline.
         repo_id: On the hub.
         samples: Videos beside it.
     """
-    is_lora, is_pipeline = (folder / LORA_NAME).is_file(), (folder / "model_index.json").is_file()
-    base = run.get("pretrained_model_name_or_path")
-    is_on_hub = bool(base) and "/" in base
-    causal = run.get("generator_task", "causal_video") == "causal_video"
+    is_lora, is_pipeline = (folder / LORA_WEIGHTS_NAME).is_file(), (folder / "model_index.json").is_file()
+    base = None if run is None else run.public_settings()["pretrained_model_name_or_path"]
+    is_on_hub = base is not None and "/" in base
+    method = RegressionConfig() if run is None else run.method
+    is_causal = method.attention_block is not None
     steps, sampler = sampled_at(folder, run)
-    method = method_of_run(run)
-    has_step_list = not method.is_continuous if run else sampler == "renoise"
+    has_step_list = sampler == "renoise" if run is None else not method.is_continuous
     is_few_step = len(steps) <= MAX_FEW_STEPS if steps else sampler == "renoise"
+    has_trajectories = run is not None and run.has_trajectories
     settings = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-video",
-        "license": base_license(base, folder),
+        "license": None if run is None else base_license(run.model.pretrained_model_name_or_path),
         "base_model": base if is_on_hub else None,
         "base_model_relation": ("adapter" if is_lora else "finetune") if is_on_hub else None,
         "tags": [
-            *("wan", "video", "ode-regression" if "trajectories_dir" in run else "video-regression"),
+            *("wan", "video", "ode-regression" if has_trajectories else "video-regression"),
             *["few-step"] * is_few_step,
-            *["causal"] * causal,
+            *["causal"] * is_causal,
             *["lora"] * is_lora,
         ],
         "widget": [{"text": "held out while training", "output": {"url": name}} for name in samples] or None,
@@ -73,48 +73,50 @@ def make_card(folder: Path, run: dict[str, Any], repo_id: str, samples: list[str
         license=settings["license"],
         is_lora=is_lora,
         is_pipeline=is_pipeline,
-        is_causal=causal,
-        run=run,
+        is_causal=is_causal,
+        has_run=run is not None,
+        has_trajectories=has_trajectories,
+        method=method,
+        clips=DataConfig() if run is None else run.data,
+        max_sequence_length=None if run is None else run.model.max_sequence_length,
         steps=steps,
         is_few_step=is_few_step,
         has_step_list=has_step_list,
         sampler=sampler,
-        timestep_shift=method.timestep_shift,
-        shown={
-            name: run[name]
-            for name in SHOWN
-            if run.get(name) is not None and not (method.is_continuous and name == "denoising_step_list")
-        },
+        shown={} if run is None else shown_settings(run),
         data=_read_json(folder / DATA_SUMMARY_NAME),
         metrics=last_metrics(folder),
         samples=samples,
     )
 
 
-def sampled_at(folder: Path, run: dict[str, Any]) -> tuple[list[float], Sampler]:
+def sampled_at(folder: Path, run: RunRecord | None) -> tuple[list[float], Sampler]:
     """The timesteps that a student is sampled at, none if they are not known, and the sampler."""
-    if not run:
+    if run is None:
         index = _read_json(folder / "model_index.json")
         return [step for step in index.get("denoising_step_list") or [] if step], index.get("sampler", "renoise")
-    method = method_of_run(run)
-    return [round(step, 3) for step in method.inference_timesteps().tolist()], method.student_sampler
+    return [round(step, 3) for step in run.method.inference_timesteps().tolist()], run.method.student_sampler
 
 
-def base_license(base: str | None, folder: Path) -> str | None:
+def base_license(base: str) -> str | None:
     """The licence that a base model states on the hub, or in its folder; None if it is not known."""
-    if base is None:
-        return None
-    path = folder / "config.yaml"
-    original = yaml.safe_load(path.read_text())["pretrained_model_name_or_path"]
-    readme = Path(original) / "README.md"
+    readme = Path(base) / "README.md"
     try:
         if readme.is_file():
             return ModelCard.load(readme).data.license
-        card_data = None if Path(original).is_dir() else HfApi().model_info(original).card_data
+        card_data = None if Path(base).is_dir() else HfApi().model_info(base).card_data
         return None if card_data is None else card_data.license
     except (HTTPError, OSError, OfflineModeIsEnabled, ValueError) as error:
-        logger.info("the licence of %s is not known: %s", original, describe(error))
+        logger.info("the licence of %s is not known: %s", base, describe(error))
         return None
+
+
+def shown_settings(run: RunRecord) -> dict[str, Any]:
+    """The settings that the card shows, of those that the run has."""
+    has_no_say = {"denoising_step_list"} if run.method.is_continuous else set()
+    return {
+        name: run.settings[name] for name in SHOWN if run.settings.get(name) is not None and name not in has_no_say
+    }
 
 
 def last_metrics(folder: Path) -> dict[str, float]:
@@ -125,16 +127,15 @@ def last_metrics(folder: Path) -> dict[str, float]:
     return found
 
 
-DATA_SUMMARY_NAME = "data_summary.json"
-LORA_NAME = "pytorch_lora_weights.safetensors"
-MAX_SAMPLES = 4
-MAX_FEW_STEPS = 8  # of a block, to be called few
-SHOWN = (
-    *("generator_task", "num_frame_per_block", "local_attn_size", "independent_first_frame", "denoising_step_list"),
-    *("num_frames", "height", "width", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
-    *("learning_rate", "lr_scheduler", "optimizer", "mixed_precision", "use_ema", "lora_rank", "loss_type", "seed"),
-    *("timestep_sampling", "timestep_shift", "context", "loss_space", "loss_weighting"),
-)
+def copy_samples(folder: Path, staged: Path) -> list[str]:
+    """The first videos of the last validation, as `samples/NN.mp4`."""
+    folders = sorted((folder / "validation").glob("step-*"))
+    videos = sorted(folders[-1].glob("*.mp4"))[:MAX_SAMPLES] if folders else []
+    names = [f"samples/{video.name}" for video in videos]
+    for video, name in zip(videos, names, strict=True):
+        (staged / "samples").mkdir(exist_ok=True)
+        shutil.copy2(video, staged / name)
+    return names
 
 
 def describe(error: BaseException) -> str:

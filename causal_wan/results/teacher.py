@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from causal_wan.model.transformer import CausalWanTransformer3DModel
-from causal_wan.results.student import read_run
+from causal_wan.results.run_record import find_run
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 from causal_wan.weights.parts import find_part
-from causal_wan.weights.transformer import causal_settings, load_transformer, load_transformer_config
+from causal_wan.weights.transformer import load_transformer, load_transformer_config
 
 
 WEIGHTS = {".json", ".safetensors"}
@@ -41,36 +41,34 @@ class Teacher:
     max_sequence_length: int | None = None
 
 
-def find_teacher(checkpoint: str, base: str, revision: str | None) -> Teacher:
-    """The teacher that a checkpoint is: of a run as it was trained, of any other folder as its configuration says.
+def find_teacher(teacher: str, base: str, revision: str | None) -> Teacher:
+    """What a teacher is: of a run as it was trained, of any other folder as its configuration says.
 
     Args:
-        checkpoint: Output folder of a run, diffusers folder, hub id or file of weights.
+        teacher: Output folder of a run, diffusers folder, hub id or file of weights.
         base: Diffusers folder or hub id that a file of weights belongs to.
         revision: Of base, if it is a hub repository.
 
     Raises:
-        ValueError: If the checkpoint is none of these.
+        ValueError: If it is none of these.
     """
-    run, folder = read_run(checkpoint, base if Path(checkpoint).is_file() else None), Path(checkpoint)
-    if not run:
-        config = load_transformer_config(checkpoint, revision=revision if checkpoint == base else None)
+    run = find_run(teacher, base if Path(teacher).is_file() else None)
+    if run is None:
+        config = load_transformer_config(teacher, revision=revision if teacher == base else None)
         causal = {
             "num_frame_per_block": config.get("num_frame_per_block"),
             "local_attn_size": config.get("local_attn_size", -1),
             "sink_size": config.get("sink_size", 0),
             "independent_first_frame": config.get("independent_first_frame", False),
         }
-        return Teacher(checkpoint, revision if checkpoint == base else None, None, None, causal)
-    has_lora = (folder / LORA_WEIGHTS_NAME).is_file()
-    generator_ckpt = checkpoint if (folder / "transformer").is_dir() else run["generator_ckpt"]
+        return Teacher(teacher, revision if teacher == base else None, None, None, causal)
     return Teacher(
-        run["pretrained_model_name_or_path"],
-        run["revision"],
-        generator_ckpt,
-        folder if has_lora else None,
-        causal_settings(run),
-        run.get("max_sequence_length"),
+        run.model.pretrained_model_name_or_path,
+        run.model.revision,
+        teacher if run.has_transformer else run.model.generator_ckpt,
+        run.folder if run.has_lora else None,
+        run.causal,
+        None if run.folder is None else run.model.max_sequence_length,
     )
 
 

@@ -1,4 +1,4 @@
-"""A run's result on the hub: uploads in the background, and the model card.
+"""A run's result on its way to the hub, in the background while it trains and at the end.
 
 An upload never costs the run anything: what fails is tried again, then reported with the command that finishes it.
 What goes up is listed here, by name: never data, caches, prompts of the data set, trackers' logs or local paths.
@@ -15,29 +15,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
+from causal_wan.config.changed_settings import SETTINGS_NAME
+from causal_wan.config.parsing import write_recipe
 from causal_wan.config.settings import HubConfig
-from causal_wan.results.model_card import DATA_SUMMARY_NAME, LORA_NAME, copy_samples, describe, make_card
+from causal_wan.records.metrics import METRICS_NAME
+from causal_wan.results.export import PIPELINE_NAME
+from causal_wan.results.model_card import DATA_SUMMARY_NAME, copy_samples, describe, make_card
+from causal_wan.results.run_record import RunRecord
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FOLDER = "last-checkpoint"
 # What of an output folder goes up as it is. Of a whole pipeline, all its parts.
-RESULT = ("transformer/*", LORA_NAME, "pipeline.py", "metrics.jsonl", DATA_SUMMARY_NAME)
+RESULT = ("transformer/*", LORA_WEIGHTS_NAME, PIPELINE_NAME, METRICS_NAME, DATA_SUMMARY_NAME)
 PIPELINE = ("model_index.json", "scheduler/*", "text_encoder/*", "tokenizer/*", "vae/*")
 WAITS = (5, 30)  # seconds before the second and the third attempt
-# Settings that name something on this machine; the card and the uploaded config have the last part of the path.
-PATHS = (
-    *("pretrained_model_name_or_path", "generator_ckpt", "dataset_base_path", "metadata_path", "dataset_config"),
-    *("validation_metadata_path", "latents_dir", "trajectories_dir", "output_dir", "resume_from_checkpoint"),
-)
 
 
 # --- uploads ---------------------------------------------------------------------------------------------------------
+
+
+def start_uploads(config: HubConfig, output_dir: str | Path) -> "HubUploads | None":
+    """The uploads of a run, if there are to be any.
+
+    Raises:
+        ValueError: As `open_repository`.
+    """
+    return HubUploads(config, output_dir, open_repository(config, output_dir)) if config.push_to_hub else None
 
 
 def open_repository(config: HubConfig, output_dir: str | Path) -> str:
@@ -66,15 +75,6 @@ def open_repository(config: HubConfig, output_dir: str | Path) -> str:
     return name
 
 
-def start_uploads(config: HubConfig, output_dir: str | Path) -> "HubUploads | None":
-    """The uploads of a run, if there are to be any.
-
-    Raises:
-        ValueError: As `open_repository`.
-    """
-    return HubUploads(config, output_dir, open_repository(config, output_dir)) if config.push_to_hub else None
-
-
 class HubUploads:
     """The uploads of a run, one after the other, in the background.
 
@@ -99,7 +99,7 @@ class HubUploads:
         try:
             staged = Path(tempfile.mkdtemp(prefix="uploading-", dir=self.output_dir))
             link_tree(checkpoint, staged / "files")  # the checkpoint may be rotated away meanwhile
-            (staged / "files" / "config.yaml").unlink(missing_ok=True)  # it has paths of this machine
+            (staged / "files" / SETTINGS_NAME).unlink(missing_ok=True)  # it has paths of this machine
         except OSError as error:  # a full disk costs no run its life
             logger.error("%s does not go to the hub: %s", checkpoint.name, describe(error))
             return
@@ -198,10 +198,10 @@ def stage_result(folder: Path, repo_id: str) -> Iterator[Path]:
     """
     is_pipeline = (folder / "model_index.json").is_file()
     patterns = (*RESULT, *PIPELINE) if is_pipeline else RESULT
-    if not (folder / "transformer").is_dir() and not (folder / LORA_NAME).is_file():
+    if not (folder / "transformer").is_dir() and not (folder / LORA_WEIGHTS_NAME).is_file():
         raise ValueError(
             f"checkpoint must be the output folder of a finished run, or a whole pipeline, got {folder}, which has "
-            f"neither transformer/ nor {LORA_NAME}."
+            f"neither transformer/ nor {LORA_WEIGHTS_NAME}."
         )
     with tempfile.TemporaryDirectory(prefix="uploading-", dir=folder) as made:
         staged = Path(made) / "files"
@@ -212,26 +212,9 @@ def stage_result(folder: Path, repo_id: str) -> Iterator[Path]:
                 link_tree(path, place)
             else:
                 shutil.copy2(path, place)
-        run = read_run(folder)
-        if run:
-            (staged / "config.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
+        run = RunRecord.of_folder(folder)
+        if run is not None:
+            write_recipe(run.public_settings(), staged / SETTINGS_NAME)
         samples = copy_samples(folder, staged)
         make_card(folder, run, repo_id, samples).save(staged / "README.md")
         yield staged
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """The settings of a run without the paths of this machine; empty if there are none."""
-    path = folder / "config.yaml"
-    run = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    return {name: _last_part(value) if name in PATHS else value for name, value in run.items()}
-
-
-def _last_part(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    is_local = Path(value).is_absolute() or Path(value).exists() or value.startswith((".", "~"))
-    return Path(value).name if is_local else value
-
-
-# --- the card --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
-from causal_wan.config.parsing import flat_dict
+from causal_wan.config.parsing import flat_dict, paths_of
+from causal_wan.config.settings import ModelConfig
 from causal_wan.data.settings import ClipShape
 from causal_wan.memory.levers import cut_up_vae, enable_gradient_checkpointing, quantization_config, store_in_fp8
 from causal_wan.model.compiling import compile_layers
@@ -56,12 +57,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(path: str | None) -> str | None:
         return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
-    model = replace(
-        config.model,
-        pretrained_model_name_or_path=absolute(config.model.pretrained_model_name_or_path),
-        generator_ckpt=absolute(config.model.generator_ckpt),
-    )
-    return replace(config, model=model)
+    paths = {name: absolute(vars(config.model)[name]) for name in paths_of(ModelConfig)}
+    return replace(config, model=replace(config.model, **paths))
 
 
 def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DModel:

@@ -26,6 +26,7 @@ from causal_wan.model.vae import check_video_size
 from causal_wan.processes import gather_lists, wait_for_all
 from causal_wan.progress import announced
 from causal_wan.records.checkpoints import check_output_dir
+from causal_wan.records.metrics import STUDENT
 from causal_wan.records.tracker_libraries import resolve_trackers
 from causal_wan.records.trackers import Trackers
 from causal_wan.results.model_card import DATA_SUMMARY_NAME
@@ -128,7 +129,7 @@ def run_regression(
         accelerator.register_for_checkpointing(data.lane_states)
     with user_errors():
         settings = flat_dict(with_absolute_paths(config))
-        run = prepare_run(accelerator, config.training, begun.transformer, begun.trackers, settings)
+        run = prepare_run(accelerator, config.training, {STUDENT: begun.transformer}, begun.trackers, settings)
     if accelerator.is_main_process:  # not before: a run that cannot be resumed keeps its own
         write_recipe(settings, Path(config.training.output_dir) / SETTINGS_NAME)
     compute_loss = partial(compute_loss, config.method)
@@ -156,7 +157,7 @@ def run_regression(
             run,
             make_dataloader=partial(make_loader, data, dataset, loader_settings(config, run)),
             prepare_batch=prepare,
-            compute_loss=compute_loss,
+            losses={STUDENT: compute_loss},
             summarize=partial(summarize, config),
             validate=validate if validate.prompts else None,
             before_checkpoint=None if data.lane_states is None else partial(gather_lane_states, data.lane_states),
@@ -255,10 +256,10 @@ def save_result(begun: BegunRun, run: Run) -> None:
     """Writes the weights of the result, and what a model card says of the data."""
     accelerator, config = begun.accelerator, begun.inputs.config
     with announced("saving the result"):
-        with ema_weights(run.ema, run.unwrapped_model):
-            weights = gather_weights(run)
+        with ema_weights(run.student):
+            weights = gather_weights(accelerator, run.student)
         if accelerator.is_main_process:
-            save_student(run.unwrapped_model, weights, config)
+            save_student(run.student.unwrapped_model, weights, config)
     if accelerator.is_main_process:
         (Path(config.training.output_dir) / DATA_SUMMARY_NAME).write_text(json.dumps(begun.data.count()))
         print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")

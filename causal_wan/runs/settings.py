@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from causal_wan.config.parsing import names_of
 from causal_wan.config.ranges import checked_dataclass
 from causal_wan.config.settings import (
     CacheConfig,
@@ -9,6 +10,7 @@ from causal_wan.config.settings import (
     MemoryConfig,
     ModelConfig,
     TrainingConfig,
+    TrajectoriesConfig,
     ValidationConfig,
 )
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached, check_waits_for_clips
@@ -80,3 +82,12 @@ class RunConfig:
     def num_latent_frames(self, shape: ClipShape) -> int:
         """F, latent frames of a clip."""
         return num_valid_latent_frames(shape.num_frames, self.data.time_division_factor)
+
+
+@checked_dataclass
+class TrajectoryRunConfig(RunConfig, TrajectoriesConfig):
+    """The same, of a run on trajectories of a teacher."""
+
+
+TRAINING_SETTINGS = frozenset(names_of(TrajectoryRunConfig))
+"""All that a recipe of a training script may hold: it serves other scripts too, which pass over what is not theirs."""

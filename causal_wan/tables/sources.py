@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.ranges import PositiveFloat, checked_dataclass
 
 
@@ -21,8 +22,8 @@ FILE_SUFFIXES = {".csv", ".jsonl", ".ndjson", ".parquet"}
 class Source:
     """A table, and how to read it."""
 
-    metadata_path: str
-    dataset_base_path: str | None = None
+    metadata_path: LocalPath
+    dataset_base_path: LocalPath | None = None
     video_column: str = "video"
     caption_column: tuple[str, ...] = ("prompt",)
     weight: PositiveFloat | None = None

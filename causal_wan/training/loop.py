@@ -1,13 +1,13 @@
 """The training loop: passes, steps, logging, validation, checkpoints.
 
-Knows no video and no diffusion: a batch is opaque but for two numbers (see `PreparedBatch`), and the loss is an
-argument. Everything random in a step comes from the batch, whose samples are numbered through the whole run; so a
-resumed run needs no state of random generators, and neither the number of processes nor gradient accumulation changes
-what is learned.
+Knows no video and no diffusion: a batch is opaque but for two numbers (see `PreparedBatch`), and losses are arguments.
+Everything random in a step comes from the batch, whose samples are numbered through the whole run; so a resumed run
+needs no state of random generators, and neither the number of processes nor gradient accumulation changes what is
+learned.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 from causal_wan.progress import announced
 from causal_wan.records.checkpoints import save_checkpoint
-from causal_wan.records.metrics import StepLog, Sums
+from causal_wan.records.metrics import STUDENT, StepLog, Sums
 from causal_wan.records.trackers import CaptionedVideo
 from causal_wan.training.profiling import StepProfiler
 from causal_wan.training.run import Run
-from causal_wan.training.steps import PreparedBatch, prepare_passes, train_step
+from causal_wan.training.steps import ComputeLoss, PreparedBatch, prepare_passes, train_step
 from causal_wan.training.stopping import StopRequest
 from causal_wan.training.validation_runs import ValidationRuns, is_due
 
@@ -34,7 +34,8 @@ def train(
     *,
     make_dataloader: Callable[..., DataLoader],
     prepare_batch: Callable[[Any], PreparedBatch],
-    compute_loss: Callable[[torch.nn.Module, Any, torch.Tensor], tuple[torch.Tensor, Sums]],
+    losses: Mapping[str, ComputeLoss],
+    turn: Callable[[int], str] = lambda step: STUDENT,
     summarize: Callable[[Sums], dict[str, float]],
     validate: Callable[[torch.nn.Module, int], tuple[dict[str, float], dict[str, CaptionedVideo]]] | None = None,
     before_checkpoint: Callable[[], None] | None = None,
@@ -50,9 +51,11 @@ def train(
         run: From `prepare_run`.
         make_dataloader: (*, start, end, step) -> the batches of the run's samples from `start`, the first of `step`,
             to `end`, in order.
-        prepare_batch: A batch of the loader, on the host -> what `compute_loss` takes, on the device. No gradients.
-        compute_loss: (wrapped model, prepared batch, num_items of the whole step over all processes) -> (this batch's
-            share of the loss: a sum over its elements divided by that number, sums to log).
+        prepare_batch: A batch of the loader, on the host -> what the losses take, on the device. No gradients.
+        losses: Role of each trainee -> its loss. (wrapped model, prepared batch, num_items of the whole step over all
+            processes) -> (this batch's share: a sum over its elements divided by that number, sums to log).
+        turn: Number of steps that are done -> role of what the next one trains. It must depend on nothing else, or a
+            resumed run would take other turns.
         summarize: Sums over processes and steps -> metrics.
         validate: (unwrapped model with the weights of the result, step) -> (metrics, mp4 files by name). Called
             on every process.
@@ -83,7 +86,8 @@ def train(
         dynamic_ncols=True,
     )
     profiler = StepProfiler(run.accelerator, config.profile, config.output_dir, state.step)
-    run.model.train()
+    for trainee in run.trainees.values():
+        trainee.model.train()
     is_owed = False  # a validation, by a run that was told to stop
     with StopRequest() as stop, progress, profiler:
         if state.step == config.max_train_steps and save_result is not None:  # it ended after its last checkpoint
@@ -93,7 +97,8 @@ def train(
         while state.step < config.max_train_steps and not stop.agreed:
             prepared = prepare_passes(batches, prepare_batch, config.gradient_accumulation_steps, log, profiler)
             with log.timed("compute"):
-                train_step(run, prepared, compute_loss, stop, profiler)
+                role = turn(state.step)
+                train_step(run, role, prepared, losses[role], stop=stop, profiler=profiler)
             profiler.end_step()
             log.count_step(num_tokens=sum(batch.num_tokens for batch in prepared))
             state.num_samples += samples_per_step
@@ -129,7 +134,7 @@ def write_checkpoint(
             run.accelerator,
             config.output_dir,
             step,
-            ema=run.ema,
+            averages=[trainee.ema for trainee in run.trainees.values()],
             total_limit=config.checkpoints_total_limit,
             settings=run.settings,
         )

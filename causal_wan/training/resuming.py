@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import (
-    DistributedType,
-)
+from accelerate.utils import DistributedType
 from torch.distributed.checkpoint import CheckpointException
 
 from causal_wan.config.changed_settings import read_settings
@@ -21,6 +19,7 @@ from causal_wan.records.checkpoint_checks import (
     check_optimizer,
     check_process_count,
     check_strategy,
+    check_trainees,
     check_weights,
 )
 from causal_wan.records.checkpoints import describe_damaged, find_checkpoint, load_ema, passed_over, set_aside
@@ -30,16 +29,6 @@ from causal_wan.training.strategies import clip_as_set
 
 
 logger = logging.getLogger(__name__)
-
-
-def optimizer_settings(config: TrainingConfig) -> dict[str, Any]:
-    """Of AdamW, by torch's names."""
-    return {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
 
 
 def resume(run: Run) -> None:
@@ -85,19 +74,22 @@ def load_checkpoint(run: Run, checkpoint: Path) -> None:
     check_strategy(checkpoint, accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         check_process_count(checkpoint, accelerator.num_processes)
-    named = run.unwrapped_model.named_parameters()
-    check_weights(checkpoint, {name: weight for name, weight in named if weight.requires_grad})
-    check_optimizer(checkpoint, config.optimizer)
-    if run.ema is not None:
-        check_average(checkpoint)
+    check_trainees(checkpoint, list(run.trainees))
+    for place, trainee in enumerate(run.trainees.values()):
+        named = trainee.unwrapped_model.named_parameters()
+        check_weights(checkpoint, {name: weight for name, weight in named if weight.requires_grad}, place)
+        check_optimizer(checkpoint, config.optimizer, place)
+        if trainee.ema is not None:
+            check_average(checkpoint, place)
     scaler = accelerator.scaler
     if scaler is not None and not (checkpoint / SCALER_NAME).is_file():
         accelerator.scaler = None  # of a run that was not in float16: the scale is found anew
     try:
         with announced(f"reading {checkpoint}"):
             accelerator.load_state(str(checkpoint))
-            if run.ema is not None:
-                load_ema(run.ema, checkpoint)
+            for place, trainee in enumerate(run.trainees.values()):
+                if trainee.ema is not None:
+                    load_ema(trainee.ema, checkpoint, place)
     except (Exception, CheckpointException) as error:  # of torch, DeepSpeed, pickle and safetensors
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(
@@ -132,13 +124,25 @@ def apply_settings(run: Run) -> None:
 
     The schedule stays where it is. All of diffusers' schedules are a factor of the base rate, by the step.
     """
-    schedule, settings = run.lr_scheduler.scheduler, optimizer_settings(run.config)
-    schedule.base_lrs = [run.config.learning_rate] * len(schedule.base_lrs)
-    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-    schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
-    for group, rate in zip(run.optimizer.param_groups, schedule._last_lr, strict=True):
-        group.update(settings | {"lr": rate, "initial_lr": run.config.learning_rate})
-    clip_as_set(run.optimizer, run.config)
+    settings = optimizer_settings(run.config)
+    for trainee in run.trainees.values():
+        schedule = trainee.lr_scheduler.scheduler
+        schedule.base_lrs = [run.config.learning_rate] * len(schedule.base_lrs)
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+        for group, rate in zip(trainee.optimizer.param_groups, schedule._last_lr, strict=True):
+            group.update(settings | {"lr": rate, "initial_lr": run.config.learning_rate})
+        clip_as_set(trainee.optimizer, run.config)
+
+
+def optimizer_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Of AdamW, by torch's names."""
+    return {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
 
 
 def note_processes(run: Run) -> None:

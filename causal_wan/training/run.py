@@ -1,4 +1,4 @@
-"""A run: its model, and all that changes as it is trained."""
+"""A run: what it trains, one model or more by role, and all that changes as it is trained."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +9,7 @@ from diffusers.training_utils import EMAModel
 
 from causal_wan.config.settings import TrainingConfig
 from causal_wan.devices import LateReader
-from causal_wan.records.metrics import MetricSums
+from causal_wan.records.metrics import STUDENT, MetricSums
 from causal_wan.records.trackers import Trackers
 from causal_wan.training.strategies import count_replicas
 
@@ -32,25 +32,34 @@ class RunState:
 
 
 @dataclass
+class Trainee:
+    """What a run trains in one role, prepared: a model, and all that changes it."""
+
+    model: torch.nn.Module  # as wrapped by accelerate: the forward must go through it
+    unwrapped_model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+    num_checked: int = 0  # first steps of this process that were checked to change weights
+
+
+@dataclass
 class Run:
     """The prepared parts of a run."""
 
     accelerator: Accelerator
     config: TrainingConfig
-    model: torch.nn.Module  # as wrapped by accelerate: the forward must go through it
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    ema: EMAModel | None
+    trainees: dict[str, Trainee]  # by role; checkpoints number their files in this order
     state: RunState
     metrics: MetricSums
     trackers: Trackers
     settings: dict[str, Any] | None = None  # of the run, as a recipe; kept in checkpoints
-    num_checked: int = 0  # first steps of this process that were checked to change weights
     late: LateReader = field(default_factory=LateReader)
 
     @property
-    def unwrapped_model(self) -> torch.nn.Module:
-        return self.accelerator.unwrap_model(self.model)
+    def student(self) -> Trainee:
+        """What the result is made of."""
+        return self.trainees[STUDENT]
 
     @property
     def num_replicas(self) -> int:

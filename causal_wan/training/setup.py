@@ -1,10 +1,11 @@
-"""What a run has before its first step: Accelerator, optimizer, schedule, EMA and trackers, prepared and resumed.
+"""What a run has before its first step: Accelerator, trackers, and what it trains, prepared and resumed.
 
 Knows no video and no diffusion.
 """
 
 import importlib.util
 import logging
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from causal_wan.records.metrics import MetricSums
 from causal_wan.records.tracker_libraries import resolve_trackers, start_each
 from causal_wan.records.trackers import Trackers, identify_run
 from causal_wan.training.resuming import optimizer_settings, resume
-from causal_wan.training.run import Run, RunState
+from causal_wan.training.run import Run, RunState, Trainee
 from causal_wan.training.strategies import follow_settings, is_sharded, replaces_optimizer
 from causal_wan.training.weights import trainable_parameters
 
@@ -45,30 +46,6 @@ from causal_wan.training.weights import trainable_parameters
 logger = logging.getLogger(__name__)
 
 STEP_PATIENCE = timedelta(minutes=10)  # NCCL's own timeout
-
-
-# --- its parts -------------------------------------------------------------------------------------------------------
-
-
-def check_precision(mixed_precision: str | None) -> None:
-    """Checks that the precision can be had.
-
-    Raises:
-        ValueError: If it needs a library that is not installed.
-    """
-    if mixed_precision == "fp8" and importlib.util.find_spec("torchao") is None:
-        raise ValueError("--mixed_precision fp8 needs torchao; run `pip install torchao`, or use bf16.")
-
-
-def _is_computed_in_fp8(module: torch.nn.Module, name: str) -> bool:
-    """Whether a linear layer has its products in 8 bits: those of the layers, in which nearly all the work is."""
-    is_linear = isinstance(module, torch.nn.Linear) and not (module.in_features % 16 or module.out_features % 16)
-    return is_linear and "blocks." in name and "lora_" not in name
-
-
-def _fp8_recipe() -> tuple[AORecipeKwargs]:
-    # Gathering in 8 bits is for sharded weights, and would make all of them tensors of a kind that is not saved.
-    return (AORecipeKwargs(module_filter_func=_is_computed_in_fp8, enable_fsdp_float8_all_gather=False),)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -129,6 +106,27 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
+def _fp8_recipe() -> tuple[AORecipeKwargs]:
+    # Gathering in 8 bits is for sharded weights, and would make all of them tensors of a kind that is not saved.
+    return (AORecipeKwargs(module_filter_func=_is_computed_in_fp8, enable_fsdp_float8_all_gather=False),)
+
+
+def _is_computed_in_fp8(module: torch.nn.Module, name: str) -> bool:
+    """Whether a linear layer has its products in 8 bits: those of the layers, in which nearly all the work is."""
+    is_linear = isinstance(module, torch.nn.Linear) and not (module.in_features % 16 or module.out_features % 16)
+    return is_linear and "blocks." in name and "lora_" not in name
+
+
+def check_precision(mixed_precision: str | None) -> None:
+    """Checks that the precision can be had.
+
+    Raises:
+        ValueError: If it needs a library that is not installed.
+    """
+    if mixed_precision == "fp8" and importlib.util.find_spec("torchao") is None:
+        raise ValueError("--mixed_precision fp8 needs torchao; run `pip install torchao`, or use bf16.")
+
+
 def start_trackers(accelerator: Accelerator, config: TrainingConfig, settings: dict[str, Any]) -> Trackers:
     """The trackers of a run, started on the main process.
 
@@ -153,47 +151,45 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig, settings: d
     return start_each(names, run, settings, must_start=not has_checkpoint)
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, in 8 bits on demand.
-
-    Raises:
-        ValueError: If bitsandbytes is needed and not installed.
-    """
-    settings = optimizer_settings(config)
-    if config.optimizer == "adamw8bit":
-        try:
-            import bitsandbytes
-        except ImportError:
-            raise ValueError(
-                "--optimizer adamw8bit needs bitsandbytes; run `pip install bitsandbytes`, or use --optimizer adamw."
-            ) from None
-        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, **settings, fused=True)
-
-
-# --- the whole -------------------------------------------------------------------------------------------------------
-
-
 def prepare_run(
     accelerator: Accelerator,
     config: TrainingConfig,
-    model: torch.nn.Module,
+    models: Mapping[str, torch.nn.Module],
     trackers: Trackers | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Run:
-    """Optimizer, schedule and EMA of a model, prepared by accelerate and, when the config says so, resumed.
+    """A run of models that are to be trained, prepared by accelerate and, when the config says so, resumed.
 
     Args:
         accelerator: From `make_accelerator`.
         config: Of the run.
-        model: To train.
+        models: To train, by role; the result is that of `STUDENT`.
         trackers: From `start_trackers`; without them metrics.jsonl is all that is written.
         settings: Of the whole run, as a recipe: kept in checkpoints.
 
     Raises:
-        ValueError: If the strategy cannot do what the config asks for, or the checkpoint to resume does not fit.
+        ValueError: If the strategy cannot do what is asked for, or the checkpoint to resume does not fit.
     """
-    if config.use_ema and accelerator.distributed_type == DistributedType.DEEPSPEED:
+    check_strategy_can(accelerator, config, num_models=len(models))
+    has_frozen_weights = any(not weight.requires_grad for model in models.values() for weight in model.parameters())
+    trainees = {role: prepare_trainee(accelerator, config, model) for role, model in models.items()}
+    run = Run(accelerator, config, trainees, RunState(), MetricSums(), trackers or Trackers(), settings)
+    accelerator.register_for_checkpointing(run.state, run.metrics)
+    unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if has_frozen_weights and accelerator.distributed_type in unsharded:
+        checkpoint_trainable_weights_only(accelerator)
+    resume(run)
+    return run
+
+
+def check_strategy_can(accelerator: Accelerator, config: TrainingConfig, *, num_models: int) -> None:
+    """Checks that the strategy of the launch can do what a run asks for.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if config.use_ema and is_deepspeed:
         raise ValueError(
             "use_ema needs weights that can be read in float32 after each step, but DeepSpeed keeps them to itself; "
             "launch with accelerate_configs/fsdp2.yaml, or leave --use_ema out."
@@ -213,6 +209,15 @@ def prepare_run(
             "mixed_precision fp8 needs whole weights on each GPU; launch with accelerate_configs/single_gpu.yaml or "
             "ddp.yaml, or use bf16."
         )
+    if num_models > 1 and is_deepspeed:
+        raise ValueError(
+            f"DeepSpeed trains one model in a run, but this one trains {num_models}; launch with "
+            "accelerate_configs/ddp.yaml or fsdp2.yaml."
+        )
+
+
+def prepare_trainee(accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module) -> Trainee:
+    """A model with its optimizer, schedule and average, prepared by accelerate."""
     optimizer = make_optimizer(trainable_parameters(model), config)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
@@ -220,21 +225,31 @@ def prepare_run(
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=config.max_train_steps,
     )
-    has_frozen_weights = any(not parameter.requires_grad for parameter in model.parameters())
-    if has_frozen_weights:
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
         # All processes have loaded the same: DDP need not send them around, and gloo could not send 8 bits.
-        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     with announced("handing out the weights"):
         model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    ema = None
+    unwrapped_model, ema = accelerator.unwrap_model(model), None
     if config.use_ema:
-        ema = EMAModel(trainable_parameters(accelerator.unwrap_model(model)), decay=config.ema_decay)
-    parts = (accelerator, config, model, optimizer, lr_scheduler, ema, RunState(), MetricSums())
-    run = Run(*parts, trackers or Trackers(), settings)
-    accelerator.register_for_checkpointing(run.state, run.metrics)
-    unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if has_frozen_weights and accelerator.distributed_type in unsharded:
-        checkpoint_trainable_weights_only(accelerator)
-    resume(run)
-    return run
+        ema = EMAModel(trainable_parameters(unwrapped_model), decay=config.ema_decay)
+    return Trainee(model, unwrapped_model, optimizer, lr_scheduler, ema)
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, in 8 bits on demand.
+
+    Raises:
+        ValueError: If bitsandbytes is needed and not installed.
+    """
+    settings = optimizer_settings(config)
+    if config.optimizer == "adamw8bit":
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise ValueError(
+                "--optimizer adamw8bit needs bitsandbytes; run `pip install bitsandbytes`, or use --optimizer adamw."
+            ) from None
+        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, **settings, fused=True)

@@ -6,18 +6,23 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from causal_wan.records.checkpoints import list_checkpoints
-from causal_wan.records.metrics import MetricSums, StepLog, Sums
+from causal_wan.records.metrics import MetricSums, StepLog, Sums, sum_name
 from causal_wan.training.profiling import StepProfiler
-from causal_wan.training.run import Run
+from causal_wan.training.run import Run, Trainee
 from causal_wan.training.stopping import StopRequest
 from causal_wan.training.weights import trainable_parameters
 
 
 logger = logging.getLogger(__name__)
+
+
+ComputeLoss = Callable[[torch.nn.Module, Any, torch.Tensor], tuple[torch.Tensor, Sums]]
 
 
 class PreparedBatch(Protocol):
@@ -54,21 +59,23 @@ def prepare_passes(
 
 def train_step(
     run: Run,
+    role: str,
     batches: list[PreparedBatch],
-    compute_loss: Callable[[torch.nn.Module, Any, torch.Tensor], tuple[torch.Tensor, Sums]],
+    compute_loss: ComputeLoss,
+    *,
     stop: StopRequest,
     profiler: StepProfiler,
 ) -> None:
-    """One optimizer step over the passes that make it up, added to the run's metrics; skipped if it is not finite.
+    """One step of the trainee in a role, over the passes that make it up; skipped if it is not finite.
 
-    All processes learn of a request to stop that one has received. Nothing here waits for the device: what the host
-    must know of a step it learns a step later (see `LateReader`).
+    It adds to the run's metrics. All processes learn of a request to stop that one has received. Nothing here waits
+    for the device: what the host must know of a step it learns a step later (see `LateReader`).
 
     Raises:
         RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped, or the first steps changed no weight.
     """
-    accelerator, config = run.accelerator, run.config
-    check = ChangeCheck(run)
+    accelerator, config, trainee = run.accelerator, run.config, run.trainees[role]
+    check = ChangeCheck(accelerator, trainee)
     num_items = torch.stack([batch.num_items for batch in batches]).sum()
     num_items, num_stops = accelerator.reduce(torch.stack([num_items, torch.full_like(num_items, stop.received)]))
     # Those that share a clip all count its items and compute its whole loss, each with the gradients of its tokens.
@@ -78,32 +85,33 @@ def train_step(
     scale = accelerator.num_processes * config.gradient_accumulation_steps
     step_sums = MetricSums()
     for batch in batches:
-        with accelerator.accumulate(run.model):
+        with accelerator.accumulate(trainee.model):
             with profiler.part("forward"):
-                loss, sums = compute_loss(run.model, batch, num_items)
+                loss, sums = compute_loss(trainee.model, batch, num_items)
             with profiler.part("backward"):
                 accelerator.backward(loss * scale)
-        sums = {"loss": loss.detach().double(), **sums}
+        sums = {sum_name(role, "loss"): loss.detach().double(), **sums}
         step_sums.add({name: value / num_sharing for name, value in sums.items()})
     with profiler.part("optimizer"):
-        grad_norm, took_step = update_weights(run)
+        grad_norm, took_step = update_weights(run, trainee)
 
     # Counts and the norm are the same on all processes, and sums are added up over them.
-    counts = {"num_steps": took_step, "num_nonfinite_steps": ~took_step}
+    counts = {sum_name(role, "num_steps"): took_step, "num_nonfinite_steps": ~took_step}
     is_main = accelerator.is_main_process
-    step_sums.add({"grad_norm": grad_norm.double() * is_main})
+    step_sums.add({sum_name(role, "grad_norm"): grad_norm.double() * is_main})
     run.metrics.add({name: value.where(took_step, torch.zeros_like(value)) for name, value in step_sums.sums.items()})
     run.metrics.add({name: value.double() * is_main for name, value in counts.items()})
     news = torch.stack([~took_step, num_stops > 0, took_step & check.changed_nothing()])
     run.late.hand_in(news, partial(note_step, run, stop, run.state.step + 1))
 
 
-def update_weights(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+def update_weights(run: Run, trainee: Trainee) -> tuple[torch.Tensor, torch.Tensor]:
     """Clips, steps, averages; the norm of the gradients before, and whether the step was taken, on the device."""
     accelerator, max_norm = run.accelerator, run.config.max_grad_norm
-    parameters, max_norm = trainable_parameters(run.model), max_norm or float("inf")
-    if accelerator.is_fsdp2 and accelerator.scaler is not None:
-        # accelerate divides by the scale twice where some weights are frozen.
+    parameters, max_norm = trainable_parameters(trainee.model), max_norm or float("inf")
+    if accelerator.is_fsdp2 and (accelerator.scaler is not None or len(run.trainees) > 1):
+        # accelerate divides by the scale twice where some weights are frozen, and looks for a model by comparing its
+        # weights with those of all others, by their numbers.
         accelerator.unscale_gradients()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     else:
@@ -111,48 +119,49 @@ def update_weights(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(grad_norm, DTensor):  # FSDP2
         grad_norm = grad_norm.full_tensor()
     grad_norm = torch.as_tensor(grad_norm)  # DeepSpeed has a float
-    took_step = step_optimizer(run, grad_norm)
-    run.lr_scheduler.step()
-    run.optimizer.zero_grad()
-    if run.ema is not None:
-        run.ema.step(trainable_parameters(run.unwrapped_model))
+    took_step = step_optimizer(accelerator, trainee.optimizer, grad_norm)
+    for each in run.trainees.values():
+        each.lr_scheduler.step()  # by the steps of the run, whoever's turn it is
+        each.optimizer.zero_grad()  # what a loss has left in others is nobody's gradient
+    if trainee.ema is not None:
+        trainee.ema.step(trainable_parameters(trainee.unwrapped_model))
     return grad_norm.to(accelerator.device), took_step.to(accelerator.device)
 
 
-def step_optimizer(run: Run, grad_norm: torch.Tensor) -> torch.Tensor:
+def step_optimizer(accelerator: Accelerator, prepared: AcceleratedOptimizer, grad_norm: torch.Tensor) -> torch.Tensor:
     """Takes the step if the gradients are finite; whether it did, as a bool scalar.
 
     AdamW is told where its weights are, as `GradScaler` tells it, so that the host need not wait for the gradients of
     a GPU. A CPU that has offloaded weights must wait for them, and does.
     """
-    accelerator, optimizer, is_finite = run.accelerator, run.optimizer.optimizer, torch.isfinite(grad_norm)
+    optimizer, is_finite = prepared.optimizer, torch.isfinite(grad_norm)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # has stepped in the backward pass, or not
-        return is_finite & (not run.optimizer.step_was_skipped)
+        return is_finite & (not prepared.step_was_skipped)
     if accelerator.scaler is not None:  # float16's skips by the same gradients, of which accelerate hears nothing
-        run.optimizer.step()
+        prepared.step()
     elif isinstance(optimizer, torch.optim.AdamW):
         is_finite = is_finite.to(optimizer.param_groups[0]["params"][0].device)
         optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
-        run.optimizer.step()
+        prepared.step()
     elif is_finite:
-        run.optimizer.step()
+        prepared.step()
     return is_finite
 
 
 class ChangeCheck:
     """Whether a step changes the weights of the optimizer: a sum over their bits, before and after.
 
-    Looked at in the first steps of a process with a learning rate above 0. A run that logs losses and trains nothing,
-    whatever the reason, ends there. Made before the passes of the step.
+    Looked at in the first steps of a trainee, on each process, with a learning rate above 0. A run that logs losses
+    and trains nothing, whatever the reason, ends there. Made before the passes of the step.
     """
 
     NUM_STEPS = 3
 
-    def __init__(self, run: Run) -> None:
-        self.accelerator = run.accelerator
-        self.is_on = run.num_checked < self.NUM_STEPS and run.optimizer.param_groups[0]["lr"] > 0
-        run.num_checked += self.is_on
-        self.weights = optimized_weights(run) if self.is_on else []
+    def __init__(self, accelerator: Accelerator, trainee: Trainee) -> None:
+        self.accelerator = accelerator
+        self.is_on = trainee.num_checked < self.NUM_STEPS and trainee.optimizer.param_groups[0]["lr"] > 0
+        trainee.num_checked += self.is_on
+        self.weights = optimized_weights(trainee) if self.is_on else []
         self.before = self._sum_of_bits()
 
     def _sum_of_bits(self) -> torch.Tensor:
@@ -169,13 +178,13 @@ class ChangeCheck:
         return self.accelerator.reduce((self._sum_of_bits() != self.before).long()) == 0
 
 
-def optimized_weights(run: Run) -> list[torch.Tensor]:
+def optimized_weights(trainee: Trainee) -> list[torch.Tensor]:
     """What the optimizer changes on this process: whole weights, its shards of them, or DeepSpeed's own copies."""
-    weights = [weight for group in run.optimizer.param_groups for weight in group["params"]]
+    weights = [weight for group in trainee.optimizer.param_groups for weight in group["params"]]
     if not weights:  # ZeRO-3 lends them to the optimizer while it steps
         from deepspeed.utils import safe_get_local_fp32_param
 
-        weights = [safe_get_local_fp32_param(parameter) for parameter in trainable_parameters(run.model)]
+        weights = [safe_get_local_fp32_param(parameter) for parameter in trainable_parameters(trainee.model)]
     return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights if weight is not None]
 
 

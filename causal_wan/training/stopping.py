@@ -1,4 +1,4 @@
-"""Being told to stop, by signals that clusters send before they take a machine back."""
+"""Being told to stop, by signals that clusters send before they take a machine back; and what a run ends with then."""
 
 import logging
 import signal
@@ -6,7 +6,6 @@ from typing import Self
 
 
 logger = logging.getLogger(__name__)
-
 
 EXIT_STOPPED = 75
 """Exit status after SIGTERM or SIGUSR1: a checkpoint was written, the same command goes on (EX_TEMPFAIL)."""

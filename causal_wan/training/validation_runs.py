@@ -62,10 +62,11 @@ class ValidationRuns:
         if run.accelerator.is_main_process:
             with contextlib.suppress(OSError):  # of a full disk
                 self._begun.write_text(str(run.state.step))
-        with ema_weights(run.ema, run.unwrapped_model):
-            self.log.write_validation(*self.validate(run.unwrapped_model, run.state.step))
-        reshard(run.unwrapped_model)
-        run.model.train()
+        student = run.student
+        with ema_weights(student):
+            self.log.write_validation(*self.validate(student.unwrapped_model, run.state.step))
+        reshard(student.unwrapped_model)
+        student.model.train()
         if run.accelerator.is_main_process:
             with contextlib.suppress(OSError):
                 self._begun.unlink(missing_ok=True)

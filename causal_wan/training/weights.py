@@ -1,4 +1,4 @@
-"""The weights of a run: averaged, gathered, put in place for a while."""
+"""The weights of what a run trains: averaged ones put in place for a while, sharded ones gathered."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,11 +6,10 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from causal_wan.training.run import Run
+from causal_wan.training.run import Trainee
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -19,8 +18,9 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 @contextlib.contextmanager
-def ema_weights(ema: EMAModel | None, model: torch.nn.Module) -> Iterator[None]:
-    """Lets the model have its averaged weights for a while."""
+def ema_weights(trainee: Trainee) -> Iterator[None]:
+    """Lets the model have its averaged weights for a while, if there are any."""
+    ema, model = trainee.ema, trainee.unwrapped_model
     if ema is None:
         yield
         return
@@ -44,17 +44,17 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def gather_weights(run: Run) -> dict[str, torch.Tensor]:
+def gather_weights(accelerator: Accelerator, trainee: Trainee) -> dict[str, torch.Tensor]:
     """The trainable weights, whole, on the CPU of the main process; one weight at a time, so that nobody holds two.
 
     Every process has to call this; all but the main one get an empty dict.
     """
     gathered = {}
-    for name, parameter in run.unwrapped_model.state_dict(keep_vars=True).items():
+    for name, parameter in trainee.unwrapped_model.state_dict(keep_vars=True).items():
         if not parameter.requires_grad:
             continue
-        whole = _whole(run.accelerator, parameter)
-        if run.accelerator.is_main_process:
+        whole = _whole(accelerator, parameter)
+        if accelerator.is_main_process:
             gathered[name] = whole.detach().to("cpu", copy=True)  # the weights may change before they are written
     return gathered
 

@@ -25,10 +25,12 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import AttentionWindow, NonNegativeInt, PositiveInt, Range, checked_dataclass
 from causal_wan.geometry import FRAME_RATE
-from causal_wan.results.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
+from causal_wan.results.run_record import find_run
+from causal_wan.results.student import SamplingSettings, choose_device, load_student, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.video.writing import VideoWriter, as_frames
 
@@ -60,9 +62,9 @@ async (name) => {
 class Config:
     """What to show, and where."""
 
-    checkpoint: str = str(SKETCH)
+    checkpoint: LocalPath = str(SKETCH)
     """Output folder of a run, a diffusers WAN folder or hub id, or a .safetensors or .pt file of weights."""
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: LocalPath | None = None
     """Where VAE and text encoder are: None is what the run was made from, or WAN's own for the size of a file."""
     num_frame_per_block: PositiveInt | None = None
     """Latent frames of a block; None is the checkpoint's own setting, and 3 if it has none."""
@@ -256,11 +258,11 @@ def make_studio(config: Config) -> Studio:
         ValueError: If it cannot be loaded.
     """
     device, dtype = choose_device(None, None)
-    run = read_run(config.checkpoint, config.pretrained_model_name_or_path)
+    run = find_run(config.checkpoint, config.pretrained_model_name_or_path)
     is_embedded = Path(config.checkpoint).resolve() == SKETCH
     height, width = (64, 112) if is_embedded else (None, None)
     settings = resolve_settings(
-        run, checkpoint=config.checkpoint, height=config.height or height, width=config.width or width
+        run, student=config.checkpoint, height=config.height or height, width=config.width or width
     )
     pipeline = load_student(
         config.checkpoint,

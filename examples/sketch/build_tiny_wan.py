@@ -70,6 +70,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast, UMT5Config, UMT
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.ranges import (
     GuidanceScale,
@@ -97,9 +98,9 @@ FRAMES_AT_LAST = {6: 0.4, NUM_LATENT_FRAMES: 0.6}
 class Config:
     """How long to train, and where to put the result."""
 
-    output_dir: str = str(Path(__file__).parent / "tiny-wan")
+    output_dir: LocalPath = str(Path(__file__).parent / "tiny-wan")
     """Folder of the checkpoint; replaced whole at every export."""
-    work_dir: str = "outputs/tiny-wan-work"
+    work_dir: LocalPath = "outputs/tiny-wan-work"
     """Folder for the latents that the base is trained on, and the report."""
     stage: Literal["new", "vae", "details", "colours", "decoder", "base", "continue", "report"] = "vae"
     """`new`: untrained parts. `details`, `colours` and `decoder` are phases of the VAE and go on with those after

@@ -35,6 +35,7 @@ from report import TOLERANCE, contact_sheet, plot_by_level, read_metrics, read_v
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.ranges import checked_dataclass
 from causal_wan.evaluation.video_metrics import MAX_PSNR, frame_sharpness
@@ -49,15 +50,15 @@ NUM_PROMPTS_SHOWN = 4
 class Config:
     """What to compare."""
 
-    data_dir: str
+    data_dir: LocalPath
     """Folder with heldout.csv, perhaps targets.csv, and videos/."""
     samples: tuple[str, ...]
     """METHOD:STEPS=FOLDER each."""
-    output_dir: str
+    output_dir: LocalPath
     """Folder for comparison.json, comparison.md, comparison.png and blur_gaps.png."""
-    vae: str | None = None
+    vae: LocalPath | None = None
     """A checkpoint, for a row of the targets encoded and decoded by its VAE: no sample can be sharper."""
-    run: str | None = None
+    run: LocalPath | None = None
     """Output folder of a run, with metrics.jsonl and validation/, whose blur gaps are to be plotted."""
 
 

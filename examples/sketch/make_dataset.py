@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.ranges import NonNegativeInt, PositiveInt, Seed, checked_dataclass
 
@@ -319,7 +320,7 @@ def split_by_prompt(
 class Config:
     """What to draw, and where to put it."""
 
-    output_dir: str
+    output_dir: LocalPath
     """Folder that gets videos/, train.csv and heldout.csv."""
     kinds: str = ",".join(NEW_KINDS)
     """Comma-separated, or `all` or `base`; the default are those that the tiny WAN does not know yet."""

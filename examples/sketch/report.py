@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.ranges import PositiveInt, checked_dataclass
 
@@ -35,15 +36,15 @@ LABEL_WIDTH = 140  # pixels, before they are enlarged
 class Config:
     """Where the pieces are."""
 
-    data_dir: str
+    data_dir: LocalPath
     """Folder with heldout.csv and videos/."""
-    before: str
+    before: LocalPath
     """Folder of the samples before training: 00.mp4, 01.mp4, ... in the order of heldout.csv."""
-    after: str
+    after: LocalPath
     """Folder of the samples after training."""
-    run: str
+    run: LocalPath
     """Output folder of the run, with metrics.jsonl."""
-    output_dir: str
+    output_dir: LocalPath
     """Folder for contact_sheet.png and loss.png."""
     num_rows: PositiveInt = 8
     """Held-out clips on the contact sheet, from the first on."""

@@ -7,7 +7,7 @@ import yaml
 import train_video_regression
 from causal_wan.config.parsing import flat_dict, parse_config, write_recipe
 from causal_wan.config.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, checked_dataclass
-from causal_wan.methods.settings import method_of_run
+from causal_wan.results.run_record import RunRecord
 
 
 @checked_dataclass
@@ -77,7 +77,8 @@ def test_the_recipe_that_a_run_leaves_gives_the_same_config(tmp_path):
     config = parse_config(script, ["--config", str(sketch), *flags, "--color_jitter", "0", "0.1", "0", "0"])
     write_recipe(flat_dict(config), tmp_path / "config.yaml")
     assert parse_config(script, ["--config", str(tmp_path / "config.yaml")]) == config
-    assert method_of_run(yaml.safe_load((tmp_path / "config.yaml").read_text())) == config.method
+    record = RunRecord.of_folder(tmp_path)
+    assert (record.method, record.model) == (config.method, config.model)
 
 
 @pytest.mark.parametrize(

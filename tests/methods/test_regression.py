@@ -12,7 +12,7 @@ from causal_wan.methods.noising import (
     draw_noisy_batch,
     summarize_levels,
 )
-from causal_wan.methods.settings import RegressionConfig, method_of_run
+from causal_wan.methods.settings import RegressionConfig
 from causal_wan.seeds import RandomStream, noise_generator, seeded_generator
 
 
@@ -197,13 +197,6 @@ def test_students_of_continuous_levels_are_sampled_in_many_steps_and_others_at_t
     many = RegressionConfig(timestep_sampling="uniform", num_inference_steps=4, timestep_shift=3.0)
     torch.testing.assert_close(many.inference_timesteps(), torch.tensor([1000.0, 900.0, 750.0, 500.0]))
     assert many.student_sampler == "euler"
-
-
-def test_the_method_of_a_run_is_read_back_from_its_config():
-    config = RegressionConfig(timestep_sampling="uniform", context="clean", denoising_step_list=(1000, 500))
-    run = {"timestep_sampling": "uniform", "context": "clean", "denoising_step_list": [1000, 500], "seed": 3}
-    assert method_of_run(run) == config
-    assert method_of_run({}) == RegressionConfig()
 
 
 def test_all_losses_go_with_all_weights_levels_and_contexts():

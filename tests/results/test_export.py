@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline, WanPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 
 from causal_wan.results.export import SAMPLING_MODULES, bundle_pipeline
-from causal_wan.results.student import load_student, read_run, resolve_settings
+from causal_wan.results.run_record import find_run
+from causal_wan.results.student import load_student, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 
 
@@ -108,7 +109,7 @@ def test_a_student_in_many_steps_leaves_as_a_pipeline_that_takes_them(run_folder
     ours = CausalWanPipeline.from_pretrained(checkpoint, num_frame_per_block=1)
     expected = sample(ours, num_inference_steps=4, timestep_shift=3.0)
     assert np.array_equal(sample(exported), expected)
-    settings = resolve_settings(read_run(str(folder)), checkpoint=str(folder))
+    settings = resolve_settings(find_run(str(folder)), student=str(folder))
     assert (settings.timesteps, settings.sampler) == ([1000, 900, 750, 500], "euler")
 
 
@@ -118,8 +119,9 @@ def test_prompts_of_an_exported_student_are_padded_as_in_its_training(run_folder
     run = yaml.safe_load((source / "config.yaml").read_text()) | {"max_sequence_length": 16}
     (source / "config.yaml").write_text(yaml.safe_dump(run))
     run_here("convert_checkpoint.py", "--input", source, "--output", folder, "--to", "pipeline")
-    own = resolve_settings(run)
-    loaded = load_student(source, run, torch.float32, max_sequence_length=own.max_sequence_length)
+    record = find_run(str(source))
+    own = resolve_settings(record)
+    loaded = load_student(str(source), record, torch.float32, max_sequence_length=own.max_sequence_length)
     exported = CausalWanPipeline.from_pretrained(folder)
     expected = sample(CausalWanPipeline.from_pretrained(checkpoint, num_frame_per_block=1), max_sequence_length=16)
     for pipeline in (loaded, exported):
@@ -127,7 +129,7 @@ def test_prompts_of_an_exported_student_are_padded_as_in_its_training(run_folder
         assert not np.array_equal(
             sample(pipeline, denoising_step_list=(1000, 757, 522), max_sequence_length=512), expected
         )
-    assert resolve_settings(read_run(str(folder)), checkpoint=str(folder)).max_sequence_length == 16
+    assert resolve_settings(find_run(str(folder)), student=str(folder)).max_sequence_length == 16
 
 
 def test_parts_of_another_checkpoint_join_an_exported_pipeline_file(run_folder, exported, checkpoint):

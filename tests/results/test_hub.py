@@ -14,7 +14,8 @@ from huggingface_hub.repocard_data import ModelCardData
 
 from causal_wan.config.settings import HubConfig
 from causal_wan.results import uploads
-from causal_wan.results.uploads import HubUploads, open_repository, read_run, stage_result
+from causal_wan.results.run_record import RunRecord
+from causal_wan.results.uploads import HubUploads, open_repository, stage_result
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ def test_a_base_model_on_this_disk_is_named_without_its_path_and_gives_its_licen
     run = yaml.safe_load((run_folder / "config.yaml").read_text())
     run["pretrained_model_name_or_path"] = str(tmp_path / "base")
     (run_folder / "config.yaml").write_text(yaml.safe_dump(run))
-    assert read_run(run_folder)["pretrained_model_name_or_path"] == "base"
+    assert RunRecord.of_folder(run_folder).public_settings()["pretrained_model_name_or_path"] == "base"
     push(run_folder)
     card = ModelCard(hub.repos["me/my-wan"]["README.md"].decode())
     assert card.data.license == "apache-2.0"

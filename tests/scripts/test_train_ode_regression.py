@@ -16,7 +16,8 @@ from causal_wan.cache.tensor_cache import TensorCache
 from causal_wan.cache.trajectories import FOLDER, TrajectoryName
 from causal_wan.config.parsing import parse_config
 from causal_wan.results.model_card import DATA_SUMMARY_NAME
-from causal_wan.results.student import read_run, resolve_settings
+from causal_wan.results.run_record import find_run
+from causal_wan.results.student import resolve_settings
 from causal_wan.results.uploads import stage_result
 from causal_wan.training.stopping import EXIT_STOPPED
 
@@ -179,7 +180,7 @@ def test_a_run_learns_logs_and_validates_as_video_regression_does(finished):
 
 def test_a_student_of_trajectories_keeps_its_noise_from_step_to_step(finished):
     _, output_dir = finished
-    settings = resolve_settings(read_run(str(output_dir)), checkpoint=str(output_dir))
+    settings = resolve_settings(find_run(str(output_dir)), student=str(output_dir))
     assert (settings.timesteps, settings.sampler) == ([1000, 757, 522, 0], "euler")
 
 

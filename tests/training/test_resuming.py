@@ -40,7 +40,7 @@ def resumed(training, **changes):
 
 
 def weights(run):
-    return [parameter.detach().clone() for parameter in run.unwrapped_model.parameters()]
+    return [parameter.detach().clone() for parameter in run.student.unwrapped_model.parameters()]
 
 
 # --- other settings --------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def test_changed_settings_of_the_optimizer_are_taken(tmp_path):
     run_training(first)
     changes = {"learning_rate": 0.02, "adam_beta1": 0.5, "adam_weight_decay": 0.2, "adam_epsilon": 1e-6}
     run, _ = run_training(resumed(first, max_train_steps=6, lr_scheduler="constant", logging_steps=1, **changes))
-    (group,) = run.optimizer.param_groups
+    (group,) = run.student.optimizer.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.02, (0.5, 0.999), 0.2, 1e-6)
     assert [entry["lr"] for entry in entries(first) if entry["step"] > 4] == [0.02, 0.02]
 
@@ -356,7 +356,7 @@ def save_on_a_full_disk(rank, folder):
             raise OSError(28, "No space left on device")
 
     accelerator.save_state = save_state
-    save_checkpoint(accelerator, folder, 4, ema=ema, total_limit=None)
+    save_checkpoint(accelerator, folder, 4, averages=[ema], total_limit=None)
     return [path.name for path in Path(folder).iterdir()]
 
 
@@ -523,7 +523,7 @@ def test_steps_that_change_no_weight_end_the_run(tmp_path, monkeypatch):
 
 def test_a_warm_up_that_begins_at_0_is_no_step_that_changes_nothing(tmp_path):
     run, _ = run_training(config(tmp_path, lr_scheduler="constant_with_warmup", lr_warmup_steps=4))
-    assert run.num_checked == ChangeCheck.NUM_STEPS
+    assert run.student.num_checked == ChangeCheck.NUM_STEPS
 
 
 class HalfPrecision:
@@ -561,10 +561,8 @@ def test_offloaded_weights_hear_of_gradients_that_are_not_finite_where_they_are(
     parameter.grad = torch.full((2,), float("nan"))
     optimizer, seen = torch.optim.AdamW([parameter], fused=True), []
     optimizer.register_step_pre_hook(lambda optimizer, *given: seen.append(optimizer.found_inf.device.type))
-    run = SimpleNamespace(
-        accelerator=SimpleNamespace(distributed_type=DistributedType.FSDP, scaler=None, device=torch.device("meta")),
-        optimizer=SimpleNamespace(optimizer=optimizer, step=optimizer.step),
-    )
-    assert not step_optimizer(run, parameter.grad.norm())
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, scaler=None, device=torch.device("meta"))
+    prepared = SimpleNamespace(optimizer=optimizer, step=optimizer.step)
+    assert not step_optimizer(accelerator, prepared, parameter.grad.norm())
     assert seen == ["cpu"]
     assert torch.equal(parameter.detach(), torch.ones(2))

@@ -18,6 +18,7 @@ import convert_checkpoint
 from causal_wan.config.settings import TrainingConfig
 from causal_wan.records.checkpoint_checks import check_process_count
 from causal_wan.training.setup import make_accelerator, prepare_run
+from causal_wan.training.steps import update_weights
 from causal_wan.training.strategies import follow_settings, replaces_optimizer
 
 
@@ -189,6 +190,26 @@ def test_between_accumulated_passes_a_process_keeps_its_shard_of_the_gradients_a
     assert took_part == [False, False, True]  # it is still one step
 
 
+def test_two_models_in_shards_are_trained_each_in_its_turn(first_of_two, tmp_path, monkeypatch):
+    monkeypatch.setattr("causal_wan.training.resuming.gather_lists", list)  # nothing comes from the second
+    config = TrainingConfig(output_dir=str(tmp_path), report_to=("none",))
+    models = {role: torch.nn.Sequential(torch.nn.Linear(8, 8)) for role in ("student", "critic")}
+    run = prepare_run(make_accelerator(config), config, models)
+
+    def shards():
+        return {role: each.model[0].weight.to_local().detach().clone() for role, each in run.trainees.items()}
+
+    for role, other in (("student", "critic"), ("critic", "student")):
+        before, trainee = shards(), run.trainees[role]
+        run.accelerator.backward(trainee.model(torch.ones(2, 8)).sum())
+        grad_norm, took_step = update_weights(run, trainee)
+        assert took_step
+        assert grad_norm > 0
+        after = shards()
+        assert not torch.equal(before[role], after[role])
+        assert torch.equal(before[other], after[other])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_accumulated_passes_of_two_processes_learn_what_one_pass_does(write_recipe, strategy):
@@ -315,7 +336,13 @@ def test_deepspeed_replaces_the_optimizer_where_its_states_are_on_the_cpu(monkey
     assert replaces_optimizer(with_deepspeed(monkeypatch, offload_optimizer_device="cpu"))
     config = TrainingConfig(**SETTINGS, optimizer="adamw8bit")
     with pytest.raises(ValueError, match=r"use --optimizer adamw, or launch with accelerate_configs/zero2\.yaml"):
-        prepare_run(with_deepspeed(monkeypatch), config, torch.nn.Linear(1, 1))
+        prepare_run(with_deepspeed(monkeypatch), config, {"student": torch.nn.Linear(1, 1)})
+
+
+def test_deepspeed_is_not_asked_to_train_two_models(monkeypatch):
+    models = {"student": torch.nn.Linear(1, 1), "critic": torch.nn.Linear(1, 1)}
+    with pytest.raises(ValueError, match="DeepSpeed trains one model in a run, but this one trains 2; launch with"):
+        prepare_run(with_deepspeed(monkeypatch), TrainingConfig(**SETTINGS), models)
 
 
 def test_deepspeed_refuses_another_number_of_processes(tmp_path):

@@ -198,9 +198,9 @@ def test_only_trainable_weights_are_stored_when_others_are_frozen(tmp_path, monk
 
 def test_ema_is_lent_to_the_model_and_taken_back(tmp_path):
     run, averaged = run_training(config(tmp_path, use_ema=True, ema_decay=0.9))
-    own = [parameter.detach() for parameter in run.unwrapped_model.parameters()]
+    own = [parameter.detach() for parameter in run.student.unwrapped_model.parameters()]
     assert not torch.equal(own[0], averaged[0])
-    torch.testing.assert_close(averaged, [p.detach() for p in run.ema.shadow_params])
+    torch.testing.assert_close(averaged, [p.detach() for p in run.student.ema.shadow_params])
 
 
 @pytest.mark.parametrize(

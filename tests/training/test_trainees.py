@@ -1,0 +1,115 @@
+"""Runs that train more than one model, in turns: each has its own optimizer, schedule, average and files."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from line_fit import Line, config, entries, kill_at_step, run_training
+
+from causal_wan.records.checkpoint_checks import find_damage
+from causal_wan.records.checkpoints import list_checkpoints
+
+
+def turn(step):
+    """The student in steps 1, 4 and 7, the critic in the five others of eight."""
+    return "critic" if step % 3 else "student"
+
+
+def run_two(training, **more):
+    return run_training(training, roles=("student", "critic"), turn=turn, **more)
+
+
+def freeze_a_part(monkeypatch):
+    original = Line.__init__
+
+    def freeze(self):
+        original(self)
+        self.frozen = torch.nn.Linear(100, 100).requires_grad_(False)
+
+    monkeypatch.setattr(Line, "__init__", freeze)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Of a run that trains two, with averages."""
+    run_two(config(tmp_path, use_ema=True, max_train_steps=4))
+    return tmp_path / "run" / "checkpoint-4"
+
+
+@pytest.mark.parametrize("has_frozen_weights", [False, True])
+def test_two_that_are_trained_in_turns_go_on_to_the_last_bit(tmp_path, monkeypatch, has_frozen_weights):
+    if has_frozen_weights:
+        freeze_a_part(monkeypatch)
+    unbroken = config(tmp_path / "unbroken", use_ema=True, gradient_accumulation_steps=2)
+    run, expected = run_two(unbroken)
+    broken = replace(unbroken, output_dir=str(tmp_path / "broken" / "run"))
+    with pytest.raises(KeyboardInterrupt):
+        run_two(broken, validate=kill_at_step(5))
+    assert [path.name for path in list_checkpoints(broken.output_dir)] == ["checkpoint-4"]
+    weights = "trainable" if has_frozen_weights else "model"
+    files = {path.name for path in (Path(broken.output_dir) / "checkpoint-4").iterdir()}
+    assert {f"{weights}.safetensors", f"{weights}_1.safetensors", "optimizer_1.bin", "ema", "ema_1"} <= files
+    resumed, result = run_two(replace(broken, resume_from_checkpoint="latest"))
+    own = [[trainee.unwrapped_model.linear.weight for trainee in each.trainees.values()] for each in (resumed, run)]
+    assert all(torch.equal(a, b) for a, b in zip(own[0] + result[:2], own[1] + expected[:2], strict=True))
+    assert entries(broken) == entries(unbroken)
+
+
+def test_each_is_trained_in_its_turns_alone_and_logged_under_its_own_name(tmp_path):
+    training = config(tmp_path, logging_steps=1)
+    run, _ = run_two(training)
+    steps = {role: trainee.optimizer.state_dict()["state"][0]["step"] for role, trainee in run.trainees.items()}
+    assert steps == {"student": 3, "critic": 5}
+    logged = entries(training)
+    assert ["generator_loss" in entry for entry in logged] == [turn(step) == "student" for step in range(8)]
+    assert ["critic_grad_norm" in entry for entry in logged] == [turn(step) == "critic" for step in range(8)]
+    assert [entry["lr"] for entry in logged] == [entry["critic_lr"] for entry in logged]  # by the steps of the run
+    assert logged[2]["critic_loss"] < logged[1]["critic_loss"]
+
+
+def test_a_loss_that_reaches_into_another_model_changes_it_in_no_turn(tmp_path, monkeypatch):
+    _, expected = run_two(config(tmp_path / "apart"))
+    lines, init, forward = [], Line.__init__, Line.forward
+
+    def remember(self):
+        init(self)
+        lines.append(self)
+
+    def reach(self, x):
+        student, critic = lines
+        seen = forward(critic, x)
+        return forward(self, x) + (seen - seen.detach() if self is student else 0.0)
+
+    monkeypatch.setattr(Line, "__init__", remember)
+    monkeypatch.setattr(Line, "forward", reach)
+    _, result = run_two(config(tmp_path / "reaching"))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("optimizer_1.bin", "optimizer_1.bin is missing"),
+        ("model_1.safetensors", "model_1.safetensors is damaged"),
+        ("scheduler_1.bin", "scheduler_1.bin is missing"),
+        ("ema_1/.metadata", "ema_1/.metadata is missing"),
+    ],
+)
+def test_the_files_of_the_second_are_looked_at_too(checkpoint, name, damage):
+    assert find_damage(checkpoint) is None
+    (checkpoint / name).unlink()
+    assert damage in find_damage(checkpoint)
+
+
+def test_a_checkpoint_of_two_is_none_of_a_run_that_trains_one(tmp_path, checkpoint):
+    with pytest.raises(ValueError, match=r"must come from a run that trains 1 model\(s\), student, but holds 2"):
+        run_training(config(tmp_path, max_train_steps=9, resume_from_checkpoint="latest"))
+
+
+def test_a_checkpoint_of_one_is_called_as_ever(tmp_path):
+    run_training(config(tmp_path, use_ema=True, max_train_steps=4))
+    assert {path.name for path in (tmp_path / "run" / "checkpoint-4").iterdir()} == {
+        *("model.safetensors", "optimizer.bin", "scheduler.bin", "ema", "random_states_0.pkl"),
+        *("custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"),
+    }
