@@ -26,6 +26,46 @@ def masked(query, key, value, spans):
     return out.transpose(1, 2)
 
 
+def seen_frames(spans):
+    """Frames whose keys each frame's queries see, by the order of the tokens; every call takes whole frames."""
+    seen = []
+    for span in spans:
+        ranges = [range(start, end) for start, end in span.key_ranges]
+        tokens = [token for tokens in ranges for token in tokens]
+        assert len(tokens) % T == span.query_start % T == span.query_end % T == 0
+        frames = sorted({token // T for token in tokens})
+        assert len(frames) * T == len(tokens)
+        seen += [frames] * ((span.query_end - span.query_start) // T)
+    assert [span.query_start for span in spans] == [0, *(span.query_end for span in spans[:-1])]
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        ((), [[0], [0, 1, 2], [0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]),
+        ((-1,), [[0], [0, 1, 2], [0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]),
+        ((3,), [[0], [0, 1, 2], [0, 1, 2], [2, 3, 4], [2, 3, 4]]),
+        ((4,), [[0], [0, 1, 2], [0, 1, 2], [1, 2, 3, 4], [1, 2, 3, 4]]),
+    ],
+)
+def test_a_frame_sees_its_block_and_those_before_it_as_far_as_the_window_goes(window, expected):
+    assert seen_frames(block_causal_spans(LENGTHS, T, *window)) == expected
+
+
+@pytest.mark.parametrize(
+    ("window", "clean", "noisy"),
+    [  # noisy frames are 3 to 7: those of the clip, after the clean ones of all blocks but the last
+        ((), [[0], [0, 1, 2], [0, 1, 2]], [[3], [0, 4, 5], [0, 4, 5], [0, 1, 2, 6, 7], [0, 1, 2, 6, 7]]),
+        ((2,), [[0], [1, 2], [1, 2]], [[3], [4, 5], [4, 5], [6, 7], [6, 7]]),
+        ((3,), [[0], [0, 1, 2], [0, 1, 2]], [[3], [0, 4, 5], [0, 4, 5], [2, 6, 7], [2, 6, 7]]),
+        ((4,), [[0], [0, 1, 2], [0, 1, 2]], [[3], [0, 4, 5], [0, 4, 5], [1, 2, 6, 7], [1, 2, 6, 7]]),
+    ],
+)
+def test_under_teacher_forcing_a_noisy_frame_sees_its_block_and_the_clean_ones_before_it(window, clean, noisy):
+    assert seen_frames(teacher_forcing_spans(LENGTHS, T, *window)) == clean + noisy
+
+
 @pytest.mark.parametrize("make_spans", [block_causal_spans, teacher_forcing_spans])
 @pytest.mark.parametrize("window", [-1, 3, 4])
 def test_outputs_and_gradients_are_those_of_a_mask(make_spans, window):
