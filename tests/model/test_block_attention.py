@@ -5,7 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from causal_wan.model.block_attention import attend_in_spans, block_causal_spans, teacher_forcing_spans
+from causal_wan.model.block_attention import (
+    apply_rotary_emb,
+    attend_in_spans,
+    block_causal_spans,
+    teacher_forcing_spans,
+)
 
 
 B, T, N, E = 2, 3, 2, 8
@@ -119,3 +124,28 @@ def test_gradients_in_16_bits_add_up_without_losing_the_small_ones():
     out.backward(torch.tensor([256.0] + [1.0] * 8, dtype=torch.bfloat16).reshape(out.shape))
     assert key.grad.flatten().tolist() == [264] + [0] * 8
     assert key.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_of_channels_are_rotated_as_complex_numbers_are(dtype):
+    states = torch.randn(B, 5, N, E, generator=torch.Generator().manual_seed(0)).to(dtype)
+    angles = torch.rand(1, 5, 1, E // 2, generator=torch.Generator().manual_seed(1)) * 6
+    cos, sin = (turn(angles).repeat_interleave(2, dim=-1) for turn in (torch.cos, torch.sin))
+    pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
+    expected = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2).to(dtype)
+    rotated = apply_rotary_emb(states, cos, sin)
+    torch.testing.assert_close(rotated, expected)
+    assert rotated.dtype == dtype
+
+
+def test_one_span_is_one_plain_call():
+    calls, states = [], [torch.randn(B, 2 * T, N, E) for _ in range(3)]
+
+    def note(*parts):
+        calls.append(parts)
+        return attend(*parts)
+
+    out = attend_in_spans(note, *states, block_causal_spans([2], T))
+    assert len(calls) == 1
+    assert all(part is whole for part, whole in zip(calls[0], states, strict=True))
+    assert torch.equal(out, attend(*states))

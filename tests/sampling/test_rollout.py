@@ -53,9 +53,7 @@ def test_guidance_goes_from_the_negative_prompt_through_the_prompt_by_its_scale(
     transformer = CausalWanTransformer3DModel(**TINY_TRANSFORMER).eval()
     prompt, negative, latents = random(B, 7, 16, seed=1), random(B, 7, 16, seed=2), random(B, C, 2, H, W)
     timestep = TIMESTEPS[1]
-    of_prompt, of_negative = (
-        transformer(latents, timestep.expand(B), embeds).sample for embeds in (prompt, negative)
-    )
+    of_prompt, of_negative = (transformer(latents, timestep.expand(B), embeds).sample for embeds in (prompt, negative))
     assert (of_prompt - of_negative).abs().mean() > 0.01
     guided = Rollout(transformer, TIMESTEPS, prompt, negative_prompt_embeds=negative, guidance_scale=scale)
     expected = of_negative + scale * (of_prompt - of_negative)
