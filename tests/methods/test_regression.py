@@ -176,6 +176,23 @@ def test_logit_normal_levels_have_a_logit_of_their_mean_and_deviation_under_the_
     torch.testing.assert_close(logits.std().item(), 1.5, atol=0.05, rtol=0)
 
 
+def test_logit_normal_levels_rise_with_the_normal_numbers_that_are_drawn():
+    (drawn,) = continuous_draws(1, [2, 1], timestep_sampling="logit_normal", logit_mean=1.0, timestep_shift=3.0)
+    normal = torch.randn(2, generator=noise_generator(0, 0))
+    expected = shift_timesteps(1000 * torch.sigmoid(1 + normal), 3.0)
+    torch.testing.assert_close(drawn, expected[[0, 0, 1]])
+
+
+def test_levels_of_a_clip_may_all_be_low():
+    timesteps = continuous_draws(5, [1, 1], timestep_sampling="logit_normal", logit_mean=-12.0)
+    assert ((timesteps > 0) & (timesteps < 1)).all()
+
+
+def test_without_a_share_no_block_enters_clean_whatever_is_drawn(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.zeros(*shape))
+    assert continuous_draws(1, [1, 1], timestep_sampling="uniform").tolist() == [[1000, 1000]]
+
+
 def test_a_share_of_the_blocks_enters_clean_under_continuous_levels_and_never_all_of_a_clip():
     settings = {"timestep_sampling": "uniform", "clean_block_probability": 0.5}
     assert (continuous_draws(1000, [1] * 21, **settings) == 0).float().mean().item() == pytest.approx(0.5, abs=0.02)

@@ -210,15 +210,23 @@ def test_noise_is_drawn_frame_by_frame_from_the_generators_that_are_given():
     assert torch.equal(whole, torch.cat(expected, dim=3))
 
 
-def test_noise_without_a_generator_is_drawn_where_it_is_wanted():
-    assert next(draw_frame_noise(2, (C, H, W), 3)).device.type == "cpu"
-    assert next(draw_frame_noise(2, (C, H, W), 3, device=torch.device("meta"))).device.type == "meta"
-    drawn_elsewhere = draw_frame_noise(
-        2, (C, H, W), 1, generator=torch.Generator().manual_seed(0), device=torch.device("meta")
-    )
-    assert next(drawn_elsewhere).device.type == "meta"
-    with_list = draw_frame_noise(1, (C, H, W), 1, generator=[torch.Generator()], device=torch.device("meta"))
-    assert next(with_list).device.type == "meta"
+@pytest.mark.parametrize(
+    ("generator", "drawn_on"),
+    [(None, "meta"), (torch.Generator(), "cpu"), ([torch.Generator(), torch.Generator()], "cpu")],
+    ids=["none", "one", "list"],
+)
+def test_noise_is_drawn_where_its_generator_is_or_else_where_it_is_wanted(generator, drawn_on, monkeypatch):
+    drawn = []
+
+    def note(tensor, device):
+        drawn.append(tensor.device.type)
+        return tensor.to(device)
+
+    monkeypatch.setattr("causal_wan.sampling.rollout.to_device", note)
+    frames = draw_frame_noise(2, (C, H, W), 3, generator=generator, device=torch.device("meta"))
+    assert next(frames).device.type == "meta"
+    assert drawn == [drawn_on]
+    assert next(draw_frame_noise(2, (C, H, W), 3, generator=generator)).device.type == "cpu"
 
 
 @pytest.mark.parametrize(
