@@ -2,6 +2,7 @@
 # make test         the tests
 # make test-all     the tests, then those that are marked slow
 # make lint         ruff
+# make mutants      which mistakes in the formulas no test would notice; MUTANTS='causal_wan.flow*' for one file
 # make benchmark    tables of ratios against floors and peers, on this machine; about ten minutes
 PYTHON := .venv/bin/python
 SKETCH := outputs/sketch
@@ -13,7 +14,7 @@ else
 LAUNCH := .venv/bin/accelerate launch --config_file accelerate_configs/cpu_ddp.yaml --num_processes $(PROCESSES)
 endif
 
-.PHONY: quickstart test test-all lint benchmark
+.PHONY: quickstart test test-all lint mutants benchmark
 
 quickstart: .venv/installed
 	rm -rf $(SKETCH)
@@ -43,6 +44,17 @@ benchmark: .venv/installed-tests
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/speed.py --size mid --output $(RESULTS)/speed_cpu_mid.md --parts step sampling
 	$(PYTHON) benchmarks/data.py
 	$(PYTHON) benchmarks/memory.py
+
+# Mistakes are made in a copy. What it prints last are those that all tests passed with.
+MUTATED := outputs/mutants
+mutants: .venv/installed-tests
+	$(PYTHON) -m pip install --quiet "mutmut>=3.8"
+	rm -rf $(MUTATED)
+	mkdir -p $(MUTATED)
+	cp -r causal_wan tests pyproject.toml $(MUTATED)
+	cd $(MUTATED) && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(CURDIR)/$(PYTHON) -m mutmut run --max-children 2 $(MUTANTS)
+	cd $(MUTATED) && for name in $$($(CURDIR)/$(PYTHON) -m mutmut results | grep -E "survived|no tests" | cut -d : -f 1); do \
+		$(CURDIR)/$(PYTHON) -m mutmut show $$name; done
 
 lint: .venv/installed-tests
 	$(PYTHON) -m ruff check .

@@ -192,6 +192,7 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     order = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+    gc.freeze()  # what is imported by now; for the forks of `make mutants`, which would each go through it
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,9 +2,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from causal_wan.data.sample_order import Interleaving, SampleOrder
-from causal_wan.seeds import RandomStream
+from causal_wan.seeds import RandomStream, seeded_generator
 
 
 def first(order, number):
@@ -27,6 +28,31 @@ def test_every_stretch_of_an_interleaving_has_its_share_of_each_class(shares):
     for position, kind in enumerate(classes):
         assert sequence[position] == (kind, counts[kind])
         counts[kind] += 1
+
+
+def test_an_interleaving_goes_by_times_with_an_offset_of_each_class():
+    sequence = Interleaving([3, 1, 2], seed=5, stream=(RandomStream.SOURCE, 7))
+    offsets = np.random.default_rng(np.random.SeedSequence(5, spawn_key=(int(RandomStream.SOURCE), 7))).random(3)
+    shares = (3 / 6, 1 / 6, 2 / 6)
+    times = sorted(
+        ((item + offset) / share, kind, item)
+        for kind, (offset, share) in enumerate(zip(offsets, shares, strict=True))
+        for item in range(2000)
+    )
+    assert [sequence[position] for position in range(2000)] == [(kind, item) for _, kind, item in times[:2000]]
+
+
+def test_an_interleaving_of_one_class_counts():
+    sequence = Interleaving([7.0], seed=0, stream=(RandomStream.ORDER,))
+    assert [sequence[position] for position in (0, 1, 10**12)] == [(0, 0), (0, 1), (0, 10**12)]
+
+
+def test_an_interleaving_grows_as_it_is_read():
+    sequence = Interleaving([1, 1], seed=0, stream=(RandomStream.ORDER,))
+    for position in (0, 1023, 1024, 2047, 2048, 5000):
+        kind, rank = sequence[position]
+        assert kind in (0, 1)
+        assert abs(2 * rank - position) <= 2
 
 
 def test_an_interleaving_does_not_depend_on_how_far_it_was_read():
@@ -97,3 +123,67 @@ def test_candidates_are_the_rows_of_the_cell_that_come_next():
         candidates = list(order.candidates(number))
         bucket = order.bucket(number)
         assert sorted(candidates) == ([0, 1, 2] if bucket == 0 else [3, 4, 5])
+
+
+def test_candidates_go_on_from_the_row_of_the_sample_and_begin_again():
+    order = make([0] * 5)
+    epoch = [first(order, number) for number in range(5)]
+    for number in range(5):
+        assert list(order.candidates(number)) == epoch[number:] + epoch[:number]
+
+
+def test_the_order_of_one_cell_depends_on_seed_and_epoch_alone():
+    expected = [
+        torch.randperm(6, generator=seeded_generator(3, RandomStream.ORDER, epoch)).tolist() for epoch in range(2)
+    ]
+    order = make([4] * 6, seed=3)
+    assert [first(order, number) for number in range(12)] == expected[0] + expected[1]
+
+
+def test_cells_are_shuffled_by_bucket_and_cell_and_epoch():
+    order = make([2] * 6 + [7] * 6, [0, 0, 0, 1, 1, 1] * 2, weights=[1, 1], seed=3)
+    rows = {}
+    for number in range(200):
+        row = first(order, number)
+        rows.setdefault((2 if row < 6 else 7, row % 6 // 3), []).append(row)
+    for (bucket, cell), found in rows.items():
+        for epoch in range(4):
+            generator = seeded_generator(3, RandomStream.ORDER, epoch, bucket, cell)
+            base = (0 if bucket == 2 else 6) + 3 * cell
+            expected = [base + place for place in torch.randperm(3, generator=generator).tolist()]
+            assert found[3 * epoch : 3 * epoch + 3] == expected
+    assert len(rows) == 4
+
+
+def test_a_source_without_rows_takes_no_turns():
+    order = make([0] * 6, [0, 0, 0, 2, 2, 2], weights=[1, 5, 1])
+    rows = [first(order, number) for number in range(600)]
+    assert sum(row < 3 for row in rows) == pytest.approx(300, abs=2)
+
+
+def test_weights_hold_across_buckets():
+    # source 1 is in bucket 1 alone, where it shares turns with a third of source 0
+    order = make([0] * 20 + [1] * 10 + [1] * 3, [0] * 30 + [1] * 3, weights=[1, 2])
+    rows = [first(order, number) for number in range(6000)]
+    assert sum(row >= 30 for row in rows) == pytest.approx(4000, abs=20)
+    counts = Counter(rows)
+    assert max(counts[row] for row in range(30)) - min(counts[row] for row in range(30)) <= 4
+
+
+def test_buckets_take_turns_by_step_from_the_step_that_a_run_goes_on_at():
+    whole = make([0] * 6 + [1] * 6)
+    later = make([0] * 6 + [1] * 6, samples_per_step=2, start_sample=40, start_step=10)
+    for step in range(10, 30):
+        numbers = (40 + 2 * (step - 10), 41 + 2 * (step - 10))
+        assert {later.step(number) for number in numbers} == {step}
+        assert {later.bucket(number) for number in numbers} == {whole.bucket(4 * step)}
+        assert {first(later, number) // 6 for number in numbers} == {whole.bucket(4 * step)}
+
+
+def test_each_sample_of_a_step_has_its_place_in_the_epochs_of_the_bucket():
+    order = make([0] * 6 + [1] * 6, samples_per_step=2, start_sample=40, start_step=0)
+    for bucket in range(2):
+        rows = [first(order, number) for number in range(40, 140) if order.bucket(number) == bucket]
+        epochs = [rows[start : start + 6] for start in range(0, len(rows) - 5, 6)]
+        assert len(epochs) >= 8
+        assert all(sorted(epoch) == list(range(6 * bucket, 6 * bucket + 6)) for epoch in epochs)

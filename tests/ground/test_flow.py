@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 from causal_wan import flow
 from causal_wan.blocks import frame_block_lengths
-from causal_wan.timesteps import check_denoising_step_list
+from causal_wan.timesteps import check_denoising_step_list, check_timestep_shift
 
 
 @pytest.fixture
@@ -80,10 +82,103 @@ def test_sampling_drops_the_trailing_0_that_training_keeps():
     assert flow.sampling_timesteps([1000, 500], warp_denoising_step=True, timestep_shift=3.0).tolist() == [1000, 750]
 
 
-@pytest.mark.parametrize("steps", [[], [0], [500, 757], [1000, 1000], [1001, 0], [1000, -1]])
-def test_step_lists_that_cannot_be_sampled_are_refused(steps):
-    with pytest.raises(ValueError, match="denoising_step_list"):
+def test_a_step_list_is_warped_only_when_that_is_asked_for():
+    for timesteps in (flow.training_timesteps, flow.sampling_timesteps):
+        assert timesteps([1000, 500], timestep_shift=3.0).tolist() == [1000, 500]
+        assert timesteps([1000, 500], warp_denoising_step=True).tolist() == [1000, 500]  # by a shift of 1
+    warped = flow.training_timesteps([1000, 500, 0], warp_denoising_step=True, timestep_shift=3.0)
+    assert warped.tolist() == [1000, 750, 0]
+    assert flow.sampling_timesteps([1000, 0.5, 0]).tolist() == [1000, 0.5]
+    with pytest.raises(ValueError, match="must fall from noise to data"):
+        flow.training_timesteps([500, 1000])
+
+
+def test_warping_rounds_once():
+    timesteps = torch.arange(1001)
+    exact = [5000 * timestep / (1000 + 4 * timestep) for timestep in range(1001)]
+    assert torch.equal(flow.shift_timesteps(timesteps, 5.0), torch.tensor(exact, dtype=torch.float64).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_leads_to_latents_and_back_is_computed_in_float32(tensors, dtype):
+    latents, noise, sigmas = tensors
+    latents, noise = latents.to(dtype), noise.to(dtype)
+    rounded = latents.float(), noise.float()
+    found = flow.latents_from_velocity(latents, noise, sigmas)
+    assert torch.equal(found, flow.latents_from_velocity(*rounded, sigmas))
+    found = flow.velocity_from_latents(latents, noise, sigmas)
+    assert torch.equal(found, flow.velocity_from_latents(*rounded, sigmas))
+    found = flow.euler_step(latents, noise, sigmas, sigmas / 2)
+    assert torch.equal(found, flow.euler_step(*rounded, sigmas, sigmas / 2))
+    assert flow.sigmas_from_timesteps(torch.tensor(757).to(dtype)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([], "^denoising_step_list must begin with a timestep above 0, got"),
+        ([0], r"must begin with a timestep above 0, got \[0\]; use 1000 757 522 0\.$"),
+        ([-5], "must begin with a timestep above 0"),
+        ([500, 757], r"^denoising_step_list must fall from noise to data, got \[500, 757\]; sort it and drop doubles"),
+        ([1000, 1000], "must fall from noise to data"),
+        ([1001, 0], r"^denoising_step_list must lie in \[0, 1000\], got \[1001, 0\]\.$"),
+        ([1000, -1], r"must lie in \[0, 1000\]"),
+    ],
+)
+def test_step_lists_that_cannot_be_sampled_are_refused(steps, message):
+    with pytest.raises(ValueError, match=message):
         check_denoising_step_list(steps)
+
+
+def test_step_lists_may_be_of_any_levels_that_fall():
+    for steps in ([1000, 757, 522, 0], (1000.0,), [0.5], [1, 0], iter([3, 2])):
+        check_denoising_step_list(steps)
+
+
+def test_shifts_are_above_0_and_finite():
+    for shift in (1e-3, 1, 8.0):
+        check_timestep_shift(shift)
+    for shift in (0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"^timestep_shift must be above 0 and finite, got {shift}; 1 shifts "):
+            check_timestep_shift(shift)
+
+
+OWN = ([1000.0, 500.0], "euler")
+
+
+@pytest.mark.parametrize(
+    ("asked", "timesteps", "sampler"),
+    [
+        ({}, [1000, 500], "euler"),
+        ({"sampler": "renoise"}, [1000, 500], "renoise"),
+        ({"denoising_step_list": (900, 300)}, [900, 300], "renoise"),
+        ({"denoising_step_list": (900, 300), "sampler": "euler"}, [900, 300], "euler"),
+        ({"num_inference_steps": 2}, [1000, 2500 / 3], "euler"),  # by a shift of 5
+        ({"num_inference_steps": 2, "timestep_shift": 1.0}, [1000, 500], "euler"),
+        ({"num_inference_steps": 2, "sampler": "renoise"}, [1000, 2500 / 3], "renoise"),
+    ],
+)
+def test_what_is_asked_for_comes_before_what_a_student_has_of_its_own(asked, timesteps, sampler):
+    found, by = flow.choose_sampling(tuple(OWN[0]), OWN[1], **asked)
+    assert found == pytest.approx(timesteps)
+    assert isinstance(found, list)
+    assert by == sampler
+    if asked == {}:
+        assert flow.choose_sampling(OWN[0], "renoise")[1] == "renoise"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"denoising_step_list": [1000], "num_inference_steps": 3}, "got both; give one"),
+        ({"timestep_shift": 3.0}, "timestep_shift shifts the steps of num_inference_steps; give both, or neither"),
+        ({"timestep_shift": 3.0, "denoising_step_list": [1000]}, "give both, or neither"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be 1 or more, got 0"),
+    ],
+)
+def test_ways_of_sampling_that_exclude_each_other_are_refused(asked, message):
+    with pytest.raises(ValueError, match=message):
+        flow.choose_sampling(*OWN, **asked)
 
 
 def test_euler_steps_of_the_true_velocity_follow_the_noising_to_the_data(tensors):
@@ -116,6 +211,14 @@ def test_many_steps_with_shift_8_pass_through_the_step_list_of_causvid():
     torch.testing.assert_close(timesteps[[0, 36, 44]], torch.tensor([1000, 756.7568, 521.7391]))
 
 
+def test_many_steps_are_even_before_they_are_shifted_and_rounded_once():
+    assert flow.inference_timesteps(1, 5.0).tolist() == [1000]
+    even = torch.tensor([1000 * (1 - step / 7) for step in range(7)], dtype=torch.float64)
+    assert torch.equal(flow.inference_timesteps(7, 1.0), even.float())
+    shifted = 3000 * even / 1000 / (1 + 2 * even / 1000)
+    assert torch.equal(flow.inference_timesteps(7, 3.0), shifted.float())
+
+
 def test_steps_that_cannot_be_sampled_are_refused():
     with pytest.raises(ValueError, match="num_inference_steps must be 1 or more, got 0"):
         flow.inference_timesteps(0, 5.0)
@@ -139,8 +242,9 @@ def test_frames_that_do_not_divide_name_the_nearest_that_do():
 
 def test_levels_of_blocks_repeat_over_their_frames():
     assert flow.per_frame(torch.tensor([[1, 2]]), [1, 3]).tolist() == [[1, 2, 2, 2]]
+    assert flow.per_frame(torch.tensor([[1, 2], [3, 4]]), (2, 1)).tolist() == [[1, 1, 2], [3, 3, 4]]
 
 
 def test_levels_of_a_wrong_shape_are_refused():
-    with pytest.raises(ValueError, match=r"\(B,\) or \(B, F\)"):
+    with pytest.raises(ValueError, match=r"^levels must have shape \(B,\) or \(B, F\), got \(1, 2, 3\)\.$"):
         flow.broadcast_over_latents(torch.zeros(1, 2, 3))

@@ -58,10 +58,28 @@ def test_bell_weights_without_a_shift_have_a_closed_form():
     torch.testing.assert_close(losses.bell_weights(sigmas), expected, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("shift", [1.0, 8.0])
+def test_bell_weights_of_the_shifted_table_have_mean_1(shift):
+    table = shift_timesteps(torch.arange(1, 1001), shift) / 1000
+    mean = losses.bell_weights(table, shift).double().mean().item()
+    assert mean == pytest.approx(1, abs=3e-6)  # the mean over every other entry is 1e-5 off
+
+
 def test_min_snr_weights_are_the_snr_up_to_gamma():
     sigmas = torch.tensor([0.0, 1 / 3, 0.5, 0.75, 1.0])
     expected = torch.tensor([3.0, 3.0, 1.0, 1 / 9, 0.0])
     torch.testing.assert_close(losses.min_snr_weights(sigmas, 3.0), expected)
+    of_level = losses.level_weights(sigmas, "min_snr", loss_space="latents", snr_gamma=3.0)
+    torch.testing.assert_close(of_level, expected)
+
+
+def test_weights_that_are_not_told_otherwise_have_gamma_5_no_shift_and_no_minimum():
+    sigmas = torch.tensor([0.0, 0.5, 1.0])
+    of_snr = losses.level_weights(sigmas, "min_snr", loss_space="latents")
+    assert losses.min_snr_weights(sigmas).tolist() == of_snr.tolist() == [5, 1, 0]
+    bell = losses.level_weights(sigmas, "bell", loss_space="latents")
+    assert torch.equal(bell, losses.bell_weights(sigmas, 1.0).clamp(min=0))
+    assert bell[2] == 0
 
 
 def test_min_snr_is_the_same_loss_in_both_spaces_and_keeps_weight_on_pure_noise():
@@ -108,6 +126,22 @@ def test_statistics_of_parts_add_up_and_never_mix_levels():
         torch.testing.assert_close(metrics["mse"][level], (kept_p - kept_t).square().mean())
         torch.testing.assert_close(metrics["predicted_std"][level], kept_p.std(correction=0))
         torch.testing.assert_close(metrics["target_mean"][level], kept_t.mean())
+
+
+def test_metrics_are_those_of_a_small_example():
+    predicted, target = (torch.tensor(values).reshape(1, 2, 1, 1, 1) for values in ([0.1, 0.3], [0.2, 0.6]))
+    metrics = losses.level_metrics(statistics(predicted, target, torch.tensor([[0]]), levels=1)[0])
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+        {
+            "mse": (0.1**2 + 0.3**2) / 2,
+            "predicted_mean": 0.2,
+            "predicted_std": 0.1,
+            "target_mean": 0.4,
+            "target_std": 0.2,
+            "blur_gap": (0.04 - 0.01 - 0.05) / 0.04,
+            "count": 2,
+        }
+    )
 
 
 def test_masked_frames_do_not_count():

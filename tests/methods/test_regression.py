@@ -91,6 +91,45 @@ def test_clean_blocks_are_exactly_clean_and_do_not_count(method):
     assert not batch.mask[7, 4:].any()
 
 
+@pytest.mark.parametrize("method", [METHODS["step list"], METHODS["uniform"]], ids=["step list", "uniform"])
+def test_a_padded_clip_has_something_to_learn_before_its_padding(method):
+    kwargs = {"seed": 0, "sample_numbers": range(100), "num_valid_frames": [1] * 100}
+    batch = draw_noisy_batch(torch.zeros(100, 1, 4, 1, 1), RegressionConfig(**method), [1] * 4, **kwargs)
+    assert batch.mask[:, 0].all()
+
+
+def test_a_batch_keeps_its_latents_and_its_levels_as_sigmas():
+    latents = torch.randn(2, 4, 6, 2, 2)
+    kwargs = {"seed": 0, "sample_numbers": [0, 1], "num_valid_frames": [6, 6]}
+    batch = draw_noisy_batch(latents, RegressionConfig(), [3, 3], **kwargs)
+    assert batch.latents is latents
+    assert torch.equal(batch.sigmas, batch.timesteps / 1000)
+    assert torch.equal(batch.noisy_latents, add_noise(latents, batch.noise, batch.sigmas))
+
+
+def test_each_sample_needs_its_number_of_valid_frames():
+    with pytest.raises(ValueError, match="zip"):
+        draw_noisy_batch(
+            torch.zeros(2, 4, 6, 2, 2), RegressionConfig(), [6], seed=0, sample_numbers=[0, 1], num_valid_frames=[6]
+        )
+
+
+def test_every_level_above_0_is_learned_however_low():
+    config = RegressionConfig(denoising_step_list=(1000, 0.5))
+    kwargs = {"seed": 0, "sample_numbers": range(20), "num_valid_frames": [1] * 20}
+    batch = draw_noisy_batch(torch.zeros(20, 1, 1, 1, 1), config, [1], **kwargs)
+    assert batch.timesteps.unique().tolist() == [0.5, 1000]
+    assert batch.mask.all()
+
+
+def test_pure_noise_is_in_the_last_bin():
+    config = RegressionConfig(timestep_sampling="logit_normal", logit_mean=20.0)
+    kwargs = {"seed": 0, "sample_numbers": [0], "num_valid_frames": [2]}
+    batch = draw_noisy_batch(torch.zeros(1, 1, 2, 1, 1), config, [1, 1], **kwargs)
+    assert batch.timesteps.tolist() == [[1000, 1000]]
+    assert batch.level_indices.tolist() == [[9, 9]]
+
+
 def test_padding_counts_a_latent_frame_only_when_all_its_video_frames_are_real():
     assert [num_valid_latent_frames(frames) for frames in (1, 4, 5, 6, 8, 9, 81)] == [1, 1, 2, 2, 2, 3, 21]
 
@@ -135,6 +174,23 @@ def test_logit_normal_levels_have_a_logit_of_their_mean_and_deviation_under_the_
     # a shift by k adds log k to the logit
     torch.testing.assert_close(logits.mean().item(), 0.5 + math.log(3), atol=0.05, rtol=0)
     torch.testing.assert_close(logits.std().item(), 1.5, atol=0.05, rtol=0)
+
+
+def test_logit_normal_levels_rise_with_the_normal_numbers_that_are_drawn():
+    (drawn,) = continuous_draws(1, [2, 1], timestep_sampling="logit_normal", logit_mean=1.0, timestep_shift=3.0)
+    normal = torch.randn(2, generator=noise_generator(0, 0))
+    expected = shift_timesteps(1000 * torch.sigmoid(1 + normal), 3.0)
+    torch.testing.assert_close(drawn, expected[[0, 0, 1]])
+
+
+def test_levels_of_a_clip_may_all_be_low():
+    timesteps = continuous_draws(5, [1, 1], timestep_sampling="logit_normal", logit_mean=-12.0)
+    assert ((timesteps > 0) & (timesteps < 1)).all()
+
+
+def test_without_a_share_no_block_enters_clean_whatever_is_drawn(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.zeros(*shape))
+    assert continuous_draws(1, [1, 1], timestep_sampling="uniform").tolist() == [[1000, 1000]]
 
 
 def test_a_share_of_the_blocks_enters_clean_under_continuous_levels_and_never_all_of_a_clip():
@@ -223,10 +279,21 @@ def test_warping_acts_on_the_levels():
 def test_metrics_have_one_name_for_each_level_that_was_drawn():
     sums = torch.zeros(4, 6, dtype=torch.float64)
     sums[0] = torch.tensor([2.0, 4.0, 0.0, 2.0, 2.0, 6.0])
-    metrics = summarize_levels(sums, LEVELS)
-    assert metrics["loss_at_time_1000"] == 2.0
-    assert "loss_at_time_757" not in metrics
-    assert metrics["target_latent_mean"] == 1.0
+    sums[2] = torch.tensor([2.0, 8.0, 6.0, 20.0, 2.0, 4.0])
+    assert summarize_levels(sums, LEVELS) == pytest.approx(
+        {
+            "target_latent_mean": 1.0,
+            "target_latent_std": 1.5**0.5,
+            "pred_latent_mean": 1.5,
+            "pred_latent_std": 3.25**0.5,
+            "loss_at_time_1000": 2.0,
+            "pred_latent_std_at_time_1000": 1.0,
+            "blur_gap_at_time_1000": -0.5,
+            "loss_at_time_522": 4.0,
+            "pred_latent_std_at_time_522": 1.0,
+            "blur_gap_at_time_522": -4.0,
+        }
+    )
 
 
 @pytest.mark.parametrize(

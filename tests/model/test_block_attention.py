@@ -5,7 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from causal_wan.model.block_attention import attend_in_spans, block_causal_spans, teacher_forcing_spans
+from causal_wan.model.block_attention import (
+    apply_rotary_emb,
+    attend_in_spans,
+    block_causal_spans,
+    teacher_forcing_spans,
+)
 
 
 B, T, N, E = 2, 3, 2, 8
@@ -24,6 +29,46 @@ def masked(query, key, value, spans):
             mask[span.query_start : span.query_end, start:end] = True
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask)
     return out.transpose(1, 2)
+
+
+def seen_frames(spans):
+    """Frames whose keys each frame's queries see, by the order of the tokens; every call takes whole frames."""
+    seen = []
+    for span in spans:
+        ranges = [range(start, end) for start, end in span.key_ranges]
+        tokens = [token for tokens in ranges for token in tokens]
+        assert len(tokens) % T == span.query_start % T == span.query_end % T == 0
+        frames = sorted({token // T for token in tokens})
+        assert len(frames) * T == len(tokens)
+        seen += [frames] * ((span.query_end - span.query_start) // T)
+    assert [span.query_start for span in spans] == [0, *(span.query_end for span in spans[:-1])]
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        ((), [[0], [0, 1, 2], [0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]),
+        ((-1,), [[0], [0, 1, 2], [0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]),
+        ((3,), [[0], [0, 1, 2], [0, 1, 2], [2, 3, 4], [2, 3, 4]]),
+        ((4,), [[0], [0, 1, 2], [0, 1, 2], [1, 2, 3, 4], [1, 2, 3, 4]]),
+    ],
+)
+def test_a_frame_sees_its_block_and_those_before_it_as_far_as_the_window_goes(window, expected):
+    assert seen_frames(block_causal_spans(LENGTHS, T, *window)) == expected
+
+
+@pytest.mark.parametrize(
+    ("window", "clean", "noisy"),
+    [  # noisy frames are 3 to 7: those of the clip, after the clean ones of all blocks but the last
+        ((), [[0], [0, 1, 2], [0, 1, 2]], [[3], [0, 4, 5], [0, 4, 5], [0, 1, 2, 6, 7], [0, 1, 2, 6, 7]]),
+        ((2,), [[0], [1, 2], [1, 2]], [[3], [4, 5], [4, 5], [6, 7], [6, 7]]),
+        ((3,), [[0], [0, 1, 2], [0, 1, 2]], [[3], [0, 4, 5], [0, 4, 5], [2, 6, 7], [2, 6, 7]]),
+        ((4,), [[0], [0, 1, 2], [0, 1, 2]], [[3], [0, 4, 5], [0, 4, 5], [1, 2, 6, 7], [1, 2, 6, 7]]),
+    ],
+)
+def test_under_teacher_forcing_a_noisy_frame_sees_its_block_and_the_clean_ones_before_it(window, clean, noisy):
+    assert seen_frames(teacher_forcing_spans(LENGTHS, T, *window)) == clean + noisy
 
 
 @pytest.mark.parametrize("make_spans", [block_causal_spans, teacher_forcing_spans])
@@ -79,3 +124,28 @@ def test_gradients_in_16_bits_add_up_without_losing_the_small_ones():
     out.backward(torch.tensor([256.0] + [1.0] * 8, dtype=torch.bfloat16).reshape(out.shape))
     assert key.grad.flatten().tolist() == [264] + [0] * 8
     assert key.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_of_channels_are_rotated_as_complex_numbers_are(dtype):
+    states = torch.randn(B, 5, N, E, generator=torch.Generator().manual_seed(0)).to(dtype)
+    angles = torch.rand(1, 5, 1, E // 2, generator=torch.Generator().manual_seed(1)) * 6
+    cos, sin = (turn(angles).repeat_interleave(2, dim=-1) for turn in (torch.cos, torch.sin))
+    pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
+    expected = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2).to(dtype)
+    rotated = apply_rotary_emb(states, cos, sin)
+    torch.testing.assert_close(rotated, expected)
+    assert rotated.dtype == dtype
+
+
+def test_one_span_is_one_plain_call():
+    calls, states = [], [torch.randn(B, 2 * T, N, E) for _ in range(3)]
+
+    def note(*parts):
+        calls.append(parts)
+        return attend(*parts)
+
+    out = attend_in_spans(note, *states, block_causal_spans([2], T))
+    assert len(calls) == 1
+    assert all(part is whole for part, whole in zip(calls[0], states, strict=True))
+    assert torch.equal(out, attend(*states))

@@ -3,6 +3,7 @@ import gc
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
 from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.model.vae import decode_latents
@@ -16,6 +17,13 @@ def vae(checkpoint):
     return load_vae(str(checkpoint))
 
 
+@pytest.fixture(scope="module")
+def residual_vae(vae):
+    """Of WAN 2.2's kind: around what it makes longer there are shortcuts, which know whether a frame is the first."""
+    torch.manual_seed(0)
+    return AutoencoderKLWan.from_config(vae.config, is_residual=True).eval()
+
+
 def latents(num_frames, seed=0):
     return torch.randn(2, 16, num_frames, 4, 6, generator=torch.Generator().manual_seed(seed))
 
@@ -26,6 +34,14 @@ def test_blocks_decode_to_what_the_whole_clip_decodes_to_bit_by_bit(vae, lengths
     parts = [decoder.decode(block) for block in latents(7).split(lengths, dim=2)]
     assert parts[0].shape[2] == 4 * (lengths[0] - 1) + 1
     assert all(part.shape[2] == 4 * length for part, length in zip(parts[1:], lengths[1:], strict=True))
+    assert torch.equal(torch.cat(parts, dim=2), whole)
+
+
+@pytest.mark.parametrize("lengths", [[4], [1, 3], [2, 2]])
+def test_a_vae_with_shortcuts_decodes_the_first_frame_alone_as_the_first(residual_vae, lengths):
+    whole, decoder = decode_latents(residual_vae, latents(4)), StreamingDecoder(residual_vae)
+    parts = [decoder.decode(block) for block in latents(4).split(lengths, dim=2)]
+    assert [part.shape[2] for part in parts] == [4 * length - 3 * (not place) for place, length in enumerate(lengths)]
     assert torch.equal(torch.cat(parts, dim=2), whole)
 
 
