@@ -85,6 +85,7 @@ def test_sampling_drops_the_trailing_0_that_training_keeps():
 def test_a_step_list_is_warped_only_when_that_is_asked_for():
     for timesteps in (flow.training_timesteps, flow.sampling_timesteps):
         assert timesteps([1000, 500], timestep_shift=3.0).tolist() == [1000, 500]
+        assert timesteps([1000, 500]).dtype == torch.float32
         assert timesteps([1000, 500], warp_denoising_step=True).tolist() == [1000, 500]  # by a shift of 1
     warped = flow.training_timesteps([1000, 500, 0], warp_denoising_step=True, timestep_shift=3.0)
     assert warped.tolist() == [1000, 750, 0]

@@ -51,9 +51,9 @@ def frames_of(noise):
 def test_guidance_goes_from_the_negative_prompt_through_the_prompt_by_its_scale(scale):
     torch.manual_seed(0)
     transformer = CausalWanTransformer3DModel(**TINY_TRANSFORMER).eval()
-    prompt, negative, latents = random(B, 7, 16, seed=1), random(B, 7, 16, seed=2), random(B, C, 2, H, W)
+    prompt, negative, latents = random(3, 7, 16, seed=1), random(3, 7, 16, seed=2), random(3, C, 2, H, W)
     timestep = TIMESTEPS[1]
-    of_prompt, of_negative = (transformer(latents, timestep.expand(B), embeds).sample for embeds in (prompt, negative))
+    of_prompt, of_negative = (transformer(latents, timestep.expand(3), embeds).sample for embeds in (prompt, negative))
     assert (of_prompt - of_negative).abs().mean() > 0.01
     guided = Rollout(transformer, TIMESTEPS, prompt, negative_prompt_embeds=negative, guidance_scale=scale)
     expected = of_negative + scale * (of_prompt - of_negative)
@@ -187,14 +187,24 @@ def test_each_block_but_the_last_is_written_to_the_cache_clean_at_its_place():
 
 
 def test_given_blocks_come_out_as_they_are_and_later_ones_keep_their_noise():
-    noise, given = random(3, B, C, 6, H, W), random(B, C, 4, H, W, seed=9)
+    noise, given = random(3, B, C, 7, H, W), random(B, C, 5, H, W, seed=9)
     rollout = make_rollout(cache=CACHE)
-    blocks = list(rollout.run(frames_of(noise), iter([2, 2, 2]), given.double()))
+    blocks = list(rollout.run(frames_of(noise), iter([2, 3, 2]), given.double()))
     assert torch.equal(torch.cat(blocks[:2], dim=2), given)
     assert blocks[0].dtype == torch.float32
-    torch.testing.assert_close(blocks[2], renoised(noise[:, :, :, 4:], rollout.prompt_embeds))
+    torch.testing.assert_close(blocks[2], renoised(noise[:, :, :, 5:], rollout.prompt_embeds))
     passes = [(asked.start_frame, asked.timestep[0].item()) for asked in rollout.transformer.passes]
-    assert passes == [(0, 0.0), (2, 0.0)] + [(4, t) for t in TIMESTEPS.tolist()]
+    assert passes == [(0, 0.0), (2, 0.0)] + [(5, t) for t in TIMESTEPS.tolist()]
+
+
+def test_given_blocks_come_to_where_the_noise_is():
+    noise, given = random(3, B, C, 2, H, W).to("meta"), random(B, C, 2, H, W)
+    (block,) = make_rollout().run(frames_of(noise), [2], given)
+    assert block.device.type == "meta"
+
+
+def test_a_clip_of_no_blocks_is_empty():
+    assert list(make_rollout().run([], [])) == []
 
 
 def test_noise_is_drawn_frame_by_frame_from_the_generators_that_are_given():
