@@ -17,7 +17,8 @@ from causal_wan.data.settings import DataConfig
 from causal_wan.tables.sources import FILE_SUFFIXES, Source, read_sources
 from causal_wan.tables.table import Table, TableRow, read_table
 from causal_wan.video.decoding import probe_video
-from causal_wan.video.opening import EmbeddedVideo, describe_error, resolve_path
+from causal_wan.video.opening import EmbeddedVideo, describe_error
+from causal_wan.video.paths import resolve_path
 
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from huggingface_hub import HfFileSystem
 
 from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
 from causal_wan.tables.undecoded import LOADING_ERRORS, load_undecoded
-from causal_wan.video.opening import resolve_path
+from causal_wan.video.paths import resolve_path
 
 
 BUILDERS = {

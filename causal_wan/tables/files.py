@@ -3,24 +3,20 @@
 Values stay text, whatever they look like: a prompt may be 123, None or a date.
 """
 
-import csv
-import glob
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Value
-from datasets.exceptions import DatasetGenerationError
 
+from causal_wan.tables.delimited import read_delimited
 from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
-from causal_wan.video.opening import resolve_path
+from causal_wan.tables.text_files import MAX_TEXT_BYTES, decode_text, text_lines
+from causal_wan.video.paths import resolve_path
 
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
@@ -31,54 +27,14 @@ MAX_SHOWN = 5
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_csv(path: Path, source: Source) -> Dataset:
+def read_csv(path: Path, source: Source) -> pa.Table:
     """All values as text.
 
     Raises:
-        ValueError: If the file is empty, no CSV, or lacks a column.
+        ValueError: If the file is empty, no CSV, or lacks a column; names row and line.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = (row for row in csv.reader(file) if row)
-            header, first_row = next(reader, None), next(reader, None)
-            while file.read(1 << 20):  # that all of it is text
-                pass
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8 ({error}); save it as CSV UTF-8.") from None
-    except csv.Error as error:
-        raise ValueError(f"{path} is no CSV ({error}); a quote may be open.") from None
-    if header is None:
-        raise ValueError(f"{path} must have a header and at least one row, but is empty.")
-    check_columns(header, source)
-    if first_row is None:
-        raise ValueError(f"{path} must have at least one row below its header, but has none.")
-    if len(first_row) > len(header):  # pandas would take the first column for row names, and shift the others
-        raise ValueError(
-            f"{path} must have {len(header)} fields a row, but its first row has {len(first_row)}; put quotes around "
-            "prompts with commas."
-        )
-    # As text, and no word taken for a missing value: a prompt may be 123 or None. A cache of its own, so that a
-    # changed file is read anew and nothing has to be writable.
-    features = Features({name: Value("string") for name in header})
-    datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory() as cache_dir:
-        try:
-            table = datasets.load_dataset(
-                "csv",
-                data_files=glob.escape(str(path)),  # else rows[1].csv is not found, and rows*.csv several files
-                split="train",
-                features=features,
-                keep_default_na=False,
-                keep_in_memory=True,
-                cache_dir=cache_dir,
-            )
-        except DatasetGenerationError as error:
-            cause = str(error.__cause__).strip()
-            raise ValueError(
-                f"{path} must have {len(header)} fields a row ({cause}); put quotes around prompts with commas, and "
-                "close them."
-            ) from error
-    return table.select_columns([source.video_column, *source.caption_column]).with_format("arrow")
+    wanted = [source.video_column, *source.caption_column]
+    return read_delimited(path, list(dict.fromkeys(wanted)), lambda names: check_columns(names, source))
 
 
 def read_jsonl(path: Path, source: Source) -> pa.Table:
@@ -87,26 +43,38 @@ def read_jsonl(path: Path, source: Source) -> pa.Table:
     schema = pa.schema(
         {source.video_column: pa.string()} | dict.fromkeys(source.caption_column, pa.list_(pa.string()))
     )
-    with path.open(encoding="utf-8-sig") as file:
-        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        try:
-            while batch := list(itertools.islice(lines, CHUNK_ROWS)):
-                rows = []
-                for number, line in batch:
-                    values = _parse_line(line, number, path)
-                    names.update(dict.fromkeys(values))
-                    rows.append(_pick_values(values, number, source))
-                chunks.append(pa.Table.from_pylist(rows, schema))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} must be text in UTF-8 ({error}).") from None
+    lines = text_lines(path)
+    while batch := list(itertools.islice(lines, CHUNK_ROWS)):
+        rows = []
+        for number, line in batch:
+            values = _parse_line(line, number, path)
+            names.update(dict.fromkeys(values))
+            rows.append(_pick_values(values, number, source))
+        chunks.append(pa.Table.from_pylist(rows, schema))
     if chunks:
         check_columns(names, source)
     return pa.concat_tables(chunks).combine_chunks() if chunks else schema.empty_table()
 
 
+class _RepeatedKeyError(Exception):
+    pass
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(next(name for name in names if names.count(name) > 1))
+    return values
+
+
 def _parse_line(line: str, number: int, path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_unique_keys)
+    except _RepeatedKeyError as error:
+        raise ValueError(
+            f"{path} must have each key once in an object, but line {number} has {error} twice."
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} must have a JSON object in each line, but line {number} is none ({error})."
@@ -202,12 +170,12 @@ def _visible_files(folder: Path) -> Iterator[str]:
 
 
 def _read_text(name: str, folder: Path) -> str:
+    path = folder / name
     try:
-        return resolve_path(name, folder).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{folder / name} must be text in UTF-8 ({error}).") from None
+        with resolve_path(name, folder).open("rb") as file:
+            content = file.read(MAX_TEXT_BYTES + 1)
     except ValueError as error:
-        path = folder / name
         if path.is_file() and not path.stat().st_size:
             return ""  # found later, as a row without a prompt
         raise ValueError(f"{path} must be a text below {folder}: {error}.") from None
+    return decode_text(content, path)

@@ -12,9 +12,10 @@ import pyarrow as pa
 import yaml
 
 from causal_wan.config.ranges import PositiveFloat, checked_dataclass
+from causal_wan.tables.delimited import SUFFIXES
 
 
-FILE_SUFFIXES = {".csv", ".jsonl", ".ndjson", ".parquet"}
+FILE_SUFFIXES = {*SUFFIXES, ".jsonl", ".ndjson", ".parquet"}
 
 
 @checked_dataclass
@@ -34,10 +35,16 @@ def check_columns(names: Iterable[str], source: Source) -> None:
     """Checks that a table has the columns that its source names.
 
     Raises:
-        ValueError: If not; names those there are.
+        ValueError: If not, or if one is there twice; names those there are.
     """
-    names = list(names)
-    if not {source.video_column, *source.caption_column} <= set(names):
+    names, wanted = list(names), [source.video_column, *source.caption_column]
+    for name in wanted:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{source.metadata_path} must have one column {name}, but has {names.count(name)} of that name; "
+                "rename or remove the others."
+            )
+    if not set(wanted) <= set(names):
         raise ValueError(
             f"{source.metadata_path} must have the columns {source.video_column} and "
             f"{' and '.join(source.caption_column)}, but has {', '.join(names)}; name yours with --video_column and "

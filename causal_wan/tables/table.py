@@ -19,6 +19,7 @@ from datasets import Dataset, DatasetDict, Value
 from datasets.exceptions import DatasetsError
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from causal_wan.tables.delimited import SUFFIXES
 from causal_wan.tables.files import read_csv, read_jsonl, read_pairs, read_parquet
 from causal_wan.tables.sources import Source, check_captions, check_columns, is_hub_name, is_text
 from causal_wan.tables.undecoded import LOADING_ERRORS, load_undecoded
@@ -190,7 +191,8 @@ def _read_folder(source: Source) -> Table:
 
 def _read_file(source: Source) -> Table:
     path = Path(source.metadata_path)
-    readers = {".csv": read_csv, ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}
+    readers = dict.fromkeys(SUFFIXES, read_csv)
+    readers |= {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"a table must end in {', '.join(readers)}, got {path.name}; rename or convert it.")

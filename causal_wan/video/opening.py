@@ -1,4 +1,4 @@
-"""Video files: found below their folder and opened safely.
+"""Video files, opened safely.
 
 A file may come from anyone. FFmpeg opens none itself: it is handed an open one, and reads containers that hold their
 own pictures only. What a file may ask for is limited, whatever its header says."""
@@ -23,32 +23,6 @@ MP4_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2"
 MP4_BOXES = b"ftyp moov mdat free skip wide pnot styp uuid junk sidx moof".split()  # that an mp4 or mov begins with
 MP4_SAMPLE_TABLES = re.compile(rb"stsz.{4}(.{4})(.{4})|trun.(.{3})(.{4})|cmov", re.DOTALL)
 CHUNK_BYTES = 1 << 20
-
-
-def resolve_path(video: str | None, base: Path) -> Path:
-    """The file that a cell names.
-
-    Raises:
-        ValueError: If it is no path below the base folder, symlinks resolved, or no file.
-    """
-    if not (video or "").strip():
-        raise ValueError("the path is empty")
-    if "\0" in video:
-        raise ValueError("the path has a NUL character in it")
-    if ":" in video.split("/")[0]:
-        raise ValueError("the path must name a file below dataset_base_path, not a URL or protocol")
-    path = Path(os.path.realpath(base / video))  # Path.resolve raises RuntimeError where links go in a circle
-    if not path.is_relative_to(os.path.realpath(base)):
-        raise ValueError("the path leaves dataset_base_path")
-    if path.is_dir():
-        raise ValueError("the path is a folder")
-    if not path.exists():
-        raise ValueError("the file does not exist")
-    if not path.is_file():  # opening a pipe would wait for ever
-        raise ValueError("the path is a pipe, socket or device, not a file")
-    if path.stat().st_size == 0:
-        raise ValueError("the file is empty")
-    return path
 
 
 @dataclass(frozen=True)

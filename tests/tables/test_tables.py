@@ -144,7 +144,7 @@ BAD_FILES = {
     "half.jsonl": ('{"video": "0.mp4", "prompt": "\\ud800"}', "line 1: prompt is no Unicode text"),
     "empty.jsonl": ("\n", "must have at least one row"),
     "fake.parquet": ("no parquet", "is no Parquet file that can be read"),
-    "rows.xlsx": ("", "must end in .csv, .jsonl"),
+    "rows.xlsx": ("", "must end in .csv, .tsv, .* .jsonl"),
 }
 
 
