@@ -60,6 +60,8 @@ class Config:
     """Table of held-out clips, as in training."""
     dataset_base_path: str | None = None
     """Folder that its paths are relative to."""
+    follow_links: bool = False
+    """Links in dataset_base_path may lead out of it."""
     video_column: str = "video"
     """Column with the path of the video."""
     caption_column: tuple[str, ...] = ("prompt",)
@@ -239,6 +241,7 @@ def data_config(config: Config, run: dict[str, Any], settings: SamplingSettings)
     shown = {name: run[name] for name in ("frame_sampling", "frame_rate", "time_division_factor") if name in run}
     data = DataConfig(
         dataset_base_path=config.dataset_base_path,
+        follow_links=config.follow_links,
         metadata_path=config.metadata_path,
         video_column=config.video_column,
         caption_column=config.caption_column,

@@ -22,7 +22,7 @@ from datasets import (
 )
 from huggingface_hub import HfFileSystem
 
-from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
+from causal_wan.tables.sources import Source, check_captions, check_columns, find_files, is_text
 from causal_wan.tables.undecoded import LOADING_ERRORS, load_undecoded
 from causal_wan.video.paths import resolve_path
 
@@ -66,6 +66,7 @@ class StreamedRow:
     name: str  # for people
     video: bytes | str | None
     prompts: tuple[str, ...]  # those that are not blank, without white space around them
+    follow_links: bool = False  # whether those in the folder of its file may lead out of it
 
     @property
     def num_bytes(self) -> int:
@@ -91,7 +92,7 @@ class StreamedRow:
                 "the data set holds no bytes of the video, and no file may be opened; name the folder of its files "
                 "with --dataset_base_path"
             )
-        return resolve_path(self.video, Path(base or ""))
+        return resolve_path(self.video, Path(base or ""), follow_links=self.follow_links)
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Stream:
         if path:
             name += f" ({os.path.basename(path)})"
         prompts = tuple(prompt for column in self.source.caption_column for prompt in _prompts(columns[column]))
-        return StreamedRow(file, row, name, path if video is None else video, prompts)
+        return StreamedRow(file, row, name, path if video is None else video, prompts, self.source.follow_links)
 
     def _is_own_file(self, path: str) -> bool:
         """Whether a path is a file in the hub's repository of this data set; no other address is opened."""
@@ -218,8 +219,8 @@ def _loading_arguments(source: Source) -> dict[str, Any]:
         return {"path": builder, "data_files": name if "://" in name else glob.escape(name), "split": "train"}
     if path.is_dir():
         for suffix, kind in BUILDERS.items():
-            if any(path.rglob(f"*{suffix}")):
-                return {"path": kind, "data_files": f"{glob.escape(name)}/**/*{suffix}", "split": "train"}
+            if files := find_files(source, suffix):
+                return {"path": kind, "data_files": [glob.escape(file) for file in files], "split": "train"}
         raise ValueError(f"{name} must hold {', '.join(BUILDERS)} files to be streamed, but has none.")
     if not path.exists() and not path.suffix and name.count("/") == 1:
         return {"path": name, "split": source.split, "revision": source.revision}

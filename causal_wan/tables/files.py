@@ -5,8 +5,6 @@ Values stay text, whatever they look like: a prompt may be 123, None or a date.
 
 import itertools
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pyarrow.parquet as pq
 from causal_wan.tables.delimited import read_delimited
 from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
 from causal_wan.tables.text_files import MAX_TEXT_BYTES, decode_text, text_lines
-from causal_wan.video.paths import resolve_path
+from causal_wan.video.paths import resolve_path, visible_files
 
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
@@ -131,14 +129,19 @@ def read_parquet(path: Path, source: Source) -> pa.Table:
 # --- folders of videos and texts -------------------------------------------------------------------------------------
 
 
-def read_pairs(folder: Path) -> pa.Table:
+def read_pairs(folder: Path, *, follow_links: bool = False) -> pa.Table:
     """`name.mp4` with `name.txt`, at any depth, in the order of their names; columns video and prompt.
 
+    Args:
+        folder: Of both.
+        follow_links: Whether links in it may lead out of it.
+
     Raises:
-        ValueError: If there are none, or one of two is missing; names them.
+        ValueError: If there are none, or one of two is missing; names them. If a text or folder is a link that leads
+            out of the folder, and must not.
     """
     videos, texts = [], set()
-    for name in sorted(_visible_files(folder)):
+    for name in sorted(visible_files(folder, follow_links=follow_links)):
         if Path(name).suffix.lower() in VIDEO_SUFFIXES:
             videos.append(name)
         elif Path(name).suffix.lower() == ".txt":
@@ -157,22 +160,14 @@ def read_pairs(folder: Path) -> pa.Table:
             f"{folder} must hold videos with texts beside them, such as a.mp4 and a.txt, or a `datasets` data set, "
             "but has no video; name a table in it by its file."
         )
-    prompts = [_read_text(text, folder) for text in partner.values()]
+    prompts = [_read_text(text, folder, follow_links=follow_links) for text in partner.values()]
     return pa.table({"video": pa.array(videos, pa.string()), "prompt": pa.array(prompts, pa.string())})
 
 
-def _visible_files(folder: Path) -> Iterator[str]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):  # macOS leaves ._a.mp4 beside a.mp4
-                yield os.path.relpath(os.path.join(root, name), folder)
-
-
-def _read_text(name: str, folder: Path) -> str:
+def _read_text(name: str, folder: Path, *, follow_links: bool) -> str:
     path = folder / name
     try:
-        with resolve_path(name, folder).open("rb") as file:
+        with resolve_path(name, folder, follow_links=follow_links).open("rb") as file:
             content = file.read(MAX_TEXT_BYTES + 1)
     except ValueError as error:
         if path.is_file() and not path.stat().st_size:

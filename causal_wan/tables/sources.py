@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from causal_wan.config.ranges import PositiveFloat, checked_dataclass
 from causal_wan.tables.delimited import SUFFIXES
+from causal_wan.video.paths import resolve_path, visible_files
 
 
 FILE_SUFFIXES = {*SUFFIXES, ".jsonl", ".ndjson", ".parquet"}
@@ -29,6 +31,7 @@ class Source:
     weight: PositiveFloat | None = None
     split: str = "train"
     revision: str | None = None
+    follow_links: bool = False
 
 
 def check_columns(names: Iterable[str], source: Source) -> None:
@@ -77,6 +80,23 @@ def check_captions(schema: pa.Schema, source: Source) -> None:
                 f"{source.metadata_path} must hold text or lists of text in the column {name}, but holds {kind}; "
                 "convert it, or name another with --caption_column."
             )
+
+
+def find_files(source: Source, suffix: str) -> list[str]:
+    """The files in the folder of a source, at any depth, whose names end in a suffix; in the order of their names.
+
+    Raises:
+        ValueError: If one is a link, or in a linked folder, that leads out of the folder and must not.
+    """
+    folder = Path(source.metadata_path)
+    names = visible_files(folder, follow_links=source.follow_links)
+    found = sorted(name for name in names if Path(name).suffix.lower() == suffix)
+    for name in found:
+        try:
+            resolve_path(name, folder, follow_links=source.follow_links)
+        except ValueError as error:
+            raise ValueError(f"{folder / name} must be a file below {folder}: {error}.") from None
+    return [os.path.join(folder, name) for name in found]
 
 
 def is_hub_name(name: str) -> bool:
@@ -148,6 +168,10 @@ def _parse_value(key: str, value: Any, where: str) -> Any:
         if not columns or not all(isinstance(column, str) for column in columns):
             raise ValueError(f"{where}: caption_column must be a name or a list of names, got {value!r}.")
         return tuple(columns)
+    if key == "follow_links":
+        if not isinstance(value, bool):
+            raise ValueError(f"{where}: follow_links must be true or false, got {value!r}.")
+        return value
     if not isinstance(value, str):
         raise ValueError(f"{where}: {key} must be text, got {value!r}; put it in quotes.")
     return value

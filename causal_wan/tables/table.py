@@ -39,12 +39,14 @@ class TableRow:
         video: A path, or the video itself.
         prompts: Those that are not blank, without white space around them.
         base: Folder that a path is relative to and must not leave; None where no path is allowed.
+        follow_links: Whether links in that folder may lead out of it.
     """
 
     number: int
     video: str | EmbeddedVideo | None
     prompts: tuple[str, ...]
     base: str | None = None
+    follow_links: bool = False
 
 
 class Table(Sequence[TableRow]):
@@ -88,7 +90,7 @@ class Table(Sequence[TableRow]):
         videos = self._videos(cells[self.source.video_column], start)
         for number, (video, texts) in enumerate(zip(videos, captions, strict=True), start + 1):
             prompts = tuple(prompt for text in texts for prompt in _prompts(text, has_json=self.has_json))
-            yield TableRow(number, video, prompts, self._base(video))
+            yield TableRow(number, video, prompts, self._base(video), self.source.follow_links)
 
     def _videos(self, column: pa.ChunkedArray, start: int) -> list[str | EmbeddedVideo | None]:
         if self.videos is None or is_text(column.type):
@@ -183,7 +185,7 @@ def _read_folder(source: Source) -> Table:
     """Videos with texts beside them; another base folder may be given only to find them from there."""
     folder, base = source.metadata_path, source.dataset_base_path or source.metadata_path
     source = replace(source, video_column="video", caption_column=("prompt",))
-    cells = read_pairs(Path(folder))
+    cells = read_pairs(Path(folder), follow_links=source.follow_links)
     below = os.path.relpath(folder, base)
     paths = [os.path.normpath(os.path.join(below, name)) for name in cells["video"].to_pylist()]
     return Table(cells.set_column(0, "video", pa.array(paths, pa.string())), source, [base])
