@@ -132,7 +132,7 @@ from causal_wan.evaluation.report import write_metrics, write_report, write_vide
 from causal_wan.evaluation.vbench_export import VBenchExport, read_vbench_prompts
 from causal_wan.evaluation.video_metrics import first_frames_of_blocks
 from causal_wan.model.streaming_vae import decode_in_parts
-from causal_wan.model.text import encode_prompts, pad_prompt_embeds
+from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
 from causal_wan.model.vae import check_video_size
 from causal_wan.progress import PATIENCE, announced, show_progress
 from causal_wan.results.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
@@ -166,6 +166,8 @@ def main(config: Config) -> None:
         student = load_student(config.checkpoint, run, dtype, num_frame_per_block=config.num_frame_per_block)
         shape = ClipShape(settings.num_frames, settings.height, settings.width)
         check_video_size(*shape, vae=student.vae, transformer=student.transformer)
+    texts = prompts if export is None else [*prompts, *export.prompts]
+    warn_of_cut_prompts(student.tokenizer, texts, settings.max_sequence_length)
     lengths = student.transformer.block_lengths((shape.num_frames - 1) // student.vae_scale_factor_temporal + 1)
     starts = first_frames_of_blocks(lengths, student.vae_scale_factor_temporal)
     clips = [load_video(row, shape, data, torch.Generator()) for row in show_progress(rows, desc="clips")]

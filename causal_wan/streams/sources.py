@@ -7,7 +7,7 @@ A clip comes with its bytes, or with a path below `dataset_base_path`. Nothing i
 import glob
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +22,7 @@ from datasets import (
 )
 from huggingface_hub import HfFileSystem
 
+from causal_wan.tables.prompts import prompts_of
 from causal_wan.tables.sources import Source, check_captions, check_columns, find_files, is_text
 from causal_wan.tables.undecoded import LOADING_ERRORS, load_undecoded
 from causal_wan.video.paths import resolve_path
@@ -144,19 +145,13 @@ class Stream:
         name = f"row {row + 1} of file {file + 1} of {self.source.metadata_path}"
         if path:
             name += f" ({os.path.basename(path)})"
-        prompts = tuple(prompt for column in self.source.caption_column for prompt in _prompts(columns[column]))
+        prompts = tuple(prompt for column in self.source.caption_column for prompt in prompts_of(columns[column]))
         return StreamedRow(file, row, name, path if video is None else video, prompts, self.source.follow_links)
 
     def _is_own_file(self, path: str) -> bool:
         """Whether a path is a file in the hub's repository of this data set; no other address is opened."""
         start = f"hf://datasets/{self.source.metadata_path}@"
         return path.startswith(start) and not {"..", "."} & set(path.split("/")) and "::" not in path
-
-
-def _prompts(cell: str | Sequence[str | None] | None) -> Iterator[str]:
-    for text in [cell] if isinstance(cell, str) else cell or ():
-        if text and text.strip():
-            yield text.strip()
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ Values stay text, whatever they look like: a prompt may be 123, None or a date.
 
 import itertools
 import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +34,43 @@ def read_csv(path: Path, source: Source) -> pa.Table:
         ValueError: If the file is empty, no CSV, or lacks a column; names row and line.
     """
     wanted = [source.video_column, *source.caption_column]
-    return read_delimited(path, list(dict.fromkeys(wanted)), lambda names: check_columns(names, source))
+    return read_delimited(path, list(dict.fromkeys(wanted)), partial(check_columns, source=source))
 
 
 def read_jsonl(path: Path, source: Source) -> pa.Table:
-    """One object a line; Arrow's own reader would take texts that look like times for times."""
+    """The columns of a JSON lines file that a source names."""
+    check = partial(check_columns, source=source)
+    return read_json_lines(path, texts=[source.video_column], lists=source.caption_column, check=check)
+
+
+def read_json_lines(
+    path: Path, *, texts: Sequence[str], lists: Sequence[str], check: Callable[[list[str]], None]
+) -> pa.Table:
+    """One object a line; Arrow's own reader would take texts that look like times for times.
+
+    Args:
+        path: Of the file.
+        texts: Keys of texts.
+        lists: Keys of texts or lists of them, which become lists.
+        check: Is given all keys, and raises a ValueError if others are wanted.
+
+    Raises:
+        ValueError: If a line is no object, or holds something else; names it.
+    """
     names, chunks = {}, []
-    schema = pa.schema(
-        {source.video_column: pa.string()} | dict.fromkeys(source.caption_column, pa.list_(pa.string()))
-    )
+    schema = pa.schema(dict.fromkeys(texts, pa.string()) | dict.fromkeys(lists, pa.list_(pa.string())))
     lines = text_lines(path)
     while batch := list(itertools.islice(lines, CHUNK_ROWS)):
         rows = []
         for number, line in batch:
             values = _parse_line(line, number, path)
             names.update(dict.fromkeys(values))
-            rows.append(_pick_values(values, number, source))
+            rows.append(
+                {name: _pick_value(values, name, number, path, is_list=name in lists) for name in schema.names}
+            )
         chunks.append(pa.Table.from_pylist(rows, schema))
     if chunks:
-        check_columns(names, source)
+        check(list(names))
     return pa.concat_tables(chunks).combine_chunks() if chunks else schema.empty_table()
 
 
@@ -84,24 +104,22 @@ def _parse_line(line: str, number: int, path: Path) -> dict[str, Any]:
     return values
 
 
-def _pick_values(values: dict[str, Any], number: int, source: Source) -> dict[str, Any]:
-    picked = {}
-    for name in (source.video_column, *source.caption_column):
-        value = values.get(name)
-        texts = value if isinstance(value, list) and name in source.caption_column else [value]
-        wrong = [text for text in texts if text is not None and not isinstance(text, str)]
-        if wrong:
-            wanted = "text" if name == source.video_column else "text or a list of texts"
-            raise ValueError(
-                f"{source.metadata_path}, line {number}: {name} must be {wanted}, but holds {wrong[0]!r:.100}; put "
-                "numbers in quotes."
-            )
-        try:
-            "".join(text or "" for text in texts).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{source.metadata_path}, line {number}: {name} is no Unicode text ({error}).") from None
-        picked[name] = value if name == source.video_column else texts
-    return picked
+def _pick_value(
+    values: dict[str, Any], name: str, number: int, path: Path, *, is_list: bool
+) -> str | list[str | None] | None:
+    value = values.get(name)
+    texts = value if is_list and isinstance(value, list) else [value]
+    wrong = [text for text in texts if text is not None and not isinstance(text, str)]
+    if wrong:
+        wanted = "text or a list of texts" if is_list else "text"
+        raise ValueError(
+            f"{path}, line {number}: {name} must be {wanted}, but holds {wrong[0]!r:.100}; put numbers in quotes."
+        )
+    try:
+        "".join(text or "" for text in texts).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path}, line {number}: {name} is no Unicode text ({error}).") from None
+    return texts if is_list else value
 
 
 def read_parquet(path: Path, source: Source) -> pa.Table:

@@ -6,7 +6,6 @@ A row names a video, or is one with its bytes, and has prompts. Videos are neith
 import bisect
 import glob
 import itertools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from causal_wan.tables.delimited import SUFFIXES
 from causal_wan.tables.files import read_csv, read_jsonl, read_pairs, read_parquet
+from causal_wan.tables.prompts import prompts_of
 from causal_wan.tables.sources import Source, check_captions, check_columns, is_hub_name, is_text
 from causal_wan.tables.undecoded import LOADING_ERRORS, load_undecoded
 from causal_wan.video.opening import EmbeddedVideo
@@ -89,7 +89,7 @@ class Table(Sequence[TableRow]):
         captions = zip(*(cells[name].to_pylist() for name in self.source.caption_column), strict=True)
         videos = self._videos(cells[self.source.video_column], start)
         for number, (video, texts) in enumerate(zip(videos, captions, strict=True), start + 1):
-            prompts = tuple(prompt for text in texts for prompt in _prompts(text, has_json=self.has_json))
+            prompts = tuple(prompt for text in texts for prompt in prompts_of(text, has_json=self.has_json))
             yield TableRow(number, video, prompts, self._base(video), self.source.follow_links)
 
     def _videos(self, column: pa.ChunkedArray, start: int) -> list[str | EmbeddedVideo | None]:
@@ -134,19 +134,6 @@ class Tables(Sequence[TableRow]):
 
     def __iter__(self) -> Iterator[TableRow]:
         return itertools.chain.from_iterable(self.tables)
-
-
-def _prompts(cell: str | list[str | None] | None, *, has_json: bool) -> Iterator[str]:
-    if has_json and isinstance(cell, str) and cell.lstrip().startswith("["):
-        try:
-            parsed = json.loads(cell)
-        except ValueError:
-            parsed = None  # a prompt that begins with a bracket
-        if isinstance(parsed, list) and all(isinstance(text, str) for text in parsed):
-            cell = parsed
-    for text in [cell] if isinstance(cell, str) else cell or ():
-        if text and text.strip():
-            yield text.strip()
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -396,6 +396,11 @@ def test_latents_and_embeddings_are_those_that_training_computes(run, recipe, ch
     assert len({embed.shape[0] for embed in embeds}) > 1  # their own lengths
 
 
+def test_prompts_that_are_cut_are_said(run, caplog):
+    run(max_sequence_length=3)
+    assert "8 of 9 prompt(s) are cut at max_sequence_length=3 tokens" in caplog.text
+
+
 def test_batches_of_clips_change_no_more_than_rounding(run, tmp_path):
     run(latents_dtype="fp32", latents_dir=tmp_path / "one")
     run(latents_dtype="fp32", latents_dir=tmp_path / "three", encode_batch_size=3)
