@@ -101,7 +101,7 @@ def read_recipe(path: str | Path, config_class: type, also_known: Collection[str
     if not Path(path).is_file():
         raise ValueError(f"--config must name a YAML file, but {path} does not exist.")
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
+        loaded = yaml.safe_load(Path(path).read_bytes())  # of which it sees UTF-16 by its mark
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be valid YAML: {error}") from None
     if not isinstance(loaded, dict):

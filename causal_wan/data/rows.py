@@ -203,6 +203,8 @@ def find_video(row: TableRow, manifest: FileManifest | None = None) -> tuple[Pat
     Raises:
         ValueError: If there is none; of a file that is not there, if the manifest does not know its name either.
     """
+    if row.error is not None:
+        raise ValueError(row.error)
     known = None
     if isinstance(row.video, EmbeddedVideo):
         video = row.video

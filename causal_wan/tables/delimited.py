@@ -141,4 +141,5 @@ def _quote_error(path: Path, number: int, line: int, cause: str) -> str:
             f"{path} must have fields of at most {MAX_FIELD} characters, but {row} has a longer one; is a quote open?"
         )
     what = "opens a quote that never closes" if "end of data" in cause else f"has a quote out of place ({cause})"
-    return f"{path} must close its quotes at the end of a field, but {row} {what}; {QUOTING}."
+    separators = "" if number else "; fields are separated by commas, semicolons, tabs or bars"
+    return f"{path} must close its quotes at the end of a field, but {row} {what}; {QUOTING}{separators}."

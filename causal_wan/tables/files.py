@@ -5,6 +5,7 @@ Values stay text, whatever they look like: a prompt may be 123, None or a date.
 
 import itertools
 import json
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -158,15 +159,16 @@ def read_pairs(folder: Path, *, follow_links: bool = False) -> pa.Table:
         ValueError: If there are none, or one of two is missing; names them. If a text or folder is a link that leads
             out of the folder, and must not.
     """
-    videos, texts = [], set()
+    videos, texts = [], {}
     for name in sorted(visible_files(folder, follow_links=follow_links)):
         if Path(name).suffix.lower() in VIDEO_SUFFIXES:
             videos.append(name)
         elif Path(name).suffix.lower() == ".txt":
-            texts.add(name)
-    partner = {name: str(Path(name).with_suffix(".txt")) for name in videos}
-    alone = [f"{name} has no {text}" for name, text in partner.items() if text not in texts]
-    alone += [f"{name} has no video" for name in sorted(texts - set(partner.values()))]
+            texts.setdefault(_stem(name), []).append(name)
+    partner = {name: texts[_stem(name)][0] for name in videos if _stem(name) in texts}
+    alone = [f"{name} has no {Path(name).with_suffix('.txt')}" for name in videos if name not in partner]
+    lost = {name for names in texts.values() for name in names} - set(partner.values())
+    alone += [f"{name} has no video" for name in sorted(lost)]
     if alone:
         more = f", and {len(alone) - MAX_SHOWN} more" if len(alone) > MAX_SHOWN else ""
         raise ValueError(
@@ -180,6 +182,11 @@ def read_pairs(folder: Path, *, follow_links: bool = False) -> pa.Table:
         )
     prompts = [_read_text(text, folder, follow_links=follow_links) for text in partner.values()]
     return pa.table({"video": pa.array(videos, pa.string()), "prompt": pa.array(prompts, pa.string())})
+
+
+def _stem(name: str) -> str:
+    """What a video and its text have in common; accents may be composed in one and decomposed in the other."""
+    return unicodedata.normalize("NFC", str(Path(name).with_suffix("")))
 
 
 def _read_text(name: str, folder: Path, *, follow_links: bool) -> str:

@@ -44,7 +44,8 @@ def read_prompts_file(path: str) -> list[str]:
     """
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"prompts_file must be a text or CSV file, but {path} does not exist.")
+        there = "is none" if file.exists() else "does not exist"
+        raise ValueError(f"prompts_file must be a text or CSV file, but {path} {there}.")
     check, kind = partial(_check_names, path), file.suffix.lower()
     if kind in (".csv", ".tsv", ".tab"):
         cells = read_delimited(file, [COLUMN], check)[COLUMN].to_pylist()

@@ -59,7 +59,8 @@ def is_text(kind: pa.DataType) -> bool:
     """Whether values of a type are texts, or all missing."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(test(kind) for test in tests)
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -117,8 +118,8 @@ def read_sources(path: str) -> list[Source]:
     if not Path(path).is_file():
         raise ValueError(f"dataset_config must name a YAML file, but {path} does not exist.")
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        loaded = yaml.safe_load(Path(path).read_bytes())  # of which it sees UTF-16 by its mark
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} must be valid YAML: {error}") from None
     if not isinstance(loaded, list) or not loaded or not all(isinstance(item, dict) for item in loaded):
         raise ValueError(

@@ -44,6 +44,20 @@ def open_text(path: Path, newline: str | None = None) -> TextIO:
     return path.open(encoding=encoding, errors=_errors(encoding), newline=newline)
 
 
+def check_is_utf_8(path: Path) -> None:
+    """Checks that a text has no mark of another encoding, for readers that know UTF-8 alone.
+
+    Raises:
+        ValueError: If it has.
+    """
+    with path.open("rb") as file:
+        encoding = encoding_of(file.read(4))
+    if not encoding.startswith("utf-8"):
+        raise ValueError(
+            f"{path} must be text in UTF-8 to be streamed, but is in {encoding.upper()}; save it as UTF-8."
+        )
+
+
 def _errors(encoding: str) -> str:
     return "surrogateescape" if encoding.startswith("utf-8") else "strict"
 

@@ -33,11 +33,13 @@ class EmbeddedVideo:
         dataset: A `datasets.Dataset`.
         index: Of the row, from 0.
         column: With bytes, or with what `datasets.Video(decode=False)` gives.
+        name: What the data set calls the file, for people.
     """
 
     dataset: Any
     index: int
     column: str
+    name: str = ""
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """The bytes as a file.
@@ -55,7 +57,8 @@ class EmbeddedVideo:
 
     def __str__(self) -> str:
         files = [file["filename"] for file in self.dataset.cache_files]
-        return f"row {self.index + 1} of {files[0] if files else self.dataset._fingerprint}"
+        name = f" ({os.path.basename(self.name):.100})" if self.name else ""
+        return f"row {self.index + 1} of {files[0] if files else self.dataset._fingerprint}{name}"
 
 
 Video = Path | EmbeddedVideo

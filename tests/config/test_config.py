@@ -174,3 +174,14 @@ def test_flags_are_no_texts_and_texts_no_flags(capsys, argv, message):
 def test_values_that_are_named_as_switches_are_values():
     config = parse_config(Prompts, ["--prompts", "use_ema", "true", "--use_ema", "true"])
     assert config == Prompts(prompts=("use_ema", "true"), use_ema=True)
+
+
+def test_a_recipe_may_have_a_mark_and_one_in_another_encoding_is_named(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_bytes("prompt: café\n".encode(encoding))
+        assert parse_config(Prompts, ["--config", str(path)]).prompt == "café"
+    path.write_bytes("prompt: café\n".encode("latin-1"))
+    with pytest.raises(SystemExit):
+        parse_config(Prompts, ["--config", str(path)])
+    assert "recipe.yaml must be valid YAML" in capsys.readouterr().err

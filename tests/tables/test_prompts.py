@@ -69,3 +69,9 @@ def test_lists_are_several_prompts(tmp_path):
 def test_other_files_are_refused_by_the_cause_with_its_place(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, name, content)
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    for path, there in ((tmp_path, "is none"), (tmp_path / "nowhere.txt", "does not exist")):
+        with pytest.raises(ValueError, match=f"prompts_file must be a text or CSV file, but {path} {there}"):
+            read_prompts_file(str(path))

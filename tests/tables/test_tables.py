@@ -329,13 +329,15 @@ def hub(monkeypatch):
     """What `load_dataset` is called with, and gives."""
     calls = {}
 
-    def load(name, *, split, revision):
-        calls.update(name=name, split=split, revision=revision)
+    def load(path, *, split, revision, streaming):
+        assert not streaming
+        calls.update(name=path, split=split, revision=revision)
         if isinstance(calls["gives"], Exception):
             raise calls["gives"]
         return calls["gives"]
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("causal_wan.tables.undecoded.load_dataset_builder", lambda path, *, revision: None)
+    monkeypatch.setattr("causal_wan.tables.undecoded.load_dataset", load)
     return calls
 
 
@@ -436,6 +438,16 @@ def test_a_list_of_tables_is_read_relative_to_its_file(folder):
     assert third.metadata_path == str(folder / "videos")
     assert third.caption_column == ("text",)
     assert source_weights(DataConfig(dataset_config=path)) == [3.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_of_tables_may_have_a_mark(tmp_path, encoding):
+    (tmp_path / "tables.yaml").write_bytes("- metadata_path: owner/café\n".encode(encoding))
+    (table,) = read_sources(str(tmp_path / "tables.yaml"))
+    assert table.metadata_path == "owner/café"
+    (tmp_path / "tables.yaml").write_bytes("- metadata_path: café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"tables\.yaml must be valid YAML"):
+        read_sources(str(tmp_path / "tables.yaml"))
 
 
 BAD_LISTS = [

@@ -88,6 +88,7 @@ REFUSED = {
     "compressed": (b"\x1f\x8b" + b"\0" * 100, "is compressed"),
     "a quote that never closes": ('video,prompt\n0.mp4,a\n1.mp4,"b\n2.mp4,c\n', r"row 2 \(line 3\) opens a quote"),
     "a quote of the header": ('video,"prompt\n0.mp4,a\n', r"the header \(line 1\) opens a quote that never closes"),
+    "separated by spaces": ('"video" "prompt"\n"0.mp4" "a"\n', r"the header \(line 1\) .*commas, semicolons, tabs"),
     "a quote that closes late": ('video,prompt\n0.mp4,"a\n1.mp4,"b"\n', r"row 1 \(line 2\) has a quote out of place"),
     "a quote that closes early": (
         'video,prompt\n\n0.mp4,"Go" she says\n',
@@ -151,6 +152,24 @@ def test_texts_beside_videos_may_have_marks(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content.encode() if isinstance(content, str) else content)
     (row,) = read_table(Source(metadata_path=str(tmp_path)))
     assert row.prompts == ("a dog",)
+
+
+@pytest.mark.parametrize(
+    ("video", "text"),
+    [("A.MP4", "A.TXT"), ("caf\u00e9.mp4", "cafe\u0301.txt"), ("cafe\u0301/a.MOV", "cafe\u0301/a.Txt")],
+)
+def test_videos_and_texts_go_together_whatever_the_case_of_endings_and_the_form_of_accents(tmp_path, video, text):
+    for name, content in ((video, b"video"), (text, b"a dog")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (row,) = read_table(Source(metadata_path=str(tmp_path)))
+    assert (row.video, row.prompts) == (video, ("a dog",))
+
+
+def test_views_of_texts_are_texts(tmp_path):
+    columns = {"video": pa.array(["0.mp4"], pa.string_view()), "prompt": pa.array(["a dog"], pa.string_view())}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    assert read(tmp_path, (tmp_path / "rows.parquet").read_bytes(), "rows.parquet") == ROWS[:1]
 
 
 def test_a_text_that_is_no_prompt_is_refused_by_its_size(tmp_path):
