@@ -60,6 +60,8 @@ class Config:
     """Table of held-out clips, as in training."""
     dataset_base_path: LocalPath | None = None
     """Folder that its paths are relative to."""
+    follow_links: bool = False
+    """Links in dataset_base_path may lead out of it."""
     video_column: str = "video"
     """Column with the path of the video."""
     caption_column: tuple[str, ...] = ("prompt",)
@@ -130,7 +132,7 @@ from causal_wan.evaluation.report import write_metrics, write_report, write_vide
 from causal_wan.evaluation.vbench_export import VBenchExport, read_vbench_prompts
 from causal_wan.evaluation.video_metrics import first_frames_of_blocks
 from causal_wan.model.streaming_vae import decode_in_parts
-from causal_wan.model.text import encode_prompts, pad_prompt_embeds
+from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
 from causal_wan.model.vae import check_video_size
 from causal_wan.progress import PATIENCE, announced, show_progress
 from causal_wan.results.run_record import RunRecord, base_of, find_run
@@ -165,6 +167,8 @@ def main(config: Config) -> None:
         student = load_student(config.checkpoint, run, dtype, num_frame_per_block=config.num_frame_per_block)
         shape = ClipShape(settings.num_frames, settings.height, settings.width)
         check_video_size(*shape, vae=student.vae, transformer=student.transformer)
+    texts = prompts if export is None else [*prompts, *export.prompts]
+    warn_of_cut_prompts(student.tokenizer, texts, settings.max_sequence_length)
     lengths = student.transformer.block_lengths((shape.num_frames - 1) // student.vae_scale_factor_temporal + 1)
     starts = first_frames_of_blocks(lengths, student.vae_scale_factor_temporal)
     clips = [load_video(row, shape, data, torch.Generator()) for row in show_progress(rows, desc="clips")]
@@ -239,6 +243,7 @@ def data_config(config: Config, run: RunRecord | None, settings: SamplingSetting
     data = replace(
         DataConfig() if run is None else run.data,
         dataset_base_path=config.dataset_base_path,
+        follow_links=config.follow_links,
         metadata_path=config.metadata_path,
         video_column=config.video_column,
         caption_column=config.caption_column,

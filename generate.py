@@ -54,7 +54,7 @@ class Config:
     prompt: str | None = None
     """One prompt."""
     prompts_file: LocalPath | None = None
-    """Text file with one prompt a line, or a CSV with a `prompt` column."""
+    """Text file with one prompt a line, or a CSV or JSON lines file with a `prompt` column."""
     negative_prompt: str = ""
     """What guidance leads away from."""
     guidance_scale: GuidanceScale = 1.0
@@ -126,7 +126,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from causal_wan.model.text import encode_prompts, pad_prompt_embeds
+from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
 from causal_wan.model.vae import check_video_size
 from causal_wan.processes import wait_for_all
 from causal_wan.progress import announced
@@ -159,6 +159,9 @@ def main(config: Config) -> None:
         )
         pipeline = load_pipeline(config, run, settings, dtype)
         given = read_frames_to_continue(config, settings, pipeline)
+    if state.is_main_process:
+        texts = [*prompts, config.negative_prompt] if config.guidance_scale > 1 else prompts
+        warn_of_cut_prompts(pipeline.tokenizer, texts, settings.max_sequence_length)
     pipeline.to(device)
     work = list(enumerate(zip(prompts, output_paths(config, len(prompts)), strict=True)))
     own = work[state.process_index :: state.num_processes]

@@ -88,7 +88,7 @@ from causal_wan.data.rows import Row
 from causal_wan.data.shared_memory import check_shared_memory, collate_shared, shared_memory_here, worker_settings
 from causal_wan.data.workers import name_clips_of_dead_workers
 from causal_wan.memory.levers import cut_up_vae
-from causal_wan.model.text import encode_prompts
+from causal_wan.model.text import encode_prompts, warn_of_cut_prompts
 from causal_wan.model.vae import encode_videos
 from causal_wan.processes import PATIENCE, gather_lists, wait_for_all
 from causal_wan.runs.data import RunData, load_run_data
@@ -221,6 +221,8 @@ def encode_missing_prompts(
         revision=config.model.revision,
         device=accelerator.device,
     )
+    if accelerator.is_main_process:
+        warn_of_cut_prompts(tokenizer, prompts, config.model.max_sequence_length)
     bar = tqdm(total=len(own), desc="prompts", unit="prompt", disable=not accelerator.is_main_process)
     with cached.prompt_writer() as writer, bar:
         for start in range(0, len(own), PROMPTS_AT_ONCE):

@@ -50,7 +50,7 @@ class Config:
     teacher: LocalPath | None = None
     """Output folder of a run, diffusers folder, hub id or file of weights; None is the checkpoint of the recipe."""
     prompts_file: LocalPath | None = None
-    """Text file with one prompt a line, or a CSV with a `prompt` column; in the place of the tables' prompts."""
+    """Text with a prompt a line, or CSV or JSON lines with a `prompt` column; in the place of the tables' prompts."""
     num_trajectories_per_prompt: PositiveInt = 1
     """Each from noise of its own."""
     guidance_scale: GuidanceScale = 5.0

@@ -6,7 +6,10 @@ A recipe is flat: its keys are the names of the flags. Every key, whichever data
 import contextlib
 import dataclasses
 import difflib
+import math
+import re
 import sys
+import types
 import typing
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +33,9 @@ ALIASES = {
     "num_workers": "dataloader_num_workers",
     "prompt_column": "caption_column",
 }
+
+FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)  # a dash or two, and a name without spaces
+TEXT = "\0"  # before a text that begins with a dash, on its way through tyro; no argument of a process can hold it
 
 
 @contextlib.contextmanager
@@ -67,12 +73,13 @@ def parse_config(
         argv = _canonical_flags(argv, config_class)
         argv, recipe_path = _pop_config_flag(argv)
         recipe = read_recipe(recipe_path, config_class, also_known) if recipe_path else {}
+        rooms = _rooms_for_text(config_class)
         given = {_flag_name(token) for token in argv if token.startswith("--")}
         recipe_argv = [
             token
             for key, value in recipe.items()
             if key not in given and f"no_{key}" not in given
-            for token in _to_flags(key, value)
+            for token in _to_flags(key, value, is_text=key in rooms)
         ]
         with passing_mistakes():
             return tyro.cli(
@@ -81,6 +88,7 @@ def parse_config(
                 description=description
                 + "\n\n--config RECIPE.yaml gives defaults for all flags below; flags override it.",
                 use_underscores=True,
+                registry=_texts(),
             )
 
 
@@ -94,7 +102,7 @@ def read_recipe(path: str | Path, config_class: type, also_known: Collection[str
     if not Path(path).is_file():
         raise ValueError(f"--config must name a YAML file, but {path} does not exist.")
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
+        loaded = yaml.safe_load(Path(path).read_bytes())  # of which it sees UTF-16 by its mark
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be valid YAML: {error}") from None
     if not isinstance(loaded, dict):
@@ -189,23 +197,70 @@ def _flag_name(token: str) -> str:
 
 
 def _canonical_flags(argv: list[str], config_class: type) -> list[str]:
-    """Resolves aliases, and `--flag true` / `--flag false` for switches, which tyro writes `--flag` / `--no_flag`."""
-    fields = dict(flat_fields(config_class))
+    """Resolves aliases, and `--flag true` / `--flag false` for switches, which tyro writes `--flag` / `--no_flag`.
+
+    What begins with dashes and is no flag is a text, where one is expected.
+    """
+    fields, rooms = dict(flat_fields(config_class)), _rooms_for_text(config_class)
     switches = {name for name, hint in fields.items() if hint is bool}
     canonical: list[str] = []
+    name, room = "", 0.0  # of the last flag: its name, and how many texts may still follow
     for token in argv:
-        if token.startswith("--"):
+        is_flag = FLAG.fullmatch(token) is not None
+        if is_flag and token.startswith("--"):
             name, equals, value = token.removeprefix("--").partition("=")
             name = _canonical_name(name, fields)
-            token = f"--{name}{equals}{value}"
+            room = rooms.get(name, 0) - bool(equals)
             if name in switches and equals and value.lower() in ("true", "false"):
-                token = f"--{name}" if value.lower() == "true" else f"--no_{name}"
-        elif canonical and _flag_name(canonical[-1]) in switches and token.lower() in ("true", "false"):
+                name, equals, value = (name if value.lower() == "true" else f"no_{name}"), "", ""
+            canonical.append(f"--{name}{equals}{value}")
+        elif name in switches and token.lower() in ("true", "false"):
             if token.lower() == "false":
-                canonical[-1] = f"--no_{_flag_name(canonical[-1])}"
-            continue
-        canonical.append(token)
+                canonical[-1] = f"--no_{name}"
+            name = ""
+        else:
+            canonical.append(_protect(token) if room > 0 and not is_flag else token)
+            name, room = "", room - 1
     return canonical
+
+
+def _rooms_for_text(config_class: type) -> dict[str, float]:
+    """How many values each setting takes that is a text or several."""
+    rooms = {name: _room_for_text(hint) for name, hint in flat_fields(config_class)}
+    return {name: room for name, room in rooms.items() if room}
+
+
+def _room_for_text(hint: Any) -> float:
+    if typing.get_origin(hint) is tuple:
+        return math.inf if str in typing.get_args(hint) else 0
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return max(map(_room_for_text, typing.get_args(hint)))
+    return float(hint is str)
+
+
+def _protect(text: str) -> str:
+    return TEXT + text if text.startswith(("-", TEXT)) else text
+
+
+def _texts() -> tyro.constructors.ConstructorRegistry:
+    """Makes texts of what `_protect` gives."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec[str] | None:
+        if info.type is not str:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="STR",
+            instance_from_str=lambda texts: texts[0].removeprefix(TEXT),
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda text: [text],
+        )
+
+    return registry
 
 
 def _pop_config_flag(argv: list[str]) -> tuple[list[str], str | None]:
@@ -222,9 +277,8 @@ def _pop_config_flag(argv: list[str]) -> tuple[list[str], str | None]:
     return rest, path
 
 
-def _to_flags(key: str, value: Any) -> list[str]:
+def _to_flags(key: str, value: Any, *, is_text: bool) -> list[str]:
     if isinstance(value, bool):
         return [f"--{key}" if value else f"--no_{key}"]
-    if isinstance(value, list):
-        return [f"--{key}", *(str(item) for item in value)]
-    return [f"--{key}", str(value)]
+    items = [str(item) for item in (value if isinstance(value, list) else [value])]
+    return [f"--{key}", *(map(_protect, items) if is_text else items)]

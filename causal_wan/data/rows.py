@@ -17,7 +17,8 @@ from causal_wan.data.settings import DataConfig
 from causal_wan.tables.sources import FILE_SUFFIXES, Source, read_sources
 from causal_wan.tables.table import Table, TableRow, read_table
 from causal_wan.video.decoding import probe_video
-from causal_wan.video.opening import EmbeddedVideo, describe_error, resolve_path
+from causal_wan.video.opening import EmbeddedVideo, describe_error
+from causal_wan.video.paths import resolve_path
 
 
 logger = logging.getLogger(__name__)
@@ -141,13 +142,17 @@ def sources_of(config: DataConfig) -> list[Source]:
                 "exactly one of metadata_path and dataset_config must be given, got neither; --metadata_path names "
                 "one table, --dataset_config a YAML list of several."
             )
-        own = {name: vars(config)[name] for name in ("metadata_path", "dataset_base_path")}
+        own = {name: vars(config)[name] for name in ("metadata_path", "dataset_base_path", "follow_links")}
         return [Source(**own, video_column=config.video_column, caption_column=config.caption_column)]
+    sources = [
+        replace(source, follow_links=source.follow_links or config.follow_links)
+        for source in read_sources(config.dataset_config)
+    ]
     return [
         replace(source, dataset_base_path=config.dataset_base_path)
         if source.dataset_base_path is None and Path(source.metadata_path).suffix.lower() in FILE_SUFFIXES
         else source
-        for source in read_sources(config.dataset_config)
+        for source in sources
     ]
 
 
@@ -198,6 +203,8 @@ def find_video(row: TableRow, manifest: FileManifest | None = None) -> tuple[Pat
     Raises:
         ValueError: If there is none; of a file that is not there, if the manifest does not know its name either.
     """
+    if row.error is not None:
+        raise ValueError(row.error)
     known = None
     if isinstance(row.video, EmbeddedVideo):
         video = row.video
@@ -209,7 +216,7 @@ def find_video(row: TableRow, manifest: FileManifest | None = None) -> tuple[Pat
         )
     else:
         try:
-            video = resolve_path(row.video, Path(row.base or ""))
+            video = resolve_path(row.video, Path(row.base or ""), follow_links=row.follow_links)
             known = manifest.find(video) if manifest is not None else None
         except ValueError:
             known = manifest.by_name.get(row.video) if manifest is not None else None

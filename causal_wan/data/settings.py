@@ -37,6 +37,8 @@ class DataConfig:
     """CSV, JSONL or Parquet with a row a clip, folder with a.mp4 and a.txt, or `datasets` folder or hub name."""
     dataset_config: LocalPath | None = None
     """YAML list of several tables with weights; in the place of metadata_path."""
+    follow_links: bool = False
+    """Links in dataset_base_path, or in a folder of clips, may lead out of it; those of the hub's cache always may."""
     video_column: str = "video"
     """Column with the path of the video."""
     caption_column: tuple[str, ...] = ("prompt",)

@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from causal_wan.config.choices import MAX_VBENCH_SAMPLES
+from causal_wan.tables.text_files import text_lines
 from causal_wan.video.writing import write_video
 
 
@@ -43,11 +44,11 @@ def read_vbench_prompts(path: str) -> list[str]:
     """The prompts in a text file, one a line, such as VBench's `all_dimension.txt`.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or it is no text.
     """
     if not Path(path).is_file():
         raise ValueError(f"vbench_prompts must be a text file with a prompt a line, but {path} does not exist.")
-    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [line.strip() for _, line in text_lines(Path(path))]
     if not prompts:
         raise ValueError(f"vbench_prompts must hold a prompt a line, but {path} is empty.")
     return prompts

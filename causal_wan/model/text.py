@@ -3,6 +3,7 @@
 Shapes: B = batch, S = prompt tokens, D = text dimension."""
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -11,6 +12,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from causal_wan.devices import to_device
+
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_AT_ONCE = 256  # that are tokenized for their lengths
+MAX_SHOWN = 100  # characters of a prompt in a message
 
 
 @torch.no_grad()
@@ -54,6 +61,34 @@ def encode_prompts(
     return embeds
 
 
+def warn_of_cut_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_sequence_length: int) -> int:
+    """Says how many prompts `encode_prompts` cuts, and which is the first; returns how many.
+
+    Args:
+        tokenizer: Of the checkpoint.
+        prompts: All that are to be encoded; one that is there twice counts once.
+        max_sequence_length: Tokens at most.
+    """
+    prompts = list(dict.fromkeys(prompts))
+    cut = []
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        batch = prompts[start : start + PROMPTS_AT_ONCE]
+        tokens = tokenizer([prompt_clean(prompt) for prompt in batch], verbose=False).input_ids
+        lengths = map(len, tokens)
+        cut += [
+            (prompt, length) for prompt, length in zip(batch, lengths, strict=True) if length > max_sequence_length
+        ]
+    if cut:
+        prompt, length = cut[0]
+        logger.warning(
+            "%d of %d prompt(s) are cut at max_sequence_length=%d tokens, and the model does not see their ends; the "
+            "first has %d: %r. Shorten them.",
+            *(len(cut), len(prompts), max_sequence_length, length),
+            prompt if len(prompt) <= MAX_SHOWN else prompt[:MAX_SHOWN] + "...",
+        )
+    return len(cut)
+
+
 class PromptEncoder(Mapping[str, torch.Tensor]):
     """Prompt -> embedding `(S, D)` of its true length, encoded when it is asked for; the last ones are remembered.
 
@@ -72,8 +107,12 @@ class PromptEncoder(Mapping[str, torch.Tensor]):
         num_remembered: int = 256,
     ) -> None:
         self.text_encoder = text_encoder
+        has_warned = False
 
         def encode(prompt: str) -> torch.Tensor:
+            nonlocal has_warned
+            if not has_warned:  # of the first alone; nobody knows how many there will be
+                has_warned = bool(warn_of_cut_prompts(tokenizer, [prompt], max_sequence_length))
             return encode_prompts(tokenizer, text_encoder, [prompt], max_sequence_length)[0]
 
         self._encode = functools.lru_cache(num_remembered)(encode)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from causal_wan.cache.encoded_clips import PROMPT_SHARD_BYTES, CachedData, CachedPrompts
 from causal_wan.cache.tensor_cache import CacheWriter, TensorCache, settings_key
 from causal_wan.config.settings import CheckpointConfig
-from causal_wan.model.text import PromptEncoder, encode_prompts
+from causal_wan.model.text import PromptEncoder, encode_prompts, warn_of_cut_prompts
 from causal_wan.processes import gather_lists, gather_on_machine, num_processes, process_index, wait_for_all
 from causal_wan.progress import announced, show_progress
 from causal_wan.runs.parts import text_dtype
@@ -71,6 +71,8 @@ def embed_prompts(
     length = checkpoint.max_sequence_length
     if streaming:
         return PromptEncoder(tokenizer, text_encoder, length)
+    if process_index() == 0:
+        warn_of_cut_prompts(tokenizer, missing, length)
 
     encode, own = partial(_encode, tokenizer, text_encoder, length), missing[process_index() :: num_processes()]
     if cached is not None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from causal_wan.devices import to_device
 from causal_wan.flow import choose_sampling, sampling_timesteps
 from causal_wan.model.streaming_vae import StreamingDecoder
-from causal_wan.model.text import encode_prompts, pad_prompt_embeds
+from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import check_video_size, decode_latents, encode_videos
 from causal_wan.sampling.rollout import (
@@ -467,6 +467,7 @@ class CausalWanPipeline(WanPipeline):
         def embed(texts: str | list[str] | None, embeds: torch.Tensor | None) -> torch.Tensor:
             if embeds is None:
                 texts = [texts] if isinstance(texts, str) else list(texts)
+                warn_of_cut_prompts(self.tokenizer, texts, length)
                 embeds = pad_prompt_embeds(encode_prompts(self.tokenizer, self.text_encoder, texts, length), length)
             embeds = embeds.to(self._execution_device, self.transformer.dtype)
             return embeds.repeat_interleave(num_videos_per_prompt, dim=0)

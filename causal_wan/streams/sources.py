@@ -7,7 +7,7 @@ A clip comes with its bytes, or with a path below `dataset_base_path`. Nothing i
 import glob
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,11 +20,15 @@ from datasets import (
     disable_progress_bars,
     load_from_disk,
 )
+from datasets.exceptions import DatasetsError
 from huggingface_hub import HfFileSystem
 
-from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
+from causal_wan.tables.prompts import prompts_of
+from causal_wan.tables.sources import Source, check_captions, check_columns, find_files, is_text
+from causal_wan.tables.tars import ERROR
+from causal_wan.tables.text_files import check_is_utf_8
 from causal_wan.tables.undecoded import LOADING_ERRORS, load_undecoded
-from causal_wan.video.opening import resolve_path
+from causal_wan.video.paths import resolve_path
 
 
 BUILDERS = {
@@ -66,6 +70,8 @@ class StreamedRow:
     name: str  # for people
     video: bytes | str | None
     prompts: tuple[str, ...]  # those that are not blank, without white space around them
+    follow_links: bool = False  # whether those in the folder of its file may lead out of it
+    error: str | None = None  # why it cannot be used, if that is known already
 
     @property
     def num_bytes(self) -> int:
@@ -80,6 +86,8 @@ class StreamedRow:
         Raises:
             ValueError: If there is none, or none that may be opened.
         """
+        if self.error is not None:
+            raise ValueError(self.error)
         if not self.prompts:
             raise ValueError("the prompt is empty")
         if isinstance(self.video, bytes) and self.video:
@@ -91,7 +99,7 @@ class StreamedRow:
                 "the data set holds no bytes of the video, and no file may be opened; name the folder of its files "
                 "with --dataset_base_path"
             )
-        return resolve_path(self.video, Path(base or ""))
+        return resolve_path(self.video, Path(base or ""), follow_links=self.follow_links)
 
 
 @dataclass(frozen=True)
@@ -143,19 +151,14 @@ class Stream:
         name = f"row {row + 1} of file {file + 1} of {self.source.metadata_path}"
         if path:
             name += f" ({os.path.basename(path)})"
-        prompts = tuple(prompt for column in self.source.caption_column for prompt in _prompts(columns[column]))
-        return StreamedRow(file, row, name, path if video is None else video, prompts)
+        prompts = tuple(prompt for column in self.source.caption_column for prompt in prompts_of(columns[column]))
+        video = path if video is None else video
+        return StreamedRow(file, row, name, video, prompts, self.source.follow_links, columns.get(ERROR))
 
     def _is_own_file(self, path: str) -> bool:
         """Whether a path is a file in the hub's repository of this data set; no other address is opened."""
         start = f"hf://datasets/{self.source.metadata_path}@"
         return path.startswith(start) and not {"..", "."} & set(path.split("/")) and "::" not in path
-
-
-def _prompts(cell: str | Sequence[str | None] | None) -> Iterator[str]:
-    for text in [cell] if isinstance(cell, str) else cell or ():
-        if text and text.strip():
-            yield text.strip()
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------
@@ -175,16 +178,18 @@ def open_stream(source: Source) -> Stream:
     is_saved = any((Path(source.metadata_path) / name).is_file() for name in SAVED_DATASET_FILES)
     arguments = {} if is_saved else _loading_arguments(source)
     try:
-        dataset = _load_saved(source) if is_saved else load_undecoded(arguments, streaming=True)
+        dataset = _load_saved(source) if is_saved else load_undecoded(arguments, source, streaming=True)
     except LOADING_ERRORS as error:
-        causes = f"{error} {error.__cause__ or ''}".strip()
+        cause = error.__cause__ if isinstance(error, DatasetsError) else None
+        causes = f"{error} {cause or ''}".strip()
         raise ValueError(f"{source.metadata_path} could not be opened as a stream: {causes}") from error
     check_columns(dataset.features or (), source)
     if isinstance(dataset.features[source.video_column], Video):
         dataset = dataset.cast_column(source.video_column, Video(decode=False))
     _check_video(dataset.features.arrow_schema.field(source.video_column).type, source)
     check_captions(dataset.features.arrow_schema, source)
-    columns = dict.fromkeys([source.video_column, *source.caption_column])
+    errors = [ERROR] if ERROR in dataset.features else []
+    columns = dict.fromkeys([source.video_column, *source.caption_column, *errors])
     return Stream(source, dataset.select_columns(list(columns)))
 
 
@@ -214,12 +219,16 @@ def _loading_arguments(source: Source) -> dict[str, Any]:
     """
     name = source.metadata_path
     path, builder = Path(name), BUILDERS.get(Path(name).suffix.lower())
+    if builder == "json" and path.is_file():
+        check_is_utf_8(path)
     if builder and ("://" in name or path.is_file()):
         return {"path": builder, "data_files": name if "://" in name else glob.escape(name), "split": "train"}
     if path.is_dir():
         for suffix, kind in BUILDERS.items():
-            if any(path.rglob(f"*{suffix}")):
-                return {"path": kind, "data_files": f"{glob.escape(name)}/**/*{suffix}", "split": "train"}
+            if files := find_files(source, suffix):
+                for file in files if kind == "json" else ():
+                    check_is_utf_8(Path(file))
+                return {"path": kind, "data_files": [glob.escape(file) for file in files], "split": "train"}
         raise ValueError(f"{name} must hold {', '.join(BUILDERS)} files to be streamed, but has none.")
     if not path.exists() and not path.suffix and name.count("/") == 1:
         return {"path": name, "split": source.split, "revision": source.revision}

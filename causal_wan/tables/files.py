@@ -3,24 +3,21 @@
 Values stay text, whatever they look like: a prompt may be 123, None or a date.
 """
 
-import csv
-import glob
 import itertools
 import json
-import os
-import tempfile
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Value
-from datasets.exceptions import DatasetGenerationError
 
+from causal_wan.tables.delimited import read_delimited
 from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
-from causal_wan.video.opening import resolve_path
+from causal_wan.tables.text_files import MAX_TEXT_BYTES, decode_text, text_lines
+from causal_wan.video.paths import resolve_path, visible_files
 
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
@@ -31,82 +28,72 @@ MAX_SHOWN = 5
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_csv(path: Path, source: Source) -> Dataset:
+def read_csv(path: Path, source: Source) -> pa.Table:
     """All values as text.
 
     Raises:
-        ValueError: If the file is empty, no CSV, or lacks a column.
+        ValueError: If the file is empty, no CSV, or lacks a column; names row and line.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = (row for row in csv.reader(file) if row)
-            header, first_row = next(reader, None), next(reader, None)
-            while file.read(1 << 20):  # that all of it is text
-                pass
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8 ({error}); save it as CSV UTF-8.") from None
-    except csv.Error as error:
-        raise ValueError(f"{path} is no CSV ({error}); a quote may be open.") from None
-    if header is None:
-        raise ValueError(f"{path} must have a header and at least one row, but is empty.")
-    check_columns(header, source)
-    if first_row is None:
-        raise ValueError(f"{path} must have at least one row below its header, but has none.")
-    if len(first_row) > len(header):  # pandas would take the first column for row names, and shift the others
-        raise ValueError(
-            f"{path} must have {len(header)} fields a row, but its first row has {len(first_row)}; put quotes around "
-            "prompts with commas."
-        )
-    # As text, and no word taken for a missing value: a prompt may be 123 or None. A cache of its own, so that a
-    # changed file is read anew and nothing has to be writable.
-    features = Features({name: Value("string") for name in header})
-    datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory() as cache_dir:
-        try:
-            table = datasets.load_dataset(
-                "csv",
-                data_files=glob.escape(str(path)),  # else rows[1].csv is not found, and rows*.csv several files
-                split="train",
-                features=features,
-                keep_default_na=False,
-                keep_in_memory=True,
-                cache_dir=cache_dir,
-            )
-        except DatasetGenerationError as error:
-            cause = str(error.__cause__).strip()
-            raise ValueError(
-                f"{path} must have {len(header)} fields a row ({cause}); put quotes around prompts with commas, and "
-                "close them."
-            ) from error
-    return table.select_columns([source.video_column, *source.caption_column]).with_format("arrow")
+    wanted = [source.video_column, *source.caption_column]
+    return read_delimited(path, list(dict.fromkeys(wanted)), partial(check_columns, source=source))
 
 
 def read_jsonl(path: Path, source: Source) -> pa.Table:
-    """One object a line; Arrow's own reader would take texts that look like times for times."""
+    """The columns of a JSON lines file that a source names."""
+    check = partial(check_columns, source=source)
+    return read_json_lines(path, texts=[source.video_column], lists=source.caption_column, check=check)
+
+
+def read_json_lines(
+    path: Path, *, texts: Sequence[str], lists: Sequence[str], check: Callable[[list[str]], None]
+) -> pa.Table:
+    """One object a line; Arrow's own reader would take texts that look like times for times.
+
+    Args:
+        path: Of the file.
+        texts: Keys of texts.
+        lists: Keys of texts or lists of them, which become lists.
+        check: Is given all keys, and raises a ValueError if others are wanted.
+
+    Raises:
+        ValueError: If a line is no object, or holds something else; names it.
+    """
     names, chunks = {}, []
-    schema = pa.schema(
-        {source.video_column: pa.string()} | dict.fromkeys(source.caption_column, pa.list_(pa.string()))
-    )
-    with path.open(encoding="utf-8-sig") as file:
-        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        try:
-            while batch := list(itertools.islice(lines, CHUNK_ROWS)):
-                rows = []
-                for number, line in batch:
-                    values = _parse_line(line, number, path)
-                    names.update(dict.fromkeys(values))
-                    rows.append(_pick_values(values, number, source))
-                chunks.append(pa.Table.from_pylist(rows, schema))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} must be text in UTF-8 ({error}).") from None
+    schema = pa.schema(dict.fromkeys(texts, pa.string()) | dict.fromkeys(lists, pa.list_(pa.string())))
+    lines = text_lines(path)
+    while batch := list(itertools.islice(lines, CHUNK_ROWS)):
+        rows = []
+        for number, line in batch:
+            values = _parse_line(line, number, path)
+            names.update(dict.fromkeys(values))
+            rows.append(
+                {name: _pick_value(values, name, number, path, is_list=name in lists) for name in schema.names}
+            )
+        chunks.append(pa.Table.from_pylist(rows, schema))
     if chunks:
-        check_columns(names, source)
+        check(list(names))
     return pa.concat_tables(chunks).combine_chunks() if chunks else schema.empty_table()
+
+
+class _RepeatedKeyError(Exception):
+    pass
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(next(name for name in names if names.count(name) > 1))
+    return values
 
 
 def _parse_line(line: str, number: int, path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_unique_keys)
+    except _RepeatedKeyError as error:
+        raise ValueError(
+            f"{path} must have each key once in an object, but line {number} has {error} twice."
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} must have a JSON object in each line, but line {number} is none ({error})."
@@ -118,24 +105,22 @@ def _parse_line(line: str, number: int, path: Path) -> dict[str, Any]:
     return values
 
 
-def _pick_values(values: dict[str, Any], number: int, source: Source) -> dict[str, Any]:
-    picked = {}
-    for name in (source.video_column, *source.caption_column):
-        value = values.get(name)
-        texts = value if isinstance(value, list) and name in source.caption_column else [value]
-        wrong = [text for text in texts if text is not None and not isinstance(text, str)]
-        if wrong:
-            wanted = "text" if name == source.video_column else "text or a list of texts"
-            raise ValueError(
-                f"{source.metadata_path}, line {number}: {name} must be {wanted}, but holds {wrong[0]!r:.100}; put "
-                "numbers in quotes."
-            )
-        try:
-            "".join(text or "" for text in texts).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{source.metadata_path}, line {number}: {name} is no Unicode text ({error}).") from None
-        picked[name] = value if name == source.video_column else texts
-    return picked
+def _pick_value(
+    values: dict[str, Any], name: str, number: int, path: Path, *, is_list: bool
+) -> str | list[str | None] | None:
+    value = values.get(name)
+    texts = value if is_list and isinstance(value, list) else [value]
+    wrong = [text for text in texts if text is not None and not isinstance(text, str)]
+    if wrong:
+        wanted = "text or a list of texts" if is_list else "text"
+        raise ValueError(
+            f"{path}, line {number}: {name} must be {wanted}, but holds {wrong[0]!r:.100}; put numbers in quotes."
+        )
+    try:
+        "".join(text or "" for text in texts).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path}, line {number}: {name} is no Unicode text ({error}).") from None
+    return texts if is_list else value
 
 
 def read_parquet(path: Path, source: Source) -> pa.Table:
@@ -163,21 +148,27 @@ def read_parquet(path: Path, source: Source) -> pa.Table:
 # --- folders of videos and texts -------------------------------------------------------------------------------------
 
 
-def read_pairs(folder: Path) -> pa.Table:
+def read_pairs(folder: Path, *, follow_links: bool = False) -> pa.Table:
     """`name.mp4` with `name.txt`, at any depth, in the order of their names; columns video and prompt.
 
+    Args:
+        folder: Of both.
+        follow_links: Whether links in it may lead out of it.
+
     Raises:
-        ValueError: If there are none, or one of two is missing; names them.
+        ValueError: If there are none, or one of two is missing; names them. If a text or folder is a link that leads
+            out of the folder, and must not.
     """
-    videos, texts = [], set()
-    for name in sorted(_visible_files(folder)):
+    videos, texts = [], {}
+    for name in sorted(visible_files(folder, follow_links=follow_links)):
         if Path(name).suffix.lower() in VIDEO_SUFFIXES:
             videos.append(name)
         elif Path(name).suffix.lower() == ".txt":
-            texts.add(name)
-    partner = {name: str(Path(name).with_suffix(".txt")) for name in videos}
-    alone = [f"{name} has no {text}" for name, text in partner.items() if text not in texts]
-    alone += [f"{name} has no video" for name in sorted(texts - set(partner.values()))]
+            texts.setdefault(_stem(name), []).append(name)
+    partner = {name: texts[_stem(name)][0] for name in videos if _stem(name) in texts}
+    alone = [f"{name} has no {Path(name).with_suffix('.txt')}" for name in videos if name not in partner]
+    lost = {name for names in texts.values() for name in names} - set(partner.values())
+    alone += [f"{name} has no video" for name in sorted(lost)]
     if alone:
         more = f", and {len(alone) - MAX_SHOWN} more" if len(alone) > MAX_SHOWN else ""
         raise ValueError(
@@ -189,25 +180,22 @@ def read_pairs(folder: Path) -> pa.Table:
             f"{folder} must hold videos with texts beside them, such as a.mp4 and a.txt, or a `datasets` data set, "
             "but has no video; name a table in it by its file."
         )
-    prompts = [_read_text(text, folder) for text in partner.values()]
+    prompts = [_read_text(text, folder, follow_links=follow_links) for text in partner.values()]
     return pa.table({"video": pa.array(videos, pa.string()), "prompt": pa.array(prompts, pa.string())})
 
 
-def _visible_files(folder: Path) -> Iterator[str]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):  # macOS leaves ._a.mp4 beside a.mp4
-                yield os.path.relpath(os.path.join(root, name), folder)
+def _stem(name: str) -> str:
+    """What a video and its text have in common; accents may be composed in one and decomposed in the other."""
+    return unicodedata.normalize("NFC", str(Path(name).with_suffix("")))
 
 
-def _read_text(name: str, folder: Path) -> str:
+def _read_text(name: str, folder: Path, *, follow_links: bool) -> str:
+    path = folder / name
     try:
-        return resolve_path(name, folder).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{folder / name} must be text in UTF-8 ({error}).") from None
+        with resolve_path(name, folder, follow_links=follow_links).open("rb") as file:
+            content = file.read(MAX_TEXT_BYTES + 1)
     except ValueError as error:
-        path = folder / name
         if path.is_file() and not path.stat().st_size:
             return ""  # found later, as a row without a prompt
         raise ValueError(f"{path} must be a text below {folder}: {error}.") from None
+    return decode_text(content, path)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,9 +14,11 @@ import yaml
 
 from causal_wan.config.choices import LocalPath
 from causal_wan.config.ranges import PositiveFloat, checked_dataclass
+from causal_wan.tables.delimited import SUFFIXES
+from causal_wan.video.paths import resolve_path, visible_files
 
 
-FILE_SUFFIXES = {".csv", ".jsonl", ".ndjson", ".parquet"}
+FILE_SUFFIXES = {*SUFFIXES, ".jsonl", ".ndjson", ".parquet"}
 
 
 @checked_dataclass
@@ -29,16 +32,23 @@ class Source:
     weight: PositiveFloat | None = None
     split: str = "train"
     revision: str | None = None
+    follow_links: bool = False
 
 
 def check_columns(names: Iterable[str], source: Source) -> None:
     """Checks that a table has the columns that its source names.
 
     Raises:
-        ValueError: If not; names those there are.
+        ValueError: If not, or if one is there twice; names those there are.
     """
-    names = list(names)
-    if not {source.video_column, *source.caption_column} <= set(names):
+    names, wanted = list(names), [source.video_column, *source.caption_column]
+    for name in wanted:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{source.metadata_path} must have one column {name}, but has {names.count(name)} of that name; "
+                "rename or remove the others."
+            )
+    if not set(wanted) <= set(names):
         raise ValueError(
             f"{source.metadata_path} must have the columns {source.video_column} and "
             f"{' and '.join(source.caption_column)}, but has {', '.join(names)}; name yours with --video_column and "
@@ -50,7 +60,8 @@ def is_text(kind: pa.DataType) -> bool:
     """Whether values of a type are texts, or all missing."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(test(kind) for test in tests)
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -73,6 +84,23 @@ def check_captions(schema: pa.Schema, source: Source) -> None:
             )
 
 
+def find_files(source: Source, suffix: str) -> list[str]:
+    """The files in the folder of a source, at any depth, whose names end in a suffix; in the order of their names.
+
+    Raises:
+        ValueError: If one is a link, or in a linked folder, that leads out of the folder and must not.
+    """
+    folder = Path(source.metadata_path)
+    names = visible_files(folder, follow_links=source.follow_links)
+    found = sorted(name for name in names if Path(name).suffix.lower() == suffix)
+    for name in found:
+        try:
+            resolve_path(name, folder, follow_links=source.follow_links)
+        except ValueError as error:
+            raise ValueError(f"{folder / name} must be a file below {folder}: {error}.") from None
+    return [os.path.join(folder, name) for name in found]
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a name can be that of a data set on the hub, and none of a file."""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and Path(name).suffix.lower() not in FILE_SUFFIXES
@@ -91,8 +119,8 @@ def read_sources(path: str) -> list[Source]:
     if not Path(path).is_file():
         raise ValueError(f"dataset_config must name a YAML file, but {path} does not exist.")
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        loaded = yaml.safe_load(Path(path).read_bytes())  # of which it sees UTF-16 by its mark
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} must be valid YAML: {error}") from None
     if not isinstance(loaded, list) or not loaded or not all(isinstance(item, dict) for item in loaded):
         raise ValueError(
@@ -142,6 +170,10 @@ def _parse_value(key: str, value: Any, where: str) -> Any:
         if not columns or not all(isinstance(column, str) for column in columns):
             raise ValueError(f"{where}: caption_column must be a name or a list of names, got {value!r}.")
         return tuple(columns)
+    if key == "follow_links":
+        if not isinstance(value, bool):
+            raise ValueError(f"{where}: follow_links must be true or false, got {value!r}.")
+        return value
     if not isinstance(value, str):
         raise ValueError(f"{where}: {key} must be text, got {value!r}; put it in quotes.")
     return value

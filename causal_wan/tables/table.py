@@ -6,7 +6,6 @@ A row names a video, or is one with its bytes, and has prompts. Videos are neith
 import bisect
 import glob
 import itertools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +18,11 @@ from datasets import Dataset, DatasetDict, Value
 from datasets.exceptions import DatasetsError
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from causal_wan.tables.delimited import SUFFIXES
 from causal_wan.tables.files import read_csv, read_jsonl, read_pairs, read_parquet
-from causal_wan.tables.sources import Source, check_captions, check_columns, is_hub_name, is_text
+from causal_wan.tables.prompts import prompts_of
+from causal_wan.tables.sources import Source, check_captions, check_columns, find_files, is_hub_name, is_text
+from causal_wan.tables.tars import ERROR
 from causal_wan.tables.undecoded import LOADING_ERRORS, load_undecoded
 from causal_wan.video.opening import EmbeddedVideo
 
@@ -38,12 +40,16 @@ class TableRow:
         video: A path, or the video itself.
         prompts: Those that are not blank, without white space around them.
         base: Folder that a path is relative to and must not leave; None where no path is allowed.
+        follow_links: Whether links in that folder may lead out of it.
+        error: Why the row cannot be used, if that is known already.
     """
 
     number: int
     video: str | EmbeddedVideo | None
     prompts: tuple[str, ...]
     base: str | None = None
+    follow_links: bool = False
+    error: str | None = None
 
 
 class Table(Sequence[TableRow]):
@@ -85,9 +91,11 @@ class Table(Sequence[TableRow]):
         cells = self.cells[start:end]
         captions = zip(*(cells[name].to_pylist() for name in self.source.caption_column), strict=True)
         videos = self._videos(cells[self.source.video_column], start)
-        for number, (video, texts) in enumerate(zip(videos, captions, strict=True), start + 1):
-            prompts = tuple(prompt for text in texts for prompt in _prompts(text, has_json=self.has_json))
-            yield TableRow(number, video, prompts, self._base(video))
+        errors = cells[ERROR].to_pylist() if ERROR in cells.column_names else [None] * len(cells)
+        columns = zip(videos, captions, errors, strict=True)
+        for number, (video, texts, error) in enumerate(columns, start + 1):
+            prompts = tuple(prompt for text in texts for prompt in prompts_of(text, has_json=self.has_json))
+            yield TableRow(number, video, prompts, self._base(video), self.source.follow_links, error)
 
     def _videos(self, column: pa.ChunkedArray, start: int) -> list[str | EmbeddedVideo | None]:
         if self.videos is None or is_text(column.type):
@@ -99,7 +107,7 @@ class Table(Sequence[TableRow]):
             if column.type.get_field_index("path") >= 0:
                 paths = pc.struct_field(column, "path").to_pylist()
         return [
-            EmbeddedVideo(self.videos, index, self.source.video_column) if is_there else path
+            EmbeddedVideo(self.videos, index, self.source.video_column, path or "") if is_there else path
             for index, (is_there, path) in enumerate(zip(content.is_valid().to_pylist(), paths, strict=True), start)
         ]
 
@@ -133,19 +141,6 @@ class Tables(Sequence[TableRow]):
         return itertools.chain.from_iterable(self.tables)
 
 
-def _prompts(cell: str | list[str | None] | None, *, has_json: bool) -> Iterator[str]:
-    if has_json and isinstance(cell, str) and cell.lstrip().startswith("["):
-        try:
-            parsed = json.loads(cell)
-        except ValueError:
-            parsed = None  # a prompt that begins with a bracket
-        if isinstance(parsed, list) and all(isinstance(text, str) for text in parsed):
-            cell = parsed
-    for text in [cell] if isinstance(cell, str) else cell or ():
-        if text and text.strip():
-            yield text.strip()
-
-
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +156,7 @@ def read_table(source: Source) -> Table:
         if is_saved:
             table = _read_data_set(_load_saved(source), source, [])
         else:
-            table = _read_tars(source) if any(path.glob("*.tar")) else _read_folder(source)
+            table = _read_tars(source) if any(path.glob("*.[tT][aA][rR]")) else _read_folder(source)
     elif path.is_file() and path.suffix.lower() == ".tar":
         table = _read_tars(source)
     elif path.is_file():
@@ -182,7 +177,7 @@ def _read_folder(source: Source) -> Table:
     """Videos with texts beside them; another base folder may be given only to find them from there."""
     folder, base = source.metadata_path, source.dataset_base_path or source.metadata_path
     source = replace(source, video_column="video", caption_column=("prompt",))
-    cells = read_pairs(Path(folder))
+    cells = read_pairs(Path(folder), follow_links=source.follow_links)
     below = os.path.relpath(folder, base)
     paths = [os.path.normpath(os.path.join(below, name)) for name in cells["video"].to_pylist()]
     return Table(cells.set_column(0, "video", pa.array(paths, pa.string())), source, [base])
@@ -190,7 +185,8 @@ def _read_folder(source: Source) -> Table:
 
 def _read_file(source: Source) -> Table:
     path = Path(source.metadata_path)
-    readers = {".csv": read_csv, ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}
+    readers = dict.fromkeys(SUFFIXES, read_csv)
+    readers |= {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"a table must end in {', '.join(readers)}, got {path.name}; rename or convert it.")
@@ -221,12 +217,12 @@ def _load_saved(source: Source) -> Dataset:
 def _read_tars(source: Source) -> Table:
     """WebDataset tars, one or all in a folder; `datasets` keeps a copy of what is in them in its cache."""
     path = Path(source.metadata_path)
-    files = glob.escape(str(path)) + ("/*.tar" if path.is_dir() else "")
-    arguments = {"path": "webdataset", "data_files": files, "split": "train"}
+    files = find_files(source, ".tar") if path.is_dir() else [str(path)]
+    arguments = {"path": "webdataset", "data_files": [glob.escape(file) for file in files], "split": "train"}
     try:
-        loaded = load_undecoded(arguments, streaming=False)
+        loaded = load_undecoded(arguments, source, streaming=False)
     except LOADING_ERRORS as error:
-        reason = error.__cause__ or error
+        reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise ValueError(f"{path} must be WebDataset tars, but cannot be read as such ({reason}).") from error
     return _read_data_set(loaded, source, [])
 
@@ -235,8 +231,9 @@ def _read_hub(source: Source) -> Table:
     """A data set of the hub: the bytes in it, or files that `datasets` has downloaded."""
     name = source.metadata_path
     try:
-        loaded = datasets.load_dataset(name, split=source.split, revision=source.revision)
-    except (OSError, ValueError, RuntimeError, DatasetsError, pa.ArrowException) as error:
+        arguments = {"path": name, "split": source.split, "revision": source.revision}
+        loaded = load_undecoded(arguments, source, streaming=False)
+    except (*LOADING_ERRORS, pa.ArrowException) as error:
         raise ValueError(
             f"metadata_path must be a file or folder that is there, or a data set on the hub, but {name} is not here, "
             f"and loading the split {source.split} of it from the hub failed: {error}"
@@ -268,7 +265,8 @@ def _read_data_set(dataset: Dataset, source: Source, downloads: Sequence[str]) -
             f"{source.metadata_path} must hold videos in the column {column}, as Video, bytes or paths, but holds "
             f"{feature}; name another with --video_column."
         )
-    cells = dataset.select_columns([column, *source.caption_column]).with_format("arrow")
+    errors = [ERROR] if ERROR in dataset.column_names else []
+    cells = dataset.select_columns([column, *source.caption_column, *errors]).with_format("arrow")
     check_captions(dataset.features.arrow_schema, source)
     bases = downloads if source.dataset_base_path is None else [source.dataset_base_path]
     return Table(cells, source, bases, videos=dataset.select_columns([column]).with_format(None))

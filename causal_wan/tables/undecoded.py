@@ -1,31 +1,115 @@
-"""Data sets of `datasets`, without decoding their videos."""
+"""Data sets of `datasets`, without decoding or unpickling anything in them."""
 
-from tarfile import TarError
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import (
+    BuilderConfig,
     Dataset,
+    DatasetInfo,
+    DownloadManager,
     Features,
+    GeneratorBasedBuilder,
     IterableDataset,
+    List,
+    SplitGenerator,
     Value,
-    Video,
     load_dataset,
+    load_dataset_builder,
 )
+from datasets.builder import Key
+from datasets.data_files import DataFilesDict
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from datasets.utils.file_utils import xopen
+
+from causal_wan.tables.sources import Source, check_columns
+from causal_wan.tables.tars import DAMAGES, ERROR, find_endings, read_clips
 
 
-LOADING_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, TarError)
+LOADING_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, *DAMAGES)
 
 
-def load_undecoded(arguments: dict[str, Any], *, streaming: bool) -> Dataset | IterableDataset:
-    """What `load_dataset` gives, but the videos in WebDataset tars as plain bytes.
+@dataclass
+class TarsConfig(BuilderConfig):
+    """Which members of tars are wanted."""
 
-    As `Video`, it would drop the bytes of any clip whose name in the tar is also that of a file below the current
-    folder, and go by that file.
+    video_column: str = "mp4"
+    caption_column: tuple[str, ...] = ("txt",)
+
+
+class Tars(GeneratorBasedBuilder):
+    """WebDataset tars by the rules of `causal_wan.tables.tars`.
+
+    The builder of `datasets` decodes every member, some with torch.load, must see the same ones in each clip, and
+    drops the bytes of a clip whose name in the tar is also that of a file below the current folder.
     """
-    stream = load_dataset(**arguments, streaming=True)  # reads no more than the columns take
-    features = stream.features or Features()
-    if {"__key__", "__url__"} <= features.keys():
-        plain = {name: Value("binary") for name, feature in features.items() if isinstance(feature, Video)}
-        return load_dataset(**arguments, features=Features({**features, **plain}), streaming=streaming)
-    return stream if streaming else load_dataset(**arguments)
+
+    BUILDER_CONFIG_CLASS = TarsConfig
+    DEFAULT_WRITER_BATCH_SIZE = 16  # clips that are held in memory
+
+    def _info(self) -> DatasetInfo:
+        video = {"bytes": Value("binary"), "path": Value("string")}
+        captions = dict.fromkeys(self.config.caption_column, List(Value("string")))
+        return DatasetInfo(
+            features=Features({self.config.video_column: video, **captions, ERROR: Value("string")}),
+        )
+
+    def _split_generators(self, dl_manager: DownloadManager) -> list[SplitGenerator]:
+        splits = dl_manager.download(self.config.data_files)
+        return [SplitGenerator(name=split, gen_kwargs={"files": list(files)}) for split, files in splits.items()]
+
+    def _generate_shards(self, files: list[str]) -> Iterator[str]:
+        yield from files
+
+    def _generate_examples(self, files: list[str]) -> Iterator[tuple[Key, dict[str, Any]]]:
+        for number, name in enumerate(files):
+            with open_tar(name) as file:
+                try:
+                    clips = read_clips(file, self.config.video_column, self.config.caption_column)
+                    for row, clip in enumerate(clips):
+                        yield Key(number, row), clip
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+
+
+def open_tar(name: str) -> Any:
+    """A file or an address, to be read from its beginning to its end."""
+    return xopen(name, "rb", block_size=0)
+
+
+def load_undecoded(arguments: dict[str, Any], source: Source, *, streaming: bool) -> Dataset | IterableDataset:
+    """What `load_dataset` gives, but of WebDataset tars the wanted members alone.
+
+    Args:
+        arguments: Of `load_dataset`.
+        source: Names the columns.
+        streaming: Whether to read as it is gone through.
+
+    Raises:
+        ValueError: If the first tar lacks a column.
+    """
+    split = arguments["split"]
+    if arguments["path"] != "webdataset":
+        if "data_files" in arguments:
+            return load_dataset(**arguments, streaming=streaming)
+        builder = load_dataset_builder(arguments["path"], revision=arguments["revision"])
+        if not isinstance(builder, WebDataset) or split not in builder.config.data_files:
+            return load_dataset(**arguments, streaming=streaming)
+        data_files = DataFilesDict({split: builder.config.data_files[split]})
+    else:
+        data_files = {split: arguments["data_files"]}
+    columns = {"video_column": source.video_column, "caption_column": tuple(source.caption_column)}
+    tars = Tars(hash="1", data_files=data_files, **columns)
+    first = tars.config.data_files[split][0]
+    try:
+        with open_tar(first) as file:
+            endings = find_endings(file, [source.video_column, *source.caption_column])
+    except ValueError as error:
+        raise ValueError(f"{first}: {error}") from error
+    check_columns(endings, source)
+    if streaming:
+        return tars.as_streaming_dataset(split)
+    tars.download_and_prepare()
+    return tars.as_dataset(split)

@@ -1,4 +1,4 @@
-"""Video files: found below their folder and opened safely.
+"""Video files, opened safely.
 
 A file may come from anyone. FFmpeg opens none itself: it is handed an open one, and reads containers that hold their
 own pictures only. What a file may ask for is limited, whatever its header says."""
@@ -25,32 +25,6 @@ MP4_SAMPLE_TABLES = re.compile(rb"stsz.{4}(.{4})(.{4})|trun.(.{3})(.{4})|cmov", 
 CHUNK_BYTES = 1 << 20
 
 
-def resolve_path(video: str | None, base: Path) -> Path:
-    """The file that a cell names.
-
-    Raises:
-        ValueError: If it is no path below the base folder, symlinks resolved, or no file.
-    """
-    if not (video or "").strip():
-        raise ValueError("the path is empty")
-    if "\0" in video:
-        raise ValueError("the path has a NUL character in it")
-    if ":" in video.split("/")[0]:
-        raise ValueError("the path must name a file below dataset_base_path, not a URL or protocol")
-    path = Path(os.path.realpath(base / video))  # Path.resolve raises RuntimeError where links go in a circle
-    if not path.is_relative_to(os.path.realpath(base)):
-        raise ValueError("the path leaves dataset_base_path")
-    if path.is_dir():
-        raise ValueError("the path is a folder")
-    if not path.exists():
-        raise ValueError("the file does not exist")
-    if not path.is_file():  # opening a pipe would wait for ever
-        raise ValueError("the path is a pipe, socket or device, not a file")
-    if path.stat().st_size == 0:
-        raise ValueError("the file is empty")
-    return path
-
-
 @dataclass(frozen=True)
 class EmbeddedVideo:
     """A clip whose bytes a `datasets` data set holds; opens like a path.
@@ -59,11 +33,13 @@ class EmbeddedVideo:
         dataset: A `datasets.Dataset`.
         index: Of the row, from 0.
         column: With bytes, or with what `datasets.Video(decode=False)` gives.
+        name: What the data set calls the file, for people.
     """
 
     dataset: Any
     index: int
     column: str
+    name: str = ""
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """The bytes as a file.
@@ -81,7 +57,8 @@ class EmbeddedVideo:
 
     def __str__(self) -> str:
         files = [file["filename"] for file in self.dataset.cache_files]
-        return f"row {self.index + 1} of {files[0] if files else self.dataset._fingerprint}"
+        name = f" ({os.path.basename(self.name):.100})" if self.name else ""
+        return f"row {self.index + 1} of {files[0] if files else self.dataset._fingerprint}{name}"
 
 
 Video = Path | EmbeddedVideo

@@ -123,3 +123,66 @@ def test_a_name_of_the_script_itself_is_no_alias(tmp_path):
 
     assert parse_config(WithWorkers, ["--num_workers", "3"]).num_workers == 3
     assert parse_config(WithWorkers, recipe(tmp_path, "num_workers: 4\n")).num_workers == 4
+
+
+@checked_dataclass
+class Prompts:
+    prompt: str | None = None
+    """One."""
+    prompts: tuple[str, ...] = ()
+    """Several."""
+    name: str = ""
+    """Text."""
+    use_ema: bool = False
+    """Switch."""
+    steps: tuple[NonNegativeFloat, ...] = ()
+    """Numbers."""
+
+
+DASHED = ["--- a line", "-- a-b_c", "-a dog runs", "--a dog = two", "-5 degrees", "-", "—", "---", "--=", "true"]
+
+
+@pytest.mark.parametrize("text", [*DASHED, "--dog", "-d", "--prompt", "--=--", "a=b", "None of them", "-0.5"])
+def test_a_text_may_begin_with_dashes(tmp_path, text):
+    if text in DASHED:
+        assert parse_config(Prompts, ["--prompt", text]).prompt == text
+        assert parse_config(Prompts, ["--prompts", "a", text, text, "--name", text]) == Prompts(
+            prompts=("a", text, text), name=text
+        )
+    assert parse_config(Prompts, [f"--prompt={text}"]).prompt == text
+    assert parse_config(Prompts, [f"--prompts={text}", "--use_ema"]) == Prompts(prompts=(text,), use_ema=True)
+    config = Prompts(prompt=text, prompts=(text, "a", text), name=text)
+    write_recipe(flat_dict(config), tmp_path / "config.yaml")
+    assert parse_config(Prompts, ["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompt", "--use_ema"], "prompt"),
+        (["--prompts", "a", "--no_such_flag", "1"], "no_such_flag"),
+        (["--name", "a", "--- b"], "--- b"),
+        (["--steps", "-- a"], "-- a"),
+    ],
+)
+def test_flags_are_no_texts_and_texts_no_flags(capsys, argv, message):
+    with pytest.raises(SystemExit) as error:
+        parse_config(Prompts, argv)
+    assert error.value.code == 2
+    assert message in "".join(capsys.readouterr())
+
+
+def test_values_that_are_named_as_switches_are_values():
+    config = parse_config(Prompts, ["--prompts", "use_ema", "true", "--use_ema", "true"])
+    assert config == Prompts(prompts=("use_ema", "true"), use_ema=True)
+
+
+def test_a_recipe_may_have_a_mark_and_one_in_another_encoding_is_named(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_bytes("prompt: café\n".encode(encoding))
+        assert parse_config(Prompts, ["--config", str(path)]).prompt == "café"
+    path.write_bytes("prompt: café\n".encode("latin-1"))
+    with pytest.raises(SystemExit):
+        parse_config(Prompts, ["--config", str(path)])
+    assert "recipe.yaml must be valid YAML" in capsys.readouterr().err

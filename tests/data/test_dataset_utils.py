@@ -173,9 +173,9 @@ def test_clips_are_short_at_a_rate_when_their_time_is(folder):
         ("video,prompt\n", "has none"),
         ("video,caption\n0.mp4,a\n", "has video, caption; name yours with --video_column and --caption_column"),
         ("video,prompt\nno.mp4,a\n", "1 of 1 rows"),
-        ("video,prompt\n0.mp4,a dog, running\n", "2 fields a row, but its first row has 3; put quotes around"),
-        ("video,prompt\n0.mp4,a\n1.mp4,a dog, running\n", "Expected 2 fields in line 3, saw 3.*put quotes around"),
-        ('video,prompt\n0.mp4,a\n1.mp4,"b\n2.mp4,c\n', "rows.csv must have 2 fields a row .*close them"),
+        ("video,prompt\n0.mp4,a dog, running\n", r"2 fields a row, but row 1 \(line 2\) has 3; .*put quotes around"),
+        ("video,prompt\n0.mp4,a\n1.mp4,a dog, running\n", r"row 2 \(line 3\) has 3; .*put quotes around"),
+        ('video,prompt\n0.mp4,a\n1.mp4,"b\n2.mp4,c\n', r"row 2 \(line 3\) opens a quote that never closes"),
     ],
 )
 def test_unusable_csv_files_are_refused(folder, text, message):

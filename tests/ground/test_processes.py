@@ -231,6 +231,12 @@ def test_few_embeddings_are_kept_in_memory(checkpoint, tmp_path, expected):
         assert (kind, folders) == ("dict", [])
 
 
+def test_prompts_that_are_cut_are_said_before_training(checkpoint, tmp_path, caplog):
+    config = CheckpointConfig(pretrained_model_name_or_path=str(checkpoint), max_sequence_length=8)
+    embed_prompts(Accelerator(cpu=True), config, [*PROMPTS, *PROMPTS], None, output_dir=tmp_path)
+    assert "of 11 prompt(s) are cut at max_sequence_length=8 tokens" in caplog.text
+
+
 def test_many_embeddings_are_kept_on_disk_while_the_run_is_on(checkpoint, tmp_path, expected, monkeypatch):
     monkeypatch.setattr(prompt_embeddings, "IN_MEMORY", 0)
     monkeypatch.setattr(prompt_embeddings, "PROMPTS_AT_ONCE", 2)

@@ -32,8 +32,11 @@ def flags(checkpoint, clips, tmp_path):
     return ["--checkpoint", checkpoint, *data, *size, *output]
 
 
-def test_student_and_base_are_measured_against_the_clips_and_shown_beside_them(flags, tmp_path, capsys):
+def test_student_and_base_are_measured_against_the_clips_and_shown_beside_them(flags, tmp_path, capsys, caplog):
+    table = tmp_path / "heldout.csv"
+    table.write_text(table.read_text().rstrip() + " rolls" * 600 + "\n")
     run_here(SCRIPT, *flags, "--num_base_steps", 2, "--guidance_scale", 1)
+    assert "1 of 2 prompt(s) are cut at max_sequence_length=512 tokens" in caplog.text
     assert "student   psnr" in capsys.readouterr().out
     folder = tmp_path / "evaluation"
     metrics = json.loads((folder / "metrics.json").read_text())

@@ -108,11 +108,14 @@ def test_a_student_of_continuous_levels_generates_in_the_many_steps_of_its_run(c
     assert not np.array_equal(own_way, generate(tmp_path, "--guidance_scale", 4, "--negative_prompt", "a box"))
 
 
-def test_prompts_come_from_text_files_and_csv_files(checkpoint, clips, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a ball\n\na box\n")
+def test_prompts_come_from_text_files_and_csv_files_and_those_that_are_cut_are_said(
+    checkpoint, clips, tmp_path, caplog
+):
+    (tmp_path / "prompts.txt").write_text("a ball\n\na box" + " rolls" * 600 + "\n")
     flags = ["--checkpoint", checkpoint, "--num_frame_per_block", 5, *SIZE, "--denoising_step_list", 1000]
     run_here(SCRIPT, *flags, "--prompts_file", tmp_path / "prompts.txt", "--output", tmp_path / "text")
     assert {path.name for path in (tmp_path / "text").iterdir()} == {"00.mp4", "01.mp4"}
+    assert "1 of 2 prompt(s) are cut at max_sequence_length=512 tokens" in caplog.text
     csv_flags = ["--prompts_file", clips / "train.csv", "--num_prompts", 1, "--output", tmp_path / "csv"]
     run_python(SCRIPT, *flags, *csv_flags)
     assert {path.name for path in (tmp_path / "csv").iterdir()} == {"00.mp4"}

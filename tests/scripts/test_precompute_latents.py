@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from conftest import flip_last_bit, launch, run_here, write_clip
-from outputs import metrics, weights
 
 import precompute_latents
 from causal_wan.cache import opening
@@ -23,6 +22,7 @@ from causal_wan.model.text import encode_prompts
 from causal_wan.model.vae import encode_videos
 from causal_wan.runs import inputs as method_inputs
 from causal_wan.weights.parts import load_text_encoder, load_vae
+from outputs import metrics, weights
 
 
 SCRIPT = "precompute_latents.py"
@@ -394,6 +394,11 @@ def test_latents_and_embeddings_are_those_that_training_computes(run, recipe, ch
     for expected in embeds:
         assert sum(torch.equal(expected, embed) for embed in found) == 1
     assert len({embed.shape[0] for embed in embeds}) > 1  # their own lengths
+
+
+def test_prompts_that_are_cut_are_said(run, caplog):
+    run(max_sequence_length=3)
+    assert "8 of 9 prompt(s) are cut at max_sequence_length=3 tokens" in caplog.text
 
 
 def test_batches_of_clips_change_no_more_than_rounding(run, tmp_path):

@@ -19,6 +19,7 @@ from causal_wan.data.clips import load_video
 from causal_wan.data.rows import Row
 from causal_wan.data.samples import collate
 from causal_wan.data.settings import DataConfig
+from causal_wan.runs.data import RunData
 from causal_wan.seeds import RandomStream, seeded_generator
 from causal_wan.streams.lanes import LaneStates, StreamedClips
 from causal_wan.streams.sources import StreamedVideo, open_stream
@@ -446,7 +447,7 @@ def test_a_damaged_clip_is_reported_by_its_place(tmp_path):
     stream = open_stream(Source(metadata_path=str(tmp_path / "0.tar"), **COLUMNS))
     clips = StreamedClips([stream], LaneStates(), decode, seed=0, start=0, end=4, batch_size=1, num_slots=1)
     errors = [error for item in range(4) for error in clips[item]["errors"]]
-    assert errors[0].startswith(f"row 2 of file 1 of {tmp_path / '0.tar'}: not a video that can be read")
+    assert errors[0].startswith(f"row 2 of file 1 of {tmp_path / '0.tar'} (1.mp4): not a video that can be")
 
 
 @pytest.mark.parametrize(
@@ -455,7 +456,9 @@ def test_a_damaged_clip_is_reported_by_its_place(tmp_path):
         ("nowhere.tar", "nowhere.tar, which does not exist"),
         ("rows.csv", "got .*rows.csv; a CSV is small, and read without --streaming"),
         ("empty", "empty must hold .tar, .parquet, .jsonl, .ndjson files to be streamed, but has none"),
-        ("bad.tar", "bad.tar could not be opened as a stream: "),
+        ("bad.tar", "bad.tar could not be opened as a stream: .*bad.tar: it cannot be read as a tar: [^:]*$"),
+        ("zip.tar", "zip.tar: it cannot be read as a tar: it is a zip archive"),
+        ("marked.jsonl", "marked.jsonl must be text in UTF-8 to be streamed, but is in UTF-16"),
         ("columns.parquet", "has clip, txt; name yours with --video_column and --caption_column"),
         ("types.parquet", "as Video, bytes or paths, but holds int64"),
     ],
@@ -464,24 +467,51 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, name, message):
     (tmp_path / "rows.csv").write_text("mp4,txt\n0.mp4,a\n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.tar").write_bytes(b"no tar")
+    (tmp_path / "zip.tar").write_bytes(b"PK\3\4" + bytes(1000))
+    (tmp_path / "marked.jsonl").write_bytes('{"mp4": "0.mp4", "txt": "a"}'.encode("utf-16"))
     pq.write_table(pa.table({"clip": [b"0"], "txt": ["a"]}), tmp_path / "columns.parquet")
     pq.write_table(pa.table({"mp4": [0], "txt": ["a"]}), tmp_path / "types.parquet")
     with pytest.raises(ValueError, match=message):
         open_stream(Source(metadata_path=str(tmp_path / name), **COLUMNS))
 
 
-def test_a_data_set_of_the_hub_is_streamed_by_name_split_and_revision(tmp_path, monkeypatch):
-    write_tars(tmp_path / "repo" / "data", [2, 2])
+def test_a_run_whose_first_file_cannot_be_read_ends_with_its_name(tmp_path):
+    rows = '{"mp4": "0.mp4", "txt": "caf\u00e9"}\n'
+    (tmp_path / "rows.jsonl").write_bytes(rows.encode("latin-1"))
+    stream = open_stream(Source(metadata_path=str(tmp_path / "rows.jsonl"), **COLUMNS))
+    with pytest.raises(ValueError, match=r"file 1 of 1 of .*rows\.jsonl cannot be read after row 0"):
+        RunData(DataConfig(metadata_path=""), [], [], [stream], None).check_stream(0)
+
+
+def test_tars_of_a_data_set_of_the_hub_are_streamed_by_name_split_and_revision(tmp_path, monkeypatch):
+    write_tars(tmp_path / "repo" / "test", [2, 2])
+    write_tars(tmp_path / "repo" / "train", [1])
     asked = []
 
-    def load(path, *, revision=None, **arguments):
-        asked.append((path, revision, arguments["split"], arguments["streaming"]))
-        return datasets.load_dataset(str(tmp_path / "repo"), **{**arguments, "split": "train"})
+    def load(path, *, revision):
+        asked.append((path, revision))
+        return datasets.load_dataset_builder(str(tmp_path / "repo"))
 
-    monkeypatch.setattr("causal_wan.tables.undecoded.load_dataset", load)
+    monkeypatch.setattr("causal_wan.tables.undecoded.load_dataset_builder", load)
     stream = open_stream(Source(metadata_path="owner/clips", revision="v1", split="test", **COLUMNS))
-    assert set(asked) == {("owner/clips", "v1", "test", True)}
+    assert asked == [("owner/clips", "v1")]
     assert sorted(order(run(stream, end=4))) == [0, 1, 2, 3]
+
+
+def test_other_data_sets_of_the_hub_are_streamed_too(tmp_path, monkeypatch):
+    (tmp_path / "repo").mkdir()
+    pq.write_table(pa.table({"mp4": [b"clip 0"], "txt": ["prompt 0"]}), tmp_path / "repo" / "test-0.parquet")
+    repository = str(tmp_path / "repo")
+    monkeypatch.setattr(
+        "causal_wan.tables.undecoded.load_dataset_builder",
+        lambda path, *, revision: datasets.load_dataset_builder(repository),
+    )
+    monkeypatch.setattr(
+        "causal_wan.tables.undecoded.load_dataset",
+        lambda path, *, revision, **arguments: datasets.load_dataset(repository, **arguments),
+    )
+    stream = open_stream(Source(metadata_path="owner/clips", split="test", **COLUMNS))
+    assert order(run(stream, end=2)) == [0, 0]
 
 
 def test_a_data_set_that_the_hub_does_not_give_is_named(monkeypatch):

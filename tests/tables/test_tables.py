@@ -144,7 +144,7 @@ BAD_FILES = {
     "half.jsonl": ('{"video": "0.mp4", "prompt": "\\ud800"}', "line 1: prompt is no Unicode text"),
     "empty.jsonl": ("\n", "must have at least one row"),
     "fake.parquet": ("no parquet", "is no Parquet file that can be read"),
-    "rows.xlsx": ("", "must end in .csv, .jsonl"),
+    "rows.xlsx": ("", "must end in .csv, .tsv, .* .jsonl"),
 }
 
 
@@ -329,13 +329,15 @@ def hub(monkeypatch):
     """What `load_dataset` is called with, and gives."""
     calls = {}
 
-    def load(name, *, split, revision):
-        calls.update(name=name, split=split, revision=revision)
+    def load(path, *, split, revision, streaming):
+        assert not streaming
+        calls.update(name=path, split=split, revision=revision)
         if isinstance(calls["gives"], Exception):
             raise calls["gives"]
         return calls["gives"]
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("causal_wan.tables.undecoded.load_dataset_builder", lambda path, *, revision: None)
+    monkeypatch.setattr("causal_wan.tables.undecoded.load_dataset", load)
     return calls
 
 
@@ -436,6 +438,16 @@ def test_a_list_of_tables_is_read_relative_to_its_file(folder):
     assert third.metadata_path == str(folder / "videos")
     assert third.caption_column == ("text",)
     assert source_weights(DataConfig(dataset_config=path)) == [3.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_of_tables_may_have_a_mark(tmp_path, encoding):
+    (tmp_path / "tables.yaml").write_bytes("- metadata_path: owner/café\n".encode(encoding))
+    (table,) = read_sources(str(tmp_path / "tables.yaml"))
+    assert table.metadata_path == "owner/café"
+    (tmp_path / "tables.yaml").write_bytes("- metadata_path: café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"tables\.yaml must be valid YAML"):
+        read_sources(str(tmp_path / "tables.yaml"))
 
 
 BAD_LISTS = [

@@ -21,7 +21,8 @@ from grey_videos import shown_indices, write_playlists, write_video
 
 from causal_wan.video.decoding import decode_frames, probe_video
 from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
-from causal_wan.video.opening import EmbeddedVideo, open_video, resolve_path
+from causal_wan.video.opening import EmbeddedVideo, open_video
+from causal_wan.video.paths import resolve_path
 
 
 @pytest.fixture
@@ -133,10 +134,12 @@ def test_a_data_set_with_a_path_in_the_place_of_bytes_is_not_followed(value):
         ("stdin.mp4", "leaves|does not exist"),
         ("0.mp4\0.txt", "NUL character"),
         ("pipe.mp4", "a pipe, socket or device"),
-        ("C:\\0.mp4", "not a URL or protocol"),
+        ("C:\\0.mp4", "not on a drive of Windows"),
         ("pipe:0", "not a URL or protocol"),
         ("subfile,,start,0,end,0,,:0.mp4", "not a URL or protocol"),
-        ("..\\outside.mp4", "does not exist"),
+        ("..\\outside.mp4", "leaves"),
+        (" ../outside.mp4 ", "leaves"),
+        ("http://host/../../../outside.mp4", "leaves|not a URL"),
         ("%2e%2e/outside.mp4", "does not exist"),
         ("~/outside.mp4", "does not exist"),
     ],
@@ -159,6 +162,38 @@ def test_a_folder_that_is_itself_a_link_and_absolute_paths_below_it_are_fine(cli
     (tmp_path / "base").symlink_to("real")
     for path in ("0.mp4", str(tmp_path / "base" / "0.mp4"), "../real/0.mp4"):
         assert resolve_path(path, tmp_path / "base") == (tmp_path / "real" / "0.mp4").resolve()
+
+
+COMPOSED, DECOMPOSED = "Caf\u00e9", "Cafe\u0301"
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "in_table"),
+    [
+        ("12:30.mp4", "12:30.mp4"),
+        ("C:x.mp4", "C:x.mp4"),
+        ("sub/a.mp4", "sub\\a.mp4"),
+        ("sub/a.mp4", " .\\sub\\a.mp4 "),
+        ("a.mp4", "a.mp4 "),
+        (" a.mp4", " a.mp4"),
+        ("a\\b.mp4", "a\\b.mp4"),
+        (f"{COMPOSED}.mp4", f"{DECOMPOSED}.mp4"),
+        (f"{DECOMPOSED}.mp4", f"{COMPOSED}.mp4"),
+        (f"{DECOMPOSED}/{COMPOSED}.mp4", f"{COMPOSED}/{COMPOSED}.mp4"),
+        (f"{COMPOSED}/{DECOMPOSED}.mp4", f"{COMPOSED}\\{COMPOSED}.mp4"),
+    ],
+)
+def test_a_file_is_found_however_its_name_is_spelled(clip, tmp_path, on_disk, in_table):
+    path = tmp_path / "videos" / on_disk
+    path.parent.mkdir(parents=True)
+    clip.rename(path)
+    assert resolve_path(in_table, tmp_path / "videos") == path.resolve()
+
+
+def test_a_name_as_it_is_written_comes_before_other_spellings(clip, tmp_path):
+    for name in (f"{COMPOSED}.mp4", f"{DECOMPOSED}.mp4", "a.mp4", "a.mp4 "):
+        (tmp_path / name).write_bytes(clip.read_bytes())
+        assert resolve_path(name, tmp_path).name == name
 
 
 # --- files that refer to others --------------------------------------------------------------------------------------

@@ -1,0 +1,145 @@
+"""CSV and its kin, as spreadsheets and pandas write them -> Arrow tables of texts.
+
+The separator is a comma, semicolon, tab or bar: that by which the header has the columns that are wanted. Other
+columns may be empty, without a name, or there twice: pandas' index, or what Excel leaves behind a last comma.
+"""
+
+import csv
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from causal_wan.tables.text_files import check_text, open_text, undecodable
+
+
+SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
+SEPARATORS = ",;\t|"
+SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*')  # Excel's own first line
+CHUNK_ROWS = 1 << 16
+MAX_FIELD = 1 << 24  # characters; else a quote that never closes takes all memory
+QUOTING = "write quotes within a prompt twice, and put quotes around prompts with commas or line breaks"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a file is written.
+
+    Args:
+        separator: Of fields.
+        has_separator_line: Whether its first line says so.
+        has_spaces: Whether quotes follow on spaces, which are then no part of a field.
+    """
+
+    separator: str
+    has_separator_line: bool = False
+    has_spaces: bool = False
+
+
+class _SpacedQuoteError(Exception):
+    pass
+
+
+def read_delimited(path: Path, wanted: Sequence[str], check: Callable[[list[str]], None]) -> pa.Table:
+    """The wanted columns, all values as text: a prompt may be 123, None or a date.
+
+    Args:
+        path: Of the file.
+        wanted: Names of the columns.
+        check: Is given the names of all columns, and raises a ValueError if the wanted ones are not there.
+
+    Raises:
+        ValueError: If the file is empty, no such table, or lacks a column; names row and line.
+    """
+    csv.field_size_limit(MAX_FIELD)
+    try:
+        form = _find_form(path, wanted)
+        try:
+            return _read(path, form, wanted, check)
+        except _SpacedQuoteError:
+            return _read(path, replace(form, has_spaces=True), wanted, check)
+    except UnicodeDecodeError as error:
+        raise undecodable(path, error) from None
+
+
+def _find_form(path: Path, wanted: Sequence[str]) -> Form:
+    with open_text(path, newline="") as file:
+        if found := SEPARATOR_LINE.fullmatch(file.readline(MAX_FIELD)):
+            return Form(found[1], has_separator_line=True)
+    return Form(min(SEPARATORS, key=lambda separator: _misfit(_header(path, separator), wanted)))
+
+
+def _misfit(header: list[str] | None, wanted: Sequence[str]) -> tuple[int, float]:
+    if header is None:
+        return len(set(wanted)), -1.5  # its quotes are said to be wrong, unless another separator finds columns
+    return len(set(wanted) - {name.strip() for name in header}), -len(header)
+
+
+def _header(path: Path, separator: str) -> list[str] | None:
+    try:
+        return next(_records(path, Form(separator)), (0, 0, []))[2]
+    except ValueError:
+        return None
+
+
+def _read(path: Path, form: Form, wanted: Sequence[str], check: Callable[[list[str]], None]) -> pa.Table:
+    records = _records(path, form)
+    header = [name.strip() for name in next(records, (0, 0, []))[2]]
+    if not header:
+        raise ValueError(f"{path} must have a header and at least one row, but is empty.")
+    check_text("".join(header), path, "its header")
+    check(header)
+    places = [header.index(name) for name in wanted]
+    schema, chunks = pa.schema(dict.fromkeys(wanted, pa.string())), []
+    rows = (_pick(record, len(header), places, path, form) for record in records)
+    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
+        columns = dict(zip(wanted, zip(*chunk, strict=True), strict=True))
+        chunks.append(pa.table(columns, schema))
+    if not chunks:
+        raise ValueError(f"{path} must have at least one row below its header, but has none.")
+    return pa.concat_tables(chunks)
+
+
+def _pick(
+    record: tuple[int, int, list[str]], num_columns: int, columns: Sequence[int], path: Path, form: Form
+) -> list[str]:
+    number, line, fields = record
+    place = f"row {number} (line {line})"
+    if not form.has_spaces and any(field[:1] == " " and field.lstrip(" ")[:1] == '"' for field in fields):
+        raise _SpacedQuoteError
+    if any(field.strip() for field in fields[num_columns:]):
+        raise ValueError(f"{path} must have {num_columns} fields a row, but {place} has {len(fields)}; {QUOTING}.")
+    check_text("".join(fields), path, place)
+    return [fields[column] if column < len(fields) else "" for column in columns]
+
+
+def _records(path: Path, form: Form) -> Iterator[tuple[int, int, list[str]]]:
+    """(Number, first line, fields) of all records that have something in them; the header is number 0."""
+    with open_text(path, newline="") as file:
+        if form.has_separator_line:
+            file.readline()
+        before = int(form.has_separator_line)
+        reader = csv.reader(file, delimiter=form.separator, strict=True, skipinitialspace=form.has_spaces)
+        number, line = 0, before + 1
+        try:
+            for fields in reader:
+                if any(field.strip() for field in fields):
+                    yield number, line, fields
+                    number += 1
+                line = before + reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(_quote_error(path, number, line, str(error))) from None
+
+
+def _quote_error(path: Path, number: int, line: int, cause: str) -> str:
+    row = f"row {number} (line {line})" if number else f"the header (line {line})"
+    if "field limit" in cause:
+        return (
+            f"{path} must have fields of at most {MAX_FIELD} characters, but {row} has a longer one; is a quote open?"
+        )
+    what = "opens a quote that never closes" if "end of data" in cause else f"has a quote out of place ({cause})"
+    separators = "" if number else "; fields are separated by commas, semicolons, tabs or bars"
+    return f"{path} must close its quotes at the end of a field, but {row} {what}; {QUOTING}{separators}."

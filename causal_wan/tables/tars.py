@@ -1,0 +1,224 @@
+"""WebDataset tars -> rows: the members that are wanted, as bytes and texts, and no others.
+
+WebDataset splits the name of a member at its first dot, so that clip.v2.mp4 would be a part `v2.mp4` of `clip`. Here
+what belongs to a clip is its name without the wanted ending: clip.v2.mp4 goes with clip.v2.txt. Nothing is unpickled,
+and what a tar may take is limited, whatever its headers say.
+"""
+
+import bz2
+import gzip
+import json
+import lzma
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+from causal_wan.tables.text_files import MAX_TEXT_BYTES, decode_text
+
+
+MAX_MEMBER_BYTES = 1 << 30
+MAX_PENDING = 16  # clips whose members do not come one after another
+MAX_PEEKED = 1000  # members that are looked at for the endings that are wanted
+# A compressed tar may unpack to so many times its bytes, and some more; videos hardly shrink, and texts to a tenth.
+MAX_RATIO, FREE_BYTES = 100, 1 << 24
+UNPACKERS = {b"\x1f\x8b": gzip.GzipFile, b"BZh": bz2.BZ2File, b"\xfd7zXZ": lzma.LZMAFile}
+DAMAGES = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
+ERROR = "__error__"  # the column that says why a clip cannot be used
+
+
+@dataclass
+class Clip:
+    """The members of a clip so far, by their endings.
+
+    Attributes:
+        name: The path in the tar without the ending.
+        group: The same up to the first dot.
+        parts: Contents of its members.
+        error: Why it cannot be used.
+    """
+
+    name: str
+    group: str
+    parts: dict[str, bytes] = field(default_factory=dict)
+    error: str | None = None
+
+
+class _Counted:
+    """What is read of a file, counted."""
+
+    def __init__(self, file: BinaryIO, start: bytes = b"") -> None:
+        self.file, self.start, self.count = file, start, 0
+
+    def read(self, size: int = -1) -> bytes:
+        taken, self.start = self.start[: max(size, 0)], self.start[max(size, 0) :]
+        content = taken + self.file.read(size - len(taken) if size >= 0 else size)
+        self.count += len(content)
+        return content
+
+
+class _Unpacked(_Counted):
+    """What a compressed file unpacks to, as long as that is in proportion."""
+
+    def __init__(self, file: BinaryIO, packed: _Counted) -> None:
+        super().__init__(file)
+        self.packed = packed
+
+    def read(self, size: int = -1) -> bytes:
+        content = super().read(size)
+        if self.count > FREE_BYTES + MAX_RATIO * self.packed.count:
+            raise ValueError(f"it unpacks to more than {MAX_RATIO} times its size")
+        return content
+
+
+def _unpack(file: BinaryIO) -> _Counted:
+    start = file.read(6)
+    if start.startswith(b"PK\3\4"):
+        raise ValueError("it is a zip archive; pack a tar")
+    packed = _Counted(file, start)
+    for mark, unpacker in UNPACKERS.items():
+        if start.startswith(mark):
+            return _Unpacked(unpacker(packed) if unpacker is not gzip.GzipFile else unpacker(fileobj=packed), packed)
+    return packed
+
+
+def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """All members but folders and hidden files.
+
+    Raises:
+        ValueError: If the file is no whole tar; names the last member that came.
+    """
+    last = None
+    try:
+        with tarfile.open(fileobj=_unpack(file), mode="r|") as tar:
+            for member in tar:
+                last = member.name
+                if not member.isdir() and not PurePosixPath(member.name).name.startswith((".", "__")):
+                    yield tar, member
+                tar.members = []  # else all are kept
+            while rest := tar.fileobj.read(1 << 20):
+                if rest.count(0) < len(rest):
+                    raise tarfile.ReadError("something follows its end, as in tars that were put together with `cat`")
+    except (*DAMAGES, ValueError) as error:
+        raise _damage(error, "" if last is None else f" after its member {last!r:.100}") from error
+
+
+def _damage(error: Exception, place: str) -> ValueError:
+    return ValueError(f"it cannot be read as a tar{place}: {str(error) or type(error).__name__}")
+
+
+def find_endings(file: BinaryIO, wanted: Sequence[str]) -> list[str]:
+    """Those of the wanted endings that the first members of a tar have, and what others end in.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    found: dict[str, None] = {}
+    for number, (_, member) in enumerate(_members(file)):
+        ending = _ending(member.name, wanted) or PurePosixPath(member.name).suffix.removeprefix(".")
+        found[ending or member.name] = None
+        if set(wanted) <= set(found) or number == MAX_PEEKED:
+            break
+    return list(found)
+
+
+def _ending(name: str, wanted: Sequence[str]) -> str | None:
+    endings = [ending for ending in wanted if name.lower().endswith(f".{ending.lower()}")]
+    return max(endings, key=len, default=None)
+
+
+def read_clips(file: BinaryIO, video: str, captions: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The clips of a tar, in its order.
+
+    Args:
+        file: Need not be seekable.
+        video: What the names of videos end in, without the first dot,
+        captions: and those of prompts: texts, or JSON with a text or a list of texts.
+
+    Yields:
+        video: bytes and path, the name in the tar; for each of the captions a list of texts; `ERROR`, why the clip
+        cannot be used, or None.
+
+    Raises:
+        ValueError: If the tar cannot be read to its end.
+    """
+    wanted = list(dict.fromkeys([video, *captions]))
+    pending: dict[str, Clip] = {}
+    whole: set[str] = set()  # groups with a clip that WebDataset would see: what else is in them may be other parts
+    for tar, member in _members(file):
+        ending = _ending(member.name, wanted)
+        group = _group(member.name)
+        for clip in [clip for clip in pending.values() if clip.group != group]:
+            yield from _finish(pending.pop(clip.name), video, captions, whole)
+        if ending is None:
+            continue
+        name = member.name[: -len(ending) - 1]
+        whole = {group} & (whole | ({name} if ending == video else set()))
+        clip = pending.setdefault(name, Clip(name, group))
+        _take(clip, ending, tar, member, is_video=ending == video)
+        if len(clip.parts) == len(wanted) or len(pending) > MAX_PENDING:
+            oldest = clip if len(clip.parts) == len(wanted) else next(iter(pending.values()))
+            yield from _finish(pending.pop(oldest.name), video, captions, whole)
+    for clip in pending.values():
+        yield from _finish(clip, video, captions, whole)
+
+
+def _group(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _take(clip: Clip, ending: str, tar: tarfile.TarFile, member: tarfile.TarInfo, *, is_video: bool) -> None:
+    limit = MAX_MEMBER_BYTES if is_video else MAX_TEXT_BYTES
+    content = b""
+    if ending in clip.parts:
+        clip.error = f"{member.name} is in the tar twice"
+    elif member.issym() or member.islnk():
+        clip.error = (
+            f"{member.name} is a link in the tar; pack what it leads to (tar --dereference --hard-dereference)"
+        )
+    elif not member.isreg() or member.issparse():
+        clip.error = f"{member.name} is no plain file; pack it anew, without --sparse"
+    elif member.size > limit:
+        clip.error = f"{member.name} has {member.size} bytes, more than the {limit} that a part of a clip may have"
+    else:
+        try:
+            content = tar.extractfile(member).read()
+        except (*DAMAGES, ValueError) as error:
+            raise _damage(error, f" at its member {member.name!r:.100}") from error
+    clip.parts[ending] = content
+
+
+def _finish(clip: Clip, video: str, captions: Sequence[str], whole: set[str]) -> Iterator[dict[str, Any]]:
+    if clip.group in whole and clip.name != clip.group and set(clip.parts) != {video, *captions}:
+        return  # another part of the clip that the group is: a.raw.mp4 beside a.mp4 and a.txt
+    texts = {}
+    for name in captions:
+        try:
+            texts[name] = _texts(clip.parts[name], name, f"{clip.name}.{name}") if name in clip.parts else None
+        except ValueError as error:
+            texts[name], clip.error = None, clip.error or str(error).removesuffix(".")
+    error = clip.error
+    if video not in clip.parts or not any(name in clip.parts for name in captions):
+        missing = video if video not in clip.parts else captions[0]
+        error = error or (
+            f"{clip.name} has no {missing} beside it in the tar; pack what belongs together one after another"
+        )
+    content = clip.parts.get(video, b"") if error is None else None
+    yield {video: {"bytes": content, "path": f"{clip.name}.{video}"}, **texts, ERROR: error}
+
+
+def _texts(content: bytes, ending: str, name: str) -> list[str]:
+    text = decode_text(content, name)
+    if ending.rpartition(".")[2].lower() not in ("json", "jsn"):
+        return [text]
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must be JSON, but is none ({error})") from None
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str) for item in texts):
+        raise ValueError(f"{name} must be a text or a list of texts, but is of type {type(value).__name__}")
+    return texts
