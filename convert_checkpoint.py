@@ -52,6 +52,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
 from causal_wan.config.changed_settings import SETTINGS_NAME, read_settings
+from causal_wan.methods.settings import method_of_run
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.progress import announced
 from causal_wan.records.checkpoint_weights import read_weights
@@ -61,7 +62,7 @@ from causal_wan.results.student import resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, save_lora
 from causal_wan.weights.lora_names import find_lora, lora_file, read_lora
-from causal_wan.weights.transformer import causal_settings, load_transformer, save_transformer
+from causal_wan.weights.transformer import load_transformer, save_transformer
 from causal_wan.weights.wan_names import COMFYUI_PREFIX, infer_architecture, read_state, to_diffusers, to_original
 
 
@@ -167,9 +168,9 @@ def make_pipeline(config: Config) -> None:
     if (student / "transformer").is_dir():
         shutil.copytree(student / "transformer", output / "transformer")
     else:
-        causal = causal_settings(run) if run else {"num_frame_per_block": None}
+        causal = method_of_run(run).causal if run else None
         transformer = load_transformer(
-            base, generator_ckpt=run.get("generator_ckpt"), revision=run.get("revision"), **causal
+            base, causal, generator_ckpt=run.get("generator_ckpt"), revision=run.get("revision")
         )
         if (student / LORA_WEIGHTS_NAME).is_file():
             fuse_lora(transformer, student)
@@ -233,11 +234,11 @@ def make_empty_student(run: dict) -> CausalWanTransformer3DModel:
     """The transformer that the run trains; its weights are not set."""
     transformer = load_transformer(
         run["pretrained_model_name_or_path"],
+        method_of_run(run).causal,
         generator_ckpt=run["generator_ckpt"],
         revision=run["revision"],
         dtype=torch.float32,
         empty=True,
-        **causal_settings(run),
     )
     if run["lora_rank"]:
         add_lora(

@@ -28,7 +28,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from causal_wan.blocks import frame_block_lengths
 from causal_wan.config.parsing import names_of, parse_config, user_errors
 from causal_wan.config.ranges import GuidanceScale, PositiveInt, Seed, checked_dataclass
 from causal_wan.config.settings import (
@@ -249,11 +248,7 @@ def check_text_length(config: Config, teacher: Teacher) -> None:
 
 def teacher_blocks(config: Config, teacher: Teacher) -> list[int]:
     """Latent frames of each block of the teacher; one block of a bidirectional one."""
-    return frame_block_lengths(
-        config.num_latent_frames,
-        teacher.causal["num_frame_per_block"],
-        independent_first_frame=teacher.causal["independent_first_frame"],
-    )
+    return teacher.causal.block_lengths(config.num_latent_frames)
 
 
 def open_embeddings(accelerator: Accelerator, config: Config) -> CachedData:
@@ -286,8 +281,8 @@ def trajectory_settings(
         **embeddings.prompt_settings,
         "teacher": identify_teacher(teacher, manifest.content),
         "blocks": teacher_blocks(config, teacher),
-        "local_attn_size": teacher.causal["local_attn_size"],
-        "sink_size": teacher.causal["sink_size"],
+        "local_attn_size": teacher.causal.local_attn_size,
+        "sink_size": teacher.causal.sink_size,
         "num_inference_steps": config.method.num_inference_steps,
         "timestep_shift": config.method.timestep_shift,
         "guidance_scale": config.guidance_scale if is_guided else 1.0,

@@ -4,6 +4,7 @@ import copy
 import functools
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from bench import SIZES, Bench, table
@@ -145,10 +146,10 @@ def measure_sampling(bench: Bench) -> list[str]:
 def run_one_pass(bench: Bench, transformer: CausalWanTransformer3DModel, prompt_embeds: torch.Tensor) -> None:
     """Of the whole clip as one block."""
     latents, timesteps, _ = bench.make_inputs()
-    block = transformer.config.num_frame_per_block
-    transformer.set_causal_config(num_frame_per_block=None)
+    causal = transformer.causal_config
+    transformer.set_causal_config(replace(causal, num_frame_per_block=None))
     transformer(latents.to(bench.dtype), timesteps[:, 0], prompt_embeds, return_dict=False)
-    transformer.set_causal_config(num_frame_per_block=block)
+    transformer.set_causal_config(causal)
 
 
 def describe_stream(

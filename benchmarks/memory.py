@@ -25,6 +25,7 @@ from transformers import UMT5Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from causal_wan.blocks import CausalConfig
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.ranges import PositiveInt, checked_dataclass
 from causal_wan.config.settings import MemoryConfig, TrainingConfig
@@ -139,7 +140,7 @@ def build(workload: Workload, device: torch.device) -> CausalWanTransformer3DMod
             del transformer
             transformer = load_transformer(
                 folder,
-                num_frame_per_block=workload.architecture["num_frame_per_block"],
+                CausalConfig.of(workload.architecture),
                 dtype=workload.dtype,
                 quantization=quantization_config(memory.quantize_base, workload.dtype),
             )

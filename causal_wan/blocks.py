@@ -1,7 +1,8 @@
 """How the latent frames of a clip fall into blocks, and what a block sees. Imports no library."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,12 +14,33 @@ class CausalConfig:
         local_attn_size: Latent frames that a block sees, counted back from its end; -1 is all.
         sink_size: First latent frames that stay in the cache although the window has left them.
         independent_first_frame: The first latent frame is a block of its own.
+
+    Raises:
+        ValueError: If they do not go together.
     """
 
     num_frame_per_block: int | None
     local_attn_size: int = -1
     sink_size: int = 0
     independent_first_frame: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_frame_per_block is not None and self.num_frame_per_block < 1:
+            raise ValueError(f"num_frame_per_block must be 1 or more, or None, got {self.num_frame_per_block}.")
+        if self.sink_size < 0:
+            raise ValueError(f"sink_size must be 0 or more latent frames, got {self.sink_size}.")
+        smallest_window = (self.num_frame_per_block or 1) + self.sink_size
+        if self.local_attn_size != -1 and self.local_attn_size < smallest_window:
+            raise ValueError(
+                f"local_attn_size must hold one block and the sink, {smallest_window} latent frames or more, or be -1 "
+                f"for no window, got {self.local_attn_size}."
+            )
+
+    @classmethod
+    def of(cls, transformer_config: Mapping[str, Any]) -> Self:
+        """What the config of a transformer says; that of a stock one says nothing, which is bidirectional."""
+        known = {field.name for field in fields(cls)} & transformer_config.keys()
+        return cls(**{"num_frame_per_block": None, **{name: transformer_config[name] for name in known}})
 
     def block_lengths(self, num_latent_frames: int) -> list[int]:
         """Latent frames of each block of a clip.

@@ -16,7 +16,8 @@ from huggingface_hub import snapshot_download
 # In the order in which they build on each other.
 SAMPLING_MODULES = (
     *("timesteps", "blocks", "flow", "devices", "model.block_attention", "model.context_parallel", "model.kv_cache"),
-    *("model.transformer", "model.text", "model.vae", "model.streaming_vae", "sampling.rollout", "sampling.pipeline"),
+    *("model.attention", "model.transformer", "model.text", "model.vae", "model.streaming_vae", "sampling.rollout"),
+    "sampling.pipeline",
 )
 PIPELINE_NAME = "pipeline.py"
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")

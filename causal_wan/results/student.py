@@ -18,7 +18,7 @@ from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.timesteps import Sampler, check_denoising_step_list
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 from causal_wan.weights.parts import DTYPES, load_vae
-from causal_wan.weights.transformer import causal_settings, check_generator_ckpt, load_transformer
+from causal_wan.weights.transformer import check_generator_ckpt, load_transformer
 from causal_wan.weights.wan_names import WEIGHTS_SUFFIXES, infer_architecture, read_state, to_diffusers
 
 
@@ -195,7 +195,11 @@ def load_student(
         )
     elif run:
         parts["transformer"] = load_transformer(
-            base, generator_ckpt=run["generator_ckpt"], revision=run["revision"], dtype=dtype, **causal_settings(run)
+            base,
+            method_of_run(run).causal,
+            generator_ckpt=run["generator_ckpt"],
+            revision=run["revision"],
+            dtype=dtype,
         )
     own = {"denoising_step_list": denoising_step_list, "sampler": sampler, "max_sequence_length": max_sequence_length}
     parts |= {name: value for name, value in own.items() if value is not None}

@@ -4,16 +4,17 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from causal_wan.blocks import CausalConfig
+from causal_wan.methods.settings import method_of_run
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.results.student import read_run
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 from causal_wan.weights.parts import find_part
-from causal_wan.weights.transformer import causal_settings, load_transformer, load_transformer_config
+from causal_wan.weights.transformer import load_transformer, load_transformer_config
 
 
 WEIGHTS = {".json", ".safetensors"}
@@ -28,8 +29,7 @@ class Teacher:
         revision: Of a hub repository.
         generator_ckpt: Weights in the place of the base's: a folder or a file; or None.
         lora: Folder with a LoRA on top; or None.
-        causal: `num_frame_per_block` (None is bidirectional), `local_attn_size`, `sink_size`,
-            `independent_first_frame`.
+        causal: Its blocks and what they see.
         max_sequence_length: Tokens that prompts were padded to in its training; None if it is no run.
     """
 
@@ -37,7 +37,7 @@ class Teacher:
     revision: str | None
     generator_ckpt: str | None
     lora: Path | None
-    causal: dict[str, Any]
+    causal: CausalConfig
     max_sequence_length: int | None = None
 
 
@@ -55,13 +55,7 @@ def find_teacher(checkpoint: str, base: str, revision: str | None) -> Teacher:
     run, folder = read_run(checkpoint, base if Path(checkpoint).is_file() else None), Path(checkpoint)
     if not run:
         config = load_transformer_config(checkpoint, revision=revision if checkpoint == base else None)
-        causal = {
-            "num_frame_per_block": config.get("num_frame_per_block"),
-            "local_attn_size": config.get("local_attn_size", -1),
-            "sink_size": config.get("sink_size", 0),
-            "independent_first_frame": config.get("independent_first_frame", False),
-        }
-        return Teacher(checkpoint, revision if checkpoint == base else None, None, None, causal)
+        return Teacher(checkpoint, revision if checkpoint == base else None, None, None, CausalConfig.of(config))
     has_lora = (folder / LORA_WEIGHTS_NAME).is_file()
     generator_ckpt = checkpoint if (folder / "transformer").is_dir() else run["generator_ckpt"]
     return Teacher(
@@ -69,7 +63,7 @@ def find_teacher(checkpoint: str, base: str, revision: str | None) -> Teacher:
         run["revision"],
         generator_ckpt,
         folder if has_lora else None,
-        causal_settings(run),
+        method_of_run(run).causal,
         run.get("max_sequence_length"),
     )
 
@@ -82,11 +76,11 @@ def load_teacher(teacher: Teacher, dtype: torch.dtype, device: torch.device) -> 
     """
     transformer = load_transformer(
         teacher.base,
+        teacher.causal,
         generator_ckpt=teacher.generator_ckpt,
         revision=teacher.revision,
         dtype=dtype,
         device=device,
-        **teacher.causal,
     )
     if teacher.lora is not None:
         parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))

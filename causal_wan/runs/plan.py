@@ -19,7 +19,7 @@ from causal_wan.runs.settings import RunConfig
 from causal_wan.sampling.rollout import count_draws
 from causal_wan.training.strategies import context_mesh, free_memory, is_sharded, sharding
 from causal_wan.weights.parts import DTYPES, load_vae_config
-from causal_wan.weights.transformer import causal_settings, load_transformer_config
+from causal_wan.weights.transformer import load_transformer_config
 
 
 def describe_plan(config: RunConfig, run_data: RunData, num_replicas: int) -> str:
@@ -127,7 +127,7 @@ def make_workload(config: RunConfig, run_data: RunData, accelerator: Any, vae: A
         model.pretrained_model_name_or_path, generator_ckpt=model.generator_ckpt, revision=model.revision
     )
     return Workload(
-        architecture={**architecture, **causal_settings(flat_dict(config))},
+        architecture={**architecture, **config.method.causal.as_dict()},
         latent_shape=latent_shape(config, vae, largest_shape(config)),
         batch_size=training.train_batch_size,
         num_passes=training.gradient_accumulation_steps,

@@ -6,6 +6,7 @@ M = draws of noise (N, or 1 where steps add none), S = prompt tokens, T = video 
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -117,7 +118,8 @@ class CausalWanPipeline(WanPipeline):
             "local_attn_size": local_attn_size,
             "sink_size": sink_size,
         }
-        pipeline.transformer.set_causal_config(**{name: size for name, size in given.items() if size is not None})
+        changes = {name: size for name, size in given.items() if size is not None}
+        pipeline.transformer.set_causal_config(replace(pipeline.transformer.causal_config, **changes))
         return pipeline
 
     # --- latents -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -274,7 +275,8 @@ def make_studio(config: Config) -> Studio:
         sink_size=config.sink_size,
     )
     if pipeline.transformer.config.num_frame_per_block is None:
-        pipeline.transformer.set_causal_config(num_frame_per_block=3)
+        causal = pipeline.transformer.causal_config
+        pipeline.transformer.set_causal_config(replace(causal, num_frame_per_block=3))
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     if config.compile:
