@@ -160,7 +160,7 @@ def main(config: Config) -> None:
     pipeline.to(device)
     work = list(enumerate(zip(prompts, output_paths(config, len(prompts)), strict=True)))
     own = work[state.process_index :: state.num_processes]
-    num_latent_frames = (settings.num_frames - 1) // pipeline.vae_scale_factor_temporal + 1
+    num_latent_frames = pipeline.geometry.num_latent_frames(settings.num_frames)
     num_blocks = len(own) * len(pipeline.transformer.block_lengths(num_latent_frames))
     total = num_blocks * count_parts(settings)
     with tqdm(total=total, desc="steps", dynamic_ncols=True, disable=not state.is_main_process) as progress:
@@ -282,9 +282,9 @@ def read_frames_to_continue(
         frames = iio.imread(config.video, plugin="pyav")
     except (OSError, ValueError) as error:
         raise ValueError(f"video must be a file that decodes, got {config.video}: {error}") from None
-    temporal = pipeline.vae_scale_factor_temporal
-    lengths = pipeline.transformer.block_lengths((settings.num_frames - 1) // temporal + 1)
-    whole_blocks = [temporal * (end - 1) + 1 for end in itertools.accumulate(lengths)]
+    geometry = pipeline.geometry
+    lengths = pipeline.transformer.block_lengths(geometry.num_latent_frames(settings.num_frames))
+    whole_blocks = [geometry.num_frames(end) for end in itertools.accumulate(lengths)]
     most = min(len(frames), settings.num_frames // 2)
     count = config.num_video_frames or max([end for end in whole_blocks if end <= most], default=whole_blocks[0])
     if count not in whole_blocks[:-1]:

@@ -90,7 +90,7 @@ class Config:
     @property
     def num_latent_frames(self) -> int:
         """F."""
-        return (self.data.num_frames - 1) // self.data.time_division_factor + 1
+        return self.data.geometry.num_latent_frames(self.data.num_frames)
 
 
 # What a recipe of the training scripts may hold beside.
@@ -111,6 +111,8 @@ from causal_wan.cache.tensor_cache import GIB, CacheWriter, TensorCache, check_d
 from causal_wan.cache.trajectories import FOLDER, TrajectoryName, student_settings
 from causal_wan.data.file_manifest import FileManifest
 from causal_wan.data.rows import read_tables
+from causal_wan.geometry import LatentGeometry
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.text import pad_prompt_embeds
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import check_video_size
@@ -297,8 +299,7 @@ def trajectory_settings(
 def latent_shape(config: Config) -> tuple[int, int, int, int]:
     """(C, F, H, W)."""
     vae = load_vae_config(config.model.pretrained_model_name_or_path, revision=config.model.revision)
-    spatial = vae.config.scale_factor_spatial
-    return vae.config.z_dim, config.num_latent_frames, config.data.height // spatial, config.data.width // spatial
+    return LatentGeometry.of(vae.config).latent_shape(*config.data.shape)
 
 
 def trajectory_bytes(config: Config) -> int:
@@ -379,9 +380,9 @@ def sample_batch(
     shape = latent_shape(config)
     noise = torch.stack([torch.randn(shape, generator=name.generator()) for name in names]).to(transformer.device)
 
-    def embed(prompts: list[str]) -> torch.Tensor:
+    def embed(prompts: list[str]) -> Conditions:
         padded = pad_prompt_embeds([embeds[prompt] for prompt in prompts], config.model.max_sequence_length)
-        return padded.to(transformer.device, transformer.dtype)
+        return Conditions(prompt_embeds=padded.to(transformer.device, transformer.dtype))
 
     is_guided = config.guidance_scale > 1
     return sample_trajectories(
@@ -391,7 +392,7 @@ def sample_batch(
         teacher_timesteps(config),
         kept_levels(config),
         progress=progress,
-        negative_prompt_embeds=embed([config.negative_prompt] * len(names)) if is_guided else None,
+        negative_conditions=embed([config.negative_prompt] * len(names)) if is_guided else None,
         guidance_scale=config.guidance_scale,
     )
 

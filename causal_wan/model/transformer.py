@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from causal_wan.blocks import CausalConfig
 from causal_wan.devices import to_device
+from causal_wan.geometry import LatentGeometry
 from causal_wan.model.attention import AttentionContext, CausalWanSelfAttnProcessor, FoldedCrossAttnProcessor, KeptText
 from causal_wan.model.block_attention import (
     block_causal_spans,
@@ -176,7 +177,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         capacity = num_latent_frames
         if self.config.local_attn_size != -1:
             capacity = min(capacity, self.config.local_attn_size)
-        frame_tokens = (height // self.config.patch_size[1]) * (width // self.config.patch_size[2])
+        frame_tokens = LatentGeometry.of({}, self.config).frame_tokens(height, width)
         heads = (self.config.num_attention_heads, self.config.attention_head_dim)
         shape = (batch_size, capacity * frame_tokens, *heads)
         layers = [LayerCache(KeptStates(shape, dtype), KeptStates(shape, dtype)) for _ in self.blocks]
@@ -287,7 +288,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             cache.reserve(start_frame, num_frames)
             return AttentionContext(cos_and_sin, places=cache.places, num_held=cache.num_held)
         lengths, window = self.block_lengths(num_frames), self.config.local_attn_size
-        frame_tokens = (height // self.config.patch_size[1]) * (width // self.config.patch_size[2])
+        frame_tokens = LatentGeometry.of({}, self.config).frame_tokens(height, width)
         if not is_teacher_forced:
             return AttentionContext(cos_and_sin, spans=block_causal_spans(lengths, frame_tokens, window))
         num_clean = sum(lengths[:-1]) * frame_tokens  # clean frames have the positions of noisy ones

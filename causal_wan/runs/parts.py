@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
-from causal_wan.data.settings import ClipShape
 from causal_wan.memory.levers import cut_up_vae, enable_gradient_checkpointing, quantization_config, store_in_fp8
 from causal_wan.model.compiling import compile_layers
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -124,12 +123,6 @@ def save_student(
         save_lora(transformer, weights, config.training.output_dir)
     else:
         save_transformer(transformer, weights, Path(config.training.output_dir) / "transformer")
-
-
-def latent_shape(config: RunConfig, vae: AutoencoderKLWan, shape: ClipShape) -> tuple[int, int, int, int]:
-    """(C, F, H, W) of clips of a shape."""
-    spatial = vae.config.scale_factor_spatial
-    return vae.config.z_dim, config.num_latent_frames(shape), shape.height // spatial, shape.width // spatial
 
 
 def validation_prompts(config: RunConfig, data: RunData) -> list[str]:

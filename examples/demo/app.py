@@ -245,9 +245,9 @@ def make_app(studio: Studio, config: Config) -> FastAPI:
 
 def shortest_video(studio: Studio) -> tuple[int, int]:
     """Frames of a video of one block, and those that each further block adds."""
-    config, temporal = studio.pipeline.transformer.config, studio.pipeline.vae_scale_factor_temporal
-    first = 1 if config.independent_first_frame else config.num_frame_per_block
-    return temporal * (first - 1) + 1, temporal * config.num_frame_per_block
+    causal, geometry = studio.pipeline.transformer.causal_config, studio.pipeline.geometry
+    first = 1 if causal.independent_first_frame else causal.num_frame_per_block
+    return geometry.num_frames(first), geometry.temporal_factor * causal.num_frame_per_block
 
 
 def make_studio(config: Config) -> Studio:

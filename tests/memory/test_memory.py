@@ -24,6 +24,7 @@ from causal_wan.memory.levers import (
 )
 from causal_wan.memory.plan import GIB, describe_shortage, plan_decoding, plan_encoding, plan_training
 from causal_wan.memory.simulation import PeakMemory, ValidationWorkload, Workload
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -305,11 +306,12 @@ def sample_and_measure(workload):
     with torch.no_grad():
         with PeakMemory(transformer) as memory:
             embeds = torch.randn(1, workload.max_sequence_length, 16).to(workload.dtype)
+            conditions = Conditions(prompt_embeds=embeds)
             pipeline.sample_latents(
-                embeds,
+                conditions,
                 torch.randn(validation.num_draws, 1, *validation.latent_shape),
                 [1000, 750, 500],
-                negative_prompt_embeds=embeds if validation.is_guided else None,
+                negative_conditions=conditions if validation.is_guided else None,
                 cache_dtype=CACHE_DTYPES[workload.memory.kv_cache_dtype],
             )
         peaks.append(memory.peak)

@@ -186,7 +186,7 @@ class BrokenParts:
 
     DISK = (validation.VideoWriter, "write", OSError(28, "No space left on device"))
     DECODER = (validation, "decode_in_parts", torch.OutOfMemoryError("CUDA out of memory"))
-    SAMPLING = (validation.CausalWanPipeline, "sample_latents", torch.OutOfMemoryError("CUDA out of memory"))
+    SAMPLING = (validation, "roll_out", torch.OutOfMemoryError("CUDA out of memory"))
 
 
 @pytest.mark.parametrize("part", ["DISK", "DECODER", "SAMPLING"])
