@@ -125,6 +125,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds
 from causal_wan.model.vae import check_video_size
 from causal_wan.processes import wait_for_all
@@ -218,7 +219,7 @@ def sample(
     given: list[PIL.Image.Image] | None,
     progress: tqdm,
 ) -> Iterator[torch.Tensor]:
-    """The frames of each block in [0, 1], `(t, 3, height, width)`, as soon as they are decoded."""
+    """The frames of each block in [-1, 1], `(3, t, height, width)`, as soon as they are decoded."""
 
     def note_step(*given: object) -> dict[str, torch.Tensor]:
         progress.update()
@@ -237,12 +238,13 @@ def sample(
         width=settings.width,
         video=given,
         generator=noise_generator(config.seed, number),
-        output_type="pt",
+        output_type="latent",
         callback_on_step_end=note_step,
         cache_dtype=settings.cache_dtype,
     )
+    decoder = StreamingDecoder(pipeline.vae)
     for block in blocks:
-        yield block[0]
+        yield decoder.decode(block)[0]
 
 
 def count_parts(settings: SamplingSettings) -> int:
@@ -258,9 +260,9 @@ def write_blocks(
     first, num_frames = 0.0, 0
     with VideoWriter(path, config.frame_rate, fragmented=config.stream) as writer, contextlib.closing(blocks):
         for block in blocks:
-            writer.write(as_frames(block.transpose(0, 1) * 2 - 1))
+            writer.write(as_frames(block))
             first = first or time.perf_counter() - start
-            num_frames += len(block)
+            num_frames += block.shape[1]
             progress.update(num_parts - progress.n % num_parts)  # blocks that are given have no steps
     return first, num_frames / (time.perf_counter() - start)
 

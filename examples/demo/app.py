@@ -29,6 +29,7 @@ from fastapi.responses import StreamingResponse
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import AttentionWindow, NonNegativeInt, PositiveInt, Range, checked_dataclass
 from causal_wan.geometry import FRAME_RATE
+from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.results.student import SamplingSettings, choose_device, load_student, read_run, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.video.writing import VideoWriter, as_frames
@@ -175,7 +176,7 @@ class Studio:
             try:
                 with VideoWriter(video, FRAME_RATE, fragmented=True) as writer:
                     for block in self.sample(video):
-                        writer.write(as_frames(block[0].transpose(0, 1) * 2 - 1))
+                        writer.write(as_frames(block))
                         video.num_made += block.shape[1]
                         video.seconds = time.perf_counter() - start
                         video.first_seconds = video.first_seconds or video.seconds
@@ -186,16 +187,19 @@ class Studio:
                 video.set_state("done" if video.num_made == video.num_frames else "stopped")
 
     def sample(self, video: Video) -> Iterator[torch.Tensor]:
-        """The frames of each block in [0, 1], `(1, t, 3, height, width)`."""
-        return self.pipeline.stream(
+        """The frames of each block in [-1, 1], `(3, t, height, width)`."""
+        decoder = StreamingDecoder(self.pipeline.vae)
+        blocks = self.pipeline.stream(
             video.prompt,
             num_frames=video.num_frames,
             height=self.settings.height,
             width=self.settings.width,
             generator=torch.Generator().manual_seed(video.seed),
-            output_type="pt",
+            output_type="latent",
             cache_dtype=self.settings.cache_dtype,
         )
+        for block in blocks:
+            yield decoder.decode(block)[0]
 
 
 def make_app(studio: Studio, config: Config) -> FastAPI:

@@ -1,3 +1,6 @@
+import inspect
+import pydoc
+
 import imageio.v3 as iio
 import PIL.Image
 import pytest
@@ -9,7 +12,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from peft import LoraConfig, get_peft_model_state_dict
 from torch._dynamo.testing import CompileCounter
 
-from causal_wan.flow import add_noise, latents_from_velocity
+from causal_wan.flow import add_noise, choose_sampling, latents_from_velocity
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -279,6 +282,34 @@ def test_a_call_takes_noise_as_it_would_draw_it(pipeline):
     generator = torch.Generator().manual_seed(0)
     noise = pipeline.draw_noise(1, 13, 32, 48, (1000, 500), generator=generator)
     assert torch.equal(call(pipeline, noise=noise), call(pipeline))
+
+
+def test_help_shows_all_arguments_of_a_call():
+    shown, streamed = (
+        inspect.signature(each).parameters for each in (CausalWanPipeline.__call__, CausalWanPipeline.stream)
+    )
+    assert list(shown) == [*streamed, "return_dict"]
+    assert {name: shown[name].default for name in ("height", "num_frames", "output_type", "return_dict")} == {
+        "height": 480,
+        "num_frames": 81,
+        "output_type": "np",
+        "return_dict": True,
+    }
+    explained = CausalWanPipeline.__call__.__doc__
+    assert all(f" {name}: " in explained for name in shown if name != "self")
+    assert "guidance_scale: float = 1.0" in pydoc.plain(pydoc.render_doc(CausalWanPipeline.__call__))
+
+
+def test_how_to_sample_is_chosen_once_for_a_video(pipeline, monkeypatch):
+    chosen = []
+
+    def count(*given, **settings):
+        chosen.append(given)
+        return choose_sampling(*given, **settings)
+
+    monkeypatch.setattr("causal_wan.sampling.pipeline.choose_sampling", count)
+    call(pipeline)
+    assert len(chosen) == 1
 
 
 def test_several_videos_of_a_prompt_differ_and_lie_side_by_side(pipeline):
