@@ -167,7 +167,7 @@ def make_pipeline(config: Config) -> None:
     if (student / "transformer").is_dir():
         shutil.copytree(student / "transformer", output / "transformer")
     else:
-        transformer = load_untrained(run) if run is not None else load_transformer(base, num_frame_per_block=None)
+        transformer = load_untrained(run) if run is not None else load_transformer(base, None)
         if (student / LORA_WEIGHTS_NAME).is_file():
             fuse_lora(transformer, student)
         transformer.save_pretrained(output / "transformer")
@@ -229,10 +229,10 @@ def load_untrained(run: RunRecord, *, empty: bool = False) -> CausalWanTransform
     """The transformer that a run began with, in float32."""
     return load_transformer(
         run.model.pretrained_model_name_or_path,
+        run.causal,
         generator_ckpt=run.model.generator_ckpt,
         revision=run.model.revision,
         empty=empty,
-        **run.causal,
     )
 
 

@@ -131,6 +131,7 @@ from causal_wan.evaluation.learned_metrics import ClipScore, load_lpips
 from causal_wan.evaluation.report import write_metrics, write_report, write_videos
 from causal_wan.evaluation.vbench_export import VBenchExport, read_vbench_prompts
 from causal_wan.evaluation.video_metrics import first_frames_of_blocks
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
 from causal_wan.model.vae import check_video_size
@@ -169,8 +170,8 @@ def main(config: Config) -> None:
         check_video_size(*shape, vae=student.vae, transformer=student.transformer)
     texts = prompts if export is None else [*prompts, *export.prompts]
     warn_of_cut_prompts(student.tokenizer, texts, settings.max_sequence_length)
-    lengths = student.transformer.block_lengths((shape.num_frames - 1) // student.vae_scale_factor_temporal + 1)
-    starts = first_frames_of_blocks(lengths, student.vae_scale_factor_temporal)
+    lengths = student.transformer.block_lengths(student.geometry.num_latent_frames(shape.num_frames))
+    starts = first_frames_of_blocks(lengths, student.geometry)
     clips = [load_video(row, shape, data, torch.Generator()) for row in show_progress(rows, desc="clips")]
     targets = [clip.movedim(0, 1) / 255 for clip, _ in clips]
 
@@ -291,11 +292,11 @@ def sample_student(
     _reset_peak_memory(device)
     start = time.perf_counter()
     latents = pipeline.sample_latents(
-        prompt_embeds[:1],
+        Conditions(prompt_embeds=prompt_embeds[:1]),
         noise,
         *steps,
         sampler=settings.sampler,
-        negative_prompt_embeds=prompt_embeds[1:] if len(texts) > 1 else None,
+        negative_conditions=Conditions(prompt_embeds=prompt_embeds[1:]) if len(texts) > 1 else None,
         guidance_scale=config.student_guidance_scale,
         on_block_end=note_time,
         on_step_end=note_step,

@@ -126,6 +126,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
 from causal_wan.model.vae import check_video_size
 from causal_wan.processes import wait_for_all
@@ -165,7 +166,7 @@ def main(config: Config) -> None:
     pipeline.to(device)
     work = list(enumerate(zip(prompts, output_paths(config, len(prompts)), strict=True)))
     own = work[state.process_index :: state.num_processes]
-    num_latent_frames = (settings.num_frames - 1) // pipeline.vae_scale_factor_temporal + 1
+    num_latent_frames = pipeline.geometry.num_latent_frames(settings.num_frames)
     num_blocks = len(own) * len(pipeline.transformer.block_lengths(num_latent_frames))
     total = num_blocks * count_parts(settings)
     with tqdm(total=total, desc="steps", dynamic_ncols=True, disable=not state.is_main_process) as progress:
@@ -223,7 +224,7 @@ def sample(
     given: list[PIL.Image.Image] | None,
     progress: tqdm,
 ) -> Iterator[torch.Tensor]:
-    """The frames of each block in [0, 1], `(t, 3, height, width)`, as soon as they are decoded."""
+    """The frames of each block in [-1, 1], `(3, t, height, width)`, as soon as they are decoded."""
 
     def note_step(*given: object) -> dict[str, torch.Tensor]:
         progress.update()
@@ -242,12 +243,13 @@ def sample(
         width=settings.width,
         video=given,
         generator=noise_generator(config.seed, number),
-        output_type="pt",
+        output_type="latent",
         callback_on_step_end=note_step,
         cache_dtype=settings.cache_dtype,
     )
+    decoder = StreamingDecoder(pipeline.vae)
     for block in blocks:
-        yield block[0]
+        yield decoder.decode(block)[0]
 
 
 def count_parts(settings: SamplingSettings) -> int:
@@ -263,9 +265,9 @@ def write_blocks(
     first, num_frames = 0.0, 0
     with VideoWriter(path, config.frame_rate, fragmented=config.stream) as writer, contextlib.closing(blocks):
         for block in blocks:
-            writer.write(as_frames(block.transpose(0, 1) * 2 - 1))
+            writer.write(as_frames(block))
             first = first or time.perf_counter() - start
-            num_frames += len(block)
+            num_frames += block.shape[1]
             progress.update(num_parts - progress.n % num_parts)  # blocks that are given have no steps
     return first, num_frames / (time.perf_counter() - start)
 
@@ -287,9 +289,9 @@ def read_frames_to_continue(
         frames = iio.imread(config.video, plugin="pyav")
     except (OSError, ValueError) as error:
         raise ValueError(f"video must be a file that decodes, got {config.video}: {error}") from None
-    temporal = pipeline.vae_scale_factor_temporal
-    lengths = pipeline.transformer.block_lengths((settings.num_frames - 1) // temporal + 1)
-    whole_blocks = [temporal * (end - 1) + 1 for end in itertools.accumulate(lengths)]
+    geometry = pipeline.geometry
+    lengths = pipeline.transformer.block_lengths(geometry.num_latent_frames(settings.num_frames))
+    whole_blocks = [geometry.num_frames(end) for end in itertools.accumulate(lengths)]
     most = min(len(frames), settings.num_frames // 2)
     count = config.num_video_frames or max([end for end in whole_blocks if end <= most], default=whole_blocks[0])
     if count not in whole_blocks[:-1]:

@@ -33,6 +33,7 @@ from causal_wan.config.settings import (
     ValidationConfig,
 )
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached, check_waits_for_clips
+from causal_wan.geometry import LatentGeometry
 from causal_wan.runs.settings import TRAINING_SETTINGS
 
 
@@ -195,14 +196,9 @@ def needed_bytes(config: Config, missing: list[Work], prompts: list[str]) -> int
     vae = AutoencoderKLWan.load_config(
         config.model.pretrained_model_name_or_path, subfolder="vae", revision=config.model.revision
     )
-    spatial, temporal = (
-        vae.get(f"scale_factor_{name}", default) for name, default in (("spatial", 8), ("temporal", 4))
-    )
-    latents = sum(
-        ((shape.num_frames - 1) // temporal + 1) * (shape.height // spatial) * (shape.width // spatial)
-        for _, shape in missing
-    )
-    return latents * vae["z_dim"] * DTYPES[config.latents_dtype].itemsize + len(prompts) * PROMPT_BYTES
+    geometry = LatentGeometry.of(vae)
+    latents = sum(math.prod(geometry.latent_shape(*shape)) for _, shape in missing)
+    return latents * DTYPES[config.latents_dtype].itemsize + len(prompts) * PROMPT_BYTES
 
 
 # --- encoding --------------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from causal_wan.blocks import frame_block_lengths
 from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import GuidanceScale, PositiveInt, Seed, checked_dataclass
@@ -84,7 +83,7 @@ class Config:
     @property
     def num_latent_frames(self) -> int:
         """F."""
-        return (self.data.num_frames - 1) // self.data.time_division_factor + 1
+        return self.data.geometry.num_latent_frames(self.data.num_frames)
 
 
 if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
@@ -101,6 +100,8 @@ from causal_wan.cache.tensor_cache import GIB, CacheWriter, TensorCache, check_d
 from causal_wan.cache.trajectories import FOLDER, TrajectoryName, student_settings
 from causal_wan.data.file_manifest import FileManifest
 from causal_wan.data.rows import read_tables
+from causal_wan.geometry import LatentGeometry
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.text import pad_prompt_embeds
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import check_video_size
@@ -245,11 +246,7 @@ def check_text_length(config: Config, teacher: Teacher) -> None:
 
 def teacher_blocks(config: Config, teacher: Teacher) -> list[int]:
     """Latent frames of each block of the teacher; one block of a bidirectional one."""
-    return frame_block_lengths(
-        config.num_latent_frames,
-        teacher.causal["num_frame_per_block"],
-        independent_first_frame=teacher.causal["independent_first_frame"],
-    )
+    return teacher.causal.block_lengths(config.num_latent_frames)
 
 
 def open_embeddings(accelerator: Accelerator, config: Config) -> CachedData:
@@ -282,8 +279,8 @@ def trajectory_settings(
         **embeddings.prompt_settings,
         "teacher": identify_teacher(teacher, manifest.content),
         "blocks": teacher_blocks(config, teacher),
-        "local_attn_size": teacher.causal["local_attn_size"],
-        "sink_size": teacher.causal["sink_size"],
+        "local_attn_size": teacher.causal.local_attn_size,
+        "sink_size": teacher.causal.sink_size,
         "num_inference_steps": config.method.num_inference_steps,
         "timestep_shift": config.method.timestep_shift,
         "guidance_scale": config.guidance_scale if is_guided else 1.0,
@@ -298,8 +295,7 @@ def trajectory_settings(
 def latent_shape(config: Config) -> tuple[int, int, int, int]:
     """(C, F, H, W)."""
     vae = load_vae_config(config.model.pretrained_model_name_or_path, revision=config.model.revision)
-    spatial = vae.config.scale_factor_spatial
-    return vae.config.z_dim, config.num_latent_frames, config.data.height // spatial, config.data.width // spatial
+    return LatentGeometry.of(vae.config).latent_shape(*config.data.shape)
 
 
 def trajectory_bytes(config: Config) -> int:
@@ -380,9 +376,9 @@ def sample_batch(
     shape = latent_shape(config)
     noise = torch.stack([torch.randn(shape, generator=name.generator()) for name in names]).to(transformer.device)
 
-    def embed(prompts: list[str]) -> torch.Tensor:
+    def embed(prompts: list[str]) -> Conditions:
         padded = pad_prompt_embeds([embeds[prompt] for prompt in prompts], config.model.max_sequence_length)
-        return padded.to(transformer.device, transformer.dtype)
+        return Conditions(prompt_embeds=padded.to(transformer.device, transformer.dtype))
 
     is_guided = config.guidance_scale > 1
     return sample_trajectories(
@@ -392,7 +388,7 @@ def sample_batch(
         teacher_timesteps(config),
         kept_levels(config),
         progress=progress,
-        negative_prompt_embeds=embed([config.negative_prompt] * len(names)) if is_guided else None,
+        negative_conditions=embed([config.negative_prompt] * len(names)) if is_guided else None,
         guidance_scale=config.guidance_scale,
     )
 

@@ -15,10 +15,11 @@ import torch
 from diffusers import AutoencoderKLWan
 from flops import ForwardFlops, count_forward_flops
 
+from causal_wan.geometry import WAN
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 
 
-COMMON = {"in_channels": 16, "out_channels": 16, "freq_dim": 256}
+COMMON = {"in_channels": WAN.channels, "out_channels": WAN.channels, "freq_dim": 256}
 SMALL_VAE = {"base_dim": 16, "num_res_blocks": 1}
 
 
@@ -34,8 +35,7 @@ class Size:
     @property
     def num_tokens(self) -> int:
         """Of a clip."""
-        _, num_frames, height, width = self.latent_shape
-        return num_frames * (height // 2) * (width // 2)
+        return WAN.num_tokens(self.latent_shape)
 
     @property
     def block_lengths(self) -> list[int]:
@@ -52,17 +52,17 @@ SIZES = {
     "small": Size(
         architecture=COMMON
         | {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 4, "text_dim": 256},
-        latent_shape=(16, 21, 20, 24),
+        latent_shape=WAN.latent_shape(81, 160, 192),
     ),
     "mid": Size(
         architecture=COMMON
         | {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 2048, "num_layers": 8, "text_dim": 512},
-        latent_shape=(16, 21, 20, 24),
+        latent_shape=WAN.latent_shape(81, 160, 192),
     ),
     "1.3b": Size(
         architecture=COMMON
         | {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096},
-        latent_shape=(16, 21, 60, 104),
+        latent_shape=WAN.latent_shape(81, 480, 832),
         vae={},
     ),
 }

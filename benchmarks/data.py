@@ -39,6 +39,7 @@ from causal_wan.config.ranges import PositiveInt, checked_dataclass
 from causal_wan.data.clips import VideoDataset, load_video, normalize_videos
 from causal_wan.data.rows import Row, load_rows
 from causal_wan.data.settings import ClipShape, DataConfig
+from causal_wan.geometry import WAN
 from causal_wan.methods.noising import draw_noisy_batch
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.model.vae import encode_videos
@@ -211,7 +212,7 @@ def benchmark_reading(folder: Path, config: Config) -> list[str]:
     """Bytes that come from a cold disk for a clip, over those of its latents."""
     lines = ["| latents of a clip | bytes read from a cold disk, of its latents |", "|---|---:|"]
     for name, (num_frames, height, width) in SHAPES.items():
-        cache, latents = folder / f"{name}-latents", torch.zeros(16, (num_frames + 3) // 4, height // 8, width // 8)
+        cache, latents = folder / f"{name}-latents", torch.zeros(WAN.latent_shape(num_frames, height, width))
         with CacheWriter(cache) as writer:
             for number in range(NUM_CACHED):
                 writer.add(bytes([number]), latents.bfloat16(), {})

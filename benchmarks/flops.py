@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from causal_wan.geometry import WAN
 from causal_wan.model.block_attention import block_causal_spans, teacher_forcing_spans
 
 
@@ -61,7 +62,7 @@ def count_forward_flops(
         has_clean_context: Teacher forcing.
     """
     _, num_frames, height, width = latent_shape
-    frame_tokens = (height // 2) * (width // 2)
+    frame_tokens = WAN.frame_tokens(height, width)
     heads, head_dim = architecture["num_attention_heads"], architecture["attention_head_dim"]
     dim, ffn_dim, num_layers = heads * head_dim, architecture["ffn_dim"], architecture["num_layers"]
     make_spans = teacher_forcing_spans if has_clean_context else block_causal_spans

@@ -4,6 +4,7 @@ import copy
 import functools
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from bench import SIZES, Bench, table
@@ -11,11 +12,13 @@ from diffusers import AutoencoderKLWan
 from layers import run_passes
 
 from causal_wan.flow import add_noise, latents_from_velocity, sampling_timesteps, sigmas_from_timesteps
+from causal_wan.geometry import WAN
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import encode_in_passes, encode_videos
+from causal_wan.sampling.noise import draw_noise
 from causal_wan.sampling.pipeline import CausalWanPipeline
-from causal_wan.sampling.rollout import draw_noise
 
 
 STEP_LIST = (1000, 937.5, 833.333, 625)  # four steps, those of Self Forcing
@@ -115,11 +118,12 @@ def measure_sampling(bench: Bench) -> list[str]:
     pipeline = CausalWanPipeline(**parts, transformer=transformer)
     noise = draw_noise(1, size.latent_shape, len(STEP_LIST)).to(bench.device)
     prompt_embeds = bench.make_inputs()[2].to(bench.dtype)
-    with_cache = pipeline.sample_latents(prompt_embeds, noise, STEP_LIST)
+    conditions = Conditions(prompt_embeds=prompt_embeds)
+    with_cache = pipeline.sample_latents(conditions, noise, STEP_LIST)
     without = sample_without_cache(transformer, prompt_embeds, noise, STEP_LIST)
     error = (with_cache - without).abs().max() / without.abs().max()
     variants = {
-        "with the cache": lambda: pipeline.sample_latents(prompt_embeds, noise, STEP_LIST),
+        "with the cache": lambda: pipeline.sample_latents(conditions, noise, STEP_LIST),
         "over the past again": lambda: sample_without_cache(transformer, prompt_embeds, noise, STEP_LIST),
         "one pass both ways in time": functools.partial(run_one_pass, bench, transformer, prompt_embeds),
     }
@@ -137,7 +141,7 @@ def measure_sampling(bench: Bench) -> list[str]:
     return [
         *table((title, "time, of the first"), rows),
         *goals,
-        *describe_stream(bench, pipeline, prompt_embeds, noise),
+        *describe_stream(bench, pipeline, conditions, noise),
     ]
 
 
@@ -145,14 +149,14 @@ def measure_sampling(bench: Bench) -> list[str]:
 def run_one_pass(bench: Bench, transformer: CausalWanTransformer3DModel, prompt_embeds: torch.Tensor) -> None:
     """Of the whole clip as one block."""
     latents, timesteps, _ = bench.make_inputs()
-    block = transformer.config.num_frame_per_block
-    transformer.set_causal_config(num_frame_per_block=None)
+    causal = transformer.causal_config
+    transformer.set_causal_config(replace(causal, num_frame_per_block=None))
     transformer(latents.to(bench.dtype), timesteps[:, 0], prompt_embeds, return_dict=False)
-    transformer.set_causal_config(num_frame_per_block=block)
+    transformer.set_causal_config(causal)
 
 
 def describe_stream(
-    bench: Bench, pipeline: CausalWanPipeline, prompt_embeds: torch.Tensor, noise: torch.Tensor
+    bench: Bench, pipeline: CausalWanPipeline, conditions: Conditions, noise: torch.Tensor
 ) -> list[str]:
     """Frames a second and the wait for the first ones, with WAN 2.1's VAE, random weights."""
     vae = bench.make_vae()
@@ -160,14 +164,14 @@ def describe_stream(
     def stream() -> Iterator[float]:
         decoder = StreamingDecoder(vae)
         start = bench.now()
-        for block in pipeline.sample_blocks(prompt_embeds, noise, STEP_LIST):
+        for block in pipeline.sample_blocks(conditions, noise, STEP_LIST):
             decoder.decode(block)
             yield bench.now() - start
 
     list(stream())  # warms up
     times = [list(stream()) for _ in range(max(bench.num_rounds // 2, 1))]
     first, whole = statistics.median(t[0] for t in times), statistics.median(t[-1] for t in times)
-    rate = (4 * (noise.shape[3] - 1) + 1) / whole
+    rate = WAN.num_frames(noise.shape[3]) / whole
     lines = [
         "",
         f"Decoded block by block: the first frames after {first / whole:.2f} of the time of the clip ({first:.2f} s), "

@@ -25,9 +25,11 @@ from transformers import UMT5Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from causal_wan.blocks import CausalConfig
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.ranges import PositiveInt, checked_dataclass
 from causal_wan.config.settings import MemoryConfig, TrainingConfig
+from causal_wan.geometry import WAN
 from causal_wan.memory.levers import (
     cut_up_vae,
     enable_gradient_checkpointing,
@@ -46,6 +48,7 @@ from causal_wan.memory.plan import (
     with_vae,
 )
 from causal_wan.memory.simulation import PeakMemory, ValidationWorkload, Workload
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -139,7 +142,7 @@ def build(workload: Workload, device: torch.device) -> CausalWanTransformer3DMod
             del transformer
             transformer = load_transformer(
                 folder,
-                num_frame_per_block=workload.architecture["num_frame_per_block"],
+                CausalConfig.of(workload.architecture),
                 dtype=workload.dtype,
                 quantization=quantization_config(memory.quantize_base, workload.dtype),
             )
@@ -216,8 +219,9 @@ def measure_sampling(memory: MemoryConfig, workload: Workload, device: torch.dev
 
     def sample() -> None:
         noise = torch.randn(validation.num_draws, 1, *validation.latent_shape, device=device)
-        embeds = torch.randn(text_shape, device=device).to(dtype)
-        pipeline.sample_latents(embeds, noise, [1000, 757, 522], cache_dtype=CACHE_DTYPES[memory.kv_cache_dtype])
+        conditions = Conditions(prompt_embeds=torch.randn(text_shape, device=device).to(dtype))
+        cache_dtype = CACHE_DTYPES[memory.kv_cache_dtype]
+        pipeline.sample_latents(conditions, noise, [1000, 757, 522], cache_dtype=cache_dtype)
 
     peak = peak_of(sample, device, [*transformer.parameters(), *transformer.buffers()])
     plan = plan_training(workload)
@@ -278,7 +282,7 @@ def measure(config: Config) -> str:
     workload = Workload(
         dtype=dtype,
         architecture=ARCHITECTURES[config.size],
-        latent_shape=(16, (num_frames - 1) // 4 + 1, height // 8, width // 8),
+        latent_shape=WAN.latent_shape(num_frames, height, width),
     )
     rows = {
         name: try_to_measure(measure_step, replace(workload, **changes), device, config.num_steps)
@@ -387,7 +391,7 @@ def plan() -> str:
         "| model | trained | 1 GPU: step | validation | fits | 8 GPUs, FSDP2: step | validation | fits |",
         "|---|---|---:|---:|---|---:|---:|---|",
     ]
-    latent_shape = (16, 21, 60, 104)
+    latent_shape = WAN.latent_shape(*CLIPS["1.3b"])
     validation = ValidationWorkload(latent_shape=latent_shape, measures_loss=True)
     for size in ("1.3b", "14b"):
         for name, changes in PLANNED_LEVERS.items():

@@ -15,7 +15,7 @@ from bench import Bench, table
 from flops import count_forward_flops
 from layers import run_passes
 
-from causal_wan.blocks import frame_block_lengths
+from causal_wan.blocks import CausalConfig
 from causal_wan.config.settings import TrainingConfig
 from causal_wan.records.metrics import STUDENT
 from causal_wan.training.loop import train
@@ -137,8 +137,11 @@ def measure_scaling(bench: Bench) -> list[str]:
     if bench.is_gpu:
         model.enable_gradient_checkpointing()
 
+    def causal_config(shape: tuple[int, ...]) -> CausalConfig:
+        return CausalConfig(num_frame_per_block=None if shape[1] % bench.size.block else bench.size.block)
+
     def run(shape: tuple[int, ...], batch_size: int) -> None:
-        model.set_causal_config(num_frame_per_block=None if shape[1] % bench.size.block else bench.size.block)
+        model.set_causal_config(causal_config(shape))
         run_passes(bench, model, bench.make_inputs(shape, batch_size))
 
     whole = f"{num_frames} latent frames"
@@ -147,8 +150,7 @@ def measure_scaling(bench: Bench) -> list[str]:
 
     def work(name: str) -> float:
         shape, batch_size = cases[name]
-        block = None if shape[1] % bench.size.block else bench.size.block
-        lengths = frame_block_lengths(shape[1], block)
+        lengths = causal_config(shape).block_lengths(shape[1])
         return batch_size * count_forward_flops(bench.size.architecture, shape, lengths).total
 
     rows = [(name, f"{measured[name][1]:.3f}", f"{work(name) / work(whole):.3f}") for name in cases]

@@ -16,6 +16,7 @@ from causal_wan.config.ranges import (
     Share,
     checked_dataclass,
 )
+from causal_wan.geometry import WAN, LatentGeometry
 from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
 
 
@@ -51,11 +52,11 @@ class DataConfig:
     """Pixels, a multiple of 16."""
     width: PositiveInt = 832
     """Pixels, a multiple of 16."""
-    time_division_factor: PositiveInt = 4
+    time_division_factor: PositiveInt = WAN.temporal_factor
     """Video frames to a latent frame; num_frames must be a multiple of it, plus 1."""
     frame_sampling: Literal["uniform", "head", "random"] = "uniform"
     """uniform spreads num_frames over the whole clip, right for a process; head and random keep to frame_rate."""
-    frame_rate: FrameRate = 16.0
+    frame_rate: FrameRate = float(WAN.frame_rate)
     """Frames a second that head and random sample at; WAN's is 16."""
     short_clips: Literal["error", "skip", "pad"] = "error"
     """Clips with too few frames: stop, leave them out, or repeat the last frame (which the loss then leaves out)."""
@@ -91,9 +92,8 @@ class DataConfig:
                 "exactly one of metadata_path and dataset_config must be given, got both; --metadata_path names one "
                 "table, --dataset_config a YAML list of several."
             )
-        self._check_length("num_frames", self.num_frames)
-        for name, size in (("height", self.height), ("width", self.width)):
-            _check_size(name, size)
+        self.geometry.check_num_frames(self.num_frames)
+        self.geometry.check_size(self.height, self.width)
         if not self.caption_column:
             raise ValueError("caption_column must name at least one column.")
         if self.streaming and (self.resolution_buckets or self.frame_buckets):
@@ -104,19 +104,11 @@ class DataConfig:
         self._check_shapes()
         self._check_augmentation()
 
-    def _check_length(self, name: str, num_frames: int) -> None:
-        factor = self.time_division_factor
-        if num_frames < 1 or (num_frames - 1) % factor:
-            below = max(num_frames - 1, 0) // factor * factor + 1
-            raise ValueError(
-                f"{name} must be {factor}k + 1 for the WAN VAE, got {num_frames}; use {below} or {below + factor}."
-            )
-
     def _check_shapes(self) -> None:
+        names = ("sizes of resolution_buckets and resolution_schedule",) * 2
         for shape in self.all_shapes():
-            self._check_length("frame_buckets and frames_schedule", shape.num_frames)
-            for size in shape[1:]:
-                _check_size("sizes of resolution_buckets and resolution_schedule", size)
+            self.geometry.check_num_frames(shape.num_frames, "frame_buckets and frames_schedule")
+            self.geometry.check_size(shape.height, shape.width, names)
         for what, last, flag in (
             (self.frames_schedule, str(self.num_frames), "num_frames"),
             (self.resolution_schedule, f"{self.height}x{self.width}", "height x width"),
@@ -155,6 +147,11 @@ class DataConfig:
             horizontal_flip=0.0,
             color_jitter=(),
         )
+
+    @property
+    def geometry(self) -> LatentGeometry:
+        """WAN's, as long as the checkpoint is not read."""
+        return replace(WAN, temporal_factor=self.time_division_factor)
 
     @property
     def shape(self) -> ClipShape:
@@ -204,12 +201,6 @@ class DataConfig:
             "--color_jitter": any(self.color_jitter),
         }
         return [flag for flag, is_on in flags.items() if is_on]
-
-
-def _check_size(name: str, size: int) -> None:
-    if size < 16 or size % 16:
-        below = max(size // 16 * 16, 16)
-        raise ValueError(f"{name} must be a multiple of 16, got {size}; use {below} or {below + 16}.")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -11,10 +11,10 @@ import torch
 
 from causal_wan.data.clips import normalize_videos
 from causal_wan.flow import latents_from_velocity
-from causal_wan.geometry import num_valid_latent_frames
 from causal_wan.methods.losses import NUM_STATISTICS, level_metrics, level_statistics
 from causal_wan.methods.noising import draw_noisy_batch
 from causal_wan.methods.settings import RegressionConfig
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds
 from causal_wan.model.vae import encode_videos
 from causal_wan.progress import show_progress
@@ -44,7 +44,7 @@ def heldout_statistics(
     Returns:
         Sums, `(K, 6)`, float64, on the CPU.
     """
-    transformer, factor = pipeline.transformer, pipeline.vae_scale_factor_temporal
+    transformer, geometry = pipeline.transformer, pipeline.geometry
     device, dtype = transformer.device, transformer.dtype
     num_levels = len(method.levels())
     sums = torch.zeros(num_levels, NUM_STATISTICS, dtype=torch.float64)
@@ -57,12 +57,13 @@ def heldout_statistics(
             transformer.block_lengths(latents.shape[2]),
             seed=seed,
             sample_numbers=[number],
-            num_valid_frames=[num_valid_latent_frames(num_valid, factor)],
+            num_valid_frames=[geometry.num_latent_frames(num_valid)],
         )
         embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [prompt], max_sequence_length)
-        embeds = pad_prompt_embeds(embeds, max_sequence_length).to(device, dtype)
+        conditions = Conditions(prompt_embeds=pad_prompt_embeds(embeds, max_sequence_length).to(device, dtype))
         noisy_latents = noisy.noisy_latents.to(dtype)
-        velocity = transformer(noisy_latents, noisy.timesteps, embeds, return_dict=False, **noisy.context)[0]
+        inputs = {**conditions.arguments(), **noisy.context}
+        velocity = transformer(noisy_latents, noisy.timesteps, **inputs, return_dict=False)[0]
         predicted = latents_from_velocity(noisy.noisy_latents, velocity, noisy.sigmas)
         sums += level_statistics(predicted, latents, noisy.level_indices, noisy.mask, num_levels).cpu()
     return sums

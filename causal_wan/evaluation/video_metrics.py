@@ -6,10 +6,13 @@ motion and flicker do not: they compare amounts. Blur shows in sharpness alone: 
 Shapes: T = frames, height, width in pixels; videos are in [0, 1], `(T, 3, height, width)`.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from causal_wan.geometry import WAN, LatentGeometry
 
 
 LUMA = (0.299, 0.587, 0.114)
@@ -70,13 +73,10 @@ def border_flicker(video: torch.Tensor, block_starts: Sequence[int]) -> float:
     return float(jolts[touches].mean() / jolts[~touches].mean())
 
 
-def first_frames_of_blocks(block_lengths: Sequence[int], time_division_factor: int = 4) -> list[int]:
-    """First video frame of each block of latent frames: latent frame 0 is one frame, each other one is four."""
-    starts, latent_frame = [], 0
-    for length in block_lengths:
-        starts.append(max(0, (latent_frame - 1) * time_division_factor + 1) if latent_frame else 0)
-        latent_frame += length
-    return starts
+def first_frames_of_blocks(block_lengths: Sequence[int], geometry: LatentGeometry = WAN) -> list[int]:
+    """First video frame of each block of latent frames: those of the blocks before it lie before it."""
+    ends = itertools.accumulate(block_lengths, initial=0)
+    return [geometry.num_frames(before) for before in [*ends][:-1]]
 
 
 def by_block(values: torch.Tensor, block_starts: Sequence[int]) -> list[float]:

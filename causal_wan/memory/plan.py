@@ -13,6 +13,7 @@ import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
 from causal_wan.config.settings import MemoryConfig
+from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.simulation import (
     Workload,
     build,
@@ -267,7 +268,8 @@ def with_vae(
         video_shape: (T, height, width) of the clips that are encoded; None if latents are read.
     """
     workload, memory = plan.workload, plan.workload.memory
-    shape = (workload.batch_size, *(video_shape or (1, 16, 16)))
+    smallest = (1, *LatentGeometry.of(vae_config, workload.architecture).size_multiples)
+    shape = (workload.batch_size, *(video_shape or smallest))
     weights, encoding = plan_encoding(vae_config, shape, dtype=dtype, memory=memory)
     comes = weights if memory.offload_vae else 0  # from the host, when it is needed
     decoding = 0

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from causal_wan.config.settings import DEFAULT_LORA_TARGETS, MemoryConfig
 from causal_wan.memory.levers import cut_up_vae, enable_gradient_checkpointing
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -181,10 +182,9 @@ def _in_precision(transformer: CausalWanTransformer3DModel, dtype: torch.dtype) 
     return forward
 
 
-def _make_prompt_embeds(workload: Workload, batch_size: int) -> torch.Tensor:
-    return torch.empty(
-        batch_size, workload.max_sequence_length, workload.architecture["text_dim"], dtype=workload.dtype
-    )
+def _make_conditions(workload: Workload, batch_size: int) -> Conditions:
+    shape = (batch_size, workload.max_sequence_length, workload.architecture["text_dim"])
+    return Conditions(prompt_embeds=torch.empty(shape, dtype=workload.dtype))
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def _make_inputs(workload: Workload, batch_size: int, latent_shape: tuple[int, i
     return {
         "hidden_states": latents,
         "timestep": torch.empty(batch_size, latent_shape[1]),
-        "encoder_hidden_states": _make_prompt_embeds(workload, batch_size),
+        **_make_conditions(workload, batch_size).arguments(),
         "context_latents": latents if workload.has_clean_context else None,
         "return_dict": False,
     }
@@ -252,13 +252,13 @@ def simulate_sampling(workload: Workload, num_layers: int) -> tuple[int, int]:
         start = num_frames - transformer.block_lengths(num_frames)[-1]
         with PeakMemory(transformer) as tracker:
             earlier_blocks = torch.empty(1, channels, start, height, width)
-            embeds = _make_prompt_embeds(workload, 1)
+            conditions = _make_conditions(workload, 1)
             noise = torch.empty(validation.num_draws, 1, *validation.latent_shape)
             rollout = Rollout(
                 _in_precision(transformer, workload.dtype),
                 torch.empty(min(validation.num_draws, 2)),
-                embeds,
-                negative_prompt_embeds=embeds if validation.is_guided else None,
+                conditions,
+                negative_conditions=conditions if validation.is_guided else None,
             )
             if start:
                 batch_size, dtype = 1 + validation.is_guided, CACHE_DTYPES[workload.memory.kv_cache_dtype]

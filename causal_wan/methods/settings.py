@@ -5,7 +5,7 @@ Shapes: B = batch, F = latent frames, K = levels of the step list, or bins of co
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from causal_wan.blocks import frame_block_lengths
+from causal_wan.blocks import CausalConfig
 from causal_wan.config.choices import LossSpace, LossType, LossWeighting
 from causal_wan.config.ranges import (
     AttentionWindow,
@@ -84,6 +84,7 @@ class RegressionConfig:
     """No level gets less weight than this: bell and min_snr both give none to pure noise, where sampling starts."""
 
     def __post_init__(self) -> None:
+        _ = self.causal  # refuses what does not go together
         check_denoising_step_list(self.denoising_step_list)
         self._check_levels()
         self._check_context()
@@ -140,15 +141,19 @@ class RegressionConfig:
         return BIN_WIDTH if self.is_continuous else None
 
     @property
-    def attention_block(self) -> int | None:
-        """`num_frame_per_block` for the transformer: None is bidirectional."""
-        return self.num_frame_per_block if self.generator_task == "causal_video" else None
+    def causal(self) -> CausalConfig:
+        """What the transformer has to know: blocks (none of a bidirectional student), window, sink and first frame."""
+        is_causal = self.generator_task == "causal_video"
+        return CausalConfig(
+            num_frame_per_block=self.num_frame_per_block if is_causal else None,
+            local_attn_size=self.local_attn_size,
+            sink_size=self.sink_size,
+            independent_first_frame=self.independent_first_frame,
+        )
 
     def block_lengths(self, num_latent_frames: int) -> list[int]:
-        """Latent frames of each block; see `causal_wan.flow.frame_block_lengths`."""
-        return frame_block_lengths(
-            num_latent_frames, self.attention_block, independent_first_frame=self.independent_first_frame
-        )
+        """Latent frames of each block; see `causal_wan.blocks.frame_block_lengths`."""
+        return self.causal.block_lengths(num_latent_frames)
 
     def levels(self) -> "torch.Tensor":
         """What metrics are told by, float32 `(K,)`: timesteps of the step list after warping, or where bins begin.

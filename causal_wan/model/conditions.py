@@ -3,7 +3,9 @@
 Shapes: B = batch, S = prompt tokens, D = text dimension.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -21,3 +23,18 @@ class Conditions:
     def arguments(self) -> dict[str, torch.Tensor]:
         """As the transformer's forward takes them."""
         return {"encoder_hidden_states": self.prompt_embeds}
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Those of several batches as one batch, in their order."""
+        return cls(prompt_embeds=torch.cat([part.prompt_embeds for part in parts]))
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.prompt_embeds)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the passes."""
+        return self.prompt_embeds.dtype

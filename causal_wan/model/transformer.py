@@ -17,136 +17,27 @@ timestep (1, F or L a sample), N = heads, E = head dim, D = N E, P = processes t
 parallelism.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.utils import apply_lora_scale
 from torch.distributed.device_mesh import DeviceMesh
 
-from causal_wan.blocks import frame_block_lengths
+from causal_wan.blocks import CausalConfig
 from causal_wan.devices import to_device
+from causal_wan.geometry import LatentGeometry
+from causal_wan.model.attention import AttentionContext, CausalWanSelfAttnProcessor, FoldedCrossAttnProcessor, KeptText
 from causal_wan.model.block_attention import (
-    TokenSpan,
-    apply_rotary_emb,
-    attend_in_spans,
     block_causal_spans,
     teacher_forcing_spans,
 )
 from causal_wan.model.context_parallel import ContextParallel, check_divides_by_group
 from causal_wan.model.kv_cache import KeptStates, KVCache, LayerCache
-
-
-@dataclass
-class AttentionContext:
-    """What self-attention needs beside its tokens. Travels to the layers in the place of the rotary embedding.
-
-    Attributes:
-        rotary_emb: cos and sin, each `(1, L, 1, E)`.
-        spans: Dense calls of block-causal attention; None with a cache, whose content is seen whole.
-        parallel: How processes share the clip, or None.
-        cache: What the layer remembers of earlier blocks, or None.
-        places: Where in the cache the block belongs, `(L,)`.
-        num_held: Tokens of the cache in use, the current block included.
-    """
-
-    rotary_emb: tuple[torch.Tensor, torch.Tensor]
-    spans: list[TokenSpan] | None = None
-    parallel: ContextParallel | None = None
-    cache: LayerCache | None = None
-    places: torch.Tensor | None = None
-    num_held: int = 0
-
-
-@dataclass
-class KeptText:
-    """Embedded prompts `(B, S, D)` of a rollout, and where a layer keeps their keys and values."""
-
-    states: torch.Tensor
-    cache: LayerCache
-
-
-class CausalWanSelfAttnProcessor:
-    """Block-causal self-attention over tokens whose frames are folded into the batch."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: torch.nn.Module,
-        hidden_states: torch.Tensor,  # (B G, L / G, D)
-        encoder_hidden_states: None = None,
-        attention_mask: None = None,
-        rotary_emb: AttentionContext | None = None,
-    ) -> torch.Tensor:
-        context, folded_shape = rotary_emb, hidden_states.shape
-        cos, sin = context.rotary_emb
-        num_processes = 1 if context.parallel is None else context.parallel.mesh.size()
-        hidden_states = hidden_states.reshape(-1, cos.shape[1] // num_processes, folded_shape[-1])  # (B, L / P, D)
-
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query = attn.norm_q(query).unflatten(2, (attn.heads, -1))  # (B, L, N, E)
-        key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
-        value = value.unflatten(2, (attn.heads, -1))
-        if context.parallel is not None:
-            query, key, value = (context.parallel.gather_tokens(states) for states in (query, key, value))
-        # Under autocast the norms give float32, which attention does not take: cast once, not for each call.
-        query, key = (apply_rotary_emb(states, cos, sin).type_as(value) for states in (query, key))
-
-        if context.cache is not None:
-            out = self._attend(query, *context.cache.update(key, value, context.places, context.num_held))
-        else:
-            out = attend_in_spans(self._attend, query, key, value, context.spans)
-        if context.parallel is not None:
-            out = context.parallel.gather_heads(out)
-        out = out.flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](out)).reshape(folded_shape)
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-
-
-class FoldedCrossAttnProcessor(WanAttnProcessor):
-    """The stock processor (text, image, fused projections) over tokens whose frames are folded into the batch.
-
-    In a rollout the prompt's keys and values are computed once.
-    """
-
-    def __call__(
-        self,
-        attn: torch.nn.Module,
-        hidden_states: torch.Tensor,  # (B G, L / G, D)
-        encoder_hidden_states: torch.Tensor | KeptText,  # (B, S, D)
-        attention_mask: None = None,
-        rotary_emb: None = None,
-    ) -> torch.Tensor:
-        kept = isinstance(encoder_hidden_states, KeptText)
-        text = encoder_hidden_states.states if kept else encoder_hidden_states
-        unfolded = hidden_states.reshape(text.shape[0], -1, hidden_states.shape[-1])
-        if not kept:
-            return super().__call__(attn, unfolded, text).reshape(hidden_states.shape)
-        cache = encoder_hidden_states.cache
-        if cache.text is None:
-            key, value = (
-                attn.to_kv(text).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(text), attn.to_v(text))
-            )
-            key = attn.norm_k(key).type_as(value)  # as attention takes it
-            cache.text = tuple(states.unflatten(2, (attn.heads, -1)) for states in (key, value))
-        query = attn.norm_q(attn.to_q(unfolded)).type_as(cache.text[1]).unflatten(2, (attn.heads, -1))
-        out = dispatch_attention_fn(query, *cache.text, backend=self._attention_backend)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query))).reshape(hidden_states.shape)
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -207,7 +98,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             rope_max_seq_len=rope_max_seq_len,
             pos_embed_seq_len=pos_embed_seq_len,
         )
-        _check_causal_config(num_frame_per_block, local_attn_size, sink_size)
+        _ = self.causal_config  # refuses what does not go together
         if patch_size[0] != 1:
             raise ValueError(f"patch_size must be 1 in time so that frames have own timesteps, got {patch_size}.")
         self._set_processors()
@@ -219,32 +110,28 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             layer.attn2.set_processor(FoldedCrossAttnProcessor())
 
     @classmethod
-    def from_stock(
-        cls, transformer: WanTransformer3DModel, **causal_config: int | bool | None
-    ) -> "CausalWanTransformer3DModel":
+    def from_stock(cls, transformer: WanTransformer3DModel) -> "CausalWanTransformer3DModel":
         """A causal transformer of the very layers of a stock one, which is not to be used afterwards.
 
         Args:
             transformer: Its config may hold the causal settings, as that of a saved causal transformer does.
-            causal_config: `num_frame_per_block`, `local_attn_size`, `sink_size`, `independent_first_frame`.
         """
         with torch.device("meta"):
-            causal = cls.from_config(transformer.config, **causal_config)
+            causal = cls.from_config(transformer.config)
         for name, module in transformer.named_children():
             setattr(causal, name, module)
         causal.scale_shift_table = transformer.scale_shift_table
         causal._set_processors()
         return causal.train(transformer.training)
 
-    def set_causal_config(self, **settings: int | bool | None) -> None:
-        """Changes `num_frame_per_block`, `local_attn_size`, `sink_size` or `independent_first_frame`.
+    @property
+    def causal_config(self) -> CausalConfig:
+        """Blocks, window, sink and first frame, as they are in the config."""
+        return CausalConfig.of(self.config)
 
-        Raises:
-            ValueError: If they do not go together.
-        """
-        config = {name: self.config[name] for name in ("num_frame_per_block", "local_attn_size", "sink_size")}
-        _check_causal_config(**config | {name: value for name, value in settings.items() if name in config})
-        self.register_to_config(**settings)
+    def set_causal_config(self, causal: CausalConfig) -> None:
+        """Changes them; some alone with `replace(transformer.causal_config, num_frame_per_block=3)`."""
+        self.register_to_config(**causal.as_dict())
 
     def enable_context_parallel(self, mesh: DeviceMesh | None) -> None:
         """Lets the processes of `mesh` share the tokens of each clip while the model trains; None changes nothing.
@@ -263,12 +150,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return getattr(self.get_submodule(module_name), leaf)
 
     def block_lengths(self, num_latent_frames: int) -> list[int]:
-        """Latent frames of each block of a clip; see `causal_wan.flow.frame_block_lengths`."""
-        return frame_block_lengths(
-            num_latent_frames,
-            self.config.num_frame_per_block,
-            independent_first_frame=self.config.independent_first_frame,
-        )
+        """Latent frames of each block of a clip; see `causal_wan.blocks.frame_block_lengths`."""
+        return self.causal_config.block_lengths(num_latent_frames)
 
     def make_cache(
         self,
@@ -294,7 +177,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         capacity = num_latent_frames
         if self.config.local_attn_size != -1:
             capacity = min(capacity, self.config.local_attn_size)
-        frame_tokens = (height // self.config.patch_size[1]) * (width // self.config.patch_size[2])
+        frame_tokens = LatentGeometry.of({}, self.config).frame_tokens(height, width)
         heads = (self.config.num_attention_heads, self.config.attention_head_dim)
         shape = (batch_size, capacity * frame_tokens, *heads)
         layers = [LayerCache(KeptStates(shape, dtype), KeptStates(shape, dtype)) for _ in self.blocks]
@@ -338,60 +221,45 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             ValueError: If F does not divide into blocks, the timestep's shape fits none of the above, the tokens with
                 a common timestep do not divide among the processes of a clip, or the context does not fit.
         """
-        batch_size, _, num_frames, height, width = hidden_states.shape
-        _, p_h, p_w = self.config.patch_size
-        frame_tokens = (height // p_h) * (width // p_w)
-
-        context, num_context = AttentionContext(rotary_emb=self._rotary_emb(hidden_states, start_frame)), 0
-        if context_latents is not None:
+        is_teacher_forced = context_latents is not None
+        if is_teacher_forced:
             _check_context(hidden_states, timestep, context_latents, context_timestep, cache)
-            lengths = self.block_lengths(num_frames)
-            num_context = num_frames - lengths[-1]
-            context = AttentionContext(
-                rotary_emb=_repeat_first(context.rotary_emb, num_context * frame_tokens),
-                spans=teacher_forcing_spans(lengths, frame_tokens, self.config.local_attn_size),
-            )
+        latent_shape, num_context = hidden_states.shape[1:], 0
+        context = self._attention_context(latent_shape, cache, start_frame, is_teacher_forced=is_teacher_forced)
+        if is_teacher_forced:
+            num_context = latent_shape[1] - self.block_lengths(latent_shape[1])[-1]
             hidden_states, timestep = _prepend_context(
                 hidden_states, timestep, context_latents[:, :, :num_context], context_timestep
             )
-        elif cache is None:
-            spans = block_causal_spans(self.block_lengths(num_frames), frame_tokens, self.config.local_attn_size)
-            context = replace(context, spans=spans)
-        else:
-            cache.reserve(start_frame, num_frames)
-            if cache.keep_prompt(encoder_hidden_states) and encoder_hidden_states_image is None:
-                encoder_hidden_states = encoder_hidden_states[:, :0]  # only their number is asked for
-            context = replace(context, places=cache.places, num_held=cache.num_held)
+        if cache is not None and cache.keep_prompt(encoder_hidden_states) and encoder_hidden_states_image is None:
+            encoder_hidden_states = encoder_hidden_states[:, :0]  # only their number is asked for
 
         dtype = self.patch_embedding.weight.dtype  # of the weights; under autocast, layers choose for themselves
         tokens = self.patch_embedding(hidden_states.to(dtype)).flatten(2).transpose(1, 2)  # (B, L, D)
-        num_groups = _num_timestep_groups(timestep, num_context + num_frames, tokens.shape[1])
-        temb, timestep_proj, encoder_hidden_states, encoder_hidden_states_image = self.condition_embedder(
+        batch_size, num_tokens, dim = tokens.shape
+        num_groups = _num_timestep_groups(timestep, hidden_states.shape[2], num_tokens)
+        temb, timestep_proj, text, image = self.condition_embedder(
             timestep.flatten(),
             encoder_hidden_states.to(dtype),
             encoder_hidden_states_image,
             timestep_seq_len=None if timestep.ndim == 1 else num_groups,
         )
-        if encoder_hidden_states_image is not None:
-            encoder_hidden_states = torch.cat([encoder_hidden_states_image, encoder_hidden_states], dim=1)
-
-        parallel = None
-        if self.context_mesh is not None and self.training and cache is None:
-            check_divides_by_group("the tokens of a timestep", tokens.shape[1] // num_groups, self.context_mesh)
-            parallel = ContextParallel(self.context_mesh, num_groups)
-            context = replace(context, parallel=parallel)
+        if image is not None:
+            text = torch.cat([image, text], dim=1)
 
         temb = temb.reshape(batch_size * num_groups, 1, -1)  # (B G, 1, D)
         timestep_proj = timestep_proj.reshape(batch_size * num_groups, 6, -1)  # (B G, 6, D)
-        tokens = tokens.reshape(batch_size * num_groups, -1, tokens.shape[-1])  # (B G, L / G, D)
-        if parallel is not None:
-            tokens = parallel.split(tokens)
+        tokens = tokens.reshape(batch_size * num_groups, -1, dim)  # (B G, L / G, D)
+        if self.context_mesh is not None and self.training and cache is None:
+            check_divides_by_group("the tokens of a timestep", num_tokens // num_groups, self.context_mesh)
+            context = replace(context, parallel=ContextParallel(self.context_mesh, num_groups))
+            tokens = context.parallel.split(tokens)
         for index, layer in enumerate(self.blocks):
-            text, own = encoder_hidden_states, context
+            of_layer, own = text, context
             if cache is not None:
                 own = replace(context, cache=cache.layers[index])
-                text = KeptText(text, cache.layers[index]) if encoder_hidden_states_image is None else text
-            inputs = (tokens, text, timestep_proj, own)
+                of_layer = KeptText(text, cache.layers[index]) if image is None else text
+            inputs = (tokens, of_layer, timestep_proj, own)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(layer, *inputs)
             else:
@@ -405,18 +273,41 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         shift, scale = (self.scale_shift_table + temb).chunk(2, dim=1)
         tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
         tokens = self.proj_out(tokens)
-        if parallel is not None:
-            tokens = parallel.join(tokens)
-        tokens = tokens.reshape(batch_size, num_frames, height // p_h, width // p_w, p_h, p_w, -1)
-        output = tokens.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # (B, C, F, H, W)
+        if context.parallel is not None:
+            tokens = context.parallel.join(tokens)
+        output = self._unpatchify(tokens, latent_shape)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    def _rotary_emb(self, hidden_states: torch.Tensor, start_frame: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attention_context(
+        self, latent_shape: torch.Size, cache: KVCache | None, start_frame: int, *, is_teacher_forced: bool
+    ) -> AttentionContext:
+        """What the layers have in common, for latents of `latent_shape` (C, F, H, W); makes room in the cache."""
+        _, num_frames, height, width = latent_shape
+        cos_and_sin = self._rotary_emb(latent_shape, start_frame)
+        if cache is not None:
+            cache.reserve(start_frame, num_frames)
+            return AttentionContext(cos_and_sin, places=cache.places, num_held=cache.num_held)
+        lengths, window = self.block_lengths(num_frames), self.config.local_attn_size
+        frame_tokens = LatentGeometry.of({}, self.config).frame_tokens(height, width)
+        if not is_teacher_forced:
+            return AttentionContext(cos_and_sin, spans=block_causal_spans(lengths, frame_tokens, window))
+        num_clean = sum(lengths[:-1]) * frame_tokens  # clean frames have the positions of noisy ones
+        cos, sin = (torch.cat([table[:, :num_clean], table], dim=1) for table in cos_and_sin)
+        return AttentionContext((cos, sin), spans=teacher_forcing_spans(lengths, frame_tokens, window))
+
+    def _unpatchify(self, tokens: torch.Tensor, latent_shape: torch.Size) -> torch.Tensor:
+        """Patches `(B G, L / G, p_h p_w C)` -> `(B, C, F, H, W)`, of latents of `latent_shape` (C, F, H, W)."""
+        _, num_frames, height, width = latent_shape
+        _, p_h, p_w = self.config.patch_size
+        patches = tokens.reshape(-1, num_frames, height // p_h, width // p_w, p_h, p_w, self.config.out_channels)
+        return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def _rotary_emb(self, latent_shape: torch.Size, start_frame: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin `(1, L, 1, E)` of the frames from `start_frame` on; positions are those of the whole clip.
 
         Beyond the stock table of `rope_max_seq_len` frames, the same formula goes on.
         """
-        _, _, num_frames, height, width = hidden_states.shape
+        _, num_frames, height, width = latent_shape
         end_frame, rope = start_frame + num_frames, self.rope
         one_frame = torch.empty((1, 1, 1, height, width), device="meta")  # only its shape is read
         if end_frame <= rope.max_seq_len:
@@ -448,12 +339,6 @@ def _num_timestep_groups(timestep: torch.Tensor, num_frames: int, num_tokens: in
         f"timestep must have shape (B,), (B, F) with F={num_frames} latent frames, or (B, L) with L={num_tokens} "
         f"tokens, got {tuple(timestep.shape)}."
     )
-
-
-def _repeat_first(rotary_emb: tuple[torch.Tensor, torch.Tensor], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the first tokens once more before those of all: clean frames have the positions of noisy ones."""
-    cos, sin = (torch.cat([table[:, :num_tokens], table], dim=1) for table in rotary_emb)
-    return cos, sin
 
 
 def _prepend_context(
@@ -494,16 +379,3 @@ def _check_context(
                 f"with context_latents, {name} must have shape (B,) or (B, F) with F={num_frames} latent frames, got "
                 f"{tuple(given.shape)}."
             )
-
-
-def _check_causal_config(num_frame_per_block: int | None, local_attn_size: int, sink_size: int) -> None:
-    if num_frame_per_block is not None and num_frame_per_block < 1:
-        raise ValueError(f"num_frame_per_block must be 1 or more, or None, got {num_frame_per_block}.")
-    if sink_size < 0:
-        raise ValueError(f"sink_size must be 0 or more latent frames, got {sink_size}.")
-    smallest_window = (num_frame_per_block or 1) + sink_size
-    if local_attn_size != -1 and local_attn_size < smallest_window:
-        raise ValueError(
-            f"local_attn_size must hold one block and the sink, {smallest_window} latent frames or more, or be -1 "
-            f"for no window, got {local_attn_size}."
-        )

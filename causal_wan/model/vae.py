@@ -1,7 +1,7 @@
-"""Prompts -> embeddings, videos -> latents and back, as WAN does.
+"""Videos -> latents and back, as WAN does.
 
 Shapes: B = batch, T = video frames, height, width in pixels, C = latent channels, F = latent frames, H, W = latent
-height and width, S = prompt tokens, D = text dimension.
+height and width.
 """
 
 import torch
@@ -11,14 +11,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from causal_wan.devices import to_device
+from causal_wan.geometry import LatentGeometry
 from causal_wan.model.context_parallel import check_divides_by_group
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 
-
-# --- prompts ---------------------------------------------------------------------------------------------------------
-
-
-# --- videos and latents ----------------------------------------------------------------------------------------------
 
 MAX_SMALL_FRAME = 480 * 832 // 2  # pixels: 8 such frames take no more memory than 4 of WAN's
 
@@ -111,22 +107,10 @@ def check_video_size(
     Raises:
         ValueError: If it does not; names the nearest sizes that do.
     """
-    temporal, spatial = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
-    if num_frames < 1 or (num_frames - 1) % temporal:
-        below = (num_frames - 1) // temporal * temporal + 1
-        raise ValueError(
-            f"num_frames must be {temporal}k + 1 for the WAN VAE, got {num_frames}; use {max(below, 1)} or "
-            f"{max(below, 1) + temporal}."
-        )
-    multiples = [spatial * patch for patch in transformer.config.patch_size[1:]]
-    for name, size, multiple in (("height", height, multiples[0]), ("width", width, multiples[1])):
-        if size < multiple or size % multiple:
-            below = max(size // multiple * multiple, multiple)
-            raise ValueError(
-                f"{name} must be a multiple of {multiple} for this checkpoint, got {size}; use {below} or "
-                f"{below + multiple}."
-            )
+    geometry = LatentGeometry.of(vae.config, transformer.config)
+    geometry.check_num_frames(num_frames)
+    geometry.check_size(height, width, of=" for this checkpoint")
     if in_blocks:
-        transformer.block_lengths((num_frames - 1) // temporal + 1)
-    frame_tokens = (height // multiples[0]) * (width // multiples[1])
+        transformer.block_lengths(geometry.num_latent_frames(num_frames))
+    frame_tokens = geometry.num_tokens(geometry.latent_shape(1, height, width))
     check_divides_by_group("the tokens of a frame", frame_tokens, transformer.context_mesh)

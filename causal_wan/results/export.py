@@ -15,8 +15,9 @@ from huggingface_hub import snapshot_download
 
 # In the order in which they build on each other.
 SAMPLING_MODULES = (
-    *("timesteps", "blocks", "flow", "devices", "model.block_attention", "model.context_parallel", "model.kv_cache"),
-    *("model.transformer", "model.text", "model.vae", "model.streaming_vae", "sampling.rollout", "sampling.pipeline"),
+    *("timesteps", "geometry", "blocks", "flow", "devices", "model.block_attention", "model.context_parallel"),
+    *("model.kv_cache", "model.attention", "model.transformer", "model.conditions", "model.text", "model.vae"),
+    *("model.streaming_vae", "sampling.noise", "sampling.rollout", "sampling.arguments", "sampling.pipeline"),
 )
 PIPELINE_NAME = "pipeline.py"
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")

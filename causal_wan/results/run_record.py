@@ -7,8 +7,9 @@ from typing import Any, Self, TypeVar
 
 import yaml
 
+from causal_wan.blocks import CausalConfig
 from causal_wan.config.changed_settings import SETTINGS_NAME, read_settings
-from causal_wan.config.parsing import flat_dict, names_of, paths_of
+from causal_wan.config.parsing import names_of, paths_of
 from causal_wan.config.settings import (
     CacheConfig,
     KVCacheDtype,
@@ -21,7 +22,7 @@ from causal_wan.config.settings import (
 from causal_wan.data.settings import DataConfig
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
-from causal_wan.weights.transformer import causal_settings, check_generator_ckpt
+from causal_wan.weights.transformer import check_generator_ckpt
 from causal_wan.weights.wan_names import WEIGHTS_SUFFIXES, infer_architecture, read_state, to_diffusers
 
 
@@ -157,9 +158,9 @@ class RunRecord:
         return self.folder is not None and (self.folder / LORA_WEIGHTS_NAME).is_file()
 
     @property
-    def causal(self) -> dict[str, Any]:
-        """What `load_transformer` has to know beside the base model."""
-        return causal_settings(flat_dict(self.method))
+    def causal(self) -> CausalConfig:
+        """Its blocks, and what they see."""
+        return self.method.causal
 
 
 def find_run(result: str, base: str | None = None) -> RunRecord | None:

@@ -135,7 +135,7 @@ def load_student(
         )
     elif run is not None:
         parts["transformer"] = load_transformer(
-            base, generator_ckpt=run.model.generator_ckpt, revision=revision, dtype=dtype, **run.causal
+            base, run.causal, generator_ckpt=run.model.generator_ckpt, revision=revision, dtype=dtype
         )
     own = {"denoising_step_list": denoising_step_list, "sampler": sampler, "max_sequence_length": max_sequence_length}
     parts |= {name: value for name, value in own.items() if value is not None}

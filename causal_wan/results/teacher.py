@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from causal_wan.blocks import CausalConfig
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.results.run_record import find_run
 from causal_wan.sampling.pipeline import CausalWanPipeline
@@ -28,8 +28,7 @@ class Teacher:
         revision: Of a hub repository.
         generator_ckpt: Weights in the place of the base's: a folder or a file; or None.
         lora: Folder with a LoRA on top; or None.
-        causal: `num_frame_per_block` (None is bidirectional), `local_attn_size`, `sink_size`,
-            `independent_first_frame`.
+        causal: Its blocks and what they see.
         max_sequence_length: Tokens that prompts were padded to in its training; None if it is no run.
     """
 
@@ -37,7 +36,7 @@ class Teacher:
     revision: str | None
     generator_ckpt: str | None
     lora: Path | None
-    causal: dict[str, Any]
+    causal: CausalConfig
     max_sequence_length: int | None = None
 
 
@@ -54,14 +53,8 @@ def find_teacher(teacher: str, base: str, revision: str | None) -> Teacher:
     """
     run = find_run(teacher, base if Path(teacher).is_file() else None)
     if run is None:
-        config = load_transformer_config(teacher, revision=revision if teacher == base else None)
-        causal = {
-            "num_frame_per_block": config.get("num_frame_per_block"),
-            "local_attn_size": config.get("local_attn_size", -1),
-            "sink_size": config.get("sink_size", 0),
-            "independent_first_frame": config.get("independent_first_frame", False),
-        }
-        return Teacher(teacher, revision if teacher == base else None, None, None, causal)
+        own = revision if teacher == base else None
+        return Teacher(teacher, own, None, None, CausalConfig.of(load_transformer_config(teacher, revision=own)))
     return Teacher(
         run.model.pretrained_model_name_or_path,
         run.model.revision,
@@ -80,11 +73,11 @@ def load_teacher(teacher: Teacher, dtype: torch.dtype, device: torch.device) -> 
     """
     transformer = load_transformer(
         teacher.base,
+        teacher.causal,
         generator_ckpt=teacher.generator_ckpt,
         revision=teacher.revision,
         dtype=dtype,
         device=device,
-        **teacher.causal,
     )
     if teacher.lora is not None:
         parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
-from causal_wan.config.parsing import flat_dict, paths_of
+from causal_wan.config.parsing import paths_of
 from causal_wan.config.settings import ModelConfig
-from causal_wan.data.settings import ClipShape
 from causal_wan.memory.levers import cut_up_vae, enable_gradient_checkpointing, quantization_config, store_in_fp8
 from causal_wan.model.compiling import compile_layers
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -30,7 +29,7 @@ from causal_wan.training.strategies import (
 )
 from causal_wan.weights.lora import add_lora, save_lora
 from causal_wan.weights.parts import DTYPES, load_vae, load_vae_config
-from causal_wan.weights.transformer import causal_settings, load_transformer, save_transformer
+from causal_wan.weights.transformer import load_transformer, save_transformer
 
 
 def weight_dtype(accelerator: Any) -> torch.dtype:
@@ -78,13 +77,13 @@ def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DM
         )
     transformer = load_transformer(
         config.model.pretrained_model_name_or_path,
+        config.method.causal,
         generator_ckpt=config.model.generator_ckpt,
         dtype=dtype if lora or keeps_weights_in_16_bits(accelerator) else torch.float32,
         revision=config.model.revision,
         device="cpu" if shards else accelerator.device,
         quantization=quantization_config(memory.quantize_base, dtype),
         empty=not loads_weights(accelerator),
-        **causal_settings(flat_dict(config)),
     )
     transformer.enable_context_parallel(context_mesh(accelerator))
     if memory.quantize_base == "fp8":
@@ -122,12 +121,6 @@ def save_student(
         save_lora(transformer, weights, config.training.output_dir)
     else:
         save_transformer(transformer, weights, Path(config.training.output_dir) / "transformer")
-
-
-def latent_shape(config: RunConfig, vae: AutoencoderKLWan, shape: ClipShape) -> tuple[int, int, int, int]:
-    """(C, F, H, W) of clips of a shape."""
-    spatial = vae.config.scale_factor_spatial
-    return vae.config.z_dim, config.num_latent_frames(shape), shape.height // spatial, shape.width // spatial
 
 
 def validation_prompts(config: RunConfig, data: TrainingData) -> list[str]:

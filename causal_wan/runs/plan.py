@@ -10,16 +10,17 @@ from transformers import UMT5Config
 from causal_wan.config.changed_settings import compare_settings, read_settings
 from causal_wan.config.parsing import flat_dict
 from causal_wan.data.settings import ClipShape
+from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.plan import MemoryPlan, describe_shortage, plan_training, text_encoder_bytes, with_vae
 from causal_wan.memory.simulation import ValidationWorkload, Workload
 from causal_wan.records.checkpoints import describe_damaged, find_checkpoint, passed_over
-from causal_wan.runs.parts import latent_shape, text_dtype, validation_prompts, weight_dtype, with_absolute_paths
+from causal_wan.runs.parts import text_dtype, validation_prompts, weight_dtype, with_absolute_paths
 from causal_wan.runs.settings import RunConfig
 from causal_wan.runs.training_data import TrainingData
-from causal_wan.sampling.rollout import count_draws
+from causal_wan.sampling.noise import count_draws
 from causal_wan.training.strategies import context_mesh, free_memory, is_sharded, sharding
 from causal_wan.weights.parts import DTYPES, load_vae_config
-from causal_wan.weights.transformer import causal_settings, load_transformer_config
+from causal_wan.weights.transformer import load_transformer_config
 
 
 def describe_plan(config: RunConfig, run_data: TrainingData, num_replicas: int) -> str:
@@ -126,9 +127,10 @@ def make_workload(config: RunConfig, run_data: TrainingData, accelerator: Any, v
     architecture = load_transformer_config(
         model.pretrained_model_name_or_path, generator_ckpt=model.generator_ckpt, revision=model.revision
     )
+    geometry = LatentGeometry.of(vae.config, architecture)
     return Workload(
-        architecture={**architecture, **causal_settings(flat_dict(config))},
-        latent_shape=latent_shape(config, vae, largest_shape(config)),
+        architecture={**architecture, **config.method.causal.as_dict()},
+        latent_shape=geometry.latent_shape(*largest_shape(config)),
         batch_size=training.train_batch_size,
         num_passes=training.gradient_accumulation_steps,
         keeps_gradients=accelerator.num_processes > 1 and not is_sharded(accelerator),  # in DDP's buckets
@@ -140,20 +142,20 @@ def make_workload(config: RunConfig, run_data: TrainingData, accelerator: Any, v
         memory=config.memory,
         optimizer=training.optimizer,
         use_ema=training.use_ema,
-        validation=make_validation_workload(config, run_data, accelerator, vae),
+        validation=make_validation_workload(config, run_data, accelerator, geometry),
         **sharding(accelerator),
     )
 
 
 def make_validation_workload(
-    config: RunConfig, run_data: TrainingData, accelerator: Any, vae: AutoencoderKLWan
+    config: RunConfig, run_data: TrainingData, accelerator: Any, geometry: LatentGeometry
 ) -> ValidationWorkload | None:
     """The same of its validation, if there is one."""
     if not validation_prompts(config, run_data):
         return None
     method = config.method
     return ValidationWorkload(
-        latent_shape=latent_shape(config, vae, config.data.shape),
+        latent_shape=geometry.latent_shape(*config.data.shape),
         measures_loss=bool(run_data.validation_rows),
         is_guided=bool(config.validation.negative_prompts),
         num_draws=count_draws(len(method.inference_timesteps()), method.student_sampler),

@@ -20,6 +20,7 @@ from causal_wan.config.parsing import flat_dict, user_errors, write_recipe
 from causal_wan.data.samples import BadClips, ClipBatch
 from causal_wan.data.shared_memory import check_shared_memory, shared_memory_here
 from causal_wan.data.workers import name_clips_of_dead_workers
+from causal_wan.geometry import LatentGeometry
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import check_video_size
@@ -35,7 +36,6 @@ from causal_wan.runs.data import RunData, load_run_data
 from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
 from causal_wan.runs.metrics import summarize
 from causal_wan.runs.parts import (
-    latent_shape,
     make_student,
     make_vae,
     save_student,
@@ -133,6 +133,7 @@ def run_regression(
     if accelerator.is_main_process:  # not before: a run that cannot be resumed keeps its own
         write_recipe(settings, Path(config.training.output_dir) / SETTINGS_NAME)
     compute_loss = partial(compute_loss, config.method)
+    geometry = LatentGeometry.of(inputs.vae.config, begun.transformer.config)
     validate = Validation(
         accelerator,
         inputs,
@@ -141,7 +142,7 @@ def run_regression(
         output_dir=config.training.output_dir,
         prompts=validation_prompts(config, data),
         batches=validation_batches(accelerator, inputs, data.held_out_dataset(), prepare_held_out or prepare_batch),
-        latent_shape=latent_shape(config, inputs.vae, config.data.shape),
+        latent_shape=geometry.latent_shape(*config.data.shape),
     )
     bad_clips = BadClips(config.data.max_bad_samples)
 

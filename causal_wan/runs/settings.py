@@ -14,7 +14,6 @@ from causal_wan.config.settings import (
     ValidationConfig,
 )
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached, check_waits_for_clips
-from causal_wan.geometry import num_valid_latent_frames
 from causal_wan.methods.settings import RegressionConfig
 
 
@@ -81,7 +80,7 @@ class RunConfig:
 
     def num_latent_frames(self, shape: ClipShape) -> int:
         """F, latent frames of a clip."""
-        return num_valid_latent_frames(shape.num_frames, self.data.time_division_factor)
+        return self.data.geometry.num_latent_frames(shape.num_frames)
 
 
 @checked_dataclass

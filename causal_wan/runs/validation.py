@@ -18,6 +18,7 @@ from causal_wan.data.clips import Loadable
 from causal_wan.data.samples import ClipBatch, collate
 from causal_wan.data.settings import ClipShape
 from causal_wan.memory.levers import on_device
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -26,8 +27,8 @@ from causal_wan.progress import show_progress
 from causal_wan.records.metrics import MetricSums, Sums
 from causal_wan.records.trackers import CaptionedVideo
 from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
-from causal_wan.sampling.pipeline import CausalWanPipeline
-from causal_wan.sampling.rollout import Rollout, count_draws, draw_noise
+from causal_wan.sampling.noise import draw_noise
+from causal_wan.sampling.rollout import Rollout, SamplingSchedule, roll_out
 from causal_wan.seeds import noise_generator
 from causal_wan.training.strategies import is_sharded
 from causal_wan.video.writing import VideoWriter, as_frames
@@ -178,32 +179,29 @@ class Validation:
 
     def sample(self, transformer: CausalWanTransformer3DModel, number: int, progress: tqdm) -> torch.Tensor:
         """The latents of a prompt's video `(1, C, F, H, W)`, from noise of the prompt's own number."""
-        config = self.inputs.config
-        method, validation = config.method, config.validation
-        timesteps, generator = (
-            method.inference_timesteps().tolist(),
-            noise_generator(self.inputs.seed, number),
-        )
-        sampler = method.student_sampler
-        noise = draw_noise(1, self.latent_shape, count_draws(len(timesteps), sampler), generator=generator)
-        pipeline = CausalWanPipeline(
-            tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer
-        )
+        method, validation = self.inputs.config.method, self.inputs.config.validation
+        schedule = SamplingSchedule(timesteps=method.inference_timesteps(), sampler=method.student_sampler)
+        generator = noise_generator(self.inputs.seed, number)
+        noise = draw_noise(1, self.latent_shape, schedule.num_draws, generator=generator)
 
         def note(rollout: Rollout, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
             progress.update()
             return latents
 
-        return pipeline.sample_latents(
-            self.inputs.embed([self.prompts[number]]),
+        def tell(prompt: str) -> Conditions:
+            return Conditions(prompt_embeds=self.inputs.embed([prompt]))
+
+        blocks = roll_out(
+            transformer,
+            tell(self.prompts[number]),
             noise.to(self.accelerator.device),
-            timesteps,
-            sampler=sampler,
-            negative_prompt_embeds=self.inputs.embed([""]) if validation.negative_prompts else None,
+            schedule,
+            negative_conditions=tell("") if validation.negative_prompts else None,
             guidance_scale=validation.validation_guidance_scale,
-            cache_dtype=CACHE_DTYPES[config.memory.kv_cache_dtype],
+            cache_dtype=CACHE_DTYPES[self.inputs.config.memory.kv_cache_dtype],
             on_step_end=note,
         )
+        return torch.cat(list(blocks), dim=2)
 
     def write(self, latents: torch.Tensor, path: Path, progress: tqdm) -> None:
         """Decodes latents `(1, C, F, H, W)` to an mp4, in memory that does not grow with the clip."""

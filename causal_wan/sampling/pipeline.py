@@ -4,8 +4,8 @@ Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height 
 M = draws of noise (N, or 1 where steps add none), S = prompt tokens, T = video frames.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,20 +14,15 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from causal_wan.devices import to_device
 from causal_wan.flow import choose_sampling, sampling_timesteps
+from causal_wan.geometry import LatentGeometry
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.streaming_vae import StreamingDecoder
-from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import check_video_size, decode_latents, encode_videos
-from causal_wan.sampling.rollout import (
-    Generators,
-    Rollout,
-    check_initial_latents,
-    count_draws,
-    draw_frame_noise,
-    draw_noise,
-)
+from causal_wan.sampling.arguments import as_on_step_end, prepare_conditions, shown_with_arguments_of
+from causal_wan.sampling.noise import Generators, draw_frame_noise, draw_noise
+from causal_wan.sampling.rollout import SamplingSchedule, roll_out
 from causal_wan.timesteps import Sampler
 
 
@@ -117,15 +112,21 @@ class CausalWanPipeline(WanPipeline):
             "local_attn_size": local_attn_size,
             "sink_size": sink_size,
         }
-        pipeline.transformer.set_causal_config(**{name: size for name, size in given.items() if size is not None})
+        changes = {name: size for name, size in given.items() if size is not None}
+        pipeline.transformer.set_causal_config(replace(pipeline.transformer.causal_config, **changes))
         return pipeline
+
+    @property
+    def geometry(self) -> LatentGeometry:
+        """How its videos and their latents measure up."""
+        return LatentGeometry.of({} if self.vae is None else self.vae.config, self.transformer.config)
 
     # --- latents -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample_latents(
         self,
-        prompt_embeds: torch.Tensor,
+        conditions: Conditions,
         noise: torch.Tensor,
         denoising_step_list: Sequence[float] | None = None,
         *,
@@ -135,7 +136,7 @@ class CausalWanPipeline(WanPipeline):
         """Samples clean latents; a function of its inputs alone.
 
         Args:
-            prompt_embeds: `(B, S, D)`.
+            conditions: What the videos are to show, B of them.
             noise: `(M, B, C, F, H, W)`, standard normal: entry 0 starts every block, entry i is the fresh noise for
                 the step to level i, where steps add noise.
             denoising_step_list: N timesteps that fall from noise to data, in (0, 1000]; a trailing 0 (the training
@@ -150,83 +151,48 @@ class CausalWanPipeline(WanPipeline):
             ValueError: If the noise does not have the entries that the steps take, or F does not divide into blocks.
         """
         blocks = []
-        for number, block in enumerate(self.sample_blocks(prompt_embeds, noise, denoising_step_list, **settings)):
+        for number, block in enumerate(self.sample_blocks(conditions, noise, denoising_step_list, **settings)):
             blocks.append(block)
             if on_block_end is not None:
                 on_block_end(number, block)
         return torch.cat(blocks, dim=2)
 
-    @torch.no_grad()
     def sample_blocks(
         self,
-        prompt_embeds: torch.Tensor,
+        conditions: Conditions,
         noise: torch.Tensor | Iterable[torch.Tensor],
         denoising_step_list: Sequence[float] | None = None,
         *,
         num_inference_steps: int | None = None,
         timestep_shift: float | None = None,
         sampler: Sampler | None = None,
-        num_latent_frames: int | None = None,
-        initial_latents: torch.Tensor | None = None,
-        cache_dtype: torch.dtype | None = None,
         **settings: Any,
     ) -> Iterator[torch.Tensor]:
         """Samples clean latents, and gives each block `(B, C, f, H, W)` as soon as it exists.
 
         Args:
-            prompt_embeds: `(B, S, D)`.
+            conditions: As in `sample_latents`.
             noise: As in `sample_latents`; or that of one frame after the other, `(M, B, C, 1, H, W)`.
             denoising_step_list: As in `sample_latents`.
             num_inference_steps: In its place: so many steps from 1000 to 0, evenly spaced but for the shift.
             timestep_shift: Of these steps towards noise; None is 5.
             sampler: None is "renoise" with a list, "euler" with a number of steps.
-            num_latent_frames: F, for noise that comes frame by frame; None goes on for as long as blocks are asked
-                for, in memory of fixed size.
-            initial_latents: First latent frames of the clip `(B, C, F', H, W)`, whole blocks, to be continued.
-            cache_dtype: Of remembered keys and values: None is that of the passes, torch.int8 half of 16 bits.
-            settings: `negative_prompt_embeds` with `guidance_scale`, `attention_kwargs`, `on_step_end`; see `Rollout`.
+            settings: Others of `causal_wan.sampling.rollout.roll_out`.
 
         Raises:
-            ValueError: As `sample_latents`; if initial latents are no whole blocks or leave nothing to sample; if
-                there is no end and no window or no blocks.
+            ValueError: As `roll_out`; if steps are given in two ways.
         """
-        timesteps, sampler = self._sampling(denoising_step_list, num_inference_steps, timestep_shift, sampler)
-        num_draws = count_draws(len(timesteps), sampler)
-        frames: Iterator[torch.Tensor] = iter(noise)
-        if isinstance(noise, torch.Tensor):
-            num_latent_frames = noise.shape[3] if noise.ndim == 6 else None
-            frames = iter(noise.split(1, dim=3)) if noise.ndim == 6 else iter([noise])
-        first = next(frames)
-        if first.ndim != 6 or first.shape[0] != num_draws:
-            raise ValueError(
-                f"noise must have shape (num_draws, B, C, F, H, W) with num_draws={num_draws} for {len(timesteps)} "
-                f"steps of the sampler {sampler}, got {tuple(first.shape)}."
-            )
-        lengths = self._block_lengths(num_latent_frames)
-        if initial_latents is not None:
-            num_given = initial_latents.shape[2]
-            leading = list(itertools.islice(self._block_lengths(num_latent_frames), num_given + 1))
-            check_initial_latents(num_given, leading, num_latent_frames)
-        rollout = Rollout(self.transformer, to_device(timesteps, first.device), prompt_embeds, sampler, **settings)
-        # A one-block clip attends to itself alone: no cache, the stock computation.
-        if num_latent_frames is None or len(self.transformer.block_lengths(num_latent_frames)) > 1:
-            rollout.cache = self.transformer.make_cache(
-                first.shape[1] * (1 + rollout.is_guided),
-                num_latent_frames or self.transformer.config.local_attn_size,
-                *first.shape[-2:],
-                device=first.device,
-                dtype=cache_dtype,
-            )
-        yield from rollout.run(itertools.chain([first], frames), lengths, initial_latents)
+        schedule = self.choose_schedule(denoising_step_list, num_inference_steps, timestep_shift, sampler)
+        return roll_out(self.transformer, conditions, noise, schedule, geometry=self.geometry, **settings)
 
-    def _sampling(
+    def choose_schedule(
         self,
-        denoising_step_list: Sequence[float] | None,
-        num_inference_steps: int | None,
-        timestep_shift: float | None,
-        sampler: Sampler | None,
-    ) -> tuple[torch.Tensor, Sampler]:
-        """Timesteps `(N,)` and the sampler."""
+        denoising_step_list: Sequence[float] | None = None,
+        num_inference_steps: int | None = None,
+        timestep_shift: float | None = None,
+        sampler: Sampler | None = None,
+    ) -> SamplingSchedule:
+        """What is asked for, or the pipeline's own; see `causal_wan.flow.choose_sampling`."""
         timesteps, sampler = choose_sampling(
             self.config.denoising_step_list,
             self.config.sampler,
@@ -235,19 +201,7 @@ class CausalWanPipeline(WanPipeline):
             timestep_shift=timestep_shift,
             sampler=sampler,
         )
-        return sampling_timesteps(timesteps), sampler
-
-    def _block_lengths(self, num_latent_frames: int | None) -> Iterator[int]:
-        if num_latent_frames is not None:
-            return iter(self.transformer.block_lengths(num_latent_frames))
-        config = self.transformer.config
-        if config.num_frame_per_block is None or config.local_attn_size == -1:
-            raise ValueError(
-                "a video without end must be sampled in blocks with a window, got num_frame_per_block="
-                f"{config.num_frame_per_block} and local_attn_size={config.local_attn_size}; set both (see "
-                "`transformer.set_causal_config`), or give num_frames."
-            )
-        return itertools.chain([1] * config.independent_first_frame, itertools.repeat(config.num_frame_per_block))
+        return SamplingSchedule(timesteps=sampling_timesteps(timesteps), sampler=sampler)
 
     def draw_noise(
         self,
@@ -257,36 +211,28 @@ class CausalWanPipeline(WanPipeline):
         width: int,
         denoising_step_list: Sequence[float] | None = None,
         *,
-        num_inference_steps: int | None = None,
-        timestep_shift: float | None = None,
-        sampler: Sampler | None = None,
         generator: Generators = None,
+        **steps: Any,
     ) -> torch.Tensor:
         """Noise for `sample_latents`, `(M, B, C, F, H, W)`, of a video of num_frames x height x width pixels.
 
-        It is what a call with these settings draws from the same generators; see
-        `causal_wan.sampling.rollout.draw_frame_noise`.
+        It is what a call with these settings (`num_inference_steps`, `timestep_shift` and `sampler` are `steps`) draws
+        from the same generators; see `causal_wan.sampling.noise.draw_frame_noise`.
         """
-        channels, *size = self._frame_shape(height, width)
-        num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
-        timesteps, sampler = self._sampling(denoising_step_list, num_inference_steps, timestep_shift, sampler)
-        latent_shape, num_draws = (channels, num_latent_frames, *size), count_draws(len(timesteps), sampler)
-        return draw_noise(batch_size, latent_shape, num_draws, generator=generator, device=self._execution_device)
-
-    def _frame_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        spatial = self.vae_scale_factor_spatial
-        return self.transformer.config.in_channels, height // spatial, width // spatial
+        shape = self.geometry.latent_shape(num_frames, height, width)
+        num_draws = self.choose_schedule(denoising_step_list, **steps).num_draws
+        return draw_noise(batch_size, shape, num_draws, generator=generator, device=self._execution_device)
 
     # --- videos ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def __call__(
+    def stream(
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         height: int = 480,
         width: int = 832,
-        num_frames: int = 81,
+        num_frames: int | None = 81,
         num_inference_steps: int | None = None,
         *,
         denoising_step_list: Sequence[float] | None = None,
@@ -301,12 +247,72 @@ class CausalWanPipeline(WanPipeline):
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "np",
-        return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
         cache_dtype: torch.dtype | None = None,
+    ) -> Iterator[Any]:
+        """Generates videos from prompts, and gives the frames of each block as soon as they are decoded.
+
+        Arguments, errors and the format of the frames are those of `__call__`; together they are its video. Decoding
+        takes no more memory for a longer clip, and with a window (`local_attn_size`) neither does sampling; with
+        num_frames None the video has no end.
+        """
+        parts = {"vae": self.vae, "transformer": self.transformer}
+        check_video_size(num_frames or 1, height, width, **parts, in_blocks=num_frames is not None)
+        conditions, negative_conditions = prepare_conditions(
+            self,
+            prompt,
+            negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            is_guided=guidance_scale > 1,
+            num_videos_per_prompt=num_videos_per_prompt,
+            max_sequence_length=self.config.max_sequence_length
+            if max_sequence_length is None
+            else max_sequence_length,
+        )
+        batch_size, device, geometry = conditions.batch_size, self._execution_device, self.geometry
+        schedule = self.choose_schedule(denoising_step_list, num_inference_steps, timestep_shift, sampler)
+        if noise is None:
+            channels, _, *size = geometry.latent_shape(1, height, width)
+            frame_shape, num_draws = (channels, *size), schedule.num_draws
+            noise = draw_frame_noise(batch_size, frame_shape, num_draws, generator=generator, device=device)
+        else:
+            noise = noise.to(device)
+        if video is not None:
+            initial_latents = self._encode_video(video, batch_size, height, width)
+        self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False
+        num_latent_frames = num_frames and geometry.num_latent_frames(num_frames)
+        blocks = roll_out(
+            self.transformer,
+            conditions,
+            noise,
+            schedule,
+            num_latent_frames=num_latent_frames,
+            initial_latents=initial_latents,
+            cache_dtype=cache_dtype,
+            geometry=geometry,
+            negative_conditions=negative_conditions,
+            guidance_scale=guidance_scale,
+            attention_kwargs=attention_kwargs,
+            on_step_end=as_on_step_end(self, callback_on_step_end, callback_on_step_end_tensor_inputs),
+        )
+        decoder = StreamingDecoder(self.vae)
+        num_blocks = num_latent_frames and len(self.transformer.block_lengths(num_latent_frames))
+        with self.progress_bar(total=num_blocks or 0) as bar:
+            for block in blocks:
+                bar.update()
+                if output_type == "latent":
+                    yield block
+                else:
+                    yield self.video_processor.postprocess_video(decoder.decode(block), output_type=output_type)
+
+    @shown_with_arguments_of(stream)
+    @torch.no_grad()
+    def __call__(
+        self, *arguments: Any, output_type: str = "np", return_dict: bool = True, **settings: Any
     ) -> WanPipelineOutput | tuple:
         """Generates videos from prompts.
 
@@ -347,168 +353,11 @@ class CausalWanPipeline(WanPipeline):
         Raises:
             ValueError: If sizes do not fit the VAE, the patches or the blocks, or there is no prompt.
         """
-        blocks = self.stream(
-            prompt,
-            negative_prompt,
-            height,
-            width,
-            num_frames,
-            num_inference_steps,
-            denoising_step_list=denoising_step_list,
-            timestep_shift=timestep_shift,
-            sampler=sampler,
-            guidance_scale=guidance_scale,
-            num_videos_per_prompt=num_videos_per_prompt,
-            generator=generator,
-            noise=noise,
-            video=video,
-            initial_latents=initial_latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            output_type="latent",
-            attention_kwargs=attention_kwargs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-            cache_dtype=cache_dtype,
-        )
-        frames = torch.cat(list(blocks), dim=2)
+        frames = torch.cat(list(self.stream(*arguments, output_type="latent", **settings)), dim=2)
         if output_type != "latent":
             frames = self.video_processor.postprocess_video(decode_latents(self.vae, frames), output_type=output_type)
         self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
-
-    @torch.no_grad()
-    def stream(
-        self,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        height: int = 480,
-        width: int = 832,
-        num_frames: int | None = 81,
-        num_inference_steps: int | None = None,
-        *,
-        denoising_step_list: Sequence[float] | None = None,
-        timestep_shift: float | None = None,
-        sampler: Sampler | None = None,
-        noise: torch.Tensor | None = None,
-        generator: Generators = None,
-        video: Any = None,
-        initial_latents: torch.Tensor | None = None,
-        output_type: str = "np",
-        **settings: Any,
-    ) -> Iterator[Any]:
-        """Generates videos from prompts, and gives the frames of each block as soon as they are decoded.
-
-        Arguments (`settings` are the others), errors and the format of the frames are those of `__call__`; together
-        they are its video. Decoding takes no more memory for a longer clip, and with a window (`local_attn_size`)
-        neither does sampling; with num_frames None the video has no end.
-        """
-        parts = {"vae": self.vae, "transformer": self.transformer}
-        check_video_size(num_frames or 1, height, width, **parts, in_blocks=num_frames is not None)
-        settings = self._settings(prompt, negative_prompt, **settings)
-        batch_size, device = len(settings["prompt_embeds"]), self._execution_device
-        num_latent_frames = num_frames and (num_frames - 1) // self.vae_scale_factor_temporal + 1
-        timesteps, sampler = self._sampling(denoising_step_list, num_inference_steps, timestep_shift, sampler)
-        if noise is None:
-            shape, num_draws = self._frame_shape(height, width), count_draws(len(timesteps), sampler)
-            noise = draw_frame_noise(batch_size, shape, num_draws, generator=generator, device=device)
-        else:
-            noise = noise.to(device)
-        if video is not None:
-            initial_latents = self._encode_video(video, batch_size, height, width)
-        blocks = self.sample_blocks(
-            noise=noise,
-            denoising_step_list=timesteps.tolist(),
-            sampler=sampler,
-            num_latent_frames=num_latent_frames,
-            initial_latents=initial_latents,
-            **settings,
-        )
-        decoder = StreamingDecoder(self.vae)
-        num_blocks = num_latent_frames and len(self.transformer.block_lengths(num_latent_frames))
-        with self.progress_bar(total=num_blocks or 0) as bar:
-            for block in blocks:
-                bar.update()
-                if output_type == "latent":
-                    yield block
-                else:
-                    yield self.video_processor.postprocess_video(decoder.decode(block), output_type=output_type)
-
-    def _settings(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        *,
-        guidance_scale: float = 1.0,
-        num_videos_per_prompt: int = 1,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        max_sequence_length: int | None = None,
-        cache_dtype: torch.dtype | None = None,
-    ) -> dict[str, Any]:
-        """Those of `sample_blocks` that do not shape the clip."""
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give either prompt or prompt_embeds, and not both.")
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be of {', '.join(self._callback_tensor_inputs)}, got "
-                f"{', '.join(sorted(unknown))}."
-            )
-
-        length = self.config.max_sequence_length if max_sequence_length is None else max_sequence_length
-
-        def embed(texts: str | list[str] | None, embeds: torch.Tensor | None) -> torch.Tensor:
-            if embeds is None:
-                texts = [texts] if isinstance(texts, str) else list(texts)
-                warn_of_cut_prompts(self.tokenizer, texts, length)
-                embeds = pad_prompt_embeds(encode_prompts(self.tokenizer, self.text_encoder, texts, length), length)
-            embeds = embeds.to(self._execution_device, self.transformer.dtype)
-            return embeds.repeat_interleave(num_videos_per_prompt, dim=0)
-
-        prompt_embeds = embed(prompt, prompt_embeds)
-        negative = None
-        if guidance_scale > 1:
-            negative = embed(negative_prompt or "", negative_prompt_embeds)
-            negative = negative.expand(len(prompt_embeds), -1, -1) if len(negative) == 1 else negative
-            if negative.shape != prompt_embeds.shape:
-                raise ValueError(
-                    f"there must be one negative prompt, or one for each prompt, got {len(negative)} for "
-                    f"{len(prompt_embeds)} videos."
-                )
-        self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False
-        on_step_end = None
-        if callback_on_step_end is not None:
-            on_step_end = self._as_on_step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        return {
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative,
-            "guidance_scale": guidance_scale,
-            "attention_kwargs": attention_kwargs,
-            "on_step_end": on_step_end,
-            "cache_dtype": cache_dtype,
-        }
-
-    def _as_on_step_end(self, callback: Callable, names: Sequence[str]) -> Callable:
-        """What a `Rollout` calls, of a callback as diffusers has them."""
-
-        def on_step_end(rollout: Rollout, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-            embeds = (rollout.prompt_embeds, rollout.negative_prompt_embeds)
-            tensors = dict(zip(self._callback_tensor_inputs, (latents, *embeds), strict=True))
-            returned = callback(self, step, timestep, {name: tensors[name] for name in names})
-            changed = tuple(returned.get(name, tensors[name]) for name in self._callback_tensor_inputs[1:])
-            if any(new is not old for new, old in zip(changed, embeds, strict=True)):
-                rollout.replace_prompt(*changed)
-            rollout.is_stopped = self._interrupt
-            return returned.get("latents", latents)
-
-        return on_step_end
 
     def _encode_video(self, video: Any, batch_size: int, height: int, width: int) -> torch.Tensor:
         """Latents `(B, C, F', H, W)` of frames in any form."""

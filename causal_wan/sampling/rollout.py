@@ -11,62 +11,38 @@ N = sampling steps, M = draws of noise: N of renoise, 1 of euler.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from causal_wan.devices import to_device
 from causal_wan.flow import add_noise, euler_step, latents_from_velocity, sigmas_from_timesteps
+from causal_wan.geometry import WAN, LatentGeometry
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.kv_cache import KVCache
 from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.sampling.noise import count_draws
 from causal_wan.timesteps import Sampler
 
 
-Generators = torch.Generator | list[torch.Generator] | None
+@dataclass(frozen=True, kw_only=True)
+class SamplingSchedule:
+    """How a clip goes from noise to data.
 
-
-def count_draws(num_steps: int, sampler: Sampler) -> int:
-    """M, the draws of noise that so many steps take."""
-    return num_steps if sampler == "renoise" else 1
-
-
-def draw_frame_noise(
-    batch_size: int,
-    frame_shape: tuple[int, int, int],
-    num_draws: int,
-    *,
-    generator: Generators = None,
-    device: torch.device | None = None,
-) -> Iterator[torch.Tensor]:
-    """Noise for `sample_blocks`, frame after frame without end: `(M, B, C, 1, H, W)` each.
-
-    The noise of a frame depends neither on the length of the clip nor on its blocks, and with a list of generators,
-    one a sample, not on the batch.
-
-    Args:
-        batch_size: B.
-        frame_shape: (C, H, W).
-        num_draws: M, see `count_draws`.
-        generator: One, or a list of B.
-        device: Where the noise is wanted; it is drawn where the generator is.
+    Attributes:
+        timesteps: Levels `(N,)`, falling.
+        sampler: How to go from one to the next.
     """
-    channels, height, width = frame_shape
-    shape = (batch_size, num_draws, channels, 1, height, width)
-    first = generator[0] if isinstance(generator, list) else generator
-    drawn_on = device if first is None else first.device
-    while True:
-        noise = randn_tensor(shape, generator=generator, device=drawn_on)
-        yield to_device(noise, device or noise.device).transpose(0, 1)
 
+    timesteps: torch.Tensor
+    sampler: Sampler
 
-def draw_noise(batch_size: int, latent_shape: tuple[int, int, int, int], num_draws: int, **where: Any) -> torch.Tensor:
-    """The noise of a whole clip of `latent_shape` (C, F, H, W), `(M, B, C, F, H, W)`; see `draw_frame_noise`."""
-    channels, num_frames, height, width = latent_shape
-    frames = draw_frame_noise(batch_size, (channels, height, width), num_draws, **where)
-    return torch.cat(list(itertools.islice(frames, num_frames)), dim=3)
+    @property
+    def num_draws(self) -> int:
+        """M."""
+        return count_draws(len(self.timesteps), self.sampler)
 
 
 @dataclass
@@ -76,9 +52,9 @@ class Rollout:
     Attributes:
         transformer: Predicts velocities.
         timesteps: Sampling levels `(N,)`, from noise to data.
-        prompt_embeds: `(B, S, D)`; may be replaced between steps.
+        conditions: What passes are told; may be replaced between steps, with `replace_conditions`.
         sampler: How to go from level to level.
-        negative_prompt_embeds: Those that guidance leads away from, `(B, S, D)`; None is no guidance.
+        negative_conditions: Those that guidance leads away from; None is no guidance.
         guidance_scale: Weight of the difference that the prompt makes.
         attention_kwargs: For the transformer; may hold the LoRA `scale`.
         on_step_end: Called with the rollout, the number of the step, its timestep and the block's latents after it,
@@ -89,9 +65,9 @@ class Rollout:
 
     transformer: CausalWanTransformer3DModel
     timesteps: torch.Tensor
-    prompt_embeds: torch.Tensor
+    conditions: Conditions
     sampler: Sampler = "renoise"
-    negative_prompt_embeds: torch.Tensor | None = None
+    negative_conditions: Conditions | None = None
     guidance_scale: float = 1.0
     attention_kwargs: dict[str, Any] | None = None
     on_step_end: Callable[["Rollout", int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
@@ -100,18 +76,18 @@ class Rollout:
 
     def __post_init__(self) -> None:
         self._num_steps = 0
-        self.replace_prompt(self.prompt_embeds, self.negative_prompt_embeds)
+        self.replace_conditions(self.conditions, self.negative_conditions)
 
     @property
     def is_guided(self) -> bool:
         """Whether each pass is made with the prompt and with the negative one."""
-        return self.negative_prompt_embeds is not None
+        return self.negative_conditions is not None
 
-    def replace_prompt(self, prompt_embeds: torch.Tensor, negative_prompt_embeds: torch.Tensor | None) -> None:
-        """Goes on with other embeddings, of the same shapes."""
-        self.prompt_embeds, self.negative_prompt_embeds = prompt_embeds, negative_prompt_embeds
-        parts = [prompt_embeds, negative_prompt_embeds] if self.is_guided else [prompt_embeds]
-        self._embeds = torch.cat(parts)  # one tensor for all passes: the cache knows it again
+    def replace_conditions(self, conditions: Conditions, negative_conditions: Conditions | None) -> None:
+        """Goes on with others, of the same shapes."""
+        self.conditions, self.negative_conditions = conditions, negative_conditions
+        parts = [conditions, negative_conditions] if self.is_guided else [conditions]
+        self._of_passes = Conditions.cat(parts)  # the same tensors for all passes: the cache knows them again
 
     def run(
         self,
@@ -174,9 +150,9 @@ class Rollout:
         if self.is_guided:
             latents = torch.cat([latents, latents])
         velocity = self.transformer(
-            latents.to(self._embeds.dtype),
+            latents.to(self._of_passes.dtype),
             timestep.expand(latents.shape[0]),
-            self._embeds,
+            **self._of_passes.arguments(),
             attention_kwargs=self.attention_kwargs,
             cache=self.cache,
             start_frame=start_frame if self.cache is not None else 0,
@@ -188,26 +164,69 @@ class Rollout:
         return velocity
 
 
-def check_initial_latents(num_given: int, block_lengths: Sequence[int], num_latent_frames: int | None) -> None:
-    """Checks that a clip can be continued from its first frames.
+@torch.no_grad()
+def roll_out(
+    transformer: CausalWanTransformer3DModel,
+    conditions: Conditions,
+    noise: torch.Tensor | Iterable[torch.Tensor],
+    schedule: SamplingSchedule,
+    *,
+    num_latent_frames: int | None = None,
+    initial_latents: torch.Tensor | None = None,
+    cache_dtype: torch.dtype | None = None,
+    geometry: LatentGeometry = WAN,
+    **settings: Any,
+) -> Iterator[torch.Tensor]:
+    """Samples clean latents, and gives each block `(B, C, f, H, W)` as soon as it exists.
 
     Args:
-        num_given: Latent frames that are given.
-        block_lengths: Of the clip, as far as they matter.
-        num_latent_frames: Of the clip; None has no end.
+        transformer: Says what the blocks are.
+        conditions: What the videos are to show, B of them.
+        noise: Of a clip, `(M, B, C, F, H, W)`; or of one frame after the other, `(M, B, C, 1, H, W)`.
+        schedule: Takes M draws of noise.
+        num_latent_frames: F, for noise that comes frame by frame; None goes on for as long as blocks are asked for, in
+            memory of fixed size.
+        initial_latents: First latent frames of the clip `(B, C, F', H, W)`, whole blocks, to be continued.
+        cache_dtype: Of remembered keys and values: None is that of the passes, torch.int8 half of 16 bits.
+        geometry: Of the checkpoint, for errors.
+        settings: `negative_conditions` with `guidance_scale`, `attention_kwargs`, `on_step_end`; see `Rollout`.
 
     Raises:
-        ValueError: If they do not end with a block, or leave nothing to sample.
+        ValueError: If the noise does not have the draws that the steps take; if F does not divide into blocks; if
+            initial latents are no whole blocks or leave nothing to sample; if there is no end and no window or no
+            blocks.
     """
-    ends = list(itertools.accumulate(block_lengths))
-    if num_given in ends and num_given != num_latent_frames:
-        return
-    below = max((end for end in ends if end < num_given), default=None)
-    nearest = [end for end in (below, next((end for end in ends if end > num_given), None)) if end is not None]
-    fitting = [end for end in nearest if end != num_latent_frames]
-    raise ValueError(
-        "a video to continue must end with a block and before the clip does, which has "
-        f"{'no end' if num_latent_frames is None else f'{num_latent_frames} latent frames'}, got {num_given} latent "
-        f"frames ({4 * num_given - 3} frames); "
-        + (f"give {' or '.join(str(4 * end - 3) for end in fitting)} frames." if fitting else "ask for more frames.")
-    )
+    first, frames, num_of_noise = _frames_of_noise(noise, schedule)
+    num_latent_frames, causal = num_of_noise or num_latent_frames, transformer.causal_config
+    lengths = causal.iterate_block_lengths(num_latent_frames)
+    if initial_latents is not None:
+        causal.check_continues(initial_latents.shape[2], num_latent_frames, geometry)
+    timesteps = to_device(schedule.timesteps, first.device)
+    rollout = Rollout(transformer, timesteps, conditions, schedule.sampler, **settings)
+    # A one-block clip attends to itself alone: no cache, the stock computation.
+    if num_latent_frames is None or len(causal.block_lengths(num_latent_frames)) > 1:
+        rollout.cache = transformer.make_cache(
+            first.shape[1] * (1 + rollout.is_guided),
+            num_latent_frames or causal.local_attn_size,
+            *first.shape[-2:],
+            device=first.device,
+            dtype=cache_dtype,
+        )
+    yield from rollout.run(frames, lengths, initial_latents)
+
+
+def _frames_of_noise(
+    noise: torch.Tensor | Iterable[torch.Tensor], schedule: SamplingSchedule
+) -> tuple[torch.Tensor, Iterator[torch.Tensor], int | None]:
+    """The first frame's noise, that of all frames `(M, B, C, 1, H, W)`, and how many there are if that is known."""
+    num_frames, frames = None, iter(noise)
+    if isinstance(noise, torch.Tensor):
+        num_frames = noise.shape[3] if noise.ndim == 6 else None
+        frames = iter(noise.split(1, dim=3)) if noise.ndim == 6 else iter([noise])
+    first = next(frames)
+    if first.ndim != 6 or first.shape[0] != schedule.num_draws:
+        raise ValueError(
+            f"noise must have shape (num_draws, B, C, F, H, W) with num_draws={schedule.num_draws} for "
+            f"{len(schedule.timesteps)} steps of the sampler {schedule.sampler}, got {tuple(first.shape)}."
+        )
+    return first, itertools.chain([first], frames), num_frames

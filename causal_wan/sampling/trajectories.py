@@ -4,7 +4,7 @@ A bidirectional teacher solves a clip at once. A causal one solves block after b
 it in the key/value cache: what a student that streams will have, too.
 
 Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, N = steps, K = latents that
-are kept, the clean end included, L = entries of the student's step list, S = prompt tokens, D = text dimension.
+are kept, the clean end included, L = entries of the student's step list.
 
 Source: CausVid, arXiv 2412.07772, section 4.3; of a causal teacher, Causal Forcing, arXiv 2602.02214.
 """
@@ -15,9 +15,9 @@ import torch
 from tqdm.auto import tqdm
 
 from causal_wan.flow import inference_timesteps
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.transformer import CausalWanTransformer3DModel
-from causal_wan.sampling.pipeline import CausalWanPipeline
-from causal_wan.sampling.rollout import Rollout
+from causal_wan.sampling.rollout import Rollout, SamplingSchedule, roll_out
 from causal_wan.timesteps import NUM_TRAIN_TIMESTEPS
 
 
@@ -52,7 +52,7 @@ def trajectory_timesteps(levels: torch.Tensor, num_inference_steps: int, timeste
 def sample_trajectories(
     transformer: CausalWanTransformer3DModel,
     noise: torch.Tensor,
-    prompt_embeds: torch.Tensor,
+    conditions: Conditions,
     timesteps: torch.Tensor,
     levels: torch.Tensor,
     *,
@@ -64,11 +64,11 @@ def sample_trajectories(
     Args:
         transformer: The teacher. If it has blocks, it is sampled block by block, each after the clean ones before it.
         noise: `(B, C, F, H, W)`, standard normal.
-        prompt_embeds: `(B, S, D)`.
+        conditions: What they are to show, B of them.
         timesteps: From `trajectory_timesteps`, `(N,)`.
         levels: Those to be kept, `(K - 1,)`.
         progress: Updated at each step of each block.
-        guidance: `negative_prompt_embeds` and `guidance_scale` of `causal_wan.sampling.rollout.Rollout`.
+        guidance: `negative_conditions` and `guidance_scale` of `causal_wan.sampling.rollout.Rollout`.
 
     Returns:
         Noisy latents at each level, from noise to data, and the clean end, `(B, K, C, F, H, W)`, float32.
@@ -87,8 +87,8 @@ def sample_trajectories(
             progress.update()
         return latents
 
-    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
-    pipeline = CausalWanPipeline(**parts, transformer=transformer)
-    end = pipeline.sample_latents(prompt_embeds, noise[None], steps, sampler="euler", on_step_end=keep, **guidance)
-    inner = [torch.cat(blocks, dim=2) for blocks in kept.values() if blocks]
+    schedule = SamplingSchedule(timesteps=timesteps, sampler="euler")
+    blocks = roll_out(transformer, conditions, noise[None], schedule, on_step_end=keep, **guidance)
+    end = torch.cat(list(blocks), dim=2)
+    inner = [torch.cat(of_level, dim=2) for of_level in kept.values() if of_level]
     return torch.stack([*([noise.float()] if starts_at_noise else []), *inner, end], dim=1)

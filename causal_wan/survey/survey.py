@@ -221,8 +221,8 @@ def _suggest_for_bad_rows(survey: Survey) -> Iterator[str]:
             "--on_bad_sample skip."
         )
     if num_short := int(survey.is_short.sum()):
-        factor = config.time_division_factor
-        fits = (int(np.quantile(survey.readable["frames"], 0.05)) - 1) // factor * factor + 1
+        geometry, most_have = config.geometry, int(np.quantile(survey.readable["frames"], 0.05))
+        fits = geometry.num_frames(geometry.num_latent_frames(most_have))
         shorter = f", or --num_frames {fits}, which 95 % of all clips have" if 1 < fits < config.num_frames else ""
         done = {"error": "stop a run", "skip": "are left out", "pad": "are padded"}[config.short_clips]
         yield (

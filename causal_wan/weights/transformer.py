@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import BitsAndBytesConfig
 
+from causal_wan.blocks import CausalConfig
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.progress import announced
 from causal_wan.weights.wan_names import WEIGHTS_SUFFIXES, read_state, strip_prefixes, to_diffusers
@@ -14,21 +15,20 @@ from causal_wan.weights.wan_names import WEIGHTS_SUFFIXES, read_state, strip_pre
 
 def load_transformer(
     pretrained_model_name_or_path: str,
+    causal: CausalConfig | None,
     *,
-    num_frame_per_block: int | None,
     generator_ckpt: str | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     device: torch.device | str = "cpu",
     quantization: BitsAndBytesConfig | None = None,
     empty: bool = False,
-    **causal_config: int | bool,
 ) -> CausalWanTransformer3DModel:
     """Loads a WAN transformer as a causal one.
 
     Args:
         pretrained_model_name_or_path: Diffusers folder or hub id of a WAN pipeline.
-        num_frame_per_block: Latent frames a block; None is bidirectional.
+        causal: Its blocks and what they see; None is what its own config says.
         generator_ckpt: Weights to start from in the place of the base model's: a diffusers transformer folder, a
             folder with a `transformer` folder in it (the result of a run), or a safetensors file in diffusers' names.
         dtype: Of the weights; time embedding, tables and norms stay float32 as in diffusers.
@@ -37,15 +37,14 @@ def load_transformer(
         quantization: How to quantize the layers; they then go to the current GPU.
         empty: Leave the weights unset, on the CPU, where they take no memory until they are written: for processes
             that get them from another.
-        causal_config: `local_attn_size`, `sink_size`, `independent_first_frame`.
 
     Raises:
         ValueError: If `generator_ckpt` does not fit; names the first keys that do not.
     """
-    causal_config = {"num_frame_per_block": num_frame_per_block, **causal_config}
+    settings = {} if causal is None else causal.as_dict()
     where = _find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
     if empty:
-        return _empty_transformer(where, dtype, **causal_config)
+        return _empty_transformer(where, dtype, settings)
     with announced(f"loading the transformer of {where['pretrained_model_name_or_path']}"):
         transformer = CausalWanTransformer3DModel.from_pretrained(
             **where,
@@ -53,19 +52,12 @@ def load_transformer(
             use_safetensors=True,  # never a pickle
             quantization_config=quantization,
             device_map=None if quantization else {"": device},
-            **causal_config,
+            **settings,
         )
         transformer.requires_grad_(quantization is None)  # loaded straight to a device, weights may come frozen
         if generator_ckpt is not None and Path(generator_ckpt).is_file():
             load_generator_file(transformer, generator_ckpt)
     return transformer
-
-
-def causal_settings(run: dict[str, Any]) -> dict[str, Any]:
-    """What `load_transformer` has to know of a run's resolved config beside the checkpoint."""
-    settings = {name: run[name] for name in ("local_attn_size", "sink_size", "independent_first_frame")}
-    is_causal = run["generator_task"] == "causal_video"
-    return {"num_frame_per_block": run["num_frame_per_block"] if is_causal else None, **settings}
 
 
 def load_transformer_config(
@@ -86,12 +78,12 @@ def _find_transformer(checkpoint: str, generator_ckpt: str | None, revision: str
 
 
 def _empty_transformer(
-    where: dict[str, str | None], dtype: torch.dtype, **causal_config: int | bool | None
+    where: dict[str, str | None], dtype: torch.dtype, settings: dict[str, Any]
 ) -> CausalWanTransformer3DModel:
-    """A transformer of the dtypes that `from_pretrained` gives, whose weights are not set."""
+    """A transformer of the dtypes that `from_pretrained` gives, whose weights are not set; its config changed so."""
     model_class = CausalWanTransformer3DModel
     with torch.device("meta"):
-        transformer = model_class.from_config(model_class.load_config(**where), **causal_config)
+        transformer = model_class.from_config(model_class.load_config(**where), **settings)
     transformer.to_empty(device="cpu")
     config = transformer.config
     transformer.rope = type(transformer.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)

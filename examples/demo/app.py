@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,7 @@ from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import AttentionWindow, NonNegativeInt, PositiveInt, Range, checked_dataclass
 from causal_wan.geometry import FRAME_RATE
+from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.results.run_record import find_run
 from causal_wan.results.student import SamplingSettings, choose_device, load_student, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
@@ -176,7 +178,7 @@ class Studio:
             try:
                 with VideoWriter(video, FRAME_RATE, fragmented=True) as writer:
                     for block in self.sample(video):
-                        writer.write(as_frames(block[0].transpose(0, 1) * 2 - 1))
+                        writer.write(as_frames(block))
                         video.num_made += block.shape[1]
                         video.seconds = time.perf_counter() - start
                         video.first_seconds = video.first_seconds or video.seconds
@@ -187,16 +189,19 @@ class Studio:
                 video.set_state("done" if video.num_made == video.num_frames else "stopped")
 
     def sample(self, video: Video) -> Iterator[torch.Tensor]:
-        """The frames of each block in [0, 1], `(1, t, 3, height, width)`."""
-        return self.pipeline.stream(
+        """The frames of each block in [-1, 1], `(3, t, height, width)`."""
+        decoder = StreamingDecoder(self.pipeline.vae)
+        blocks = self.pipeline.stream(
             video.prompt,
             num_frames=video.num_frames,
             height=self.settings.height,
             width=self.settings.width,
             generator=torch.Generator().manual_seed(video.seed),
-            output_type="pt",
+            output_type="latent",
             cache_dtype=self.settings.cache_dtype,
         )
+        for block in blocks:
+            yield decoder.decode(block)[0]
 
 
 def make_app(studio: Studio, config: Config) -> FastAPI:
@@ -246,9 +251,9 @@ def make_app(studio: Studio, config: Config) -> FastAPI:
 
 def shortest_video(studio: Studio) -> tuple[int, int]:
     """Frames of a video of one block, and those that each further block adds."""
-    config, temporal = studio.pipeline.transformer.config, studio.pipeline.vae_scale_factor_temporal
-    first = 1 if config.independent_first_frame else config.num_frame_per_block
-    return temporal * (first - 1) + 1, temporal * config.num_frame_per_block
+    causal, geometry = studio.pipeline.transformer.causal_config, studio.pipeline.geometry
+    first = 1 if causal.independent_first_frame else causal.num_frame_per_block
+    return geometry.num_frames(first), geometry.temporal_factor * causal.num_frame_per_block
 
 
 def make_studio(config: Config) -> Studio:
@@ -276,7 +281,8 @@ def make_studio(config: Config) -> Studio:
         sink_size=config.sink_size,
     )
     if pipeline.transformer.config.num_frame_per_block is None:
-        pipeline.transformer.set_causal_config(num_frame_per_block=3)
+        causal = pipeline.transformer.causal_config
+        pipeline.transformer.set_causal_config(replace(causal, num_frame_per_block=3))
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     if config.compile:

@@ -1,6 +1,7 @@
 import pytest
 
 from causal_wan.blocks import CausalConfig, frame_block_lengths
+from causal_wan.methods.settings import RegressionConfig
 
 
 def test_a_causal_config_divides_clips_by_all_of_its_settings():
@@ -61,3 +62,68 @@ def test_clips_that_do_not_divide_after_their_first_frame_are_refused():
     )
     with pytest.raises(ValueError, match=message):
         frame_block_lengths(21, 3, independent_first_frame=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_frame_per_block": 0}, "num_frame_per_block must be 1 or more, or None, got 0"),
+        ({"num_frame_per_block": 3, "sink_size": -1}, "sink_size must be 0 or more latent frames, got -1"),
+        (
+            {"num_frame_per_block": 3, "local_attn_size": 2},
+            "must hold one block and the sink, 3 ",
+        ),
+        ({"num_frame_per_block": 3, "sink_size": 2, "local_attn_size": 4}, "must hold one block and the sink, 5 "),
+        ({"num_frame_per_block": None, "sink_size": 2, "local_attn_size": 2}, "must hold one block and the sink, 3 "),
+    ],
+)
+def test_causal_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CausalConfig(**settings)
+
+
+def test_a_window_may_be_as_small_as_a_block_and_the_sink():
+    assert CausalConfig(num_frame_per_block=3, sink_size=2, local_attn_size=5).local_attn_size == 5
+
+
+def test_the_config_of_a_stock_transformer_is_bidirectional():
+    assert CausalConfig.of({"num_layers": 2}) == CausalConfig(num_frame_per_block=None)
+    causal = CausalConfig(num_frame_per_block=4, local_attn_size=6, sink_size=1, independent_first_frame=True)
+    assert CausalConfig.of({"num_layers": 2, **causal.as_dict()}) == causal
+    assert causal.block_lengths(9) == [1, 4, 4]
+
+
+def test_a_window_that_is_too_small_is_refused_with_the_settings_of_a_run():
+    """Not when the weights are there."""
+    with pytest.raises(ValueError, match="local_attn_size must hold one block and the sink, 4 latent frames"):
+        RegressionConfig(num_frame_per_block=3, sink_size=1, local_attn_size=3)
+    bidirectional = RegressionConfig(generator_task="bidirectional_video", sink_size=1, local_attn_size=3)
+    assert bidirectional.causal == CausalConfig(num_frame_per_block=None, sink_size=1, local_attn_size=3)
+
+
+@pytest.mark.parametrize(
+    ("num_given", "num_frame_per_block", "num_latent_frames", "message"),
+    [
+        (3, 2, 6, r"which has 6 latent frames, got 3 latent frames \(9 frames\); give 5 or 13 frames\.$"),
+        (1, 2, 4, r"which has 4 latent frames, got 1 latent frames \(1 frames\); give 5 frames\.$"),
+        (5, 2, 6, r"got 5 latent frames \(17 frames\); give 13 frames\.$"),
+        (4, 2, 4, r"got 4 latent frames \(13 frames\); give 5 frames\.$"),
+        (3, 3, 3, r"got 3 latent frames \(9 frames\); ask for more frames\.$"),
+        (3, 2, None, r"which has no end, got 3 latent frames \(9 frames\); give 5 or 13 frames\.$"),
+    ],
+)
+def test_first_frames_that_cannot_be_continued_name_the_nearest_that_can(
+    num_given, num_frame_per_block, num_latent_frames, message
+):
+    with pytest.raises(ValueError, match=message):
+        windowed(num_frame_per_block).check_continues(num_given, num_latent_frames)
+
+
+def windowed(num_frame_per_block):
+    return CausalConfig(num_frame_per_block=num_frame_per_block, local_attn_size=6)
+
+
+def test_whole_blocks_can_be_continued():
+    for num_given in (2, 4):
+        windowed(2).check_continues(num_given, 6)
+        windowed(2).check_continues(num_given, None)

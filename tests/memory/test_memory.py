@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from conftest import ROOT, TINY_TRANSFORMER, run_here, run_script
 
 import train_video_regression
+from causal_wan.blocks import CausalConfig
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.settings import MemoryConfig
 from causal_wan.memory.levers import (
@@ -23,6 +24,7 @@ from causal_wan.memory.levers import (
 )
 from causal_wan.memory.plan import GIB, describe_shortage, plan_decoding, plan_encoding, plan_training
 from causal_wan.memory.simulation import PeakMemory, ValidationWorkload, Workload
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -165,7 +167,7 @@ def test_a_quantized_base_learns_about_what_the_whole_base_learns(kind, tmp_path
     for quantize_base in (None, kind):
         transformer = load_transformer(
             str(tmp_path),
-            num_frame_per_block=1,
+            CausalConfig(num_frame_per_block=1),
             dtype=torch.bfloat16,
             quantization=quantization_config(quantize_base, torch.bfloat16),
         )
@@ -180,7 +182,7 @@ def test_a_quantized_base_learns_about_what_the_whole_base_learns(kind, tmp_path
 
 
 def test_empty_weights_have_the_dtypes_of_loaded_ones(checkpoint):
-    arguments = {"num_frame_per_block": 1, "dtype": torch.bfloat16}
+    arguments = {"causal": CausalConfig(num_frame_per_block=1), "dtype": torch.bfloat16}
     loaded = load_transformer(str(checkpoint), **arguments)
     empty = load_transformer(str(checkpoint), **arguments, empty=True)
     assert empty.config.num_frame_per_block == 1
@@ -196,7 +198,7 @@ def test_empty_weights_take_no_memory(tmp_path):
         large = make_transformer(num_attention_heads=16, attention_head_dim=128, ffn_dim=8192, num_layers=8)
     large.save_config(tmp_path)
     before = psutil.Process().memory_info().rss
-    empty = load_transformer("unused", num_frame_per_block=1, generator_ckpt=str(tmp_path), empty=True)
+    empty = load_transformer("unused", CausalConfig(num_frame_per_block=1), generator_ckpt=str(tmp_path), empty=True)
     size = sum(p.numel() * p.element_size() for p in empty.parameters())
     assert size > 1e9
     assert psutil.Process().memory_info().rss - before < 0.1 * size
@@ -304,11 +306,12 @@ def sample_and_measure(workload):
     with torch.no_grad():
         with PeakMemory(transformer) as memory:
             embeds = torch.randn(1, workload.max_sequence_length, 16).to(workload.dtype)
+            conditions = Conditions(prompt_embeds=embeds)
             pipeline.sample_latents(
-                embeds,
+                conditions,
                 torch.randn(validation.num_draws, 1, *validation.latent_shape),
                 [1000, 750, 500],
-                negative_prompt_embeds=embeds if validation.is_guided else None,
+                negative_conditions=conditions if validation.is_guided else None,
                 cache_dtype=CACHE_DTYPES[workload.memory.kv_cache_dtype],
             )
         peaks.append(memory.peak)

@@ -8,9 +8,10 @@ from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.methods.losses import frame_losses, masked_sum_over_count
 from causal_wan.methods.noising import draw_noisy_batch
 from causal_wan.methods.settings import RegressionConfig
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.sampling.noise import count_draws
 from causal_wan.sampling.pipeline import CausalWanPipeline
-from causal_wan.sampling.rollout import count_draws
 
 
 METHODS = {
@@ -59,8 +60,8 @@ def sample(transformer, method, prompt_embeds, latent_shape, count=1):
     )
     timesteps = method.inference_timesteps().tolist()
     noise = torch.randn(count_draws(len(timesteps), method.student_sampler), count, *latent_shape)
-    embeds = prompt_embeds.repeat(count, 1, 1)
-    return pipeline.sample_latents(embeds, noise, timesteps, sampler=method.student_sampler)
+    conditions = Conditions(prompt_embeds=prompt_embeds.repeat(count, 1, 1))
+    return pipeline.sample_latents(conditions, noise, timesteps, sampler=method.student_sampler)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())

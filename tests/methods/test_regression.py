@@ -137,7 +137,7 @@ def test_padding_counts_a_latent_frame_only_when_all_its_video_frames_are_real()
 def test_bidirectional_video_is_one_block():
     config = RegressionConfig(generator_task="bidirectional_video", denoising_step_list=(1000, 500))
     assert config.block_lengths(20) == [20]
-    assert config.attention_block is None
+    assert config.causal.num_frame_per_block is None
 
 
 def continuous_draws(count, block_lengths, num_valid=None, **settings):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import TINY_TRANSFORMER
 
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.kv_cache import KeptStates, KVCache, LayerCache
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.sampling.pipeline import CausalWanPipeline
@@ -84,7 +85,8 @@ def sample(weights, autocast, *, embeds_dtype=torch.float32, dtype=None):
     pipeline = CausalWanPipeline(**parts, transformer=transformer)
     generator = torch.Generator().manual_seed(1)
     noise, embeds = torch.randn(2, 1, 4, 3, 4, 6, generator=generator), torch.randn(1, 7, 16, generator=generator)
-    latents = pipeline.sample_latents(embeds.to(embeds_dtype), noise, [1000, 500], cache_dtype=dtype)
+    conditions = Conditions(prompt_embeds=embeds.to(embeds_dtype))
+    latents = pipeline.sample_latents(conditions, noise, [1000, 500], cache_dtype=dtype)
     return latents, caches[0]
 
 

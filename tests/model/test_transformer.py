@@ -9,6 +9,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from fake_cuda import FakeCuda
 from peft import LoraConfig
 
+from causal_wan.blocks import CausalConfig
 from causal_wan.config.settings import MemoryConfig
 from causal_wan.memory.levers import enable_gradient_checkpointing
 from causal_wan.model.block_attention import block_causal_spans
@@ -146,7 +147,7 @@ def test_positions_beyond_the_rotary_table_are_those_of_a_larger_table(stock, in
     small = CausalWanTransformer3DModel(**TINY_TRANSFORMER, rope_max_seq_len=3)
     large = CausalWanTransformer3DModel(**TINY_TRANSFORMER, rope_max_seq_len=first + F)
     whole_clip = torch.empty((1, 1, first + F, H, W), device="meta")
-    tables = zip(small._rotary_emb(inputs["hidden_states"], first), large.rope(whole_clip), strict=True)
+    tables = zip(small._rotary_emb(inputs["hidden_states"].shape[1:], first), large.rope(whole_clip), strict=True)
     for table, expected in tables:
         assert torch.equal(table, expected[:, first * TOKENS :])
 
@@ -173,11 +174,12 @@ def test_a_stock_transformer_turns_causal_with_its_own_layers(stock, inputs):
     stock.register_to_config(num_frame_per_block=3)
     causal = CausalWanTransformer3DModel.from_stock(stock)
     assert causal.config.num_frame_per_block == 3
-    causal.set_causal_config(num_frame_per_block=2)
+    causal.set_causal_config(CausalConfig(num_frame_per_block=2))
+    assert causal.causal_config == CausalConfig(num_frame_per_block=2)
     assert torch.equal(run(causal, inputs), expected)
     assert all(weight is weights[name] for name, weight in causal.named_parameters())
-    with pytest.raises(ValueError, match="local_attn_size must hold one block and the sink, 3"):
-        causal.set_causal_config(local_attn_size=2, sink_size=1)
+    causal.set_causal_config(CausalConfig(num_frame_per_block=2, local_attn_size=3, sink_size=1))
+    assert causal.make_cache(1, 10, 4, 4).capacity == 3
 
 
 def test_gradient_checkpointing_changes_no_gradient(stock, inputs):
@@ -379,7 +381,7 @@ def attended(monkeypatch):
         calls.append(states)
         return dispatch_attention_fn(*states, **settings)
 
-    monkeypatch.setattr("causal_wan.model.transformer.dispatch_attention_fn", attend)
+    monkeypatch.setattr("causal_wan.model.attention.dispatch_attention_fn", attend)
     return calls
 
 

@@ -1,3 +1,6 @@
+import inspect
+import pydoc
+
 import imageio.v3 as iio
 import PIL.Image
 import pytest
@@ -9,12 +12,13 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from peft import LoraConfig, get_peft_model_state_dict
 from torch._dynamo.testing import CompileCounter
 
-from causal_wan.flow import add_noise, latents_from_velocity
+from causal_wan.flow import add_noise, choose_sampling, latents_from_velocity
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import decode_latents, encode_videos
+from causal_wan.sampling.noise import draw_frame_noise, draw_noise
 from causal_wan.sampling.pipeline import CausalWanPipeline
-from causal_wan.sampling.rollout import draw_frame_noise, draw_noise
 
 
 B, F, H, W = 2, 6, 4, 6
@@ -30,6 +34,11 @@ def make_pipeline(**causal):
 @pytest.fixture
 def embeds():
     return torch.randn(B, 7, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def conditions(embeds):
+    return Conditions(prompt_embeds=embeds)
 
 
 @pytest.fixture
@@ -57,10 +66,10 @@ def sample_without_cache(transformer, embeds, noise, block):
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 6])
-def test_sampling_with_the_cache_equals_recomputing_the_past(embeds, noise, block):
+def test_sampling_with_the_cache_equals_recomputing_the_past(embeds, conditions, noise, block):
     pipeline = make_pipeline(num_frame_per_block=block)
     expected = sample_without_cache(pipeline.transformer, embeds, noise, block)
-    torch.testing.assert_close(pipeline.sample_latents(embeds, noise, STEPS), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pipeline.sample_latents(conditions, noise, STEPS), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -79,86 +88,88 @@ def follow_flow_without_cache(transformer, embeds, noise, block, timesteps):
 
 
 @pytest.mark.parametrize("block", [1, 2, 6])
-def test_many_steps_follow_the_flow_block_by_block_from_one_draw_of_noise(embeds, noise, block):
+def test_many_steps_follow_the_flow_block_by_block_from_one_draw_of_noise(embeds, conditions, noise, block):
     pipeline = make_pipeline(num_frame_per_block=block)
     timesteps = [1000, 900, 750, 500]  # of 4 steps under shift 3
     expected = follow_flow_without_cache(pipeline.transformer, embeds, noise[0], block, timesteps)
     steps = {"num_inference_steps": 4, "timestep_shift": 3.0}
-    found = pipeline.sample_latents(embeds, noise[:1], **steps)
+    found = pipeline.sample_latents(conditions, noise[:1], **steps)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(pipeline.sample_latents(embeds, noise[:1], timesteps, sampler="euler"), found)
+    torch.testing.assert_close(pipeline.sample_latents(conditions, noise[:1], timesteps, sampler="euler"), found)
     pipeline.register_to_config(denoising_step_list=timesteps, sampler="euler")
-    torch.testing.assert_close(pipeline.sample_latents(embeds, noise[:1]), found)
-    renoised = pipeline.sample_latents(embeds, noise, STEPS)  # a list has a sampler of its own
+    torch.testing.assert_close(pipeline.sample_latents(conditions, noise[:1]), found)
+    renoised = pipeline.sample_latents(conditions, noise, STEPS)  # a list has a sampler of its own
     torch.testing.assert_close(
         renoised, sample_without_cache(pipeline.transformer, embeds, noise, block), atol=1e-4, rtol=1e-4
     )
 
 
-def test_many_steps_are_guided_with_both_pasts_kept(embeds, noise):
+def test_many_steps_are_guided_with_both_pasts_kept(embeds, conditions, noise):
     pipeline, steps = make_pipeline(num_frame_per_block=2), {"num_inference_steps": 3}
-    plain = pipeline.sample_latents(embeds, noise[:1], **steps)
-    guided = {"guidance_scale": 4.0, "negative_prompt_embeds": embeds.clone()}
+    plain = pipeline.sample_latents(conditions, noise[:1], **steps)
+    guided = {"guidance_scale": 4.0, "negative_conditions": Conditions(prompt_embeds=embeds.clone())}
     torch.testing.assert_close(
-        pipeline.sample_latents(embeds, noise[:1], **steps, **guided), plain, rtol=1e-4, atol=1e-4
+        pipeline.sample_latents(conditions, noise[:1], **steps, **guided), plain, rtol=1e-4, atol=1e-4
     )
-    guided["negative_prompt_embeds"] = -embeds
-    assert not torch.allclose(pipeline.sample_latents(embeds, noise[:1], **steps, **guided), plain, atol=1e-2)
+    guided["negative_conditions"] = Conditions(prompt_embeds=-embeds)
+    assert not torch.allclose(pipeline.sample_latents(conditions, noise[:1], **steps, **guided), plain, atol=1e-2)
 
 
-def test_ways_of_sampling_that_exclude_each_other_are_refused(embeds, noise):
+def test_ways_of_sampling_that_exclude_each_other_are_refused(conditions, noise):
     pipeline = make_pipeline()
     with pytest.raises(ValueError, match="got both; give one"):
-        pipeline.sample_latents(embeds, noise, STEPS, num_inference_steps=3)
+        pipeline.sample_latents(conditions, noise, STEPS, num_inference_steps=3)
     with pytest.raises(ValueError, match="timestep_shift shifts the steps of num_inference_steps; give both"):
-        pipeline.sample_latents(embeds, noise, STEPS, timestep_shift=3.0)
+        pipeline.sample_latents(conditions, noise, STEPS, timestep_shift=3.0)
     with pytest.raises(ValueError, match="num_draws=1 for 50 steps of the sampler euler"):
-        pipeline.sample_latents(embeds, noise, num_inference_steps=50)
+        pipeline.sample_latents(conditions, noise, num_inference_steps=50)
 
 
-def test_a_sample_is_a_function_of_its_inputs_alone(embeds, noise):
+def test_a_sample_is_a_function_of_its_inputs_alone(embeds, conditions, noise):
     pipeline = make_pipeline(num_frame_per_block=2)
-    first = pipeline.sample_latents(embeds, noise, STEPS)
+    first = pipeline.sample_latents(conditions, noise, STEPS)
     torch.manual_seed(123)
-    assert torch.equal(pipeline.sample_latents(embeds, noise, STEPS), first)
-    alone = pipeline.sample_latents(embeds[:1], noise[:, :1], STEPS)
+    assert torch.equal(pipeline.sample_latents(conditions, noise, STEPS), first)
+    alone = pipeline.sample_latents(Conditions(prompt_embeds=embeds[:1]), noise[:, :1], STEPS)
     torch.testing.assert_close(alone, first[:1])
 
 
-def test_the_training_list_samples_like_the_list_without_its_0(embeds, noise):
+def test_the_training_list_samples_like_the_list_without_its_0(conditions, noise):
     pipeline = make_pipeline(num_frame_per_block=2)
     assert torch.equal(
-        pipeline.sample_latents(embeds, noise, [*STEPS, 0]), pipeline.sample_latents(embeds, noise, STEPS)
+        pipeline.sample_latents(conditions, noise, [*STEPS, 0]), pipeline.sample_latents(conditions, noise, STEPS)
     )
 
 
-def test_later_noise_leaves_earlier_blocks_bitwise_alone(embeds, noise):
+def test_later_noise_leaves_earlier_blocks_bitwise_alone(conditions, noise):
     pipeline = make_pipeline(num_frame_per_block=2)
-    before = pipeline.sample_latents(embeds, noise, STEPS)
+    before = pipeline.sample_latents(conditions, noise, STEPS)
     changed = noise.clone()
     changed[:, :, :, 4:] += 1
-    after = pipeline.sample_latents(embeds, changed, STEPS)
+    after = pipeline.sample_latents(conditions, changed, STEPS)
     assert torch.equal(before[:, :, :4], after[:, :, :4])
     assert not torch.equal(before[:, :, 4:], after[:, :, 4:])
 
 
-def test_blocks_are_handed_over_as_they_are_made(embeds, noise):
+def test_blocks_are_handed_over_as_they_are_made(conditions, noise):
     pipeline = make_pipeline(num_frame_per_block=2)
     blocks = []
-    latents = pipeline.sample_latents(embeds, noise, STEPS, on_block_end=lambda number, block: blocks.append(block))
+    latents = pipeline.sample_latents(
+        conditions, noise, STEPS, on_block_end=lambda number, block: blocks.append(block)
+    )
     assert torch.equal(torch.cat(blocks, dim=2), latents)
 
 
-def test_noise_must_have_one_entry_a_step(embeds, noise):
+def test_noise_must_have_one_entry_a_step(conditions, noise):
     with pytest.raises(ValueError, match="num_draws=2 for 2 steps of the sampler renoise"):
-        make_pipeline().sample_latents(embeds, noise, [1000, 500])
+        make_pipeline().sample_latents(conditions, noise, [1000, 500])
 
 
-def test_a_window_makes_rollouts_of_any_length_run_in_a_cache_of_fixed_size(embeds):
+def test_a_window_makes_rollouts_of_any_length_run_in_a_cache_of_fixed_size(conditions):
     pipeline = make_pipeline(num_frame_per_block=2, local_attn_size=4, sink_size=1)
     long_noise = torch.randn(len(STEPS), B, 4, 20, H, W, generator=torch.Generator().manual_seed(3))
     assert pipeline.transformer.make_cache(B, 20, H, W).capacity == 4
-    assert pipeline.sample_latents(embeds, long_noise, STEPS).shape == (B, 4, 20, H, W)
+    assert pipeline.sample_latents(conditions, long_noise, STEPS).shape == (B, 4, 20, H, W)
 
 
 def test_noise_of_a_frame_depends_neither_on_the_length_of_the_clip_nor_on_the_batch():
@@ -174,79 +185,81 @@ def test_noise_of_a_frame_depends_neither_on_the_length_of_the_clip_nor_on_the_b
     assert abs(whole.std() - 1) < 0.1
 
 
-def test_guidance_leads_away_from_the_negative_prompt(embeds, noise):
-    pipeline, negative = make_pipeline(), -embeds  # not its tokens in another order, which are the same prompt
+def test_guidance_leads_away_from_the_negative_prompt(embeds, conditions, noise):
+    pipeline = make_pipeline()
+    negative = Conditions(prompt_embeds=-embeds)  # not its tokens in another order, which are the same prompt
     one_step = noise[:1]
-    positive, away = (pipeline.sample_latents(text, one_step, [1000]) for text in (embeds, negative))
+    positive, away = (pipeline.sample_latents(each, one_step, [1000]) for each in (conditions, negative))
     assert not torch.allclose(positive, away, atol=1e-2)
     guided = pipeline.sample_latents(
-        embeds, one_step, [1000], negative_prompt_embeds=negative, guidance_scale=3.0
+        conditions, one_step, [1000], negative_conditions=negative, guidance_scale=3.0
     )  # of one step from pure noise, clean latents are linear in the velocity
     torch.testing.assert_close(guided, away + 3 * (positive - away), rtol=1e-4, atol=1e-4)
 
 
-def test_guided_rollouts_keep_both_pasts(embeds, noise):
+def test_guided_rollouts_keep_both_pasts(embeds, conditions, noise):
     pipeline = make_pipeline(num_frame_per_block=2)
-    plain = pipeline.sample_latents(embeds, noise, STEPS)
-    same = pipeline.sample_latents(embeds, noise, STEPS, negative_prompt_embeds=embeds.clone(), guidance_scale=4.0)
+    plain = pipeline.sample_latents(conditions, noise, STEPS)
+    own, opposite = (Conditions(prompt_embeds=each) for each in (embeds.clone(), -embeds))
+    same = pipeline.sample_latents(conditions, noise, STEPS, negative_conditions=own, guidance_scale=4.0)
     torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-4)
-    other = pipeline.sample_latents(embeds, noise, STEPS, negative_prompt_embeds=-embeds, guidance_scale=4.0)
+    other = pipeline.sample_latents(conditions, noise, STEPS, negative_conditions=opposite, guidance_scale=4.0)
     assert not torch.allclose(other, plain, atol=1e-2)
 
 
-def test_a_clip_goes_on_from_its_first_blocks_as_if_they_had_been_sampled(embeds, noise):
+def test_a_clip_goes_on_from_its_first_blocks_as_if_they_had_been_sampled(conditions, noise):
     pipeline = make_pipeline(num_frame_per_block=2)
-    whole = pipeline.sample_latents(embeds, noise, STEPS)
-    continued = pipeline.sample_latents(embeds, noise, STEPS, initial_latents=whole[:, :, :4])
+    whole = pipeline.sample_latents(conditions, noise, STEPS)
+    continued = pipeline.sample_latents(conditions, noise, STEPS, initial_latents=whole[:, :, :4])
     assert torch.equal(continued, whole)
-    changed = pipeline.sample_latents(embeds, noise, STEPS, initial_latents=whole[:, :, :4] + 1)
+    changed = pipeline.sample_latents(conditions, noise, STEPS, initial_latents=whole[:, :, :4] + 1)
     assert torch.equal(changed[:, :, :4], whole[:, :, :4] + 1)
     assert not torch.allclose(changed[:, :, 4:], whole[:, :, 4:], atol=1e-3)
 
 
 @pytest.mark.parametrize(("num_given", "advice"), [(3, "give 5 or 13 frames"), (6, "give 13 frames"), (5, "give 13")])
-def test_only_whole_blocks_before_the_end_can_be_continued(embeds, noise, num_given, advice):
+def test_only_whole_blocks_before_the_end_can_be_continued(conditions, noise, num_given, advice):
     given = torch.zeros(B, 4, num_given, H, W)
     with pytest.raises(ValueError, match=advice):
-        make_pipeline(num_frame_per_block=2).sample_latents(embeds, noise, STEPS, initial_latents=given)
+        make_pipeline(num_frame_per_block=2).sample_latents(conditions, noise, STEPS, initial_latents=given)
 
 
-def test_a_video_without_end_is_sampled_in_fixed_memory_and_begins_as_any_other(embeds):
+def test_a_video_without_end_is_sampled_in_fixed_memory_and_begins_as_any_other(conditions):
     pipeline = make_pipeline(num_frame_per_block=2, local_attn_size=4, sink_size=1)
 
     def frames():
         return draw_frame_noise(B, (4, H, W), len(STEPS), generator=torch.Generator().manual_seed(5))
 
-    endless = pipeline.sample_blocks(embeds, frames(), STEPS)
+    endless = pipeline.sample_blocks(conditions, frames(), STEPS)
     blocks = [next(endless) for _ in range(4)]
     of_eight = pipeline.sample_latents(
-        embeds, draw_noise(B, (4, 8, H, W), 3, generator=torch.Generator().manual_seed(5)), STEPS
+        conditions, draw_noise(B, (4, 8, H, W), 3, generator=torch.Generator().manual_seed(5)), STEPS
     )
     assert torch.equal(torch.cat(blocks, dim=2), of_eight)
     with pytest.raises(ValueError, match="must be sampled in blocks with a window"):
-        next(make_pipeline(num_frame_per_block=2).sample_blocks(embeds, frames(), STEPS))
+        next(make_pipeline(num_frame_per_block=2).sample_blocks(conditions, frames(), STEPS))
 
 
-def test_sampling_goes_on_beyond_the_rotary_table(embeds):
+def test_sampling_goes_on_beyond_the_rotary_table(conditions):
     pipeline = make_pipeline(num_frame_per_block=2, local_attn_size=4)
     noise = torch.randn(1, B, 4, 20, H, W, generator=torch.Generator().manual_seed(3))
-    expected = pipeline.sample_latents(embeds, noise, [1000])
+    expected = pipeline.sample_latents(conditions, noise, [1000])
     pipeline.transformer.rope = WanRotaryPosEmbed(24, (1, 2, 2), 7)
-    assert torch.equal(pipeline.sample_latents(embeds, noise, [1000]), expected)
+    assert torch.equal(pipeline.sample_latents(conditions, noise, [1000]), expected)
 
 
-def test_one_graph_serves_all_layers_and_few_serve_a_rollout(embeds):
+def test_one_graph_serves_all_layers_and_few_serve_a_rollout(conditions):
     pipeline = make_pipeline(num_frame_per_block=2, local_attn_size=4, sink_size=1)
     noise = torch.randn(len(STEPS), B, 4, 20, H, W, generator=torch.Generator().manual_seed(3))
-    expected = pipeline.sample_latents(embeds, noise, STEPS)
+    expected = pipeline.sample_latents(conditions, noise, STEPS)
     torch._dynamo.reset()
     counter = CompileCounter()
     pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
-    torch.testing.assert_close(pipeline.sample_latents(embeds, noise, STEPS), expected)
+    torch.testing.assert_close(pipeline.sample_latents(conditions, noise, STEPS), expected)
     # With the prompt's keys to be computed or at hand, and the cache full or growing.
     assert 1 <= counter.frame_count <= 4
     compiled = counter.frame_count
-    pipeline.sample_latents(embeds, noise, STEPS)
+    pipeline.sample_latents(conditions, noise, STEPS)
     assert counter.frame_count == compiled
     torch._dynamo.reset()
 
@@ -271,6 +284,34 @@ def test_a_call_takes_noise_as_it_would_draw_it(pipeline):
     generator = torch.Generator().manual_seed(0)
     noise = pipeline.draw_noise(1, 13, 32, 48, (1000, 500), generator=generator)
     assert torch.equal(call(pipeline, noise=noise), call(pipeline))
+
+
+def test_help_shows_all_arguments_of_a_call():
+    shown, streamed = (
+        inspect.signature(each).parameters for each in (CausalWanPipeline.__call__, CausalWanPipeline.stream)
+    )
+    assert list(shown) == [*streamed, "return_dict"]
+    assert {name: shown[name].default for name in ("height", "num_frames", "output_type", "return_dict")} == {
+        "height": 480,
+        "num_frames": 81,
+        "output_type": "np",
+        "return_dict": True,
+    }
+    explained = CausalWanPipeline.__call__.__doc__
+    assert all(f" {name}: " in explained for name in shown if name != "self")
+    assert "guidance_scale: float = 1.0" in pydoc.plain(pydoc.render_doc(CausalWanPipeline.__call__))
+
+
+def test_how_to_sample_is_chosen_once_for_a_video(pipeline, monkeypatch):
+    chosen = []
+
+    def count(*given, **settings):
+        chosen.append(given)
+        return choose_sampling(*given, **settings)
+
+    monkeypatch.setattr("causal_wan.sampling.pipeline.choose_sampling", count)
+    call(pipeline)
+    assert len(chosen) == 1
 
 
 def test_several_videos_of_a_prompt_differ_and_lie_side_by_side(pipeline):

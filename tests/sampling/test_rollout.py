@@ -9,8 +9,10 @@ import torch
 from conftest import TINY_TRANSFORMER
 
 from causal_wan.flow import add_noise
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.transformer import CausalWanTransformer3DModel
-from causal_wan.sampling.rollout import Rollout, check_initial_latents, count_draws, draw_frame_noise, draw_noise
+from causal_wan.sampling.noise import count_draws, draw_frame_noise, draw_noise
+from causal_wan.sampling.rollout import Rollout
 
 
 B, C, H, W = 2, 4, 4, 6
@@ -33,13 +35,17 @@ class KnownField:
 
     passes: list = field(default_factory=list)
 
-    def __call__(self, latents, timestep, embeds, **others):
-        self.passes.append(SimpleNamespace(latents=latents, timestep=timestep, embeds=embeds, **others))
-        return (flow_of(latents, timestep, embeds),)
+    def __call__(self, latents, timestep, encoder_hidden_states, **others):
+        self.passes.append(SimpleNamespace(latents=latents, timestep=timestep, embeds=encoder_hidden_states, **others))
+        return (flow_of(latents, timestep, encoder_hidden_states),)
+
+
+def prompt_of(*shape, seed=0):
+    return Conditions(prompt_embeds=random(*shape, seed=seed))
 
 
 def make_rollout(**settings):
-    return Rollout(KnownField(), TIMESTEPS, random(B, 3, 5, seed=1), **settings)
+    return Rollout(KnownField(), TIMESTEPS, prompt_of(B, 3, 5, seed=1), **settings)
 
 
 def frames_of(noise):
@@ -51,18 +57,20 @@ def frames_of(noise):
 def test_guidance_goes_from_the_negative_prompt_through_the_prompt_by_its_scale(scale):
     torch.manual_seed(0)
     transformer = CausalWanTransformer3DModel(**TINY_TRANSFORMER).eval()
-    prompt, negative, latents = random(3, 7, 16, seed=1), random(3, 7, 16, seed=2), random(3, C, 2, H, W)
+    prompt, negative, latents = prompt_of(3, 7, 16, seed=1), prompt_of(3, 7, 16, seed=2), random(3, C, 2, H, W)
     timestep = TIMESTEPS[1]
-    of_prompt, of_negative = (transformer(latents, timestep.expand(3), embeds).sample for embeds in (prompt, negative))
+    of_prompt, of_negative = (
+        transformer(latents, timestep.expand(3), each.prompt_embeds).sample for each in (prompt, negative)
+    )
     assert (of_prompt - of_negative).abs().mean() > 0.01
-    guided = Rollout(transformer, TIMESTEPS, prompt, negative_prompt_embeds=negative, guidance_scale=scale)
+    guided = Rollout(transformer, TIMESTEPS, prompt, negative_conditions=negative, guidance_scale=scale)
     expected = of_negative + scale * (of_prompt - of_negative)
     torch.testing.assert_close(guided.predict(latents, timestep, 0), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_without_a_scale_guidance_is_the_prompt_alone():
     latents = random(B, C, 1, H, W)
-    guided = make_rollout(negative_prompt_embeds=random(B, 3, 5, seed=2))
+    guided = make_rollout(negative_conditions=prompt_of(B, 3, 5, seed=2))
     torch.testing.assert_close(
         guided.predict(latents, TIMESTEPS[0], 0), make_rollout().predict(latents, TIMESTEPS[0], 0)
     )
@@ -70,7 +78,7 @@ def test_without_a_scale_guidance_is_the_prompt_alone():
 
 def test_a_pass_has_the_prompts_type_the_cache_and_the_blocks_place():
     rollout = make_rollout(cache=CACHE, attention_kwargs={"scale": 0.5})
-    rollout.replace_prompt(random(B, 3, 5).bfloat16(), None)
+    rollout.replace_conditions(Conditions(prompt_embeds=random(B, 3, 5).bfloat16()), None)
     rollout.predict(random(B, C, 2, H, W), TIMESTEPS[1], 4)
     (asked,) = rollout.transformer.passes
     assert asked.latents.dtype == torch.bfloat16
@@ -85,23 +93,23 @@ def test_a_pass_has_the_prompts_type_the_cache_and_the_blocks_place():
 
 
 def test_guided_velocities_are_mixed_in_float32():
-    negative = random(B, 3, 5, seed=2).bfloat16()
-    rollout = Rollout(KnownField(), TIMESTEPS, random(B, 3, 5).bfloat16(), negative_prompt_embeds=negative)
+    prompt, negative = (Conditions(prompt_embeds=random(B, 3, 5, seed=seed).bfloat16()) for seed in (0, 2))
+    rollout = Rollout(KnownField(), TIMESTEPS, prompt, negative_conditions=negative)
     assert rollout.predict(random(B, C, 1, H, W), TIMESTEPS[0], 0).dtype == torch.float32
 
 
 def test_prompts_may_be_replaced_and_are_one_tensor_for_all_passes():
-    rollout = make_rollout(negative_prompt_embeds=random(B, 3, 5, seed=2))
-    prompt, negative = random(B, 3, 5, seed=3), random(B, 3, 5, seed=4)
-    rollout.replace_prompt(prompt, negative)
+    rollout = make_rollout(negative_conditions=prompt_of(B, 3, 5, seed=2))
+    prompt, negative = prompt_of(B, 3, 5, seed=3), prompt_of(B, 3, 5, seed=4)
+    rollout.replace_conditions(prompt, negative)
     for _ in range(2):
         rollout.predict(random(B, C, 1, H, W), TIMESTEPS[0], 0)
     first, second = (asked.embeds for asked in rollout.transformer.passes)
     assert first is second  # by which the cache knows it again
-    assert torch.equal(first, torch.cat([prompt, negative]))
-    assert rollout.prompt_embeds is prompt
-    assert rollout.negative_prompt_embeds is negative
-    rollout.replace_prompt(prompt, None)
+    assert torch.equal(first, torch.cat([prompt.prompt_embeds, negative.prompt_embeds]))
+    assert rollout.conditions is prompt
+    assert rollout.negative_conditions is negative
+    rollout.replace_conditions(prompt, None)
     assert not rollout.is_guided
 
 
@@ -127,14 +135,14 @@ def test_a_block_is_sampled_from_level_to_level_in_float32(sampler, expected):
     noise = random(count_draws(3, sampler), B, C, 2, H, W)
     found = rollout.sample_block(noise.double(), 0)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected(noise, rollout.prompt_embeds))
+    torch.testing.assert_close(found, expected(noise, rollout.conditions.prompt_embeds))
     assert [asked.timestep.tolist() for asked in rollout.transformer.passes] == [[t] * B for t in TIMESTEPS.tolist()]
 
 
 def test_the_default_sampler_renoises():
     noise = random(3, B, C, 2, H, W)
     rollout = make_rollout()
-    torch.testing.assert_close(rollout.sample_block(noise, 0), renoised(noise, rollout.prompt_embeds))
+    torch.testing.assert_close(rollout.sample_block(noise, 0), renoised(noise, rollout.conditions.prompt_embeds))
     assert (count_draws(3, "renoise"), count_draws(3, "euler")) == (3, 1)
 
 
@@ -165,7 +173,7 @@ def test_a_stopped_clip_ends_with_the_block_of_its_step_clean_as_far_as_it_got(s
 
     def stop(rollout, number, timestep, latents):
         x = rollout.transformer.passes[-1].latents
-        clean.append(x - timestep / 1000 * flow_of(x, timestep, rollout.prompt_embeds))
+        clean.append(x - timestep / 1000 * flow_of(x, timestep, rollout.conditions.prompt_embeds))
         rollout.is_stopped = number == step
         return latents
 
@@ -192,7 +200,7 @@ def test_given_blocks_come_out_as_they_are_and_later_ones_keep_their_noise():
     blocks = list(rollout.run(frames_of(noise), iter([2, 3, 2]), given.double()))
     assert torch.equal(torch.cat(blocks[:2], dim=2), given)
     assert blocks[0].dtype == torch.float32
-    torch.testing.assert_close(blocks[2], renoised(noise[:, :, :, 5:], rollout.prompt_embeds))
+    torch.testing.assert_close(blocks[2], renoised(noise[:, :, :, 5:], rollout.conditions.prompt_embeds))
     passes = [(asked.start_frame, asked.timestep[0].item()) for asked in rollout.transformer.passes]
     assert passes == [(0, 0.0), (2, 0.0)] + [(5, t) for t in TIMESTEPS.tolist()]
 
@@ -232,32 +240,8 @@ def test_noise_is_drawn_where_its_generator_is_or_else_where_it_is_wanted(genera
         drawn.append(tensor.device.type)
         return tensor.to(device)
 
-    monkeypatch.setattr("causal_wan.sampling.rollout.to_device", note)
+    monkeypatch.setattr("causal_wan.sampling.noise.to_device", note)
     frames = draw_frame_noise(2, (C, H, W), 3, generator=generator, device=torch.device("meta"))
     assert next(frames).device.type == "meta"
     assert drawn == [drawn_on]
     assert next(draw_frame_noise(2, (C, H, W), 3, generator=generator)).device.type == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("num_given", "lengths", "num_latent_frames", "message"),
-    [
-        (3, [2, 2, 2], 6, r"which has 6 latent frames, got 3 latent frames \(9 frames\); give 5 or 13 frames\.$"),
-        (1, [2, 2], 4, r"which has 4 latent frames, got 1 latent frames \(1 frames\); give 5 frames\.$"),
-        (5, [2, 2, 2], 6, r"got 5 latent frames \(17 frames\); give 13 frames\.$"),
-        (4, [2, 2], 4, r"got 4 latent frames \(13 frames\); give 5 frames\.$"),
-        (3, [3], 3, r"got 3 latent frames \(9 frames\); ask for more frames\.$"),
-        (3, [2, 2, 2, 2], None, r"which has no end, got 3 latent frames \(9 frames\); give 5 or 13 frames\.$"),
-    ],
-)
-def test_first_frames_that_cannot_be_continued_name_the_nearest_that_can(
-    num_given, lengths, num_latent_frames, message
-):
-    with pytest.raises(ValueError, match=message):
-        check_initial_latents(num_given, lengths, num_latent_frames)
-
-
-def test_whole_blocks_can_be_continued():
-    for num_given in (2, 4):
-        check_initial_latents(num_given, [2, 2, 2], 6)
-        check_initial_latents(num_given, [2, 2, 2], None)

@@ -10,6 +10,7 @@ from causal_wan.flow import add_noise, inference_timesteps
 from causal_wan.methods.noising import draw_noisy_batch
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.methods.trajectories import take_noisy_batch
+from causal_wan.model.conditions import Conditions
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.trajectories import sample_trajectories, trajectory_timesteps
@@ -32,6 +33,10 @@ def prompt_embeds():
 def tiny_teacher(num_frame_per_block=None):
     torch.manual_seed(0)
     return CausalWanTransformer3DModel(**TINY_TRANSFORMER, num_frame_per_block=num_frame_per_block).eval()
+
+
+def told(prompt_embeds):
+    return Conditions(prompt_embeds=prompt_embeds)
 
 
 class KnownTeacher(CausalWanTransformer3DModel):
@@ -67,7 +72,7 @@ def test_a_grid_with_too_few_steps_is_refused():
 def test_a_known_teacher_gives_the_closed_form_of_eulers_method_and_nearly_that_of_the_ode(noise, prompt_embeds):
     teacher = KnownTeacher(**TINY_TRANSFORMER)
     timesteps = trajectory_timesteps(LEVELS, 200, 3.0)
-    kept = sample_trajectories(teacher, noise, prompt_embeds, timesteps, LEVELS)
+    kept = sample_trajectories(teacher, noise, told(prompt_embeds), timesteps, LEVELS)
     factors = torch.cat([torch.ones(1), 1 + 0.7 * torch.cat([timesteps, torch.zeros(1)]).diff() / 1000]).double()
     products = factors.cumprod(0)
     for slot, level in enumerate([1000.0, 757.0, 522.0, 0.0]):
@@ -80,7 +85,7 @@ def test_a_known_teacher_gives_the_closed_form_of_eulers_method_and_nearly_that_
 def test_kept_latents_are_what_diffusers_solver_has_at_the_levels(noise, prompt_embeds):
     teacher = tiny_teacher()
     timesteps = trajectory_timesteps(LEVELS, 12, 5.0)
-    kept = sample_trajectories(teacher, noise, prompt_embeds, timesteps, LEVELS)
+    kept = sample_trajectories(teacher, noise, told(prompt_embeds), timesteps, LEVELS)
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(timesteps=timesteps.tolist(), sigmas=(timesteps / 1000).tolist())
     latents, found = noise, []
@@ -96,11 +101,11 @@ def test_kept_latents_are_what_diffusers_solver_has_at_the_levels(noise, prompt_
 def test_going_on_from_a_kept_latent_leads_to_the_kept_end(noise, prompt_embeds):
     teacher = tiny_teacher()
     timesteps = trajectory_timesteps(LEVELS, 12, 5.0)
-    kept = sample_trajectories(teacher, noise, prompt_embeds, timesteps, LEVELS)
+    kept = sample_trajectories(teacher, noise, told(prompt_embeds), timesteps, LEVELS)
     pipeline = CausalWanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=teacher)
     for slot, level in enumerate(LEVELS.tolist()):
         rest = timesteps[timesteps <= level].tolist()
-        end = pipeline.sample_latents(prompt_embeds, kept[:, slot][None], rest, sampler="euler")
+        end = pipeline.sample_latents(told(prompt_embeds), kept[:, slot][None], rest, sampler="euler")
         assert torch.equal(end, kept[:, -1])
 
 
@@ -109,8 +114,8 @@ def test_guidance_leads_away_from_the_negative_prompt(noise, prompt_embeds):
     timesteps = trajectory_timesteps(LEVELS, 4, 1.0)
 
     def sample(scale, negative):
-        guidance = {"guidance_scale": scale, "negative_prompt_embeds": negative}
-        return sample_trajectories(teacher, noise, prompt_embeds, timesteps, LEVELS, **guidance)
+        guidance = {"guidance_scale": scale, "negative_conditions": None if negative is None else told(negative)}
+        return sample_trajectories(teacher, noise, told(prompt_embeds), timesteps, LEVELS, **guidance)
 
     plain = sample(1.0, None)
     torch.testing.assert_close(sample(3.0, prompt_embeds), plain, rtol=1e-4, atol=1e-4)  # away from itself
@@ -121,11 +126,11 @@ def test_a_causal_teacher_solves_each_block_after_the_clean_ones_before_it(noise
     teacher = tiny_teacher(num_frame_per_block=2)
     timesteps = trajectory_timesteps(LEVELS, 6, 3.0)
     with tqdm(delay=60) as progress:
-        kept = sample_trajectories(teacher, noise, prompt_embeds, timesteps, LEVELS, progress=progress)
+        kept = sample_trajectories(teacher, noise, told(prompt_embeds), timesteps, LEVELS, progress=progress)
         assert progress.n == 3 * 6  # steps of all blocks
     other = noise.clone()
     other[:, :, 4:] = 0
-    changed = sample_trajectories(teacher, other, prompt_embeds, timesteps, LEVELS)
+    changed = sample_trajectories(teacher, other, told(prompt_embeds), timesteps, LEVELS)
     assert torch.equal(changed[:, :, :, :4], kept[:, :, :, :4])
     # The second block once more, from the first one's clean end alone.
     cache = teacher.make_cache(2, 6, 4, 6)
@@ -181,7 +186,7 @@ def test_from_pairs_one_step_learns_which_of_two_clips_a_noise_becomes_and_from_
     teacher = BlackOrWhite(**TINY_TRANSFORMER)
 
     def pairs(noise):
-        return sample_trajectories(teacher, noise, prompt_embeds.expand(len(noise), -1, -1), timesteps, levels)
+        return sample_trajectories(teacher, noise, told(prompt_embeds.expand(len(noise), -1, -1)), timesteps, levels)
 
     means = {}
     for name in ("pairs", "clips"):

@@ -13,13 +13,13 @@ import torch
 import yaml
 from conftest import ROOT, SCRIPT_ENV, launch, run_here, run_python, run_script
 from diffusers import WanPipeline, WanTransformer3DModel
-from outputs import metrics, weights
 from safetensors.torch import load_file
 
 import train_video_regression
 from causal_wan.config.parsing import parse_config
 from causal_wan.runs import validation
 from causal_wan.training.stopping import EXIT_STOPPED
+from outputs import metrics, weights
 
 
 SCRIPT = "train_video_regression.py"
@@ -186,7 +186,7 @@ class BrokenParts:
 
     DISK = (validation.VideoWriter, "write", OSError(28, "No space left on device"))
     DECODER = (validation, "decode_in_parts", torch.OutOfMemoryError("CUDA out of memory"))
-    SAMPLING = (validation.CausalWanPipeline, "sample_latents", torch.OutOfMemoryError("CUDA out of memory"))
+    SAMPLING = (validation, "roll_out", torch.OutOfMemoryError("CUDA out of memory"))
 
 
 @pytest.mark.parametrize("part", ["DISK", "DECODER", "SAMPLING"])

@@ -15,6 +15,7 @@ import yaml
 from conftest import SCRIPT_ENV, launch_afresh, run_python, run_script
 from torch.utils.data import DataLoader
 
+from causal_wan.blocks import CausalConfig
 from causal_wan.data.buckets import order_samples
 from causal_wan.data.clips import VideoDataset
 from causal_wan.data.rows import load_rows
@@ -140,7 +141,11 @@ class Trap:
 @pytest.mark.parametrize(
     ("part", "name", "load"),
     [
-        ("transformer", "diffusion_pytorch_model.bin", lambda path: load_transformer(path, num_frame_per_block=1)),
+        (
+            "transformer",
+            "diffusion_pytorch_model.bin",
+            lambda path: load_transformer(path, CausalConfig(num_frame_per_block=1)),
+        ),
         ("vae", "diffusion_pytorch_model.bin", load_vae),
         ("text_encoder", "pytorch_model.bin", load_text_encoder),
     ],

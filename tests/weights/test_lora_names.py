@@ -7,6 +7,7 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from causal_wan.blocks import CausalConfig
 from causal_wan.config.settings import DEFAULT_LORA_TARGETS
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, save_lora
@@ -46,7 +47,7 @@ def deltas(lora):
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """What a LoRA run leaves: all common targets, rank 4 and alpha 6, nothing zero."""
-    transformer = load_transformer(TINY_WAN, num_frame_per_block=1)
+    transformer = load_transformer(TINY_WAN, CausalConfig(num_frame_per_block=1))
     add_lora(transformer, rank=4, alpha=6, target_modules=DEFAULT_LORA_TARGETS)
     generator = torch.Generator().manual_seed(0)
     weights = {
@@ -236,7 +237,7 @@ def test_modules_outside_of_layers_are_read_by_diffusers_at_scale_one():
 
 
 def test_uneven_ranks_and_alphas_reach_the_layers(tmp_path):
-    transformer = load_transformer(TINY_WAN, num_frame_per_block=1)
+    transformer = load_transformer(TINY_WAN, CausalConfig(num_frame_per_block=1))
     state = {}
     for seed, name in enumerate((Q, "blocks.1.attn1.to_q", "blocks.1.ffn.net.2", "proj_out")):
         layer = transformer.get_submodule(name)

@@ -7,6 +7,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 
+from causal_wan.blocks import CausalConfig
 from causal_wan.weights.transformer import check_generator_ckpt, load_transformer
 from causal_wan.weights.wan_names import infer_architecture, read_state, strip_prefixes, to_diffusers, to_original
 
@@ -127,13 +128,17 @@ def test_files_that_fit_nothing_are_refused(tmp_path, capsys):
 
 
 def test_a_student_starts_from_a_checkpoint_of_self_forcing(checkpoint, tmp_path):
-    base = load_transformer(str(checkpoint), num_frame_per_block=1)
+    base = load_transformer(str(checkpoint), CausalConfig(num_frame_per_block=1))
     changed = {name: weight + 1 for name, weight in base.state_dict().items()}
     theirs = {f"model.{name}": weight for name, weight in to_original(changed).items()}
     torch.save({"generator": theirs}, tmp_path / "theirs.pt")
     check_generator_ckpt(str(tmp_path / "theirs.pt"))
-    student = load_transformer(str(checkpoint), num_frame_per_block=1, generator_ckpt=str(tmp_path / "theirs.pt"))
+    student = load_transformer(
+        str(checkpoint), CausalConfig(num_frame_per_block=1), generator_ckpt=str(tmp_path / "theirs.pt")
+    )
     assert same(student.state_dict(), changed)
     torch.save({"generator": {**theirs, "critic.weight": torch.ones(1)}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="keys are unexpected, first "):
-        load_transformer(str(checkpoint), num_frame_per_block=1, generator_ckpt=str(tmp_path / "other.pt"))
+        load_transformer(
+            str(checkpoint), CausalConfig(num_frame_per_block=1), generator_ckpt=str(tmp_path / "other.pt")
+        )
