@@ -99,12 +99,7 @@ def read_recipe(path: str | Path, config_class: type, also_known: Collection[str
         ValueError: If the file is not there or no flat mapping, has a key that is no flag (suggests the right one), or
             a value that the setting cannot have.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"--config must name a YAML file, but {path} does not exist.")
-    try:
-        loaded = yaml.safe_load(Path(path).read_bytes())  # of which it sees UTF-16 by its mark
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be valid YAML: {error}") from None
+    loaded = read_yaml(path, "--config")
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must be a mapping of flag names to values, got {type(loaded).__name__}.")
     fields = dict(flat_fields(config_class))
@@ -120,6 +115,24 @@ def read_recipe(path: str | Path, config_class: type, also_known: Collection[str
         _check_recipe_value(f"{path}: {given_key!r}", fields[key], value)
         recipe[key] = value
     return recipe
+
+
+def read_yaml(path: str | Path, name: str) -> Any:
+    """What a YAML file says.
+
+    Args:
+        path: Of the file.
+        name: What it is given as, for the error.
+
+    Raises:
+        ValueError: If it is not there, or no YAML.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{name} must name a YAML file, but {path} does not exist.")
+    try:
+        return yaml.safe_load(Path(path).read_bytes())  # of which it sees UTF-16 by its mark
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be valid YAML: {error}") from None
 
 
 def _check_recipe_value(name: str, hint: Any, value: Any) -> None:

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import yaml
-
 from causal_wan.blocks import CausalConfig
 from causal_wan.config.changed_settings import SETTINGS_NAME, read_settings
-from causal_wan.config.parsing import names_of, paths_of
+from causal_wan.config.parsing import names_of, paths_of, read_yaml
 from causal_wan.config.settings import (
     CacheConfig,
     KVCacheDtype,
@@ -98,13 +96,7 @@ class RunRecord:
             ValueError: If it is none of a run.
         """
         path = folder / SETTINGS_NAME
-        if not path.is_file():
-            return None
-        try:
-            settings = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} must be valid YAML: {error}") from None
-        return cls.from_settings(settings, folder)
+        return cls.from_settings(read_yaml(path, SETTINGS_NAME), folder) if path.is_file() else None
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Path) -> Self:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import yaml
 
 from causal_wan.config.choices import LocalPath
+from causal_wan.config.parsing import read_yaml
 from causal_wan.config.ranges import PositiveFloat, checked_dataclass
 from causal_wan.tables.delimited import SUFFIXES
 from causal_wan.video.paths import resolve_path, visible_files
@@ -116,12 +116,7 @@ def read_sources(path: str) -> list[Source]:
         ValueError: If it is not there or no list of mappings, if a key or value is none of `Source`, or if some tables
             have weights and others have none.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"dataset_config must name a YAML file, but {path} does not exist.")
-    try:
-        loaded = yaml.safe_load(Path(path).read_bytes())  # of which it sees UTF-16 by its mark
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be valid YAML: {error}") from None
+    loaded = read_yaml(path, "dataset_config")
     if not isinstance(loaded, list) or not loaded or not all(isinstance(item, dict) for item in loaded):
         raise ValueError(
             f"{path} must be a list of tables, each a mapping that begins with `- metadata_path:`, got "
