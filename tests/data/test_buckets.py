@@ -119,7 +119,8 @@ def test_uniform_sampling_without_a_crop_draws_nothing():
 # --- buckets ---------------------------------------------------------------------------------------------------------
 
 
-def test_of_two_buckets_the_second_may_fit_better():
+def test_one_bucket_fits_all_and_of_two_the_second_may_fit_better():
+    assert choose_bucket(row(), config()) == 0
     assert choose_bucket(row(48, 32), config(resolution_buckets=("32x48", "48x32"))) == 1
 
 
