@@ -88,6 +88,7 @@ from causal_wan.survey.row_checks import (
 )
 from causal_wan.survey.survey import BLACK_LUMA, STATIC_MOTION, Survey, count_reason
 from causal_wan.tables.table import Tables
+from causal_wan.video.facts import Traits
 from causal_wan.video.opening import describe_error
 
 
@@ -245,6 +246,7 @@ def strips(table: Tables, survey: Survey, indices: np.ndarray, config: Config) -
         try:
             video, _ = find_video(table_row)
             shown = {name: facts[name].item() for name in ("height", "width")}
+            shown["traits"] = Traits(int(facts["traits"]))
             row = Row(table_row.number, video, table_row.prompts, int(facts["frames"]), float(facts["rate"]), **shown)
             shape = clip_shapes(row, config.data)[-1]
             clip, _ = load_video(row, shape, config.data, seeded_generator(config.seed, RandomStream.CLIP, index))

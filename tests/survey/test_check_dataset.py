@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import ROOT, SCRIPT_ENV, write_clip
-from grey_videos import write_video
+from grey_videos import write_timed_video, write_video
 from PIL import Image
 
 from causal_wan.config.parsing import parse_config
@@ -386,6 +386,14 @@ def test_bars_of_a_histogram_have_round_edges_and_add_up():
 def test_reasons_are_counted_without_what_differs_from_file_to_file():
     assert generalize("5 frames, fewer than num_frames=81") == generalize("7 frames, fewer than num_frames=9")
     assert generalize("/a b/1.mp4 ends before frame 30, which") == "the file ends before frame …, which"
+
+
+def test_clips_whose_frame_rate_varies_are_counted_and_shown_by_time(folder):
+    write_timed_video(folder / "videos" / "varies.mp4", [*range(0, 1000, 100), *range(1000, 1300, 20)], size=(32, 48))
+    write_rows(folder, [("0.mp4", "a ball"), ("varies.mp4", "a wall")])
+    main(config(folder, frame_sampling="head"))
+    assert "Clips whose frame rate varies: 1. Frames are chosen by the time at which they are shown." in page(folder)
+    assert "25 frames of 32 × 48 → 17 of 32 × 48" in page(folder)
 
 
 # --- a million rows --------------------------------------------------------------------------------------------------
