@@ -27,6 +27,12 @@ KINDS = (
         "Clips whose header states another frame rate than their timestamps",
         "The timestamps are believed.",
     ),
+    Kind(
+        Traits.NON_SQUARE_PIXELS,
+        "Clips whose pixels are not square",
+        "They are scaled in width; sizes here and buckets are those after.",
+    ),
+    Kind(Traits.MIRRORED, "Clips that their header mirrors", "They are mirrored, as players do."),
 )
 
 

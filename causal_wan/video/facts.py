@@ -9,12 +9,14 @@ class Traits(enum.IntFlag):
 
     VARIABLE_RATE = 1  # frames are chosen by their timestamps
     OTHER_RATE = 2  # constant, but another than the header states
+    NON_SQUARE_PIXELS = 4
+    MIRRORED = 8  # as shown; as the header says
     UNKNOWN = 1 << 15  # of a file that is gone, and that was noted before traits were
 
 
 NO_TRAITS = Traits(0)
 # Frames of such files were chosen or shown otherwise before these traits were noted.
-CHANGED_TRAITS = Traits.VARIABLE_RATE | Traits.OTHER_RATE
+CHANGED_TRAITS = Traits.VARIABLE_RATE | Traits.OTHER_RATE | Traits.NON_SQUARE_PIXELS | Traits.MIRRORED
 
 
 class VideoFacts(NamedTuple):
