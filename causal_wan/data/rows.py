@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MAX_ERRORS_SHOWN = 20
 WARNINGS = {
+    Traits.LATE_KEY_FRAME: "do not begin with a key frame: they are read from the first one on",
     Traits.UNKNOWN: "are known from an older cache only: where the frame rate varies, pixels are not square or "
     "pictures are mirrored, the latents are wrong. Put the files in their place once to have that checked",
 }

@@ -32,6 +32,12 @@ KINDS = (
         "Clips whose pixels are not square",
         "They are scaled in width; sizes here and buckets are those after.",
     ),
+    Kind(
+        Traits.LATE_KEY_FRAME,
+        "Clips that do not begin with a key frame",
+        "They are read from the first one on, where players begin; what is before cannot be decoded.",
+        "Cut clips at key frames, or encode them anew.",
+    ),
     Kind(Traits.MIRRORED, "Clips that their header mirrors", "They are mirrored, as players do."),
 )
 

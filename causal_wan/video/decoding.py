@@ -30,7 +30,7 @@ def probe_video(video: Video, *, limits: VideoLimits = DEFAULT_LIMITS, as_shown:
         av.FFmpegError: If it is no video.
     """
     with open_video(video, limits) as (container, stream):
-        timing = read_timing(container, stream, limits)
+        timing = read_timing(video, container, stream, limits)
         if not timing.num_frames:
             raise ValueError("the video has no frames")
         traits, size = timing.traits, shown_size(stream, limits)

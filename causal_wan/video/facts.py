@@ -11,6 +11,7 @@ class Traits(enum.IntFlag):
     OTHER_RATE = 2  # constant, but another than the header states
     NON_SQUARE_PIXELS = 4
     MIRRORED = 8  # as shown; as the header says
+    LATE_KEY_FRAME = 16  # begins with frames that nothing decodes
     UNKNOWN = 1 << 15  # of a file that is gone, and that was noted before traits were
 
 

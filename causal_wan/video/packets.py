@@ -26,9 +26,17 @@ def read_packets(
 def read_frames(
     container: av.container.InputContainer, stream: av.video.stream.VideoStream, limits: VideoLimits
 ) -> Iterator[av.VideoFrame]:
-    """Frames of a stream, as long as the limits allow."""
-    num_frames = 0
+    """Frames of a stream from its first key frame on, as long as the limits allow.
+
+    Raises:
+        ValueError: If there is no key frame, a frame does not decode, or the limits are reached.
+    """
+    num_frames, num_skipped, has_begun = 0, 0, False
     for packet in read_packets(container, stream, limits):
+        has_begun |= packet.is_keyframe
+        if packet.size and not has_begun:  # decoders drop these, or fill in grey
+            num_skipped += 1
+            continue
         try:
             frames = packet.decode()
         except av.FFmpegError as error:
@@ -41,3 +49,5 @@ def read_frames(
             _check_frames(num_frames, limits)
             _check_pixels(frame.height, frame.width, limits)
             yield frame
+    if num_skipped and not has_begun:
+        raise ValueError("the video has no key frame, without which no frame can be decoded; encode it anew")

@@ -4,8 +4,9 @@ The header of an mp4 lists when each frame is decoded, so a constant rate costs 
 clip of 100 frames, with or without it). Other containers have no such list, and their packets are read to be counted.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import av
@@ -14,7 +15,7 @@ import numpy as np
 from causal_wan.video.facts import NO_TRAITS, Traits
 from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
 from causal_wan.video.opening import Video, _check_frames, _check_seconds, open_video
-from causal_wan.video.packets import read_packets
+from causal_wan.video.packets import read_frames, read_packets
 
 
 UNKNOWN_RATE = 16.0  # of files that neither state one nor have timestamps
@@ -54,28 +55,51 @@ def read_frame_times(video: Video, *, limits: VideoLimits = DEFAULT_LIMITS) -> n
         ValueError, av.FFmpegError: As `probe_video`.
     """
     with open_video(video, limits) as (container, stream):
-        timing = read_timing(container, stream, limits)
+        timing = read_timing(video, container, stream, limits)
     return np.arange(timing.num_frames) / timing.frame_rate if timing.times is None else timing.times
 
 
 def read_timing(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, limits: VideoLimits
+    video: Video, container: av.container.InputContainer, stream: av.video.stream.VideoStream, limits: VideoLimits
 ) -> Timing:
     """When the frames of a video are shown that has just been opened.
 
-    Clips that were cut without encoding anew hold frames that an edit list hides; they are none of these.
+    Clips that were cut without encoding anew hold frames that an edit list hides; they are none of these. Nor are
+    frames that cannot be decoded, because the first key frame comes after them: players begin there, too. Only such
+    files are decoded to be counted.
     """
-    rate = float(stream.average_rate or 0)
-    if _is_constant_by_header(stream, rate):
+    rate, end = float(stream.average_rate or 0), _end_by_header(container, stream)
+    packets = (packet for packet in read_packets(container, stream, limits) if packet.size)
+    first = list(itertools.islice(packets, 2))
+    traits = NO_TRAITS if not first or first[0].is_keyframe else Traits.LATE_KEY_FRAME
+    if traits or _has_leading_frames(first):
+        stamps = _decoded_stamps(video, limits)
+    elif _is_constant_by_header(stream, rate):
         return Timing(stream.frames, rate)
-    stamps = []
-    for packet in read_packets(container, stream, limits):
-        if packet.size and not packet.is_discard:
-            stamps.append(Stamp(packet.pts, packet.dts, packet.duration))
-            _check_frames(len(stamps), limits)
-    timing = time_frames(stamps, rate or UNKNOWN_RATE, float(stream.time_base), end=_end_by_header(container, stream))
+    else:
+        stamps = []
+        for packet in itertools.chain(first, packets):
+            if not packet.is_discard:
+                stamps.append(Stamp(packet.pts, packet.dts, packet.duration))
+                _check_frames(len(stamps), limits)
+    timing = time_frames(stamps, rate or UNKNOWN_RATE, float(stream.time_base), end=end)
     _check_seconds((timing.num_frames - 1) / timing.frame_rate, limits)
-    return timing
+    return replace(timing, traits=timing.traits | traits)
+
+
+def _has_leading_frames(first: Sequence[av.Packet]) -> bool:
+    """Whether a frame to be shown before the first key frame follows it: what it was made from may be cut off."""
+    return (
+        len(first) == 2
+        and not first[1].is_discard
+        and None not in (stamps := [p.pts for p in first])
+        and (stamps[1] < stamps[0])
+    )
+
+
+def _decoded_stamps(video: Video, limits: VideoLimits) -> list[Stamp]:
+    with open_video(video, limits) as (container, stream):
+        return [Stamp(frame.pts, None, frame.duration) for frame in read_frames(container, stream, limits)]
 
 
 def _is_constant_by_header(stream: av.video.stream.VideoStream, rate: float) -> bool:
