@@ -74,7 +74,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from causal_wan.data.buckets import clip_shapes
 from causal_wan.data.clips import load_video
 from causal_wan.data.frames import min_num_frames, num_sampleable_frames
-from causal_wan.data.rows import Row, find_video, read_tables
+from causal_wan.data.rows import Row, describe_short_picture, find_video, read_tables
 from causal_wan.seeds import RandomStream, seeded_generator
 from causal_wan.survey.report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
 from causal_wan.survey.row_checks import (
@@ -221,8 +221,11 @@ def write_bad_rows(table: Tables, survey: Survey, records: RecordFile, path: Pat
             if facts["is_bad"]:
                 reason = records.read(facts)["error"]
             else:
+                wanted = min_num_frames(survey.config)
                 available = num_sampleable_frames(int(facts["frames"]), float(facts["rate"]), survey.config)
-                reason = f"{available} frames, fewer than num_frames={min_num_frames(survey.config)}"
+                reason = f"{available} frames, fewer than num_frames={wanted}"
+                if int(facts["traits"]) & Traits.PICTURE:
+                    reason = describe_short_picture(wanted)
             bad = entry(table, int(index), note=reason)
             writer.writerow([bad.number, bad.path, reason])
             count_reason(survey.reasons, reason)

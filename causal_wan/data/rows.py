@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ERRORS_SHOWN = 20
 WARNINGS = {
+    Traits.HIGH_DYNAMIC_RANGE: "are HDR (PQ or HLG): they are shown without tone mapping, pale; convert them to SDR",
+    Traits.INTERLACED: "are interlaced: moving edges are combed; deinterlace them",
     Traits.LATE_KEY_FRAME: "do not begin with a key frame: they are read from the first one on",
     Traits.UNKNOWN: "are known from an older cache only: where the frame rate varies, pixels are not square or "
     "pictures are mirrored, the latents are wrong. Put the files in their place once to have that checked",
@@ -220,8 +222,18 @@ def check_length(row: Row, wanted: int, config: DataConfig) -> None:
     """
     available = num_sampleable_frames(row.num_frames, row.frame_rate, config)
     if available < wanted and config.short_clips != "pad":
+        if row.traits & Traits.PICTURE:
+            raise ShortClipError(describe_short_picture(wanted))
         rate = "" if config.frame_sampling == "uniform" else f" at {config.frame_rate:g} frames a second"
         raise ShortClipError(f"{available} frames{rate}, fewer than num_frames={wanted} (see --short_clips)")
+
+
+def describe_short_picture(wanted: int) -> str:
+    """Why a picture is no clip of so many frames."""
+    return (
+        f"a picture and not a video that can be read as num_frames={wanted}: it has 1 frame, for --num_frames "
+        "1 or --frame_buckets 1 (see --short_clips)"
+    )
 
 
 def find_video(row: TableRow, manifest: FileManifest | None = None) -> tuple[Path | EmbeddedVideo, FileFacts | None]:

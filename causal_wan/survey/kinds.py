@@ -38,6 +38,24 @@ KINDS = (
         "They are read from the first one on, where players begin; what is before cannot be decoded.",
         "Cut clips at key frames, or encode them anew.",
     ),
+    Kind(
+        Traits.OTHER_STREAM,
+        "Files whose first video stream is not the best",
+        "The default stream is read, of several the one of most pixels; never cover art.",
+    ),
+    Kind(
+        Traits.HIGH_DYNAMIC_RANGE,
+        "HDR clips (PQ or HLG)",
+        "They are read without tone mapping, and look pale.",
+        "Convert them to SDR with FFmpeg's filters zscale and tonemap.",
+    ),
+    Kind(
+        Traits.INTERLACED,
+        "Interlaced clips",
+        "Both fields are shown at once, so moving edges are combed.",
+        "Deinterlace them with FFmpeg's filter bwdif.",
+    ),
+    Kind(Traits.PICTURE, "Pictures", "They are clips of one frame."),
     Kind(Traits.MIRRORED, "Clips that their header mirrors", "They are mirrored, as players do."),
 )
 

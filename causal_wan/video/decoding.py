@@ -3,17 +3,27 @@
 Shapes: T = frames, height, width in pixels.
 """
 
+import contextlib
+import functools
+import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import av
 import torch
+from av.video.reformatter import ColorTrc
 
 from causal_wan.video.facts import NO_TRAITS, Traits, VideoFacts
 from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
-from causal_wan.video.opening import Video, open_video
+from causal_wan.video.opening import PictureError, Video, open_video
 from causal_wan.video.packets import read_frames
+from causal_wan.video.pictures import read_picture
 from causal_wan.video.showing import display_matrix, is_mirrored, pixel_aspect, show_frame, shown_size
-from causal_wan.video.timing import read_timing
+from causal_wan.video.timing import UNKNOWN_RATE, read_timing
+
+
+HDR_TRANSFERS = {ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67}  # PQ and HLG
+PROGRESSIVE = 1  # FFmpeg's field orders: 0 is unknown, those above have two fields
 
 
 def probe_video(video: Video, *, limits: VideoLimits = DEFAULT_LIMITS, as_shown: bool = False) -> VideoFacts:
@@ -29,27 +39,43 @@ def probe_video(video: Video, *, limits: VideoLimits = DEFAULT_LIMITS, as_shown:
         ValueError: If it has no video stream, no frames, a codec that is not known, or asks for more than the limits.
         av.FFmpegError: If it is no video.
     """
-    with open_video(video, limits) as (container, stream):
-        timing = read_timing(video, container, stream, limits)
-        if not timing.num_frames:
-            raise ValueError("the video has no frames")
-        traits, size = timing.traits, shown_size(stream, limits)
-        if size != (stream.height, stream.width):
-            traits |= Traits.NON_SQUARE_PIXELS
+    try:
+        with open_video(video, limits) as (container, stream):
+            timing = read_timing(video, container, stream, limits)
+            if not timing.num_frames:
+                raise ValueError("the video has no frames")
+            traits, size = timing.traits | _traits_of(container, stream), shown_size(stream, limits)
+            if size != (stream.height, stream.width):
+                traits |= Traits.NON_SQUARE_PIXELS
+    except PictureError:
+        return VideoFacts(1, UNKNOWN_RATE, *read_picture(video, limits).shape[-2:], Traits.PICTURE)
     if as_shown:
-        size, is_mirrored = _look_at_first_frame(video, limits)
-        traits |= Traits.MIRRORED if is_mirrored else NO_TRAITS
+        size, more = _look_at_first_frame(video, limits)
+        traits |= more
     return VideoFacts(timing.num_frames, timing.frame_rate, *size, traits)
 
 
-def _look_at_first_frame(video: Video, limits: VideoLimits) -> tuple[tuple[int, int], bool]:
-    """Height and width as shown, and whether the file says to mirror it."""
+def _traits_of(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Traits:
+    """What the header tells of a stream."""
+    found = {
+        Traits.OTHER_STREAM: stream.index != container.streams.video[0].index,
+        Traits.HIGH_DYNAMIC_RANGE: stream.codec_context.color_trc in HDR_TRANSFERS,
+        Traits.INTERLACED: stream.codec_context.field_order > PROGRESSIVE,
+    }
+    return functools.reduce(operator.or_, (trait for trait, is_so in found.items() if is_so), NO_TRAITS)
+
+
+def _look_at_first_frame(video: Video, limits: VideoLimits) -> tuple[tuple[int, int], Traits]:
+    """Height and width as shown, and what a frame alone tells."""
     with open_video(video, limits) as (container, stream):
         aspect = pixel_aspect(stream)
         frame = next(read_frames(container, stream, limits), None)
         if frame is None:
             raise _end_error(video, 0)
-        return show_frame(frame, aspect, limits).shape[-2:], is_mirrored(display_matrix(frame))
+        traits = Traits.MIRRORED if is_mirrored(display_matrix(frame)) else NO_TRAITS
+        traits |= Traits.INTERLACED if frame.interlaced_frame else NO_TRAITS
+        traits |= Traits.HIGH_DYNAMIC_RANGE if frame.color_trc in HDR_TRANSFERS else NO_TRAITS
+        return show_frame(frame, aspect, limits).shape[-2:], traits
 
 
 def decode_frames(
@@ -76,16 +102,25 @@ def decode_frames(
     """
     wanted = Counter(indices.tolist())
     frames: list[torch.Tensor] = []
-    with open_video(video, limits) as (container, stream):
-        aspect = pixel_aspect(stream)
-        for index, frame in enumerate(read_frames(container, stream, limits)):
+    with contextlib.closing(_shown_frames(video, limits)) as shown:
+        for index, show in enumerate(shown):
             if index in wanted:
-                picture = show_frame(frame, aspect, limits)
                 # Left with the channels last, as they come: to move them takes as long as decoding.
-                frames += [transform(picture).movedim(0, -1)] * wanted[index]
+                frames += [transform(show()).movedim(0, -1)] * wanted[index]
             if len(frames) == len(indices):
                 return torch.stack(frames).movedim(-1, 1)
     raise _end_error(video, int(indices[-1]))
+
+
+def _shown_frames(video: Video, limits: VideoLimits) -> Iterator[Callable[[], torch.Tensor]]:
+    """What gives each frame, uint8 `(3, H, W)`, for those that are wanted."""
+    try:
+        with open_video(video, limits) as (container, stream):
+            aspect = pixel_aspect(stream)
+            for frame in read_frames(container, stream, limits):
+                yield functools.partial(show_frame, frame, aspect, limits)
+    except PictureError:
+        yield functools.partial(read_picture, video, limits)
 
 
 def _end_error(video: Video, index: int) -> ValueError:

@@ -12,12 +12,18 @@ class Traits(enum.IntFlag):
     NON_SQUARE_PIXELS = 4
     MIRRORED = 8  # as shown; as the header says
     LATE_KEY_FRAME = 16  # begins with frames that nothing decodes
+    OTHER_STREAM = 32  # not the first video stream of the file is read
+    HIGH_DYNAMIC_RANGE = 64
+    INTERLACED = 128
+    PICTURE = 256  # a clip of one frame
     UNKNOWN = 1 << 15  # of a file that is gone, and that was noted before traits were
 
 
 NO_TRAITS = Traits(0)
 # Frames of such files were chosen or shown otherwise before these traits were noted.
-CHANGED_TRAITS = Traits.VARIABLE_RATE | Traits.OTHER_RATE | Traits.NON_SQUARE_PIXELS | Traits.MIRRORED
+CHANGED_TRAITS = (
+    Traits.VARIABLE_RATE | Traits.OTHER_RATE | Traits.NON_SQUARE_PIXELS | Traits.MIRRORED | Traits.OTHER_STREAM
+)
 
 
 class VideoFacts(NamedTuple):

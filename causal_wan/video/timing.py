@@ -116,7 +116,8 @@ def _is_constant_by_header(stream: av.video.stream.VideoStream, rate: float) -> 
 
 def _end_by_header(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> float | None:
     """When the last frame goes, in seconds of its timestamps; packets of an mp4 last until the next is decoded."""
-    if stream.duration:
+    starts_by_edit_list = not stream.start_time  # else an mp4 states the time from its first frame to be decoded
+    if stream.duration and (starts_by_edit_list or "mp4" not in container.format.name):
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
     if container.duration and len(container.streams) == 1 and container.format.name.startswith("matroska"):
         return container.duration / av.time_base
@@ -172,7 +173,9 @@ def _times_of(stamps: Sequence[Stamp], rate: float, tick: float, end: float | No
     times = _fill_in(pts, rate)
     order = np.argsort(times, kind="stable")
     times = times[order]
-    hold = durations[order[-1:]] if end is None else end - times[-1:]
+    # What is shown last lasts until the next is decoded, which says nothing unless it is also decoded last.
+    own = durations[-1:] if len(order) and order[-1] == len(order) - 1 else durations[:0]
+    hold = own if end is None else end - times[-1:]
     return times - times[:1], float(np.nan_to_num(hold).sum())
 
 

@@ -59,7 +59,7 @@ def test_a_clip_without_a_first_key_frame_is_read_from_the_next_one(tmp_path, ca
 
 
 def test_a_clip_without_any_key_frame_is_a_bad_row(tmp_path):
-    write_cut(tmp_path / "clip.ts", 1, gop=100, ending="ts").rename(tmp_path / "clip.mp4")
+    write_cut(tmp_path / "clip.mov", 1, gop=100, ending="mov").rename(tmp_path / "clip.mp4")
     with pytest.raises(ValueError, match="the video has no key frame"):
         rows_of(tmp_path)
 

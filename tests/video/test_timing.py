@@ -105,6 +105,21 @@ def test_rates_are_constant_though_timestamps_are_rounded_jitter_or_begin_late(t
     assert facts.frame_rate == pytest.approx(39 / (times[-1] - times[0]) * 1000, rel=0.005)
 
 
+def test_fragments_end_with_their_last_frame(tmp_path):
+    """They have no edit list, and state a duration from the first frame to be decoded on."""
+    whole = write_timed_video(tmp_path / "whole.mp4", SLOW_THEN_FAST)
+    path = tmp_path / "clip.mp4"
+    with av.open(str(whole)) as source, av.open(str(path), "w", options={"movflags": "frag_keyframe"}) as container:
+        copy = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = copy
+                container.mux(packet)
+    facts = probe_video(path)
+    assert facts.num_frames == 25
+    assert 24 / facts.frame_rate == pytest.approx(1.28)
+
+
 def test_constant_rates_are_read_from_the_header_alone(tmp_path, monkeypatch):
     path = write_video(tmp_path / "clip.mp4")
     monkeypatch.setattr(timing, "time_frames", None)
