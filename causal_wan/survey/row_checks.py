@@ -31,13 +31,13 @@ from causal_wan.video.limits import VideoLimits
 from causal_wan.video.opening import Video, describe_error
 
 
-VERSION = 1  # of the records; those of another version are made anew
+VERSION = 2  # of the records; those of another version are made anew
 NUM_LOOKS = 8  # frames of a clip that are looked at, evenly spread
 LOOK_SIZE = 32  # pixels, both ways
 WHOLE_FILE_BYTES = 64 << 20  # larger files are told apart by their size, beginning and end
 CHUNK_ROWS = 16
 
-# What is kept in memory of a record: 60 bytes a row.
+# What is kept in memory of a record: 64 bytes a row.
 FACTS = np.dtype(
     [
         ("key", "u8"),
@@ -51,6 +51,7 @@ FACTS = np.dtype(
         ("luma", "f4"),  # mean brightness, 0 to 255
         ("motion", "f4"),  # change of brightness from look to look, where it is largest
         ("content", "u8"),  # hash of the file
+        ("traits", "u4"),  # `causal_wan.video.facts.Traits`
     ]
 )
 
@@ -96,10 +97,11 @@ class RowChecker:
         # The report tells which clips are short, and the size as shown is seen in decoding.
         config = replace(self.config, short_clips="pad", resolution_buckets=())
         try:
-            checked = check_row(row, config)
+            checked = check_row(row, config, as_shown=True)
             return {
                 "frames": checked.num_frames,
                 "rate": round(checked.frame_rate, 4),
+                "traits": int(checked.traits),
                 **look_at_file(checked.video),
                 **look_at_pictures(checked.video, checked.num_frames, self.config.limits),
             }
