@@ -48,6 +48,14 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def end_quietly(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """A `sys.excepthook` that says of Ctrl-C what it is, and nothing of where the program was."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped by Ctrl-C.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def parse_config(
     config_class: type[Config],
     argv: Sequence[str] | None = None,
@@ -59,7 +67,8 @@ def parse_config(
 
     Args:
         config_class: A `checked_dataclass`; those in it become groups of flags.
-        argv: The command line without the program's name; that of the process by default.
+        argv: The command line without the program's name; that of the process by default, which Ctrl-C then ends
+            with one line.
         description: Shown by `--help`.
         also_known: Settings of another script, which the recipe may hold and which are passed over.
 
@@ -68,7 +77,10 @@ def parse_config(
     """
     if not is_checked(config_class):
         raise TypeError(f"{config_class.__qualname__} must be a checked_dataclass; decorate it.")
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sys.excepthook = end_quietly
+        argv = sys.argv[1:]
+    argv = list(argv)
     with user_errors():
         argv = _canonical_flags(argv, config_class)
         argv, recipe_path = _pop_config_flag(argv)

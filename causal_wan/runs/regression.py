@@ -26,7 +26,7 @@ from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import check_video_size
 from causal_wan.processes import gather_lists, wait_for_all
 from causal_wan.progress import announced
-from causal_wan.records.checkpoints import check_output_dir
+from causal_wan.records.checkpoints import check_output_dir, list_checkpoints
 from causal_wan.records.metrics import STUDENT
 from causal_wan.records.tracker_libraries import resolve_trackers
 from causal_wan.records.trackers import Trackers
@@ -272,6 +272,12 @@ def finish_run(begun: BegunRun, *, complete: bool) -> None:
     begun.trackers.finish()
     wait_for_all()
     begun.accelerator.end_training()
+    if not complete and begun.accelerator.is_main_process:
+        kept = list_checkpoints(output_dir := begun.inputs.config.training.output_dir)
+        print(
+            f"stopped: {kept[-1] if kept else f'no checkpoint could be written to {output_dir}'}. To go on, run the "
+            "same command with --resume_from_checkpoint latest."
+        )
     if not complete:
         sys.exit(EXIT_STOPPED)
     if begun.uploads:
