@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.parsing import flat_dict, user_errors, write_recipe
@@ -27,7 +28,7 @@ from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import check_video_size
 from causal_wan.processes import gather_lists, wait_for_all
 from causal_wan.progress import announced
-from causal_wan.records.checkpoints import check_output_dir, list_checkpoints, step_of
+from causal_wan.records.checkpoints import check_is_no_checkpoint, check_output_dir, list_checkpoints, step_of
 from causal_wan.records.metrics import STUDENT
 from causal_wan.records.tracker_libraries import resolve_trackers
 from causal_wan.records.trackers import Trackers
@@ -115,6 +116,8 @@ def run_regression(
         prepare_held_out: Like prepare_batch, of held-out clips; None is the same.
     """
     with user_errors():
+        if config.model.generator_ckpt is not None and not Path(config.model.generator_ckpt, "transformer").is_dir():
+            check_is_no_checkpoint("generator_ckpt", config.model.generator_ckpt)
         check_generator_ckpt(config.model.generator_ckpt)
         check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
         resolve_trackers(config.training.report_to)
@@ -272,7 +275,8 @@ def save_result(begun: BegunRun, run: Run) -> None:
             except (OSError, SafetensorError) as error:
                 failure = describe_unsaved(output_dir, run.state.step, error)
     if accelerator.is_main_process:
-        print(failure or f"saved: generate.py --checkpoint {output_dir} --prompt '...'", file=failure and sys.stderr)
+        saved = f"saved: generate.py --checkpoint {output_dir} --prompt '...'"
+        tqdm.write(failure or saved, file=sys.stderr if failure else sys.stdout)  # beside the bar of steps
     if any(gather_lists([failure is not None])):
         sys.exit(1)
 
