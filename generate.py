@@ -15,6 +15,8 @@ than the run's, add `--local_attn_size 21 --sink_size 3`. With `--stream` the mp
 
 import contextlib
 import itertools
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,9 +177,10 @@ def main(config: Config) -> None:
     num_blocks = len(own) * len(pipeline.transformer.block_lengths(num_latent_frames))
     total = num_blocks * count_parts(settings)
     with tqdm(total=total, desc="steps", dynamic_ncols=True, disable=not state.is_main_process) as progress:
-        for number, (prompt, path) in own:
+        for count, (number, (prompt, path)) in enumerate(own):
             blocks = sample(pipeline, prompt, number, settings, config, given, progress)
-            first, rate = write_blocks(blocks, path, config, progress, count_parts(settings))
+            with saying_what_is_kept(path, count):
+                first, rate = write_blocks(blocks, path, config, progress, count_parts(settings))
             progress.write(f"{path}: first frames after {first:.2f} s, {rate:.1f} frames a second")
     wait_for_all()
     if state.is_main_process:
@@ -255,6 +258,17 @@ def sample(
     decoder = StreamingDecoder(pipeline.vae)
     for block in blocks:
         yield decoder.decode(block)[0]
+
+
+@contextlib.contextmanager
+def saying_what_is_kept(path: Path, num_whole: int) -> Iterator[None]:
+    """Ends the program with status 130 and a line if Ctrl-C does while a file is written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        there = f"{path} ends where it was" if path.is_file() else f"{path} was not begun"
+        print(f"stopped by Ctrl-C: {num_whole} video(s) are whole, {there}.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def count_parts(settings: SamplingSettings) -> int:

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -262,7 +263,7 @@ def _check_until_death(
 ) -> Iterator[list[dict[str, Any]]]:
     """Runs until there are no chunks, or a process dies; the rows without a record are then in `lost`."""
     running: dict[Future, list[NumberedRow]] = {}
-    with ProcessPoolExecutor(num_processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(num_processes, initializer=_begin_process) as pool:
         while not lost:
             for chunk in itertools.islice(chunks, 2 * num_processes - len(running)):
                 try:
@@ -281,9 +282,14 @@ def _check_until_death(
             lost += running[future]
 
 
+def _begin_process() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that collects the records
+
+
 def _check_alone(row: NumberedRow, checker: RowChecker) -> dict[str, Any]:
     """The record of one row, made in a process of its own."""
-    with ProcessPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(1, initializer=_begin_process) as pool:
         try:
             (record,) = pool.submit(checker, [row]).result()
             return record

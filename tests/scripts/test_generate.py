@@ -329,3 +329,22 @@ def test_weights_that_are_offloaded_come_before_inputs_are_put_beside_them(check
     assert latents.device.type == "cpu"
     vae.to("meta")
     assert decode_latents(vae, latents).device.type == "cpu"
+
+
+def test_ctrl_c_keeps_the_videos_that_are_whole_and_says_so(checkpoint, tmp_path, monkeypatch, capsys):
+    write, written = VideoWriter.write, []
+
+    def write_one(writer, frames):
+        written.append(frames)
+        if len(written) == 7:  # of five blocks each
+            raise KeyboardInterrupt
+        write(writer, frames)
+
+    monkeypatch.setattr(VideoWriter, "write", write_one)
+    (tmp_path / "prompts.txt").write_text("a ball\na cube\na cone\n")
+    files = ["--prompts_file", tmp_path / "prompts.txt", "--output", tmp_path / "videos"]
+    with pytest.raises(SystemExit) as stopped:
+        run_here(SCRIPT, "--checkpoint", checkpoint, *SIZE, *files, "--num_frame_per_block", 1)
+    assert stopped.value.code == 130
+    assert "stopped by Ctrl-C: 1 video(s) are whole" in capsys.readouterr().err
+    assert len(iio.imread(tmp_path / "videos" / "00.mp4", plugin="pyav")) == 17
