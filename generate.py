@@ -61,7 +61,8 @@ class Config:
     """Classifier-free guidance above 1: for students of any level, trained with --caption_dropout. Those of a step
     list are trained without."""
     video: LocalPath | None = None
-    """A video to continue: its last frames become the first blocks of the clip."""
+    """A video to continue: its last frames become the first blocks of the clip. A picture is a video of one frame, for
+    students whose first block is one frame."""
     num_video_frames: PositiveInt | None = None
     """How many of its frames; None is as many as make whole blocks, and at most half of the clip."""
     output: LocalPath = "out.mp4"
@@ -285,10 +286,7 @@ def read_frames_to_continue(
     """
     if config.video is None:
         return None
-    try:
-        frames = iio.imread(config.video, plugin="pyav")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"video must be a file that decodes, got {config.video}: {error}") from None
+    frames = read_frames(config.video)
     geometry = pipeline.geometry
     lengths = pipeline.transformer.block_lengths(geometry.num_latent_frames(settings.num_frames))
     whole_blocks = [geometry.num_frames(end) for end in itertools.accumulate(lengths)]
@@ -304,7 +302,22 @@ def read_frames_to_continue(
             f"video must have {count} frames or more to be continued, but {config.video} has {len(frames)}."
         )
     size = (settings.width, settings.height)
-    return [PIL.ImageOps.fit(PIL.Image.fromarray(frame), size) for frame in frames[-count:]]
+    return [PIL.ImageOps.fit(frame, size) for frame in frames[-count:]]
+
+
+def read_frames(path: str) -> list[PIL.Image.Image]:
+    """The frames of a video, or a picture as the only one, turned upright.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        with contextlib.suppress(PIL.UnidentifiedImageError), PIL.Image.open(path) as picture:
+            if picture.format == "MPO" or getattr(picture, "n_frames", 1) == 1:  # phones put small copies into an MPO
+                return [PIL.ImageOps.exif_transpose(picture).convert("RGB")]
+        return [PIL.Image.fromarray(frame) for frame in iio.imread(path, plugin="pyav")]
+    except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"video must be a video or a picture that decodes, got {path}: {error}") from None
 
 
 def read_prompts(config: Config) -> list[str]:

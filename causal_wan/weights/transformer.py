@@ -8,7 +8,7 @@ import torch
 from diffusers import BitsAndBytesConfig
 
 from causal_wan.blocks import CausalConfig
-from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.model.transformer import CausalWanTransformer3DModel, whole_config
 from causal_wan.progress import announced
 from causal_wan.weights.wan_names import WEIGHTS_SUFFIXES, read_state, strip_prefixes, to_diffusers
 
@@ -144,6 +144,6 @@ def save_transformer(
         RuntimeError: If the weights are not those of the configuration.
     """
     with torch.device("meta"):  # takes the weights as they are, without room for others
-        plain = type(transformer).from_config(transformer.config)
+        plain = type(transformer).from_config(whole_config(transformer))
     plain.load_state_dict(weights, assign=True)
     plain.save_pretrained(folder)

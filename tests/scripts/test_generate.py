@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from causal_wan.model.vae import decode_latents, encode_videos
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.video.writing import VideoWriter
 from causal_wan.weights.parts import load_text_encoder, load_vae
+from generate import read_frames
 
 
 SCRIPT = "generate.py"
@@ -167,6 +169,29 @@ def test_a_video_is_continued(checkpoint, clips, generate):
     for wrong in (33, 6):
         with pytest.raises(SystemExit):
             generate(checkpoint, *flags, "--num_video_frames", wrong)
+
+
+@pytest.mark.parametrize("name", ["first.jpg", "first.png", "first.webp", "first.mp4"])
+def test_a_picture_is_a_video_of_one_frame_to_continue(checkpoint, generate, tmp_path, name):
+    picture = np.full((64, 96, 3), (200, 60, 30), np.uint8)
+    path = tmp_path / name
+    if name.endswith("mp4"):
+        iio.imwrite(path, picture[None], plugin="pyav", codec="libx264", fps=16)
+    else:
+        PIL.Image.fromarray(picture).save(path)
+    flags = ["--num_frame_per_block", 1, "--video", path]
+    one, other = (generate(checkpoint, *flags, "--seed", seed) for seed in (0, 1))
+    assert np.array_equal(one[0], other[0])  # given
+    assert not np.array_equal(one[1:], other[1:])
+
+
+def test_a_picture_is_turned_as_the_phone_was_held(tmp_path):
+    picture = PIL.Image.fromarray(np.zeros((40, 60, 3), np.uint8))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "phone.jpg", exif=exif)
+    (frame,) = read_frames(str(tmp_path / "phone.jpg"))
+    assert frame.size == (40, 60)
 
 
 def test_adapters_and_guidance_change_the_video(checkpoint, generate, tmp_path):
