@@ -150,6 +150,11 @@ class RunRecord:
         return self.folder is not None and (self.folder / LORA_WEIGHTS_NAME).is_file()
 
     @property
+    def weights(self) -> str | None:
+        """Where its transformer is, or what a LoRA's is; None is in the base model."""
+        return str(self.folder) if self.has_transformer else self.model.generator_ckpt
+
+    @property
     def causal(self) -> CausalConfig:
         """Its blocks, and what they see."""
         return self.method.causal

@@ -36,6 +36,7 @@ from causal_wan.runs.data import RunData, load_run_data
 from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
 from causal_wan.runs.metrics import summarize
 from causal_wan.runs.parts import (
+    check_checkpoint,
     make_student,
     make_vae,
     save_student,
@@ -115,6 +116,7 @@ def run_regression(
     """
     with user_errors():
         check_generator_ckpt(config.model.generator_ckpt)
+        check_checkpoint(config.model, config.model.generator_ckpt)
         check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
         resolve_trackers(config.training.report_to)
         check_precision(config.training.mixed_precision)

@@ -10,7 +10,9 @@ from diffusers import BitsAndBytesConfig
 from causal_wan.blocks import CausalConfig
 from causal_wan.model.transformer import CausalWanTransformer3DModel, whole_config
 from causal_wan.progress import announced
-from causal_wan.weights.wan_names import WEIGHTS_SUFFIXES, read_state, strip_prefixes, to_diffusers
+from causal_wan.weights.kinds import check_weights
+from causal_wan.weights.parts import find_transformer
+from causal_wan.weights.wan_names import WEIGHTS_SUFFIXES, read_shapes, read_state, strip_prefixes, to_diffusers
 
 
 def load_transformer(
@@ -42,7 +44,7 @@ def load_transformer(
         ValueError: If `generator_ckpt` does not fit; names the first keys that do not.
     """
     settings = {} if causal is None else causal.as_dict()
-    where = _find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
+    where = find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
     if empty:
         return _empty_transformer(where, dtype, settings)
     with announced(f"loading the transformer of {where['pretrained_model_name_or_path']}"):
@@ -65,16 +67,8 @@ def load_transformer_config(
 ) -> dict[str, Any]:
     """The configuration of what `load_transformer` loads."""
     return CausalWanTransformer3DModel.load_config(
-        **_find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
+        **find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
     )
-
-
-def _find_transformer(checkpoint: str, generator_ckpt: str | None, revision: str | None) -> dict[str, str | None]:
-    """Where the transformer lies: what `from_pretrained` and `load_config` want to know."""
-    if generator_ckpt is not None and Path(generator_ckpt).is_dir():
-        subfolder = "transformer" if (Path(generator_ckpt) / "transformer").is_dir() else ""
-        return {"pretrained_model_name_or_path": generator_ckpt, "subfolder": subfolder, "revision": None}
-    return {"pretrained_model_name_or_path": checkpoint, "subfolder": "transformer", "revision": revision}
 
 
 def _empty_transformer(
@@ -97,7 +91,8 @@ def check_generator_ckpt(generator_ckpt: str | None) -> None:
     """Checks, before anything is loaded, that a path can hold a generator.
 
     Raises:
-        ValueError: If it does not exist, or is neither a transformer folder nor a safetensors file.
+        ValueError: If it does not exist, or is neither a transformer folder nor a file of weights; if it is a file of
+            weights of another kind than WAN's text-to-video.
     """
     if generator_ckpt is None:
         return
@@ -110,6 +105,7 @@ def check_generator_ckpt(generator_ckpt: str | None) -> None:
             f"in it) or a .safetensors or .pt file, got {generator_ckpt!r}"
             + (", which does not exist." if not path.exists() else ".")
         )
+    check_weights(generator_ckpt, read_shapes(path))
 
 
 def load_generator_file(transformer: CausalWanTransformer3DModel, path: str) -> None:
