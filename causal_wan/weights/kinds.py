@@ -10,7 +10,7 @@ from diffusers.configuration_utils import ConfigMixin
 
 from causal_wan.geometry import WAN, LatentGeometry
 from causal_wan.weights.parts import find_transformer
-from causal_wan.weights.wan_names import strip_prefixes
+from causal_wan.weights.wan_names import read_shapes, strip_prefixes
 
 
 TEXT_TO_VIDEO = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan-AI/Wan2.1-T2V-14B-Diffusers or Wan-AI/Wan2.2-TI2V-5B-Diffusers"
@@ -46,6 +46,8 @@ def check_base(base: str, *, generator_ckpt: str | None = None, revision: str | 
     transformer = _read_config(WanTransformer3DModel, **where) or {}
     vae = _read_config(AutoencoderKLWan, base, "vae", revision)
     check_kind(where["pretrained_model_name_or_path"], transformer, vae, _read_index(**where))
+    if generator_ckpt is not None and Path(generator_ckpt).is_file():
+        check_weights(generator_ckpt, read_shapes(generator_ckpt))
     return LatentGeometry.of(vae or {}, transformer)
 
 

@@ -10,9 +10,8 @@ from diffusers import BitsAndBytesConfig
 from causal_wan.blocks import CausalConfig
 from causal_wan.model.transformer import CausalWanTransformer3DModel, whole_config
 from causal_wan.progress import announced
-from causal_wan.weights.kinds import check_weights
 from causal_wan.weights.parts import find_transformer
-from causal_wan.weights.wan_names import WEIGHTS_SUFFIXES, read_shapes, read_state, strip_prefixes, to_diffusers
+from causal_wan.weights.wan_names import WEIGHTS_SUFFIXES, read_state, strip_prefixes, to_diffusers
 
 
 def load_transformer(
@@ -91,8 +90,7 @@ def check_generator_ckpt(generator_ckpt: str | None) -> None:
     """Checks, before anything is loaded, that a path can hold a generator.
 
     Raises:
-        ValueError: If it does not exist, or is neither a transformer folder nor a file of weights; if it is a file of
-            weights of another kind than WAN's text-to-video.
+        ValueError: If it does not exist, or is neither a transformer folder nor a file of weights.
     """
     if generator_ckpt is None:
         return
@@ -105,7 +103,6 @@ def check_generator_ckpt(generator_ckpt: str | None) -> None:
             f"in it) or a .safetensors or .pt file, got {generator_ckpt!r}"
             + (", which does not exist." if not path.exists() else ".")
         )
-    check_weights(generator_ckpt, read_shapes(path))
 
 
 def load_generator_file(transformer: CausalWanTransformer3DModel, path: str) -> None:

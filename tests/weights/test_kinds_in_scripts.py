@@ -10,7 +10,6 @@ from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from safetensors.torch import save_file
 
 from causal_wan.weights.kinds import check_base
-from causal_wan.weights.transformer import check_generator_ckpt
 from causal_wan.weights.wan_names import to_original
 
 
@@ -116,23 +115,24 @@ def weights(tmp_path_factory):
         ("clip.safetensors", "image-to-video model that sees its picture"),
     ],
 )
-def test_files_of_weights_are_told_by_names_and_shapes(weights, name, message, tmp_path, capsys):
+def test_files_of_weights_are_told_by_names_and_shapes(weights, name, message, checkpoint, tmp_path, capsys):
     with pytest.raises(ValueError, match=message):
-        check_generator_ckpt(str(weights / name))
+        check_base(str(checkpoint), generator_ckpt=str(weights / name))
     for flags in (["--output", tmp_path / "folder"], ["--output", tmp_path / "own.safetensors", "--to", "original"]):
         with pytest.raises(SystemExit):
             run_here("convert_checkpoint.py", "--input", weights / name, "--attention_head_dim", 24, *flags)
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run_here("generate.py", "--checkpoint", weights / name, "--prompt", "a", "--output", tmp_path / "video.mp4")
-    assert message in capsys.readouterr().err
+    for more in ([], ["--pretrained_model_name_or_path", checkpoint]):
+        with pytest.raises(SystemExit):
+            run_here("generate.py", "--checkpoint", weights / name, "--prompt", "a", *more)
+        assert message in capsys.readouterr().err
 
 
-def test_a_file_of_weights_that_is_cut_off_is_named(weights, tmp_path):
+def test_a_file_of_weights_that_is_cut_off_is_named(weights, checkpoint, tmp_path):
     content = (weights / "vace.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(content[:1000])
     with pytest.raises(ValueError, match="cut.safetensors must be a safetensors file that is whole"):
-        check_generator_ckpt(str(tmp_path / "cut.safetensors"))
+        check_base(str(checkpoint), generator_ckpt=str(tmp_path / "cut.safetensors"))
 
 
 def test_a_second_expert_without_an_index_is_seen(kinds, tmp_path):
