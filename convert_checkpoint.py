@@ -60,6 +60,7 @@ from causal_wan.results.export import export_pipeline
 from causal_wan.results.run_record import RunRecord, base_of, find_run
 from causal_wan.results.student import resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.weights.kinds import check_base, check_weights
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, save_lora
 from causal_wan.weights.lora_names import find_lora, lora_file, read_lora
 from causal_wan.weights.transformer import load_transformer, save_transformer
@@ -104,7 +105,11 @@ def convert_weights(config: Config) -> None:
     if config.to == "kohya":
         raise ValueError(f"--to kohya must be of a LoRA, but {config.input} is none; use --to original or comfyui.")
     output = check_output(config, (".safetensors", ".pt"))
-    state = to_diffusers(read_weights_of(Path(config.input), average=config.use_ema))
+    if Path(config.input).is_dir():
+        check_base(config.input, generator_ckpt=config.input)
+    weights = read_weights_of(Path(config.input), average=config.use_ema)
+    check_weights(config.input, {name: weight.shape for name, weight in weights.items()})
+    state = to_diffusers(weights)
     if config.to == "diffusers":
         architecture = infer_architecture(state, config.attention_head_dim)
         with torch.device("meta"):
@@ -165,7 +170,7 @@ def make_pipeline(config: Config) -> None:
     base, revision = base_of(config.input, run)
     if output.exists():
         raise ValueError(f"output must be a new folder, but {output} exists.")
-    student = Path(config.input)
+    settings, student = resolve_settings(run, student=config.input), Path(config.input)
     if (student / "transformer").is_dir():
         shutil.copytree(student / "transformer", output / "transformer")
     else:
@@ -173,7 +178,6 @@ def make_pipeline(config: Config) -> None:
         if (student / LORA_WEIGHTS_NAME).is_file():
             fuse_lora(transformer, student)
         transformer.save_pretrained(output / "transformer")
-    settings = resolve_settings(run, student=config.input)
     export_pipeline(
         base,
         output,

@@ -63,7 +63,8 @@ class Config:
     """Classifier-free guidance above 1: for students of any level, trained with --caption_dropout. Those of a step
     list are trained without."""
     video: LocalPath | None = None
-    """A video to continue: its last frames, at --frame_rate, become the first blocks of the clip."""
+    """A video to continue: its last frames, at --frame_rate, become the first blocks of the clip. A picture is a video
+    of one frame, for students whose first block is one frame."""
     num_video_frames: PositiveInt | None = None
     """How many of its frames; None is as many as make whole blocks, and at most half of the clip."""
     output: LocalPath = "out.mp4"

@@ -108,12 +108,13 @@ from causal_wan.model.vae import check_video_size
 from causal_wan.processes import PATIENCE, gather_lists
 from causal_wan.progress import show_progress
 from causal_wan.results.teacher import Teacher, find_teacher, identify_teacher, load_teacher
-from causal_wan.runs.parts import weight_dtype
+from causal_wan.runs.parts import check_checkpoint, weight_dtype
 from causal_wan.runs.prompt_embeddings import embed_prompts
 from causal_wan.sampling.trajectories import sample_trajectories, trajectory_timesteps
 from causal_wan.tables.prompts import read_prompts_file
 from causal_wan.training.stopping import EXIT_STOPPED, StopRequest
 from causal_wan.training.strategies import beside_fp8
+from causal_wan.weights.kinds import check_base
 from causal_wan.weights.parts import DTYPES, load_vae_config
 
 
@@ -122,9 +123,11 @@ def main(config: Config) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s")
     with user_errors():
         teacher_timesteps(config)  # may not fit
-        prompts = find_prompts(config)
         base = config.model.pretrained_model_name_or_path
+        check_checkpoint(config.model)
+        prompts = find_prompts(config)
         teacher = find_teacher(config.teacher or base, base, config.model.revision)
+        check_base(teacher.base, generator_ckpt=teacher.generator_ckpt, revision=teacher.revision)
         check_blocks(config, teacher)
         check_text_length(config, teacher)
     accelerator = Accelerator(

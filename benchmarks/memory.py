@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py                     # this machine, a small model
     python benchmarks/memory.py --size 1.3b         # one GPU, WAN 1.3B at 81 x 480 x 832, random weights
-    python benchmarks/memory.py --plan              # WAN 1.3B and 14B on 24, 48, 80 GB and on 8 x 80 GB, no GPU needed
+    python benchmarks/memory.py --plan              # WAN 1.3B, 5B and 14B on 24, 48, 80 GB and on 8 GPUs, none needed
 
 Peaks are those of the allocator on a GPU, and of all storages of tensors alive at once on a CPU, where passes are in
 float32. Times are relative to the first row, measured in the same run: on shared machines seconds say little.
@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from causal_wan.blocks import CausalConfig
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.ranges import PositiveInt, checked_dataclass
 from causal_wan.config.settings import MemoryConfig, TrainingConfig
-from causal_wan.geometry import WAN
+from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.levers import (
     cut_up_vae,
     enable_gradient_checkpointing,
@@ -70,13 +70,40 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_frame_per_block": 1,
     },
     "1.3b": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
+    "5b": {
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "ffn_dim": 14336,
+        "num_layers": 30,
+        "in_channels": 48,
+        "out_channels": 48,
+        "independent_first_frame": True,
+    },
     "14b": {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40},
 }
 ARCHITECTURES = {
     name: {"in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "num_frame_per_block": 3} | own
     for name, own in ARCHITECTURES.items()
 }
-CLIPS = {"small": (17, 128, 128), "1.3b": (81, 480, 832), "14b": (81, 480, 832)}
+CLIPS = {"small": (17, 128, 128), "1.3b": (81, 480, 832), "5b": (121, 704, 1280), "14b": (81, 480, 832)}
+WAN_2_2_VAE = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+}
+VAES: dict[str, dict[str, Any]] = {"small": {}, "1.3b": {}, "5b": WAN_2_2_VAE, "14b": {}}
 UMT5_XXL = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
 
 RECOMPUTED = MemoryConfig(gradient_checkpointing=True)
@@ -112,7 +139,7 @@ class Config:
 
     plan: bool = False
     """Compute what fits where, and measure nothing."""
-    size: Literal["small", "1.3b", "14b"] = "small"
+    size: Literal["small", "1.3b", "5b", "14b"] = "small"
     """Architecture and clip."""
     num_steps: PositiveInt = 5
     """Timed steps of each row, after two that warm up; their median counts."""
@@ -128,6 +155,17 @@ class Measured:
     peak: int
     planned: int
     seconds: float
+
+
+def vae_config_of(size: str) -> dict[str, Any]:
+    """All that the config.json of a size's VAE says."""
+    with torch.device("meta"):
+        return dict(AutoencoderKLWan(**VAES[size]).config)
+
+
+def latent_shape_of(size: str) -> tuple[int, int, int, int]:
+    """(C, F, H, W) of a size's clips."""
+    return LatentGeometry.of(vae_config_of(size), ARCHITECTURES[size]).latent_shape(*CLIPS[size])
 
 
 def build(workload: Workload, device: torch.device) -> CausalWanTransformer3DModel:
@@ -183,13 +221,13 @@ def measure_step(workload: Workload, device: torch.device, num_steps: int) -> Me
     return Measured(peak, plan_training(workload).peak, seconds_of(step, device, num_steps))
 
 
-def measure_encoding(memory: MemoryConfig, video_shape: tuple[int, ...], device: torch.device, num: int) -> Measured:
-    """Encoding two clips with WAN 2.1's VAE, random weights."""
+def measure_encoding(memory: MemoryConfig, size: str, device: torch.device, num: int) -> Measured:
+    """Encoding two clips with WAN's VAE, random weights."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    vae = AutoencoderKLWan().to(dtype=dtype).eval()
+    vae = AutoencoderKLWan(**VAES[size]).to(dtype=dtype).eval()
     vae.to("cpu" if memory.offload_vae else device)
     cut_up_vae(vae, memory)
-    videos = torch.zeros(2, 3, *video_shape, device=device)
+    videos = torch.zeros(2, 3, *CLIPS[size], device=device)
 
     def encode() -> None:
         with on_device(vae, device):
@@ -197,7 +235,7 @@ def measure_encoding(memory: MemoryConfig, video_shape: tuple[int, ...], device:
 
     waiting = [] if memory.offload_vae else list(vae.parameters())
     peak = peak_of(encode, device, [videos, *waiting])
-    weights, encoding = plan_encoding(dict(vae.config), (2, *video_shape), dtype=dtype, memory=memory)
+    weights, encoding = plan_encoding(dict(vae.config), (2, *CLIPS[size]), dtype=dtype, memory=memory)
     return Measured(peak, weights + encoding, seconds_of(encode, device, num))
 
 
@@ -228,12 +266,10 @@ def measure_sampling(memory: MemoryConfig, workload: Workload, device: torch.dev
     return Measured(peak, plan.weights + plan.validation.sampling, seconds_of(sample, device, num))
 
 
-def measure_decoding(
-    memory: MemoryConfig, latent_shape: tuple[int, int, int, int], device: torch.device, num: int
-) -> Measured:
-    """Decoding a video with WAN 2.1's VAE, random weights."""
+def measure_decoding(memory: MemoryConfig, size: str, device: torch.device, num: int) -> Measured:
+    """Decoding a video with WAN's VAE, random weights."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    vae = AutoencoderKLWan().to(device, dtype).eval()
+    vae, latent_shape = AutoencoderKLWan(**VAES[size]).to(device, dtype).eval(), latent_shape_of(size)
     cut_up_vae(vae, memory)
     latents = torch.zeros(1, *latent_shape, device=device)
 
@@ -282,14 +318,14 @@ def measure(config: Config) -> str:
     workload = Workload(
         dtype=dtype,
         architecture=ARCHITECTURES[config.size],
-        latent_shape=WAN.latent_shape(num_frames, height, width),
+        latent_shape=latent_shape_of(config.size),
     )
     rows = {
         name: try_to_measure(measure_step, replace(workload, **changes), device, config.num_steps)
         for name, changes in STEP_LEVERS.items()
     }
     encoding = {
-        name: try_to_measure(measure_encoding, memory, CLIPS[config.size], device, config.num_steps)
+        name: try_to_measure(measure_encoding, memory, config.size, device, config.num_steps)
         for name, memory in VAE_LEVERS.items()
     }
     sampling = {
@@ -297,7 +333,7 @@ def measure(config: Config) -> str:
         for name, memory in SAMPLING_LEVERS.items()
     }
     decoding = {
-        name: try_to_measure(measure_decoding, memory, workload.latent_shape, device, config.num_steps)
+        name: try_to_measure(measure_decoding, memory, config.size, device, config.num_steps)
         for name, memory in DECODING_LEVERS.items()
     }
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()})"
@@ -379,30 +415,34 @@ def describe_fit(plan: MemoryPlan) -> str:
     return f"{needed[0]:.0f} | {needed[1]:.0f} | {card}"
 
 
-def plan() -> str:
+def plan(sizes: Sequence[str] = ("1.3b", "5b", "14b")) -> str:
     """The table of what fits where, as Markdown, for runs with VAE and text encoder in bf16."""
-    vae_config, text_encoder = dict(AutoencoderKLWan().config), text_encoder_bytes(UMT5_XXL, torch.bfloat16)
-
-    def describe(workload: Workload) -> str:
-        with_encoders = with_vae(plan_training(workload), vae_config, dtype=torch.bfloat16, video_shape=CLIPS["1.3b"])
-        return describe_fit(replace(with_encoders, text_encoder=text_encoder))
-
     lines = [
         "| model | trained | 1 GPU: step | validation | fits | 8 GPUs, FSDP2: step | validation | fits |",
         "|---|---|---:|---:|---|---:|---:|---|",
     ]
-    latent_shape = WAN.latent_shape(*CLIPS["1.3b"])
-    validation = ValidationWorkload(latent_shape=latent_shape, measures_loss=True)
-    for size in ("1.3b", "14b"):
+    for size in sizes:
+        latent_shape = latent_shape_of(size)
+        validation = ValidationWorkload(latent_shape=latent_shape, measures_loss=True)
         for name, changes in PLANNED_LEVERS.items():
             workload = Workload(
                 architecture=ARCHITECTURES[size], latent_shape=latent_shape, validation=validation, **changes
             )
             sharded = replace(workload, sharding="weights", num_shards=NUM_SHARDS)
             not_sharded = workload.memory.quantize_base or workload.optimizer == "adamw8bit"
-            cells = [describe(workload), "| | not with FSDP2" if not_sharded else describe(sharded)]
+            cells = [
+                describe_workload(size, workload),
+                "| | not with FSDP2" if not_sharded else describe_workload(size, sharded),
+            ]
             lines.append(f"| {size.upper()} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def describe_workload(size: str, workload: Workload) -> str:
+    """The need of a run with VAE and text encoder."""
+    config = vae_config_of(size)
+    plan = with_vae(plan_training(workload), config, dtype=torch.bfloat16, video_shape=CLIPS[size])
+    return describe_fit(replace(plan, text_encoder=text_encoder_bytes(UMT5_XXL, torch.bfloat16)))
 
 
 if __name__ == "__main__":

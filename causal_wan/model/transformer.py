@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
@@ -117,7 +117,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             transformer: Its config may hold the causal settings, as that of a saved causal transformer does.
         """
         with torch.device("meta"):
-            causal = cls.from_config(transformer.config)
+            causal = cls.from_config(whole_config(transformer))
         for name, module in transformer.named_children():
             setattr(causal, name, module)
         causal.scale_shift_table = transformer.scale_shift_table
@@ -327,6 +327,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             for time, table in zip(in_time, rope(one_frame), strict=True)
         )
         return cos, sin
+
+
+def whole_config(model: ConfigMixin) -> dict[str, Any]:
+    """All settings of a model, as they are, to make another of: `from_config` passes over what has once been default.
+
+    diffusers notes which settings nobody gave, and goes by that note even if they are changed afterwards.
+    """
+    return {name: value for name, value in model.config.items() if name != "_use_default_values"}
 
 
 def _num_timestep_groups(timestep: torch.Tensor, num_frames: int, num_tokens: int) -> int:

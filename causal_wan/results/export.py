@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -85,10 +86,21 @@ def export_pipeline(
         raise ValueError(f"the base must be a whole WAN pipeline in diffusers format, but {base} lacks {missing}.")
     for part in PARTS:
         shutil.copytree(source / part, target / part)  # follows the links of the hub's cache
-    index = json.loads((source / "model_index.json").read_text())
-    index |= {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    index = make_index(json.loads((source / "model_index.json").read_text()))
     index |= {"denoising_step_list": list(denoising_step_list), "sampler": sampler}
     index |= {"max_sequence_length": max_sequence_length}
-    index.pop("_name_or_path", None)
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     write_pipeline_file(target)
+
+
+def make_index(of_base: dict[str, Any]) -> dict[str, Any]:
+    """The base's model_index.json for a folder with `PARTS` and a transformer, and nothing else of the base in it."""
+    settings = {name: value for name, value in of_base.items() if name in PARTS or not _is_part(value)}
+    settings.pop("_name_or_path", None)
+    of_student = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    return settings | of_student | {"transformer_2": [None, None], "boundary_ratio": None}
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a value of a model_index.json names a library and a class."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str | None) for name in value)

@@ -21,6 +21,7 @@ from causal_wan.config.settings import (
 from causal_wan.data.settings import DataConfig
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.records.checkpoints import check_is_no_checkpoint
+from causal_wan.weights.kinds import check_weights
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 from causal_wan.weights.transformer import check_generator_ckpt
 from causal_wan.weights.wan_names import WEIGHTS_SUFFIXES, infer_architecture, read_state, to_diffusers
@@ -159,6 +160,11 @@ class RunRecord:
         return self.folder is not None and (self.folder / LORA_WEIGHTS_NAME).is_file()
 
     @property
+    def weights(self) -> str | None:
+        """Where its transformer is, or what a LoRA's is; None is in the base model."""
+        return str(self.folder) if self.has_transformer else self.model.generator_ckpt
+
+    @property
     def causal(self) -> CausalConfig:
         """Its blocks, and what they see."""
         return self.method.causal
@@ -213,7 +219,9 @@ def _group(config_class: type[Settings], settings: dict[str, Any], names: Collec
 
 def _base_of_size(path: Path) -> str:
     """The model of WAN's that a file of weights has the size of."""
-    architecture = infer_architecture(to_diffusers(read_state(path)))
+    state = read_state(path)
+    check_weights(str(path), {name: weight.shape for name, weight in state.items()})
+    architecture = infer_architecture(to_diffusers(state))
     size = (architecture["num_attention_heads"] * architecture["attention_head_dim"], architecture["in_channels"])
     if size not in BASES:
         raise ValueError(

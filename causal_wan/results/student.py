@@ -10,6 +10,7 @@ import torch
 from causal_wan.config.settings import CheckpointConfig, KVCacheDtype, MemoryConfig
 from causal_wan.data.settings import DataConfig
 from causal_wan.flow import choose_sampling
+from causal_wan.geometry import LatentGeometry
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -17,6 +18,7 @@ from causal_wan.progress import announced
 from causal_wan.results.run_record import RunRecord, base_of
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.timesteps import Sampler, check_denoising_step_list
+from causal_wan.weights.kinds import check_base
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 from causal_wan.weights.parts import DTYPES, load_vae
 from causal_wan.weights.transformer import load_transformer
@@ -72,8 +74,11 @@ def resolve_settings(
         kv_cache_dtype: See `causal_wan.config.settings.MemoryConfig`.
 
     Raises:
-        ValueError: If ways of sampling are given that exclude each other.
+        ValueError: If ways of sampling are given that exclude each other; if the student is of another kind than WAN's
+            text-to-video.
     """
+    if student is not None:
+        check_student(student, run)
     method = RegressionConfig() if run is None else run.method
     data = DataConfig() if run is None else run.data
     max_sequence_length = CheckpointConfig.max_sequence_length if run is None else run.model.max_sequence_length
@@ -117,6 +122,16 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(stated, dict):
         raise ValueError(f"{path} must name the parts of a pipeline, got {type(stated).__name__}.")
     return stated
+
+
+def check_student(student: str, run: RunRecord | None) -> LatentGeometry:
+    """Checks, before anything is loaded, that a student can be sampled here.
+
+    Raises:
+        ValueError: If it is of another kind of models than WAN's text-to-video; see `causal_wan.weights.kinds`.
+    """
+    base, revision = base_of(student, run)
+    return check_base(base, generator_ckpt=None if run is None else run.weights, revision=revision)
 
 
 def load_student(

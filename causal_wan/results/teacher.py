@@ -58,7 +58,7 @@ def find_teacher(teacher: str, base: str, revision: str | None) -> Teacher:
     return Teacher(
         run.model.pretrained_model_name_or_path,
         run.model.revision,
-        teacher if run.has_transformer else run.model.generator_ckpt,
+        run.weights,
         run.folder if run.has_lora else None,
         run.causal,
         None if run.folder is None else run.model.max_sequence_length,

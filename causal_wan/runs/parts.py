@@ -12,7 +12,8 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from causal_wan.config.parsing import paths_of
-from causal_wan.config.settings import ModelConfig
+from causal_wan.config.settings import CheckpointConfig, ModelConfig
+from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.levers import cut_up_vae, enable_gradient_checkpointing, quantization_config, store_in_fp8
 from causal_wan.model.compiling import compile_layers
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -28,6 +29,7 @@ from causal_wan.training.strategies import (
     loads_weights,
     takes_over_checkpointing,
 )
+from causal_wan.weights.kinds import check_base
 from causal_wan.weights.lora import add_lora, save_lora
 from causal_wan.weights.parts import DTYPES, load_vae, load_vae_config
 from causal_wan.weights.transformer import load_transformer, save_transformer
@@ -59,6 +61,21 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     paths = {name: absolute(vars(config.model)[name]) for name in paths_of(ModelConfig)}
     return replace(config, model=replace(config.model, **paths))
+
+
+def check_checkpoint(model: CheckpointConfig, generator_ckpt: str | None = None) -> LatentGeometry | None:
+    """Checks, by configs alone, that a student can start from a checkpoint; one that is out of reach passes.
+
+    Returns:
+        How its videos and their latents measure up; None if it is out of reach, which whatever needs it says.
+
+    Raises:
+        ValueError: If it is of another kind than WAN's text-to-video.
+    """
+    try:
+        return check_base(model.pretrained_model_name_or_path, generator_ckpt=generator_ckpt, revision=model.revision)
+    except OSError:
+        return None
 
 
 def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DModel:

@@ -38,6 +38,7 @@ from causal_wan.runs.data import RunData, load_run_data
 from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
 from causal_wan.runs.metrics import summarize
 from causal_wan.runs.parts import (
+    check_checkpoint,
     make_student,
     make_vae,
     save_student,
@@ -119,6 +120,7 @@ def run_regression(
         if config.model.generator_ckpt is not None and not Path(config.model.generator_ckpt, "transformer").is_dir():
             check_is_no_checkpoint("generator_ckpt", config.model.generator_ckpt)
         check_generator_ckpt(config.model.generator_ckpt)
+        check_checkpoint(config.model, config.model.generator_ckpt)
         check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
         resolve_trackers(config.training.report_to)
         check_precision(config.training.mixed_precision)

@@ -1,10 +1,16 @@
 """The kinds of checkpoints of the WAN family, told by their configs, and which of them a student can start from."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.configuration_utils import ConfigMixin
+
+from causal_wan.geometry import WAN, LatentGeometry
+from causal_wan.weights.parts import find_transformer
+from causal_wan.weights.wan_names import read_shapes, strip_prefixes
 
 
 TEXT_TO_VIDEO = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan-AI/Wan2.1-T2V-14B-Diffusers or Wan-AI/Wan2.2-TI2V-5B-Diffusers"
@@ -14,6 +20,35 @@ OTHER_CLASSES = {
     "SkyReelsV2Transformer3DModel": "SkyReels",
     "ChronoEditTransformer3DModel": "ChronoEdit",
 }
+# In names of weights of transformers that see a picture through CLIP: diffusers' and WAN's own.
+OF_PICTURES = ("image_embedder.", "add_k_proj.", "img_emb.", "k_img.")
+
+
+# --- by configs ------------------------------------------------------------------------------------------------------
+
+
+def check_base(base: str, *, generator_ckpt: str | None = None, revision: str | None = None) -> LatentGeometry:
+    """Checks, by configs alone, that a student can start from a folder or a repository of the hub.
+
+    Args:
+        base: Diffusers folder or hub id.
+        generator_ckpt: Weights in the place of the base's: a folder with a transformer, or a file.
+        revision: Of a hub repository.
+
+    Returns:
+        How its videos and their latents measure up; a part that a folder lacks is taken for one of WAN 2.1.
+
+    Raises:
+        ValueError: If it is of another kind than WAN's text-to-video; says which, and what to use.
+        OSError: If it is not there.
+    """
+    where = find_transformer(base, generator_ckpt, revision)
+    transformer = _read_config(WanTransformer3DModel, **where) or {}
+    vae = _read_config(AutoencoderKLWan, base, "vae", revision)
+    check_kind(where["pretrained_model_name_or_path"], transformer, vae, _read_index(**where))
+    if generator_ckpt is not None and Path(generator_ckpt).is_file():
+        check_weights(generator_ckpt, read_shapes(generator_ckpt))
+    return LatentGeometry.of(vae or {}, transformer)
 
 
 def check_kind(
@@ -32,10 +67,13 @@ def check_kind(
     """
     if kind := _other_kind(transformer, pipeline or {}):
         raise ValueError(f"{base} must be a text-to-video model of WAN, but it is {kind}; use {TEXT_TO_VIDEO}.")
-    if vae is not None and vae["z_dim"] != transformer["in_channels"]:
+    if vae is None or "in_channels" not in transformer:
+        return
+    num_latent, num_in = vae.get("z_dim", WAN.channels), transformer["in_channels"]
+    if num_latent != num_in:
         raise ValueError(
-            f"transformer and VAE of {base} must have the same latent channels, but have {transformer['in_channels']} "
-            f"and {vae['z_dim']}: they are parts of different models; use those of one."
+            f"transformer and VAE of {base} must have the same latent channels, but have {num_in} and {num_latent}: "
+            "they are parts of different models; use those of one."
         )
 
 
@@ -52,7 +90,7 @@ def _other_kind(transformer: Mapping[str, Any], pipeline: Mapping[str, Any]) -> 
         return (
             "one of two experts (WAN 2.2 A14B), each for a part of the noise levels, of which a student would have one"
         )
-    num_in, num_out = transformer["in_channels"], transformer["out_channels"]
+    num_in, num_out = (transformer.get(name, WAN.channels) for name in ("in_channels", "out_channels"))
     if transformer.get("image_dim") is not None or transformer.get("added_kv_proj_dim") is not None:
         return f"an image-to-video model that sees its picture through CLIP ({num_in} input channels)"
     if num_in != num_out:
@@ -60,22 +98,49 @@ def _other_kind(transformer: Mapping[str, Any], pipeline: Mapping[str, Any]) -> 
     return None
 
 
-def check_base(base: str, *, revision: str | None = None) -> None:
-    """The same of a folder or a repository of the hub, by its configs alone.
+def _read_config(
+    model_class: type[ConfigMixin], pretrained_model_name_or_path: str, subfolder: str, revision: str | None
+) -> dict[str, Any] | None:
+    """The config of a part; None if a folder lacks it."""
+    folder = Path(pretrained_model_name_or_path)
+    if folder.is_dir() and not (folder / subfolder / model_class.config_name).is_file():
+        return None
+    return model_class.load_config(pretrained_model_name_or_path, subfolder=subfolder or None, revision=revision)
+
+
+def _read_index(pretrained_model_name_or_path: str, subfolder: str, revision: str | None) -> dict[str, Any] | None:
+    """The model_index.json of the pipeline that a transformer lies in; None if it lies in none."""
+    folder = Path(pretrained_model_name_or_path)
+    if not folder.is_dir():
+        return WanPipeline.load_config(pretrained_model_name_or_path, revision=revision)
+    folder = folder if subfolder else folder.resolve().parent
+    index = WanPipeline.load_config(str(folder)) if (folder / WanPipeline.config_name).is_file() else None
+    if (folder / "transformer_2").is_dir():
+        return {**(index or {}), "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    return index
+
+
+# --- by weights ------------------------------------------------------------------------------------------------------
+
+
+def check_weights(path: str, shapes: Mapping[str, Sequence[int]]) -> None:
+    """The same of weights without a config, in diffusers' or WAN's names; passes over what has neither.
+
+    Args:
+        path: What they are called.
+        shapes: Of each weight by its name.
 
     Raises:
-        ValueError: If it is of another kind.
-        OSError: If it is not there.
+        ValueError: If they are of another kind.
     """
-    where = {"pretrained_model_name_or_path": base, "revision": revision}
-    pipeline = WanPipeline.load_config(**where) if _has_index(base) else None
-    check_kind(
-        base,
-        WanTransformer3DModel.load_config(**where, subfolder="transformer"),
-        AutoencoderKLWan.load_config(**where, subfolder="vae"),
-        pipeline,
-    )
-
-
-def _has_index(base: str) -> bool:
-    return not Path(base).is_dir() or (Path(base) / WanPipeline.config_name).is_file()
+    shapes = strip_prefixes(shapes)
+    config: dict[str, Any] = {}
+    patches = shapes.get("patch_embedding.weight", ())
+    head = shapes.get("proj_out.weight", shapes.get("head.head.weight", ()))
+    if len(patches) == 5 and head:
+        config = {"in_channels": patches[1], "out_channels": head[0] // math.prod(patches[2:])}
+    if any(name.startswith("vace_") for name in shapes):
+        config["vace_layers"] = ()
+    if any(part in name for name in shapes for part in OF_PICTURES):
+        config["image_dim"] = 0
+    check_kind(path, config, None, None)

@@ -44,6 +44,20 @@ def find_part(checkpoint: str, part: str, *, revision: str | None = None, downlo
     return found if any(found.glob("*.safetensors")) or any(found.glob("*.model")) else None
 
 
+def find_transformer(checkpoint: str, generator_ckpt: str | None, revision: str | None) -> dict[str, str | None]:
+    """Where the transformer lies: what `from_pretrained` and `load_config` want to know.
+
+    Args:
+        checkpoint: Diffusers folder or hub id.
+        generator_ckpt: A folder with a transformer in the place of the checkpoint's, or whatever else is none.
+        revision: Of a hub repository.
+    """
+    if generator_ckpt is not None and Path(generator_ckpt).is_dir():
+        subfolder = "transformer" if (Path(generator_ckpt) / "transformer").is_dir() else ""
+        return {"pretrained_model_name_or_path": generator_ckpt, "subfolder": subfolder, "revision": None}
+    return {"pretrained_model_name_or_path": checkpoint, "subfolder": "transformer", "revision": revision}
+
+
 def load_vae(
     pretrained_model_name_or_path: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> AutoencoderKLWan:

@@ -8,8 +8,9 @@ import torch
 from diffusers import BitsAndBytesConfig
 
 from causal_wan.blocks import CausalConfig
-from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.model.transformer import CausalWanTransformer3DModel, whole_config
 from causal_wan.progress import announced
+from causal_wan.weights.parts import find_transformer
 from causal_wan.weights.wan_names import WEIGHTS_SUFFIXES, read_state, strip_prefixes, to_diffusers
 
 
@@ -42,7 +43,7 @@ def load_transformer(
         ValueError: If `generator_ckpt` does not fit; names the first keys that do not.
     """
     settings = {} if causal is None else causal.as_dict()
-    where = _find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
+    where = find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
     if empty:
         return _empty_transformer(where, dtype, settings)
     with announced(f"loading the transformer of {where['pretrained_model_name_or_path']}"):
@@ -65,16 +66,8 @@ def load_transformer_config(
 ) -> dict[str, Any]:
     """The configuration of what `load_transformer` loads."""
     return CausalWanTransformer3DModel.load_config(
-        **_find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
+        **find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
     )
-
-
-def _find_transformer(checkpoint: str, generator_ckpt: str | None, revision: str | None) -> dict[str, str | None]:
-    """Where the transformer lies: what `from_pretrained` and `load_config` want to know."""
-    if generator_ckpt is not None and Path(generator_ckpt).is_dir():
-        subfolder = "transformer" if (Path(generator_ckpt) / "transformer").is_dir() else ""
-        return {"pretrained_model_name_or_path": generator_ckpt, "subfolder": subfolder, "revision": None}
-    return {"pretrained_model_name_or_path": checkpoint, "subfolder": "transformer", "revision": revision}
 
 
 def _empty_transformer(
@@ -97,7 +90,7 @@ def check_generator_ckpt(generator_ckpt: str | None) -> None:
     """Checks, before anything is loaded, that a path can hold a generator.
 
     Raises:
-        ValueError: If it does not exist, or is neither a transformer folder nor a safetensors file.
+        ValueError: If it does not exist, or is neither a transformer folder nor a file of weights.
     """
     if generator_ckpt is None:
         return
@@ -144,6 +137,6 @@ def save_transformer(
         RuntimeError: If the weights are not those of the configuration.
     """
     with torch.device("meta"):  # takes the weights as they are, without room for others
-        plain = type(transformer).from_config(transformer.config)
+        plain = type(transformer).from_config(whole_config(transformer))
     plain.load_state_dict(weights, assign=True)
     plain.save_pretrained(folder)

@@ -6,13 +6,15 @@ Renaming changes no tensor and loses none, so both ways are exact. Text-to-video
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 
 State = dict[str, torch.Tensor]
+Value = TypeVar("Value")
 
 # WAN's name -> diffusers', of what lies outside of layers and inside of them.
 OUTSIDE = {
@@ -69,7 +71,7 @@ def to_original(state: Mapping[str, torch.Tensor]) -> State:
     return _rename_all(state, _inverse(OUTSIDE), _inverse(INSIDE), "diffusers'")
 
 
-def strip_prefixes(state: Mapping[str, torch.Tensor]) -> State:
+def strip_prefixes(state: Mapping[str, Value]) -> dict[str, Value]:
     """Weights without what wrappers put before their names: FSDP's, torch.compile's, DDP's, `model.`."""
     stripped = {}
     for name, weight in state.items():
@@ -165,3 +167,18 @@ def read_state(path: str | Path, *, average: bool = True) -> State:
     if not isinstance(content, dict) or not all(isinstance(weight, torch.Tensor) for weight in content.values()):
         raise ValueError(f"{path} must hold weights by name, alone or under {', '.join(CONTAINERS)}.")
     return content
+
+
+def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights in a file, without the weights, where its format allows that.
+
+    Raises:
+        ValueError: As `read_state`.
+    """
+    if Path(path).suffix != ".safetensors":
+        return {name: tuple(weight.shape) for name, weight in read_state(path).items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a safetensors file that is whole: {error}.") from None

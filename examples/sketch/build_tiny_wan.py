@@ -82,6 +82,7 @@ from causal_wan.config.ranges import (
     TimestepShift,
     checked_dataclass,
 )
+from causal_wan.model.transformer import whole_config
 
 
 TEXT_DIM = 96
@@ -284,7 +285,9 @@ def export(pipeline: WanPipeline, output_dir: str) -> None:
     pipeline.save_pretrained(partial)
     for part in (pipeline.vae, pipeline.transformer):
         name = "vae" if part is pipeline.vae else "transformer"
-        half = type(part).from_config({key: value for key, value in part.config.items() if key != "_name_or_path"})
+        half = type(part).from_config(
+            {key: value for key, value in whole_config(part).items() if key != "_name_or_path"}
+        )
         half.load_state_dict(part.state_dict())
         half.half().save_pretrained(partial / name)
     if (target / "README.md").exists():

@@ -61,6 +61,13 @@ def test_a_pipeline_samples_in_the_geometry_of_its_checkpoint(pipeline):
     assert video.shape == (1, 9, 3, 64, 96)
 
 
+def test_noise_has_the_channels_that_come_out_however_many_go_in():
+    transformer = CausalWanTransformer3DModel(**{**TINY_TRANSFORMER, "in_channels": 8}, num_frame_per_block=1)
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "scheduler", "vae"))
+    noise = CausalWanPipeline(**parts, transformer=transformer).draw_noise(1, num_frames=9, height=64, width=96)
+    assert noise.shape[2] == transformer.config.out_channels == 4
+
+
 def test_sizes_are_checked_against_the_checkpoint_once_it_is_there(pipeline):
     parts = {"vae": pipeline.vae, "transformer": pipeline.transformer}
     check_video_size(9, 64, 96, **parts)

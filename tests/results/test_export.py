@@ -23,6 +23,8 @@ from causal_wan.sampling.pipeline import CausalWanPipeline
 
 CALL = {"num_frames": 13, "height": 32, "width": 48}
 
+PART_LIBRARIES = ("diffusers", "transformers")
+
 # Runs far from the repository: the folder is all that it knows.
 STRANGER = """
 import sys
@@ -94,6 +96,26 @@ def test_stock_and_own_pipelines_load_an_exported_folder(exported, checkpoint):
     assert ours.transformer.config.num_frame_per_block == 1
     assert type(DiffusionPipeline.from_pretrained(exported)) is WanPipeline
     assert "_name_or_path" not in json.loads((exported / "model_index.json").read_text())
+
+
+def test_an_exported_folder_names_no_part_that_is_not_in_it(run_folder, checkpoint, tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "exported"
+    shutil.copytree(checkpoint, base)
+    index = json.loads((base / "model_index.json").read_text())
+    index |= {"image_encoder": ["transformers", "CLIPVisionModel"], "image_processor": [None, None]}
+    index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"], "boundary_ratio": 0.875}
+    (base / "model_index.json").write_text(json.dumps(index | {"expand_timesteps": True}))
+    flags = ["--input", run_folder, "--output", folder, "--to", "pipeline"]
+    run_here("convert_checkpoint.py", *flags, "--pretrained_model_name_or_path", base)
+    exported = json.loads((folder / "model_index.json").read_text())
+    parts = {path.name for path in folder.iterdir() if path.is_dir()}
+    assert {
+        name for name, value in exported.items() if isinstance(value, list) and value[0] in PART_LIBRARIES
+    } == parts
+    assert not exported.keys() & {"image_encoder", "image_processor", "feature_extractor"}
+    assert (exported["transformer_2"], exported["boundary_ratio"]) == ([None, None], None)
+    assert exported["expand_timesteps"]
+    assert WanPipeline.from_pretrained(folder).config.boundary_ratio is None
 
 
 def test_a_student_in_many_steps_leaves_as_a_pipeline_that_takes_them(run_folder, checkpoint, tmp_path):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import av
 import imageio.v3 as iio
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -216,6 +217,20 @@ def test_what_is_no_video_is_not_continued(tmp_path, name):
     write_playlists(tmp_path)
     with pytest.raises(ValueError, match="video must be a file that decodes"):
         given_frames(tmp_path / name, 5)
+
+
+@pytest.mark.parametrize("name", ["first.jpg", "first.png", "first.webp", "first.mp4"])
+def test_a_picture_is_a_video_of_one_frame_to_continue(checkpoint, generate, tmp_path, name):
+    picture = np.full((64, 96, 3), (200, 60, 30), np.uint8)
+    path = tmp_path / name
+    if name.endswith("mp4"):
+        iio.imwrite(path, picture[None], plugin="pyav", codec="libx264", fps=16)
+    else:
+        PIL.Image.fromarray(picture).save(path)
+    flags = ["--num_frame_per_block", 1, "--video", path]
+    one, other = (generate(checkpoint, *flags, "--seed", seed) for seed in (0, 1))
+    assert np.array_equal(one[0], other[0])  # given
+    assert not np.array_equal(one[1:], other[1:])
 
 
 def test_adapters_and_guidance_change_the_video(checkpoint, generate, tmp_path):
