@@ -17,6 +17,7 @@ from conftest import launch, run_here, run_python
 from grey_videos import write_playlists, write_timed_video
 from peft import LoraConfig, get_peft_model_state_dict
 
+from causal_wan.geometry import WAN
 from causal_wan.model.text import encode_prompts
 from causal_wan.model.vae import decode_latents, encode_videos
 from causal_wan.sampling.pipeline import CausalWanPipeline
@@ -179,7 +180,7 @@ def given_frames(path, count, **changes):
     config = Config(checkpoint="x", prompt="a", video=str(path), num_video_frames=count, **changes)
     settings = SimpleNamespace(num_frames=17, height=64, width=32)
     transformer = SimpleNamespace(block_lengths=lambda length: [1] * length)
-    pipeline = SimpleNamespace(vae_scale_factor_temporal=4, transformer=transformer)
+    pipeline = SimpleNamespace(geometry=WAN, transformer=transformer)
     return np.stack([np.asarray(frame) for frame in read_frames_to_continue(config, settings, pipeline)])
 
 
