@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import flip_last_bit, launch, run_here, write_clip
+from run_outputs import metrics, weights
 
 import precompute_latents
 from causal_wan.cache import opening
@@ -22,7 +23,6 @@ from causal_wan.model.text import encode_prompts
 from causal_wan.model.vae import encode_videos
 from causal_wan.runs import inputs as method_inputs
 from causal_wan.weights.parts import load_text_encoder, load_vae
-from outputs import metrics, weights
 
 
 SCRIPT = "precompute_latents.py"

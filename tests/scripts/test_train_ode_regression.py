@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import flip_last_bit, launch, run_here, run_python, run_script, start_python
+from run_outputs import NEEDS_DEEPSPEED, flat, metrics, result, weights
 
 import precompute_trajectories
 import train_ode_regression
@@ -19,7 +20,6 @@ from causal_wan.results.run_record import find_run
 from causal_wan.results.student import resolve_settings
 from causal_wan.results.uploads import stage_result
 from causal_wan.training.stopping import EXIT_STOPPED
-from outputs import NEEDS_DEEPSPEED, flat, metrics, result, weights
 
 
 PRECOMPUTE, TRAINING = "precompute_trajectories.py", "train_ode_regression.py"

@@ -13,13 +13,13 @@ import torch
 import yaml
 from conftest import ROOT, SCRIPT_ENV, launch, run_here, run_python, run_script
 from diffusers import WanPipeline, WanTransformer3DModel
+from run_outputs import metrics, weights
 from safetensors.torch import load_file
 
 import train_video_regression
 from causal_wan.config.parsing import parse_config
 from causal_wan.runs import validation
 from causal_wan.training.stopping import EXIT_STOPPED
-from outputs import metrics, weights
 
 
 SCRIPT = "train_video_regression.py"
