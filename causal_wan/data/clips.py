@@ -1,6 +1,7 @@
 """Clips as the model sees them: decoded, sampled, resized, cropped and augmented.
 
-Shapes: T = video frames, height, width in pixels."""
+Shapes: T = video frames, height, width in pixels.
+"""
 
 import contextlib
 import os

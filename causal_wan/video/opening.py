@@ -1,7 +1,8 @@
 """Video files, opened safely.
 
 A file may come from anyone. FFmpeg opens none itself: it is handed an open one, and reads containers that hold their
-own pictures only. What a file may ask for is limited, whatever its header says."""
+own pictures only. What a file may ask for is limited, whatever its header says.
+"""
 
 import contextlib
 import io
@@ -109,7 +110,7 @@ def open_video(
                 _check_header(stream, limits)
                 yield container, stream
         except av.error.ExitError:
-            raise _timeout_error(limits) from None
+            raise limits.timeout_error() from None
 
 
 def picture_kind(file: BinaryIO) -> str | None:
@@ -195,40 +196,9 @@ def _check_header(stream: av.video.stream.VideoStream, limits: VideoLimits) -> N
         raise ValueError(
             f"the size of its frames cannot be read, or is above max_video_pixels={limits.max_video_pixels}"
         )
-    _check_pixels(stream.height, stream.width, limits)
-    _check_frames(stream.frames, limits)
-    _check_seconds(float((stream.duration or 0) * (stream.time_base or 0)), limits)
-
-
-def _check_pixels(height: int, width: int, limits: VideoLimits) -> None:
-    if height * width > limits.max_video_pixels:
-        raise ValueError(
-            f"frames must have at most max_video_pixels={limits.max_video_pixels} pixels, got {height} x {width}; "
-            "scale the video down, or raise --max_video_pixels"
-        )
-
-
-def _check_frames(num_frames: int, limits: VideoLimits) -> None:
-    if num_frames > limits.max_video_frames:
-        raise ValueError(
-            f"a file must have at most max_video_frames={limits.max_video_frames} frames, got {num_frames} or more; "
-            "cut it, or raise --max_video_frames"
-        )
-
-
-def _check_seconds(seconds: float, limits: VideoLimits) -> None:
-    if seconds > limits.max_video_seconds:
-        raise ValueError(
-            f"a file must last at most max_video_seconds={limits.max_video_seconds:g}, got {seconds:.0f}; cut it, or "
-            "raise --max_video_seconds"
-        )
-
-
-def _timeout_error(limits: VideoLimits) -> ValueError:
-    return ValueError(
-        f"reading it took longer than decode_timeout={limits.decode_timeout:g} seconds; cut or scale down the video, "
-        "or raise --decode_timeout"
-    )
+    limits.check_pixels(stream.height, stream.width)
+    limits.check_frames(stream.frames)
+    limits.check_seconds(float((stream.duration or 0) * (stream.time_base or 0)))
 
 
 def describe_error(error: Exception) -> str:

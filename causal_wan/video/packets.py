@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import av
 
 from causal_wan.video.limits import VideoLimits
-from causal_wan.video.opening import _check_frames, _check_pixels, _check_seconds, _timeout_error
 
 
 def read_packets(
@@ -16,10 +15,10 @@ def read_packets(
     deadline, first = time.monotonic() + limits.decode_timeout, None
     for packet in container.demux(stream):
         if time.monotonic() > deadline:
-            raise _timeout_error(limits)
+            raise limits.timeout_error()
         if packet.dts is not None:
             first = packet.dts if first is None else first
-            _check_seconds(float((packet.dts - first) * packet.time_base), limits)
+            limits.check_seconds(float((packet.dts - first) * packet.time_base))
         yield packet
 
 
@@ -46,8 +45,8 @@ def read_frames(
             ) from error
         for frame in frames:
             num_frames += 1
-            _check_frames(num_frames, limits)
-            _check_pixels(frame.height, frame.width, limits)
+            limits.check_frames(num_frames)
+            limits.check_pixels(frame.height, frame.width)
             yield frame
     if num_skipped and not has_begun:
         raise ValueError("the video has no key frame, without which no frame can be decoded; encode it anew")

@@ -9,7 +9,7 @@ import PIL.ImageOps
 import torch
 
 from causal_wan.video.limits import VideoLimits
-from causal_wan.video.opening import Video, _check_pixels, picture_kind
+from causal_wan.video.opening import Video, picture_kind
 
 
 READ_AS_CLIPS = ("PNG", "JPEG", "WebP")
@@ -38,7 +38,7 @@ def read_picture(video: Video, limits: VideoLimits) -> torch.Tensor:
 def _read(file: BinaryIO, kind: str, limits: VideoLimits) -> torch.Tensor:
     file.seek(0)
     with PIL.Image.open(file, formats=[kind.upper()]) as picture:
-        _check_pixels(picture.height, picture.width, limits)
+        limits.check_pixels(picture.height, picture.width)
         if kind != "JPEG" and picture.is_animated:
             raise ValueError(f"a {kind} picture that moves and not a video that can be read; save it as mp4")
         if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from causal_wan.video.limits import VideoLimits
-from causal_wan.video.opening import _check_pixels
 
 
 MAX_ASPECT = 16  # of a pixel; those of broadcasts and discs are between 1:2 and 3:1
@@ -23,7 +22,7 @@ def shown_size(stream: av.video.stream.VideoStream, limits: VideoLimits) -> tupl
         ValueError: If that is more than the limits allow, or pixels are more than 16 times as long as wide.
     """
     width = _squared_width(stream.width, pixel_aspect(stream))
-    _check_pixels(stream.height, width, limits)
+    limits.check_pixels(stream.height, width)
     return stream.height, width
 
 
@@ -57,7 +56,7 @@ def show_frame(frame: av.VideoFrame, aspect: Fraction, limits: VideoLimits) -> t
     width = _squared_width(frame.width, aspect)
     scaling = {}
     if width != frame.width:
-        _check_pixels(frame.height, width, limits)
+        limits.check_pixels(frame.height, width)
         scaling = {"width": width, "height": frame.height, "interpolation": "BICUBIC"}
     picture = torch.from_numpy(frame.to_ndarray(format="rgb24", **scaling)).movedim(-1, 0)
     return _turn(picture, display_matrix(frame))

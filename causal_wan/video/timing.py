@@ -15,7 +15,7 @@ import numpy as np
 
 from causal_wan.video.facts import NO_TRAITS, Traits
 from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
-from causal_wan.video.opening import Video, _check_frames, _check_seconds, open_video
+from causal_wan.video.opening import Video, open_video
 from causal_wan.video.packets import read_frames, read_packets
 
 
@@ -82,9 +82,9 @@ def read_timing(
         for packet in itertools.chain(first, packets):
             if not packet.is_discard:
                 stamps.append(Stamp(packet.pts, packet.dts, packet.duration))
-                _check_frames(len(stamps), limits)
+                limits.check_frames(len(stamps))
     timing = time_frames(stamps, rate or UNKNOWN_RATE, float(stream.time_base), end=end)
-    _check_seconds((timing.num_frames - 1) / timing.frame_rate, limits)
+    limits.check_seconds((timing.num_frames - 1) / timing.frame_rate)
     return replace(timing, traits=timing.traits | traits)
 
 
