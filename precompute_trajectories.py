@@ -297,15 +297,11 @@ def trajectory_settings(
     return settings
 
 
-def latent_shape(config: Config) -> tuple[int, int, int, int]:
-    """(C, F, H, W)."""
-    vae = load_vae_config(config.model.pretrained_model_name_or_path, revision=config.model.revision)
-    return LatentGeometry.of(vae.config).latent_shape(*config.data.shape)
-
-
 def trajectory_bytes(config: Config) -> int:
     """Disk that one takes."""
-    return (len(kept_levels(config)) + 1) * math.prod(latent_shape(config)) * DTYPES[config.latents_dtype].itemsize
+    vae = load_vae_config(config.model.pretrained_model_name_or_path, revision=config.model.revision)
+    num_values = math.prod(LatentGeometry.of(vae.config).latent_shape(*config.data.shape))
+    return (len(kept_levels(config)) + 1) * num_values * DTYPES[config.latents_dtype].itemsize
 
 
 def describe_work(config: Config, settings: dict[str, Any], num_wanted: int, num_missing: int, num_bytes: int) -> str:
@@ -355,6 +351,7 @@ def sample_missing(
     transformer = load_teacher(teacher, weight_dtype(accelerator), accelerator.device)
     vae = load_vae_config(config.model.pretrained_model_name_or_path, revision=config.model.revision)
     check_video_size(*config.data.shape, vae=vae, transformer=transformer)
+    shape = LatentGeometry.of(vae.config).latent_shape(*config.data.shape)
     bar = tqdm(total=len(names), desc="trajectories", disable=not accelerator.is_main_process)
     num_steps = len(teacher_blocks(config, teacher)) * config.method.num_inference_steps
     for start in range(0, len(names), config.sample_batch_size):
@@ -362,7 +359,7 @@ def sample_missing(
             return
         batch = names[start : start + config.sample_batch_size]
         with show_progress(total=num_steps, desc="steps") as progress:
-            trajectories = sample_batch(transformer, config, batch, embeds, progress)
+            trajectories = sample_batch(transformer, config, batch, embeds, progress, latent_shape=shape)
         for name, trajectory in zip(batch, trajectories, strict=True):
             facts = {"prompt": name.prompt, "seed": name.seed, "number": name.number}
             writer.add(name.key(settings), trajectory.to(DTYPES[config.latents_dtype]), settings, **facts)
@@ -376,10 +373,12 @@ def sample_batch(
     names: Sequence[TrajectoryName],
     embeds: Mapping[str, torch.Tensor],
     progress: tqdm,
+    *,
+    latent_shape: tuple[int, int, int, int],
 ) -> torch.Tensor:
     """Trajectories `(B, K, C, F, H, W)`, each from noise of its own."""
-    shape = latent_shape(config)
-    noise = torch.stack([torch.randn(shape, generator=name.generator()) for name in names]).to(transformer.device)
+    noise = torch.stack([torch.randn(latent_shape, generator=name.generator()) for name in names])
+    noise = noise.to(transformer.device)
 
     def embed(prompts: list[str]) -> Conditions:
         padded = pad_prompt_embeds([embeds[prompt] for prompt in prompts], config.model.max_sequence_length)

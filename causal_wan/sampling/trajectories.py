@@ -1,10 +1,10 @@
-"""Trajectories of a teacher: the ODE of its flow, solved in many steps, and what a student sees of it.
+"""Trajectories of a teacher: the ODE of its flow, solved in many steps.
 
 A bidirectional teacher solves a clip at once. A causal one solves block after block, each with the clean blocks before
 it in the key/value cache: what a student that streams will have, too.
 
 Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, N = steps, K = latents that
-are kept, the clean end included, L = entries of the student's step list.
+are kept, the clean end included.
 
 Source: CausVid, arXiv 2412.07772, section 4.3; of a causal teacher, Causal Forcing, arXiv 2602.02214.
 """
