@@ -124,11 +124,11 @@ def plot_by_level(axis: plt.Axes, entries: list[dict[str, float]], prefix: str, 
 def plot_losses(run: Path, path: Path) -> None:
     """The loss, and the loss at each level, over the steps."""
     entries = read_metrics(run)
-    figure, axis = plt.subplots(figsize=(7, 4))
-    plot_by_level(axis, entries, "generator_loss", linewidth=2.5)
+    figure, axis = plt.subplots(figsize=(9, 4))
+    plot_by_level(axis, entries, "generator_loss", linewidth=2.5, color="black")
     plot_by_level(axis, entries, "loss_at_time_", linewidth=1.2)
-    axis.set(ylabel="squared error of predicted latents", yscale="log")
-    axis.legend()
+    axis.set(ylabel="squared error", yscale="log")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")  # beside the lines: there may be eleven
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
