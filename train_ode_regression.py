@@ -54,7 +54,7 @@ from causal_wan.methods.noising import draw_noisy_batch
 from causal_wan.methods.trajectories import take_noisy_batch
 from causal_wan.runs.inputs import Inputs, RegressionBatch
 from causal_wan.runs.metrics import sum_by_level
-from causal_wan.runs.regression import load_held_out_clips, run_regression
+from causal_wan.runs.regression import load_clips, run_regression
 from causal_wan.runs.trajectory_data import TrajectoryData, load_trajectory_data
 from causal_wan.training.loop import Sums
 
@@ -101,7 +101,7 @@ def load_data(config: Config) -> TrajectoryData:
         ValueError: If they cannot be used.
     """
     block_lengths = config.method.block_lengths(config.num_latent_frames(config.data.shape))
-    clips = load_held_out_clips(config)
+    clips = load_clips(config, held_out_only=True)
     return load_trajectory_data(config.trajectories_dir, clips, config.method.levels(), block_lengths)
 
 

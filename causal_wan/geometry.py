@@ -112,8 +112,3 @@ class LatentGeometry:
 WAN = LatentGeometry()
 """That of WAN 2.1, by which settings are checked before a checkpoint is read."""
 FRAME_RATE = WAN.frame_rate
-
-
-def num_valid_latent_frames(num_valid_frames: int, time_division_factor: int = WAN.temporal_factor) -> int:
-    """Latent frames that see no padded video frame, of a clip with so many real ones."""
-    return LatentGeometry(temporal_factor=time_division_factor).num_latent_frames(num_valid_frames)

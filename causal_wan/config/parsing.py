@@ -199,7 +199,7 @@ def _check_recipe_value(name: str, hint: Any, value: Any) -> None:
         raise ValueError(f"{name} must be no bool, got {value}; in quotes yes, no, on and off are text to YAML.")
 
 
-def check_kind(name: str, hint: Any, value: Any) -> None:
+def check_type(name: str, hint: Any, value: Any) -> None:
     """Checks a text or one of several that a setting chooses from; `check_number` checks all else.
 
     Raises:

@@ -19,7 +19,7 @@ from causal_wan.tables.table import Table, TableRow, read_table
 from causal_wan.video.decoding import probe_video
 from causal_wan.video.facts import NO_TRAITS, Traits
 from causal_wan.video.opening import EmbeddedVideo, describe_error
-from causal_wan.video.paths import resolve_path
+from causal_wan.video.paths import NO_BASE, resolve_path
 
 
 logger = logging.getLogger(__name__)
@@ -254,10 +254,7 @@ def find_video(row: TableRow, manifest: FileManifest | None = None) -> tuple[Pat
         video = row.video
         known = manifest.find(video) if manifest is not None else None
     elif row.video and row.base is None:
-        raise ValueError(
-            "the data set holds no bytes of the video, and no file may be opened; name the folder of its files with "
-            "--dataset_base_path"
-        )
+        raise ValueError(NO_BASE)
     else:
         try:
             video = resolve_path(row.video, Path(row.base or ""), follow_links=row.follow_links)

@@ -7,7 +7,7 @@ from typing import Any, Self, TypeVar
 
 from causal_wan.blocks import CausalConfig
 from causal_wan.config.changed_settings import SETTINGS_NAME, read_settings
-from causal_wan.config.parsing import check_kind, flat_fields, paths_of, read_yaml
+from causal_wan.config.parsing import check_type, flat_fields, paths_of, read_yaml
 from causal_wan.config.ranges import check_number
 from causal_wan.config.settings import (
     CacheConfig,
@@ -213,7 +213,7 @@ def _group(config_class: type[Settings], settings: dict[str, Any], names: Collec
     hints = dict(flat_fields(config_class))
     own = {name: settings[name] for name in (hints if names is None else names) if name in settings}
     for name, value in own.items():
-        check_kind(name, hints[name], value)
+        check_type(name, hints[name], value)
     return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
 
 

@@ -4,7 +4,6 @@ Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height 
 D = text dimension, T = video frames.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from causal_wan.data.clips import normalize_videos
 from causal_wan.data.samples import ClipBatch
 from causal_wan.data.settings import ClipShape
 from causal_wan.devices import to_device
-from causal_wan.geometry import num_valid_latent_frames
+from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.levers import on_device
 from causal_wan.methods.noising import NoisyBatch
 from causal_wan.model.conditions import Conditions
@@ -54,7 +53,7 @@ class Inputs:
         vae: Its weights are not there if the run needs none.
         device: Of the passes.
         keeper: Keeps latents that are encoded; None if they are not to be kept.
-        patch_size: Of the transformer, in frames, height and width.
+        geometry: Of the checkpoint.
     """
 
     config: RunConfig
@@ -62,7 +61,7 @@ class Inputs:
     vae: AutoencoderKLWan
     device: torch.device
     keeper: LatentKeeper | None
-    patch_size: tuple[int, int, int]
+    geometry: LatentGeometry
 
     @property
     def seed(self) -> int:
@@ -94,8 +93,7 @@ class Inputs:
 
     def count_valid_frames(self, batch: ClipBatch) -> list[int]:
         """Latent frames before padding, of each clip of a batch."""
-        factor = self.config.data.time_division_factor
-        return [num_valid_latent_frames(frames, factor) for frames in batch.num_valid_frames]
+        return [self.config.data.geometry.num_latent_frames(frames) for frames in batch.num_valid_frames]
 
     def with_conditions(self, noisy: NoisyBatch, batch: ClipBatch) -> RegressionBatch:
         """What `compute_loss` gets: the noisy latents of a batch, and all else that it needs of it."""
@@ -104,7 +102,7 @@ class Inputs:
             conditions=Conditions(prompt_embeds=self.embed(batch.prompts)),
             num_bad_samples=len(batch.errors),
             num_items=noisy.mask.sum(),
-            num_tokens=noisy.latents[:, 0].numel() // math.prod(self.patch_size),
+            num_tokens=len(noisy.latents) * self.geometry.num_tokens(noisy.latents.shape[1:]),
         )
 
 

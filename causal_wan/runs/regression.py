@@ -65,11 +65,8 @@ from causal_wan.weights.transformer import check_generator_ckpt
 ComputeLoss = Callable[[RegressionConfig, torch.nn.Module, RegressionBatch, torch.Tensor], tuple[torch.Tensor, Sums]]
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
-
-
-def load_clips(config: RunConfig) -> RunData:
-    """The clips of a run's tables or streams.
+def load_clips(config: RunConfig, *, held_out_only: bool = False) -> RunData:
+    """The clips of a run's tables or streams; the held-out ones alone of a run that trains on something else.
 
     Raises:
         ValueError: If they cannot be used.
@@ -79,24 +76,10 @@ def load_clips(config: RunConfig) -> RunData:
         validation_metadata_path=config.held_out_path,
         num_validation_samples=config.validation.num_validation_samples,
         cache_dir=config.cache_dir,
+        held_out_only=held_out_only,
     )
     data.check_stream(config.training.seed)
     return data
-
-
-def load_held_out_clips(config: RunConfig) -> RunData:
-    """The held-out clips of a run that trains on something else.
-
-    Raises:
-        ValueError: If they cannot be used.
-    """
-    return load_run_data(
-        config.data,
-        validation_metadata_path=config.held_out_path,
-        num_validation_samples=config.validation.num_validation_samples,
-        cache_dir=config.cache_dir,
-        held_out_only=True,
-    )
 
 
 def run_regression(
@@ -140,7 +123,6 @@ def run_regression(
         with user_errors():
             write_recipe(settings, Path(config.training.output_dir) / SETTINGS_NAME)
     compute_loss = partial(compute_loss, config.method)
-    geometry = LatentGeometry.of(inputs.vae.config, begun.transformer.config)
     validate = Validation(
         accelerator,
         inputs,
@@ -149,7 +131,7 @@ def run_regression(
         output_dir=config.training.output_dir,
         prompts=validation_prompts(config, data),
         batches=validation_batches(accelerator, inputs, data.held_out_dataset(), prepare_held_out or prepare_batch),
-        latent_shape=geometry.latent_shape(*config.data.shape),
+        latent_shape=inputs.geometry.latent_shape(*config.data.shape),
     )
     bad_clips = BadClips(config.data.max_bad_samples)
 
@@ -254,7 +236,7 @@ def begin_run(config: RunConfig, data: TrainingData) -> BegunRun:
         vae=vae,
         device=accelerator.device,
         keeper=data.keeper,
-        patch_size=transformer.config.patch_size,
+        geometry=LatentGeometry.of(vae.config, transformer.config),
     )
     wait_for_all()  # the main process alone may have had to download and read the weights, which it shares out next
     return BegunRun(accelerator, data, inputs, transformer, trackers, uploads)

@@ -27,8 +27,8 @@ from causal_wan.tables.prompts import prompts_of
 from causal_wan.tables.sources import Source, check_captions, check_columns, find_files, is_text
 from causal_wan.tables.tars import ERROR
 from causal_wan.tables.text_files import check_is_utf_8
-from causal_wan.tables.undecoded import LOADING_ERRORS, load_undecoded
-from causal_wan.video.paths import resolve_path
+from causal_wan.tables.undecoded import LOADING_ERRORS, is_saved_dataset, load_undecoded
+from causal_wan.video.paths import NO_BASE, resolve_path
 
 
 BUILDERS = {
@@ -37,7 +37,6 @@ BUILDERS = {
     ".jsonl": "json",
     ".ndjson": "json",
 }
-SAVED_DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,7 @@ class StreamedRow:
         if isinstance(self.video, bytes):
             raise ValueError("the file is empty")
         if self.video and base is None:
-            raise ValueError(
-                "the data set holds no bytes of the video, and no file may be opened; name the folder of its files "
-                "with --dataset_base_path"
-            )
+            raise ValueError(NO_BASE)
         return resolve_path(self.video, Path(base or ""), follow_links=self.follow_links)
 
 
@@ -175,7 +171,7 @@ def open_stream(source: Source) -> Stream:
         ValueError: If it cannot be opened, lacks a column, or holds something else in one.
     """
     disable_progress_bars()
-    is_saved = any((Path(source.metadata_path) / name).is_file() for name in SAVED_DATASET_FILES)
+    is_saved = is_saved_dataset(Path(source.metadata_path))
     arguments = {} if is_saved else _loading_arguments(source)
     try:
         dataset = _load_saved(source) if is_saved else load_undecoded(arguments, source, streaming=True)

@@ -23,11 +23,10 @@ from causal_wan.tables.files import read_csv, read_jsonl, read_pairs, read_parqu
 from causal_wan.tables.prompts import prompts_of
 from causal_wan.tables.sources import Source, check_captions, check_columns, find_files, is_hub_name, is_text
 from causal_wan.tables.tars import ERROR
-from causal_wan.tables.undecoded import LOADING_ERRORS, load_undecoded
+from causal_wan.tables.undecoded import LOADING_ERRORS, is_saved_dataset, load_undecoded
 from causal_wan.video.opening import EmbeddedVideo
 
 
-SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 CHUNK_ROWS = 1024
 
 
@@ -152,8 +151,7 @@ def read_table(source: Source) -> Table:
     """
     path = Path(source.metadata_path)
     if path.is_dir():
-        is_saved = any((path / name).is_file() for name in SAVED_DATASET_FILES)
-        if is_saved:
+        if is_saved_dataset(path):
             table = _read_data_set(_load_saved(source), source, [])
         else:
             table = _read_tars(source) if any(path.glob("*.[tT][aA][rR]")) else _read_folder(source)

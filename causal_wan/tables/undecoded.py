@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import (
@@ -29,6 +30,12 @@ from causal_wan.tables.tars import DAMAGES, ERROR, find_endings, read_clips
 
 
 LOADING_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, *DAMAGES)
+SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` has made a folder."""
+    return any((folder / name).is_file() for name in SAVED_DATASET_FILES)
 
 
 @dataclass

@@ -17,6 +17,11 @@ logger = logging.getLogger(__name__)
 WINDOWS_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 NORMAL_FORMS = ("NFC", "NFD")
 HUB_REPOSITORY = re.compile(r"(datasets|models|spaces)--.+")
+NO_BASE = (
+    "the data set holds no bytes of the video, and no file may be opened; name the folder of its files with "
+    "--dataset_base_path"
+)
+"""What is wrong with a path for which there is no folder."""
 
 
 def resolve_path(video: str | None, base: Path, *, follow_links: bool = False) -> Path:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from causal_wan.flow import add_noise, shift_timesteps, sigmas_from_timesteps
-from causal_wan.geometry import num_valid_latent_frames
+from causal_wan.geometry import WAN
 from causal_wan.methods.noising import (
     draw_continuous_timesteps,
     draw_level_indices,
@@ -131,7 +131,7 @@ def test_pure_noise_is_in_the_last_bin():
 
 
 def test_padding_counts_a_latent_frame_only_when_all_its_video_frames_are_real():
-    assert [num_valid_latent_frames(frames) for frames in (1, 4, 5, 6, 8, 9, 81)] == [1, 1, 2, 2, 2, 3, 21]
+    assert [WAN.num_latent_frames(frames) for frames in (1, 4, 5, 6, 8, 9, 81)] == [1, 1, 2, 2, 2, 3, 21]
 
 
 def test_bidirectional_video_is_one_block():

@@ -11,6 +11,7 @@ from causal_wan.cache.tensor_cache import CacheWriter, TensorCache
 from causal_wan.cache.trajectories import FOLDER, TrajectoryName
 from causal_wan.data.samples import collate
 from causal_wan.data.settings import DataConfig
+from causal_wan.geometry import WAN, LatentGeometry
 from causal_wan.methods.noising import draw_noisy_batch
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -23,7 +24,7 @@ from causal_wan.runs.trajectory_data import TrajectoryData, load_trajectory_data
 
 CONFIG = SimpleNamespace(
     training=SimpleNamespace(seed=3),
-    data=SimpleNamespace(time_division_factor=4),
+    data=SimpleNamespace(geometry=WAN),
     model=SimpleNamespace(max_sequence_length=5),
     method=RegressionConfig(num_frame_per_block=1),
     compile=False,
@@ -49,7 +50,7 @@ def inputs(patch_size=(1, 2, 2), keeper=None):
         vae=None,
         device=torch.device("cpu"),
         keeper=keeper,
-        patch_size=patch_size,
+        geometry=LatentGeometry(patch_size=patch_size),
     )
 
 
