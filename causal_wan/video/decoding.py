@@ -5,7 +5,9 @@ Shapes: T = frames, height, width in pixels.
 
 import contextlib
 import functools
+import gc
 import operator
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -21,6 +23,10 @@ from causal_wan.video.pictures import read_picture
 from causal_wan.video.showing import display_matrix, is_mirrored, pixel_aspect, show_frame, shown_size
 from causal_wan.video.timing import UNKNOWN_RATE, read_timing
 
+
+# What is garbage when a process forks is left alone by the fork: to free a frame there would wait for ever for threads
+# of FFmpeg's scaler, which only the process before has.
+os.register_at_fork(after_in_child=gc.freeze)
 
 HDR_TRANSFERS = {ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67}  # PQ and HLG
 PROGRESSIVE = 1  # FFmpeg's field orders: 0 is unknown, those above have two fields

@@ -8,6 +8,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import torch
+from av.sidedata.sidedata import SideDataContainer
 
 from causal_wan.video.limits import VideoLimits
 
@@ -78,7 +79,8 @@ def is_mirrored(matrix: np.ndarray) -> bool:
 def display_matrix(frame: av.VideoFrame) -> np.ndarray:
     """The (2, 2) matrix by which points (x, y) of a frame are turned and mirrored; upright is the identity."""
     try:
-        data = frame.side_data.get("DISPLAYMATRIX")
+        # The frame's own `side_data` refers back to it, so that its pixels would wait for the garbage collector.
+        data = SideDataContainer(frame).get("DISPLAYMATRIX")
     except ValueError:  # PyAV refuses all side data where it does not know one kind, such as EXIF
         angle = np.deg2rad(frame.rotation)
         return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

@@ -1,6 +1,8 @@
 """Video files: what is read of them; a malicious one reaches no other file, and takes no more than the limits."""
 
+import gc
 import http.server
+import multiprocessing
 import os
 import pickle
 import re
@@ -407,3 +409,44 @@ def test_limits_must_be_above_0(name):
 def test_an_ordinary_file_meets_the_default_limits(clip):
     with open_video(clip) as (_, stream):
         assert (stream.height, stream.width) == (48, 80)
+
+
+@pytest.fixture
+def garbage():
+    """What the collector finds of the test's own making, kept for looking at."""
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+
+    def look():
+        gc.collect()
+        return gc.garbage
+
+    yield look
+    gc.set_debug(0)
+    gc.garbage.clear()
+    gc.enable()
+
+
+def test_frames_go_as_soon_as_they_are_read(tmp_path, garbage):
+    """Not when garbage is collected: a frame of 4K has 12 MB."""
+    path = write_video(tmp_path / "clip.mp4")
+    probe_video(path, as_shown=True)
+    decode_frames(path, torch.tensor([0, 5, 9]))
+    assert not [found for found in garbage() if isinstance(found, av.VideoFrame)]
+
+
+def test_frames_that_are_garbage_when_a_process_forks_do_not_hang_the_fork():
+    frame = av.VideoFrame.from_ndarray(np.zeros((480, 832, 3), np.uint8), format="rgb24").reformat(format="yuv420p")
+    frame.to_ndarray(format="rgb24")  # by a scaler with threads
+    gc.disable()
+    loop = [frame]
+    loop.append(loop)
+    del frame, loop
+    fork = multiprocessing.get_context("fork").Process(target=gc.collect)
+    fork.start()
+    fork.join(timeout=60)
+    exit_status = fork.exitcode
+    fork.kill()
+    gc.enable()
+    assert exit_status == 0
