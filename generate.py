@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,6 @@ from causal_wan.config.ranges import (
     checked_dataclass,
 )
 from causal_wan.config.settings import KVCacheDtype
-from causal_wan.geometry import FRAME_RATE
 from causal_wan.timesteps import Sampler
 
 
@@ -97,8 +97,8 @@ class Config:
     kv_cache_dtype: KVCacheDtype | None = None
     """Precision of what is remembered: auto is that of the passes, int8 takes half of 16 bits and rounds; None is what
     the run was validated with."""
-    frame_rate: FrameRate = FRAME_RATE
-    """Frames a second of the mp4."""
+    frame_rate: FrameRate | None = None
+    """Frames a second of the mp4; None is the checkpoint's: 16, of WAN 2.2 5B 24."""
     compile: bool = False
     """Compile the layers: the first blocks take a minute or so, the others less time."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
@@ -165,6 +165,7 @@ def main(config: Config) -> None:
         texts = [*prompts, config.negative_prompt] if config.guidance_scale > 1 else prompts
         warn_of_cut_prompts(pipeline.tokenizer, texts, settings.max_sequence_length)
     pipeline.to(device)
+    config = replace(config, frame_rate=config.frame_rate or pipeline.geometry.frame_rate)
     work = list(enumerate(zip(prompts, output_paths(config, len(prompts)), strict=True)))
     own = work[state.process_index :: state.num_processes]
     num_latent_frames = pipeline.geometry.num_latent_frames(settings.num_frames)

@@ -193,7 +193,7 @@ def check_length(row: Row, wanted: int, config: DataConfig) -> None:
     """
     available = num_sampleable_frames(row.num_frames, row.frame_rate, config)
     if available < wanted and config.short_clips != "pad":
-        rate = "" if config.frame_sampling == "uniform" else f" at {config.frame_rate:g} frames a second"
+        rate = "" if config.frame_sampling == "uniform" else f" at {config.sampling_rate:g} frames a second"
         raise ShortClipError(f"{available} frames{rate}, fewer than num_frames={wanted} (see --short_clips)")
 
 

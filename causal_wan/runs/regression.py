@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from causal_wan.runs.data import RunData, load_run_data
 from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
 from causal_wan.runs.metrics import summarize
 from causal_wan.runs.parts import (
-    check_checkpoint,
+    fit_to_checkpoint,
     make_student,
     make_vae,
     save_student,
@@ -116,7 +116,8 @@ def run_regression(
     """
     with user_errors():
         check_generator_ckpt(config.model.generator_ckpt)
-        check_checkpoint(config.model, config.model.generator_ckpt)
+        clips = fit_to_checkpoint(config.data, config.model, config.model.generator_ckpt)
+        config = replace(config, data=clips)
         check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
         resolve_trackers(config.training.report_to)
         check_precision(config.training.mixed_precision)
