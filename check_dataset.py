@@ -63,7 +63,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from causal_wan.data.buckets import clip_shapes
 from causal_wan.data.clips import load_video
 from causal_wan.data.frames import min_num_frames, num_sampleable_frames
-from causal_wan.data.rows import Row, find_video, read_tables
+from causal_wan.data.rows import Row, describe_short_picture, find_video, read_tables
 from causal_wan.runs.parts import fit_to_checkpoint
 from causal_wan.seeds import RandomStream, seeded_generator
 from causal_wan.survey.report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
@@ -78,6 +78,7 @@ from causal_wan.survey.row_checks import (
 )
 from causal_wan.survey.survey import BLACK_LUMA, STATIC_MOTION, Survey, count_reason
 from causal_wan.tables.table import Tables
+from causal_wan.video.facts import Traits
 from causal_wan.video.opening import describe_error
 
 
@@ -215,8 +216,11 @@ def write_bad_rows(table: Tables, survey: Survey, records: RecordFile, path: Pat
             if facts["is_bad"]:
                 reason = records.read(facts)["error"]
             else:
+                wanted = min_num_frames(survey.config)
                 available = num_sampleable_frames(int(facts["frames"]), float(facts["rate"]), survey.config)
-                reason = f"{available} frames, fewer than num_frames={min_num_frames(survey.config)}"
+                reason = f"{available} frames, fewer than num_frames={wanted}"
+                if int(facts["traits"]) & Traits.PICTURE:
+                    reason = describe_short_picture(wanted)
             bad = entry(table, int(index), note=reason)
             writer.writerow([bad.number, bad.path, reason])
             count_reason(survey.reasons, reason)
@@ -240,6 +244,7 @@ def strips(table: Tables, survey: Survey, indices: np.ndarray, config: Config) -
         try:
             video, _ = find_video(table_row)
             shown = {name: facts[name].item() for name in ("height", "width")}
+            shown["traits"] = Traits(int(facts["traits"]))
             row = Row(table_row.number, video, table_row.prompts, int(facts["frames"]), float(facts["rate"]), **shown)
             shape = clip_shapes(row, config.data)[-1]
             clip, _ = load_video(row, shape, config.data, seeded_generator(config.seed, RandomStream.CLIP, index))

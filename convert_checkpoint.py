@@ -55,6 +55,7 @@ from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.progress import announced
 from causal_wan.records.checkpoint_weights import read_weights
+from causal_wan.records.checkpoints import check_is_no_checkpoint, is_checkpoint
 from causal_wan.results.export import export_pipeline
 from causal_wan.results.run_record import RunRecord, base_of, find_run
 from causal_wan.results.student import resolve_settings
@@ -72,7 +73,7 @@ def main(config: Config) -> None:
         if config.to == "pipeline":
             with user_errors():
                 make_pipeline(config)
-        elif Path(config.input).name.startswith("checkpoint-") and Path(config.input).is_dir():
+        elif is_checkpoint(Path(config.input)):
             convert_checkpoint(config)
         else:
             with user_errors():
@@ -151,6 +152,7 @@ def read_weights_of(path: Path, *, average: bool) -> dict[str, torch.Tensor]:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     if not files:
+        check_is_no_checkpoint("input", path)
         raise ValueError(
             "input must be a checkpoint-STEP folder of a run, a .safetensors or .pt file, or a folder with weights in "
             f"diffusers format, got {path}."

@@ -15,6 +15,8 @@ than the run's, add `--local_attn_size 21 --sink_size 3`. With `--stream` the mp
 
 import contextlib
 import itertools
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -61,8 +63,8 @@ class Config:
     """Classifier-free guidance above 1: for students of any level, trained with --caption_dropout. Those of a step
     list are trained without."""
     video: LocalPath | None = None
-    """A video to continue: its last frames become the first blocks of the clip. A picture is a video of one frame, for
-    students whose first block is one frame."""
+    """A video to continue: its last frames, at --frame_rate, become the first blocks of the clip. A picture is a video
+    of one frame, for students whose first block is one frame."""
     num_video_frames: PositiveInt | None = None
     """How many of its frames; None is as many as make whole blocks, and at most half of the clip."""
     output: LocalPath = "out.mp4"
@@ -98,7 +100,8 @@ class Config:
     """Precision of what is remembered: auto is that of the passes, int8 takes half of 16 bits and rounds; None is what
     the run was validated with."""
     frame_rate: FrameRate | None = None
-    """Frames a second of the mp4; None is the checkpoint's: 16, of WAN 2.2 5B 24."""
+    """Frames a second of the mp4, and of what is taken of a video to continue; None is the checkpoint's: 16, of WAN
+    2.2 5B 24."""
     compile: bool = False
     """Compile the layers: the first blocks take a minute or so, the others less time."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
@@ -120,13 +123,14 @@ class Config:
 if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
     config = parse_config(Config, description=__doc__)
 
-import imageio.v3 as iio
+import av
 import PIL.Image
-import PIL.ImageOps
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from causal_wan.data.clips import build_video_transform
+from causal_wan.data.frames import last_frame_indices
 from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
 from causal_wan.model.vae import check_video_size
@@ -137,6 +141,10 @@ from causal_wan.results.student import SamplingSettings, choose_device, load_stu
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.seeds import noise_generator
 from causal_wan.tables.prompts import read_prompts_file
+from causal_wan.video.decoding import decode_frames, probe_video
+from causal_wan.video.facts import Traits
+from causal_wan.video.opening import describe_error
+from causal_wan.video.timing import read_frame_times
 from causal_wan.video.writing import VideoWriter, as_frames
 
 
@@ -172,9 +180,10 @@ def main(config: Config) -> None:
     num_blocks = len(own) * len(pipeline.transformer.block_lengths(num_latent_frames))
     total = num_blocks * count_parts(settings)
     with tqdm(total=total, desc="steps", dynamic_ncols=True, disable=not state.is_main_process) as progress:
-        for number, (prompt, path) in own:
+        for count, (number, (prompt, path)) in enumerate(own):
             blocks = sample(pipeline, prompt, number, settings, config, given, progress)
-            first, rate = write_blocks(blocks, path, config, progress, count_parts(settings))
+            with saying_what_is_kept(path, count):
+                first, rate = write_blocks(blocks, path, config, progress, count_parts(settings))
             progress.write(f"{path}: first frames after {first:.2f} s, {rate:.1f} frames a second")
     wait_for_all()
     if state.is_main_process:
@@ -254,6 +263,17 @@ def sample(
         yield decoder.decode(block)[0]
 
 
+@contextlib.contextmanager
+def saying_what_is_kept(path: Path, num_whole: int) -> Iterator[None]:
+    """Ends the program with status 130 and a line if Ctrl-C does while a file is written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        there = f"{path} ends where it was" if path.is_file() else f"{path} was not begun"
+        print(f"stopped by Ctrl-C: {num_whole} video(s) are whole, {there}.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
 def count_parts(settings: SamplingSettings) -> int:
     """What progress counts of a block: its steps, and decoding and writing its frames."""
     return sum(level > 0 for level in settings.timesteps) + 1
@@ -280,45 +300,41 @@ def write_blocks(
 def read_frames_to_continue(
     config: Config, settings: SamplingSettings, pipeline: CausalWanPipeline
 ) -> list[PIL.Image.Image] | None:
-    """The last frames of the video to continue, cut to the size of the clip.
+    """The last frames of the video to continue, read and cut to the size of the clip as training does.
 
     Raises:
         ValueError: If it cannot be read, or is shorter than asked for or than a block.
     """
     if config.video is None:
         return None
-    frames = read_frames(config.video)
+    path = Path(config.video)
+    try:
+        facts = probe_video(path)
+        times = read_frame_times(path) if facts.traits & Traits.VARIABLE_RATE else None
+    except (OSError, ValueError, av.FFmpegError) as error:
+        raise ValueError(f"video must be a file that decodes, got {config.video}: {describe_error(error)}") from None
     geometry = pipeline.geometry
+    rate = config.frame_rate or geometry.frame_rate
+    last = last_frame_indices(facts.num_frames, facts.frame_rate, settings.num_frames, rate, times)
     lengths = pipeline.transformer.block_lengths(geometry.num_latent_frames(settings.num_frames))
     whole_blocks = [geometry.num_frames(end) for end in itertools.accumulate(lengths)]
-    most = min(len(frames), settings.num_frames // 2)
+    most = min(len(last), settings.num_frames // 2)
     count = config.num_video_frames or max([end for end in whole_blocks if end <= most], default=whole_blocks[0])
     if count not in whole_blocks[:-1]:
         raise ValueError(
             f"num_video_frames must end with a block and before the clip of {settings.num_frames} frames does, got "
             f"{count}; use one of {', '.join(map(str, whole_blocks[:-1])) or 'none: it has one block'}."
         )
-    if count > len(frames):
+    if count > len(last):
         raise ValueError(
-            f"video must have {count} frames or more to be continued, but {config.video} has {len(frames)}."
+            f"video must have {count} frames or more at {rate:g} a second to be continued, but "
+            f"{config.video} has {len(last)}."
         )
-    size = (settings.width, settings.height)
-    return [PIL.ImageOps.fit(frame, size) for frame in frames[-count:]]
-
-
-def read_frames(path: str) -> list[PIL.Image.Image]:
-    """The frames of a video, or a picture as the only one, turned upright.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
     try:
-        with contextlib.suppress(PIL.UnidentifiedImageError), PIL.Image.open(path) as picture:
-            if picture.format == "MPO" or getattr(picture, "n_frames", 1) == 1:  # phones put small copies into an MPO
-                return [PIL.ImageOps.exif_transpose(picture).convert("RGB")]
-        return [PIL.Image.fromarray(frame) for frame in iio.imread(path, plugin="pyav")]
-    except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"video must be a video or a picture that decodes, got {path}: {error}") from None
+        frames = decode_frames(path, last[-count:], build_video_transform(settings.height, settings.width))
+    except (OSError, ValueError, av.FFmpegError) as error:
+        raise ValueError(f"video must be a file that decodes, got {config.video}: {describe_error(error)}") from None
+    return [PIL.Image.fromarray(frame) for frame in frames.movedim(1, -1).numpy()]
 
 
 def read_prompts(config: Config) -> list[str]:

@@ -10,7 +10,7 @@ file and by all that shapes them (frames, size, sampling, VAE, precision): a sec
 clip's work, and so is a file that has changed. An interrupted run goes on where it was; damaged entries are made anew.
 
 Exit status: 0 if all is there, 1 if clips could not be decoded, 2 if settings or tables cannot be used, 75 if it was
-asked to stop (SIGTERM, SIGUSR1): run the same command again.
+asked to stop (Ctrl-C, SIGTERM, SIGUSR1): run the same command again.
 """
 
 import logging
@@ -87,8 +87,8 @@ from causal_wan.cache.tensor_cache import GIB, CacheWriter, check_disk, free_byt
 from causal_wan.data.clips import VideoDataset, normalize_videos
 from causal_wan.data.descriptions import describe_rows
 from causal_wan.data.rows import Row
-from causal_wan.data.shared_memory import check_shared_memory, collate_shared, shared_memory_here, worker_settings
-from causal_wan.data.workers import name_clips_of_dead_workers
+from causal_wan.data.shared_memory import check_shared_memory, collate_shared, shared_memory_here
+from causal_wan.data.workers import name_clips_of_dead_workers, worker_settings
 from causal_wan.memory.levers import cut_up_vae
 from causal_wan.model.text import encode_prompts, warn_of_cut_prompts
 from causal_wan.model.vae import encode_videos
@@ -149,6 +149,8 @@ def main(config: Config) -> None:
     stopped = any(gather_lists([stop.received]))
     errors = sorted(gather_lists(errors))
     accelerator.end_training()
+    if accelerator.is_main_process and stopped:
+        print(f"stopped: what is encoded so far is kept in {config.latents_dir}; the same command encodes the rest.")
     if accelerator.is_main_process and not stopped:
         for error in errors:
             print(f"left out: {error}", file=sys.stderr)

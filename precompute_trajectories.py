@@ -15,8 +15,8 @@ share. Trajectories are found by all that shapes them: prompt, seed, number, tea
 size. So a second run does nothing, more prompts are their own work alone, an interrupted run goes on where it was, and
 `--verify` makes damaged ones anew.
 
-Exit status: 0 if all is there, 2 if settings cannot be used, 75 if it was asked to stop (SIGTERM, SIGUSR1): run the
-same command again.
+Exit status: 0 if all is there, 2 if settings cannot be used, 75 if it was asked to stop (Ctrl-C, SIGTERM,
+SIGUSR1): run the same command again.
 
 Source: CausVid, arXiv 2412.07772, section 4.3; with a causal teacher Causal Forcing, arXiv 2602.02214.
 """
@@ -166,6 +166,8 @@ def main(config: Config) -> None:
                 sample_missing(accelerator, config, teacher, settings, own, embeds=embeds, writer=writer, stop=stop)
     stopped = any(gather_lists([stop.received]))
     accelerator.end_training()
+    if accelerator.is_main_process and stopped:
+        print(f"stopped: the trajectories so far are kept in {config.trajectories_dir}; the same command goes on.")
     if stopped:
         sys.exit(EXIT_STOPPED)
     if accelerator.is_main_process:

@@ -30,8 +30,10 @@ class Config:
 if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
     config = parse_config(Config, description=__doc__)
 
+from causal_wan.records.checkpoints import check_is_no_checkpoint
 from causal_wan.results.model_card import describe
 from causal_wan.results.uploads import open_repository, upload_result
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 
 
 def main(config: Config) -> None:
@@ -39,6 +41,8 @@ def main(config: Config) -> None:
     with user_errors():
         if not Path(config.checkpoint).is_dir():
             raise ValueError(f"checkpoint must be a folder, got {config.checkpoint}.")
+        if not any(Path(config.checkpoint, name).exists() for name in ("transformer", LORA_WEIGHTS_NAME)):
+            check_is_no_checkpoint("checkpoint", config.checkpoint)
         hub = HubConfig(push_to_hub=True, hub_model_id=config.hub_model_id, hub_private_repo=config.hub_private_repo)
         repo_id = open_repository(hub, config.checkpoint)
         try:

@@ -107,7 +107,7 @@ def hash_rows(rows: Sequence[Any], indices: Sequence[int]) -> list[FileFacts]:
     def facts(index: int) -> FileFacts:
         row = rows[index]
         path, size, mtime_ns = stat_of(row.video)
-        known = (row.num_frames, row.frame_rate, row.height, row.width)
+        known = (row.num_frames, row.frame_rate, row.height, row.width, int(row.traits))
         return FileFacts(path, row.name, size, mtime_ns, hash_content(row.video), *known)
 
     unknown = [index for index in indices if not rows[index].content]
@@ -118,7 +118,7 @@ def hash_rows(rows: Sequence[Any], indices: Sequence[int]) -> list[FileFacts]:
 
 def _content(row: Any, manifest: FileManifest) -> str:
     known = manifest.find(row.video)
-    return known.content if known is not None else ""
+    return known.shown if known is not None else ""
 
 
 def identify_encoders(

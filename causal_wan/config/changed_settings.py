@@ -94,7 +94,9 @@ def _means_the_same(name: str, before: dict[str, Any], now: dict[str, Any]) -> b
     """Whether a setting has no say, or the same in another order."""
     if name != "lora_target_modules":
         return False
-    return not (before.get("lora_rank") or now.get("lora_rank")) or sorted(before[name]) == sorted(now[name])
+    if not (before.get("lora_rank") or now.get("lora_rank")):
+        return True
+    return isinstance(before[name], list) and sorted(map(str, before[name])) == sorted(now[name])
 
 
 def _show(value: Any) -> str:

@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -40,12 +40,32 @@ TEXT = "\0"  # before a text that begins with a dash, on its way through tyro; n
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the program with status 2 and the message alone when what it runs finds a mistake of the user's."""
+    """Ends the program with status 2 and the message alone when what it runs finds a mistake of the user's.
+
+    So it does for what the machine refuses: files that cannot be read or written, a full disk, no network.
+    """
     try:
         yield
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {describe_refusal(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def describe_refusal(error: Exception) -> str:
+    """The message of an error; that of the machine in one line, with the file first."""
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def end_quietly(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """A `sys.excepthook` that says of Ctrl-C what it is, and nothing of where the program was."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped by Ctrl-C.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def parse_config(
@@ -59,7 +79,8 @@ def parse_config(
 
     Args:
         config_class: A `checked_dataclass`; those in it become groups of flags.
-        argv: The command line without the program's name; that of the process by default.
+        argv: The command line without the program's name; that of the process by default, which Ctrl-C then ends
+            with one line.
         description: Shown by `--help`.
         also_known: Settings of another script, which the recipe may hold and which are passed over.
 
@@ -68,7 +89,10 @@ def parse_config(
     """
     if not is_checked(config_class):
         raise TypeError(f"{config_class.__qualname__} must be a checked_dataclass; decorate it.")
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sys.excepthook = end_quietly
+        argv = sys.argv[1:]
+    argv = list(argv)
     with user_errors():
         argv = _canonical_flags(argv, config_class)
         argv, recipe_path = _pop_config_flag(argv)
@@ -125,14 +149,38 @@ def read_yaml(path: str | Path, name: str) -> Any:
         name: What it is given as, for the error.
 
     Raises:
-        ValueError: If it is not there, or no YAML.
+        ValueError: If it is not there, cannot be read, is no YAML, or says something twice.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{name} must name a YAML file, but {path} does not exist.")
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is no file" if path.exists() else "does not exist"
+        raise ValueError(f"{name} must name a YAML file, but {path} {what}.")
     try:
-        return yaml.safe_load(Path(path).read_bytes())  # of which it sees UTF-16 by its mark
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be valid YAML: {error}") from None
+        return yaml.load(path.read_bytes(), OnceLoader)  # of which it sees UTF-16 by its mark
+    except OSError as error:
+        raise ValueError(f"{name} must name a YAML file, but {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date that is none, ValueError
+        raise ValueError(f"{path} must be valid YAML: {' '.join(str(error).split())}") from None
+
+
+class OnceLoader(yaml.SafeLoader):
+    """Refuses mappings with a key twice, of which YAML takes the last without a word."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """As yaml's.
+
+        Raises:
+            yaml.YAMLError: If a key is there twice.
+        """
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                said = f"{key.value!r} is there twice, in line {lines[key.value]} and {line}"
+                raise yaml.composer.ComposerError(None, None, said, None)
+            lines[key.value] = line
+        return node
 
 
 def _check_recipe_value(name: str, hint: Any, value: Any) -> None:
@@ -149,6 +197,31 @@ def _check_recipe_value(name: str, hint: Any, value: Any) -> None:
         check_number(name, hint, tuple(items) if is_tuple and value is not None else value)
     if isinstance(value, bool) and hint is not bool:
         raise ValueError(f"{name} must be no bool, got {value}; in quotes yes, no, on and off are text to YAML.")
+
+
+def check_kind(name: str, hint: Any, value: Any) -> None:
+    """Checks a text or one of several that a setting chooses from; `check_number` checks all else.
+
+    Raises:
+        ValueError: If it is of another kind.
+    """
+    if not _is_of_kind(hint, value):
+        kind = str(hint).replace("typing.", "")
+        raise ValueError(f"{name} must be {'text' if hint is str else kind}, got {value!r}.")
+
+
+def _is_of_kind(hint: Any, value: Any) -> bool:
+    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _is_of_kind(kinds[0], value)
+    if origin is Literal:
+        return value in kinds
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of_kind(kind, value) for kind in kinds)
+    if origin is tuple:
+        is_text = _room_for_text(hint) or typing.get_origin(kinds[0]) is Literal
+        return not is_text or (isinstance(value, tuple | list) and all(_is_of_kind(kinds[0], item) for item in value))
+    return isinstance(value, hint) if hint in (str, types.NoneType) else True
 
 
 def flat_fields(config_class: type) -> Iterator[tuple[str, Any]]:

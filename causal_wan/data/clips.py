@@ -16,7 +16,9 @@ from causal_wan.data.frames import sample_frame_indices
 from causal_wan.data.rows import Row
 from causal_wan.data.settings import ClipShape, DataConfig
 from causal_wan.video.decoding import decode_frames
+from causal_wan.video.facts import Traits
 from causal_wan.video.opening import describe_error
+from causal_wan.video.timing import read_frame_times
 
 
 MAX_WORKERS = 256  # whose clips are noted
@@ -121,6 +123,8 @@ def load_video(row: Row, shape: ClipShape, config: DataConfig, generator: torch.
     Raises:
         ValueError, OSError, av.FFmpegError: If it does not decode.
     """
-    indices, num_valid = sample_frame_indices(row.num_frames, row.frame_rate, shape.num_frames, config, generator)
+    times = read_frame_times(row.video, limits=config.limits) if row.traits & Traits.VARIABLE_RATE else None
+    timing = (row.num_frames, row.frame_rate, shape.num_frames)
+    indices, num_valid = sample_frame_indices(*timing, config, generator, times=times)
     frames = decode_frames(row.video, indices, build_video_transform(shape.height, shape.width), limits=config.limits)
     return augment_video(frames.movedim(0, 1), config, generator), num_valid

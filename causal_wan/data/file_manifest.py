@@ -7,12 +7,14 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from causal_wan.video.facts import CHANGED_TRAITS, Traits, VideoFacts
 from causal_wan.video.opening import EmbeddedVideo, Video
 
 
@@ -29,14 +31,16 @@ SCHEMA = {
     "frame_rate": pa.float64(),
     "height": pa.int32(),
     "width": pa.int32(),
+    "traits": pa.int32(),
 }
+READING = 2  # how files with traits are read; 1 took their frames by number, and showed them as they are stored
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """A file: where it was, its name in the table, bytes, time, SHA-256; frames, frames a second, pixels.
+    """A file: where it was, its name in the table, bytes, time, SHA-256; frames, frames a second, pixels, traits.
 
-    Of files that are no videos the last four are 0.
+    Of files that are no videos the last five are 0. Traits are None where they were not noted yet.
     """
 
     path: str
@@ -48,6 +52,22 @@ class FileFacts:
     frame_rate: float = 0.0
     height: int = 0
     width: int = 0
+    traits: int | None = 0
+
+    @property
+    def facts(self) -> VideoFacts:
+        """What is known of the video."""
+        traits = Traits.UNKNOWN if self.traits is None else Traits(self.traits)
+        return VideoFacts(self.num_frames, self.frame_rate, self.height, self.width, traits)
+
+    @property
+    def shown(self) -> str:
+        """What identifies the pictures that are read: the content, and how it is read if that has changed."""
+        return f"{self.content}, reading {READING}" if self.facts.traits & CHANGED_TRAITS else self.content
+
+    def with_facts(self, facts: VideoFacts) -> Self:
+        """The same file, of which more is known."""
+        return replace(self, **facts._asdict() | {"traits": int(facts.traits)})
 
 
 def hash_content(video: Video) -> str:
@@ -77,7 +97,8 @@ class FileManifest:
         self.by_name: dict[str, FileFacts] = {}
         if self.path.is_file():
             try:
-                self.add(FileFacts(**row) for row in pq.read_table(self.path).to_pylist())
+                rows = pq.read_table(self.path).to_pylist()
+                self.add(FileFacts(**{"traits": None, **row}) for row in rows)
             except (OSError, pa.ArrowException, TypeError) as error:
                 logger.warning("%s is damaged, so files are read anew: %s", self.path, error)
         self.is_changed = False

@@ -1,5 +1,6 @@
 """Which frames of a file make a clip."""
 
+import numpy as np
 import torch
 
 from causal_wan.data.settings import DataConfig
@@ -18,16 +19,23 @@ def num_sampleable_frames(num_file_frames: int, file_frame_rate: float, config: 
 
 
 def sample_frame_indices(
-    num_file_frames: int, file_frame_rate: float, num_frames: int, config: DataConfig, generator: torch.Generator
+    num_file_frames: int,
+    file_frame_rate: float,
+    num_frames: int,
+    config: DataConfig,
+    generator: torch.Generator,
+    *,
+    times: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Which frames of a file make the clip.
 
     Args:
         num_file_frames: Frames in the file.
-        file_frame_rate: Its frames a second.
+        file_frame_rate: Its frames a second; the mean where they vary.
         num_frames: Frames of the clip.
         config: Says by what rule.
         generator: Chooses the start of random sampling, and the window of a temporal crop.
+        times: Seconds from the first frame to each, where they vary: moments are spread in place of frames.
 
     Returns:
         Indices, non-decreasing, int64 `(num_frames,)`, and how many of them come before padding.
@@ -47,5 +55,48 @@ def sample_frame_indices(
         if config.frame_sampling == "random":
             slack = last - float(indices[-1])
             indices += slack * torch.rand((), generator=generator, dtype=torch.float64)
-    indices = indices.round().long().clamp(max=last)
+    indices = nearest_frames(indices, file_frame_rate, times).clamp(max=last)
     return torch.cat([indices, indices[-1:].expand(num_frames - num_valid)]), num_valid
+
+
+def last_frame_indices(
+    num_file_frames: int, file_frame_rate: float, num_frames: int, frame_rate: float, times: np.ndarray | None = None
+) -> torch.Tensor:
+    """The last frames of a file at a rate, the last of all included; fewer if it has no more.
+
+    Args:
+        num_file_frames: Frames in the file.
+        file_frame_rate: Its frames a second; the mean where they vary.
+        num_frames: How many.
+        frame_rate: How many a second.
+        times: Seconds from the first frame to each, where they vary.
+
+    Returns:
+        Indices, non-decreasing, int64.
+    """
+    last = num_file_frames - 1
+    count = min(num_frames, int(last / file_frame_rate * frame_rate + 1e-6) + 1)
+    places = last - torch.arange(count - 1, -1, -1, dtype=torch.float64) * file_frame_rate / frame_rate
+    return nearest_frames(places, file_frame_rate, times).clamp(0, last)
+
+
+def nearest_frames(places: torch.Tensor, file_frame_rate: float, times: np.ndarray | None) -> torch.Tensor:
+    """The frames at places between frames.
+
+    At a constant rate a place is rounded. Where the rate varies it is a moment, and the frame on screen is taken, as a
+    player shows it; the next one if that comes within half of a usual interval, as rounding does.
+
+    Args:
+        places: In frames at the rate, from 0 on, float64.
+        file_frame_rate: Frames a second; the mean where they vary.
+        times: Seconds from the first frame to each, where they vary.
+
+    Returns:
+        Indices, int64, like `places`.
+    """
+    if times is None:
+        return places.round().long()
+    steps = np.diff(times)
+    early = np.minimum(steps, np.median(steps[steps > 0])) / 2
+    starts = torch.from_numpy(times[1:] - early)
+    return torch.searchsorted(starts, places / file_frame_rate, right=True)

@@ -17,6 +17,7 @@ from causal_wan.data.settings import DataConfig
 from causal_wan.tables.sources import FILE_SUFFIXES, Source, read_sources
 from causal_wan.tables.table import Table, TableRow, read_table
 from causal_wan.video.decoding import probe_video
+from causal_wan.video.facts import NO_TRAITS, Traits
 from causal_wan.video.opening import EmbeddedVideo, describe_error
 from causal_wan.video.paths import resolve_path
 
@@ -24,6 +25,13 @@ from causal_wan.video.paths import resolve_path
 logger = logging.getLogger(__name__)
 
 MAX_ERRORS_SHOWN = 20
+WARNINGS = {
+    Traits.HIGH_DYNAMIC_RANGE: "are HDR (PQ or HLG): they are shown without tone mapping, pale; convert them to SDR",
+    Traits.INTERLACED: "are interlaced: moving edges are combed; deinterlace them",
+    Traits.LATE_KEY_FRAME: "do not begin with a key frame: they are read from the first one on",
+    Traits.UNKNOWN: "are known from an older cache only: where the frame rate varies, pixels are not square or "
+    "pictures are mirrored, the latents are wrong. Put the files in their place once to have that checked",
+}
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,13 @@ class Row:
     video: Path | EmbeddedVideo
     prompts: tuple[str, ...]
     num_frames: int  # in the file
-    frame_rate: float
+    frame_rate: float  # the mean where it varies
     height: int
     width: int
+    traits: Traits = NO_TRAITS  # what is out of the ordinary in the file
     source: int = 0  # of several
     name: str = ""  # of the video, as the table has it
-    content: str = ""  # SHA-256 of the file, if it is known
+    content: str = ""  # what its latents are found by, if it is known: `FileFacts.shown`
 
 
 class BadRow(NamedTuple):
@@ -83,6 +92,7 @@ def load_rows(config: DataConfig, manifest: FileManifest | None = None) -> list[
     with ThreadPoolExecutor(8) as pool:
         results = list(tqdm(pool.map(check, items), total=total, desc="checking clips", delay=2, leave=False))
     rows = [result for result in results if isinstance(result, Row)]
+    warn_of_traits(rows)
     bad = [result for result in results if isinstance(result, BadRow)]
     if config.short_clips == "skip":
         long_enough = [result for result in bad if not isinstance(result.error, ShortClipError)]
@@ -101,6 +111,13 @@ def load_rows(config: DataConfig, manifest: FileManifest | None = None) -> list[
     for name in (name for source, name in enumerate(names) if source not in left):
         logger.warning("%s has no usable row: the other tables fill its share", name)
     return rows
+
+
+def warn_of_traits(rows: Sequence[Row]) -> None:
+    """Says once of how many clips something is to be known."""
+    for trait, warning in WARNINGS.items():
+        if count := sum(bool(row.traits & trait) for row in rows):
+            logger.warning("%d clip(s) %s", count, warning)
 
 
 def _list_bad_rows(bad: Sequence[BadRow], place: str, total: int, *, name_tables: bool) -> str:
@@ -162,8 +179,22 @@ def source_weights(config: DataConfig) -> list[float] | None:
     return None if None in weights else weights
 
 
-def check_row(row: TableRow, config: DataConfig, *, source: int = 0, manifest: FileManifest | None = None) -> Row:
+def check_row(
+    row: TableRow,
+    config: DataConfig,
+    *,
+    source: int = 0,
+    manifest: FileManifest | None = None,
+    as_shown: bool = False,
+) -> Row:
     """One row, checked.
+
+    Args:
+        row: Of the table.
+        config: Says what is too short, and what files may ask for.
+        source: Number of the table.
+        manifest: Facts of files, which are then not opened, unless they lack what is noted today.
+        as_shown: Whether a frame is decoded for what it alone tells; buckets and manifests need it in any case.
 
     Raises:
         ValueError: With the reason, if the row cannot be used.
@@ -173,13 +204,16 @@ def check_row(row: TableRow, config: DataConfig, *, source: int = 0, manifest: F
     video, known = find_video(row, manifest)
     if not row.prompts:
         raise ValueError("the prompt is empty")
+    if known is not None and known.traits is None and (isinstance(video, EmbeddedVideo) or video.exists()):
+        known = known.with_facts(probe_video(video, limits=config.limits, as_shown=True))
+        manifest.add([known])
     if known is not None:
-        facts = known.num_frames, known.frame_rate, known.height, known.width
+        facts = known.facts
     else:
         # A manifest serves runs with buckets, too, which need the size as shown.
-        as_shown = manifest is not None or len(config.resolution_buckets) > 1
+        as_shown = as_shown or manifest is not None or len(config.resolution_buckets) > 1
         facts = probe_video(video, limits=config.limits, as_shown=as_shown)
-    content = known.content if known is not None else ""
+    content = known.shown if known is not None else ""
     checked = Row(row.number, video, row.prompts, *facts, source=source, name=str(row.video), content=content)
     check_length(checked, min_num_frames(config), config)
     return checked
@@ -193,8 +227,18 @@ def check_length(row: Row, wanted: int, config: DataConfig) -> None:
     """
     available = num_sampleable_frames(row.num_frames, row.frame_rate, config)
     if available < wanted and config.short_clips != "pad":
+        if row.traits & Traits.PICTURE:
+            raise ShortClipError(describe_short_picture(wanted))
         rate = "" if config.frame_sampling == "uniform" else f" at {config.sampling_rate:g} frames a second"
         raise ShortClipError(f"{available} frames{rate}, fewer than num_frames={wanted} (see --short_clips)")
+
+
+def describe_short_picture(wanted: int) -> str:
+    """Why a picture is no clip of so many frames."""
+    return (
+        f"a picture and not a video that can be read as num_frames={wanted}: it has 1 frame, for --num_frames "
+        "1 or --frame_buckets 1 (see --short_clips)"
+    )
 
 
 def find_video(row: TableRow, manifest: FileManifest | None = None) -> tuple[Path | EmbeddedVideo, FileFacts | None]:

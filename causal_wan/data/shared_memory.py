@@ -99,18 +99,6 @@ def advice(num_bytes: int) -> str:
     )
 
 
-def worker_settings(num_workers: int, timeout: float) -> dict[str, Any]:
-    """Of a data loader, what is about its workers.
-
-    Args:
-        num_workers: Processes that decode ahead; 0 is none.
-        timeout: Seconds after which a batch that does not come is an error.
-    """
-    if not num_workers:
-        return {"num_workers": 0}
-    return {"num_workers": num_workers, "timeout": timeout, "prefetch_factor": PREFETCH_FACTOR}
-
-
 def collate_shared(collate: Callable[[Sequence[Any]], Any], samples: Sequence[Any]) -> Any:
     """A batch; that of a worker in shared memory already, so that an error on the way reaches the training process."""
     batch = collate(samples)

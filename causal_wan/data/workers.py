@@ -1,11 +1,54 @@
-"""Processes that decode clips, and which clip one was at when it died."""
+"""Processes that decode clips: how they are started, and which clip one was at when it died."""
 
 import contextlib
+import os
 import re
+import signal
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 from causal_wan.data.clips import Loadable, VideoDataset
-from causal_wan.data.shared_memory import GIB, SharedMemoryError, advice
+from causal_wan.data.shared_memory import GIB, PREFETCH_FACTOR, SharedMemoryError, advice
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def worker_settings(num_workers: int, timeout: float) -> dict[str, Any]:
+    """Of a data loader, what is about its workers.
+
+    Args:
+        num_workers: Processes that decode ahead; 0 is none.
+        timeout: Seconds after which a batch that does not come is an error.
+    """
+    if not num_workers:
+        return {"num_workers": 0}
+    return {
+        "num_workers": num_workers,
+        "timeout": timeout,
+        "prefetch_factor": PREFETCH_FACTOR,
+        "worker_init_fn": leave_signals_to_parent,
+    }
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Makes a worker outlive signals to all processes of a run: it has clips to bring for the step that is not done.
+
+    A terminal, torchrun and clusters send them to workers too. A SIGTERM of the parent's ends it, as it does without.
+
+    Args:
+        worker: Its number.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # threads that are started later have the same mask
+    threading.Thread(target=_wait_for_parents_signal, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_parents_signal(parent: int) -> None:
+    while True:
+        came = signal.sigwaitinfo(SIGNALS)
+        if came.si_signo == signal.SIGTERM and came.si_pid == parent:
+            os._exit(0)
 
 
 @contextlib.contextmanager

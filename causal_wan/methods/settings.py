@@ -173,6 +173,13 @@ class RegressionConfig:
             timestep_shift=self.timestep_shift,
         )
 
+    @property
+    def num_levels(self) -> int:
+        """K, told without a tensor: a step asks for it."""
+        if self.is_continuous:
+            return len(range(0, NUM_TRAIN_TIMESTEPS, BIN_WIDTH))
+        return sum(step > 0 or not self.has_clean_context for step in self.denoising_step_list)
+
     def inference_timesteps(self) -> "torch.Tensor":
         """The timesteps that the student is sampled at, float32 `(num_steps,)`, from noise to data."""
         from causal_wan.flow import inference_timesteps

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import CheckpointException
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.parsing import write_recipe
 from causal_wan.processes import cpu_group, gather_lists, wait_for_all
-from causal_wan.records.checkpoint_checks import EMA_NAME, at_place, find_damage
+from causal_wan.records.checkpoint_checks import EMA_NAME, SCHEDULER_NAME, at_place, find_damage
 
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,33 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first. Partial ones have another name and are not among them."""
     named = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
     return sorted(filter(Path.is_dir, named), key=step_of)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of a run, whatever it is called: it has the state of a schedule."""
+    return folder.is_dir() and (folder.resolve().name.startswith("checkpoint-") or (folder / SCHEDULER_NAME).is_file())
+
+
+def check_is_no_checkpoint(name: str, path: str | Path) -> None:
+    """Checks that what is to be used is neither a checkpoint of a run nor the folder of one that has nothing else.
+
+    Args:
+        name: Of the setting.
+        path: Its value.
+
+    Raises:
+        ValueError: If it is; names the command that makes a result of it.
+    """
+    folder = Path(path)
+    checkpoint = folder if is_checkpoint(folder) else next(reversed(list_checkpoints(folder)), None)
+    if checkpoint is None:
+        return
+    what = "which is a checkpoint of a run" if checkpoint is folder else "a run that is not finished"
+    output = checkpoint.resolve().parent.name + "-" + checkpoint.resolve().name.rpartition("-")[2]
+    raise ValueError(
+        f"{name} must be a result, got {path}, {what}; make one of it: python convert_checkpoint.py --input "
+        f"{checkpoint} --output {checkpoint.parent.parent / output}"
+    )
 
 
 def step_of(checkpoint: Path) -> int:

@@ -44,7 +44,7 @@ def make_card(folder: Path, run: RunRecord | None, repo_id: str, samples: list[s
     base = None if run is None else run.public_settings()["pretrained_model_name_or_path"]
     is_on_hub = base is not None and "/" in base
     method = RegressionConfig() if run is None else run.method
-    is_causal = method.attention_block is not None
+    is_causal = method.causal.num_frame_per_block is not None
     steps, sampler = sampled_at(folder, run)
     has_step_list = sampler == "renoise" if run is None else not method.is_continuous
     is_few_step = len(steps) <= MAX_FEW_STEPS if steps else sampler == "renoise"

@@ -7,7 +7,8 @@ from typing import Any, Self, TypeVar
 
 from causal_wan.blocks import CausalConfig
 from causal_wan.config.changed_settings import SETTINGS_NAME, read_settings
-from causal_wan.config.parsing import names_of, paths_of, read_yaml
+from causal_wan.config.parsing import check_kind, flat_fields, paths_of, read_yaml
+from causal_wan.config.ranges import check_number
 from causal_wan.config.settings import (
     CacheConfig,
     KVCacheDtype,
@@ -19,6 +20,7 @@ from causal_wan.config.settings import (
 )
 from causal_wan.data.settings import DataConfig
 from causal_wan.methods.settings import RegressionConfig
+from causal_wan.records.checkpoints import check_is_no_checkpoint
 from causal_wan.weights.kinds import check_weights
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 from causal_wan.weights.transformer import check_generator_ckpt
@@ -78,16 +80,23 @@ class RunRecord:
                 f"{SETTINGS_NAME} of a run must be a mapping that names pretrained_model_name_or_path, but that of "
                 f"{folder} does not; put it back as the run has written it."
             )
-        return cls(
-            folder=folder,
-            model=_group(ModelConfig, settings),
-            method=_group(RegressionConfig, settings),
-            data=_group(DataConfig, settings, SHAPE_SETTINGS),
-            kv_cache_dtype=_group(MemoryConfig, settings, ("kv_cache_dtype",)).kv_cache_dtype,
-            seed=settings.get("seed"),
-            has_trajectories="trajectories_dir" in settings,
-            settings=settings,
-        )
+        hint = dict(flat_fields(TrainingConfig))["seed"]
+        try:
+            if settings.get("seed") is not None:
+                check_number("seed", hint, settings["seed"])
+            return cls(
+                folder=folder,
+                model=_group(ModelConfig, settings),
+                method=_group(RegressionConfig, settings),
+                data=_group(DataConfig, settings, SHAPE_SETTINGS),
+                kv_cache_dtype=_group(MemoryConfig, settings, ("kv_cache_dtype",)).kv_cache_dtype,
+                seed=settings.get("seed"),
+                has_trajectories="trajectories_dir" in settings,
+                settings=settings,
+            )
+        except ValueError as error:
+            place = f"{SETTINGS_NAME} of the run" if folder is None else folder / SETTINGS_NAME
+            raise ValueError(f"{place} must be as the run has written it, but {error}") from None
 
     @classmethod
     def of_folder(cls, folder: Path) -> Self | None:
@@ -175,11 +184,15 @@ def find_run(result: str, base: str | None = None) -> RunRecord | None:
     path = Path(result)
     if path.suffix in WEIGHTS_SUFFIXES:
         return RunRecord.of_weights(path, base)
+    if path.is_file():
+        raise ValueError(f"a file of weights must end in {', '.join(WEIGHTS_SUFFIXES)}, got {result}.")
     if not path.is_dir() or (path / "model_index.json").is_file():
         return None
     has_result = (path / "transformer").is_dir() or (path / LORA_WEIGHTS_NAME).is_file()
     run = RunRecord.of_folder(path) if has_result else None
     if run is None:
+        if not has_result:
+            check_is_no_checkpoint("checkpoint", result)
         raise ValueError(
             f"checkpoint must be the output folder of a finished run (config.yaml and transformer/ or "
             f"{LORA_WEIGHTS_NAME}), a diffusers folder (model_index.json) or a file of weights, got {result}, "
@@ -197,8 +210,10 @@ def base_of(result: str, run: RunRecord | None) -> tuple[str, str | None]:
 
 def _group(config_class: type[Settings], settings: dict[str, Any], names: Collection[str] | None = None) -> Settings:
     """A group of settings, or some of it; those that are not there are the defaults."""
-    wanted = names_of(config_class) if names is None else names
-    own = {name: settings[name] for name in wanted if name in settings}
+    hints = dict(flat_fields(config_class))
+    own = {name: settings[name] for name in (hints if names is None else names) if name in settings}
+    for name, value in own.items():
+        check_kind(name, hints[name], value)
     return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
 
 

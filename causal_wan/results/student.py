@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,8 +81,7 @@ def resolve_settings(
     data = DataConfig() if run is None else run.data
     max_sequence_length = CheckpointConfig.max_sequence_length if run is None else run.model.max_sequence_length
     own = method.inference_timesteps() if method.is_continuous else method.levels()
-    index = Path(student or "", "model_index.json")
-    stated = json.loads(index.read_text()) if student and run is None and index.is_file() else {}
+    stated = read_index(Path(student)) if student and run is None else {}
     if run is not None and num_inference_steps is not None and timestep_shift is None:
         timestep_shift = method.timestep_shift
     if method.is_continuous and timestep_shift is not None and denoising_step_list is None:
@@ -109,6 +109,22 @@ def resolve_settings(
         geometry.check_num_frames(settings.num_frames)
         geometry.check_size(settings.height, settings.width, of=" for this checkpoint")
     return settings
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's folder says of it; nothing if there is none.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    path = folder / "model_index.json"
+    try:
+        stated = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:  # of JSON, or of letters
+        raise ValueError(f"{path} must be valid JSON: {error}; put it back as it was.") from None
+    if not isinstance(stated, dict):
+        raise ValueError(f"{path} must name the parts of a pipeline, got {type(stated).__name__}.")
+    return stated
 
 
 def check_student(student: str, run: RunRecord | None) -> LatentGeometry:

@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.parsing import write_recipe
 from causal_wan.config.settings import HubConfig
+from causal_wan.records.checkpoints import check_is_no_checkpoint
 from causal_wan.records.metrics import METRICS_NAME
 from causal_wan.results.export import PIPELINE_NAME
 from causal_wan.results.model_card import DATA_SUMMARY_NAME, copy_samples, describe, make_card
@@ -199,6 +200,7 @@ def stage_result(folder: Path, repo_id: str) -> Iterator[Path]:
     is_pipeline = (folder / "model_index.json").is_file()
     patterns = (*RESULT, *PIPELINE) if is_pipeline else RESULT
     if not (folder / "transformer").is_dir() and not (folder / LORA_WEIGHTS_NAME).is_file():
+        check_is_no_checkpoint("checkpoint", folder)
         raise ValueError(
             f"checkpoint must be the output folder of a finished run, or a whole pipeline, got {folder}, which has "
             f"neither transformer/ nor {LORA_WEIGHTS_NAME}."

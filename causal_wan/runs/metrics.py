@@ -13,8 +13,8 @@ from causal_wan.training.loop import Sums
 
 def sum_by_level(batch: RegressionBatch, predicted_latents: torch.Tensor, method: RegressionConfig) -> Sums:
     """What `summarize` makes metrics of, for a batch and predicted clean latents `(B, C, F, H, W)`."""
-    noisy, num_levels = batch.noisy, len(method.levels())
-    statistics = level_statistics(predicted_latents, noisy.latents, noisy.level_indices, noisy.mask, num_levels)
+    noisy = batch.noisy
+    statistics = level_statistics(predicted_latents, noisy.latents, noisy.level_indices, noisy.mask, method.num_levels)
     return {"levels": statistics, "num_bad_samples": statistics.new_full((), batch.num_bad_samples)}
 
 

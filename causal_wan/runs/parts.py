@@ -3,6 +3,7 @@
 Knows no loss: any method that trains a student takes its parts from here, whoever owns its loop.
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,12 +134,22 @@ def make_vae(config: RunConfig, device: torch.device, *, is_needed: bool) -> Aut
 def save_student(
     transformer: CausalWanTransformer3DModel, weights: dict[str, torch.Tensor], config: RunConfig
 ) -> None:
-    """Writes `transformer/` in diffusers format, or the LoRA file, and `pipeline.py` into the output folder."""
-    write_pipeline_file(config.training.output_dir)
+    """Writes `transformer/` in diffusers format, or the LoRA file, and `pipeline.py` into the output folder.
+
+    Beside, then renamed: half a result would be taken for one.
+    """
+    folder = Path(config.training.output_dir)
+    write_pipeline_file(folder)
     if config.model.lora_rank > 0:
-        save_lora(transformer, weights, config.training.output_dir)
-    else:
-        save_transformer(transformer, weights, Path(config.training.output_dir) / "transformer")
+        save_lora(transformer, weights, folder)  # safetensors itself writes beside
+        return
+    written, final = folder / "partial-transformer", folder / "transformer"
+    try:
+        save_transformer(transformer, weights, written)
+        shutil.rmtree(final, ignore_errors=True)
+        written.rename(final)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
 
 
 def validation_prompts(config: RunConfig, data: TrainingData) -> list[str]:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
 
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.parsing import flat_dict, user_errors, write_recipe
@@ -26,7 +28,7 @@ from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import check_video_size
 from causal_wan.processes import gather_lists, wait_for_all
 from causal_wan.progress import announced
-from causal_wan.records.checkpoints import check_output_dir
+from causal_wan.records.checkpoints import check_is_no_checkpoint, check_output_dir, list_checkpoints, step_of
 from causal_wan.records.metrics import STUDENT
 from causal_wan.records.tracker_libraries import resolve_trackers
 from causal_wan.records.trackers import Trackers
@@ -115,6 +117,8 @@ def run_regression(
         prepare_held_out: Like prepare_batch, of held-out clips; None is the same.
     """
     with user_errors():
+        if config.model.generator_ckpt is not None and not Path(config.model.generator_ckpt, "transformer").is_dir():
+            check_is_no_checkpoint("generator_ckpt", config.model.generator_ckpt)
         check_generator_ckpt(config.model.generator_ckpt)
         clips = fit_to_checkpoint(config.data, config.model, config.model.generator_ckpt)
         config = replace(config, data=clips)
@@ -134,7 +138,8 @@ def run_regression(
         settings = flat_dict(with_absolute_paths(config))
         run = prepare_run(accelerator, config.training, {STUDENT: begun.transformer}, begun.trackers, settings)
     if accelerator.is_main_process:  # not before: a run that cannot be resumed keeps its own
-        write_recipe(settings, Path(config.training.output_dir) / SETTINGS_NAME)
+        with user_errors():
+            write_recipe(settings, Path(config.training.output_dir) / SETTINGS_NAME)
     compute_loss = partial(compute_loss, config.method)
     geometry = LatentGeometry.of(inputs.vae.config, begun.transformer.config)
     validate = Validation(
@@ -257,17 +262,39 @@ def begin_run(config: RunConfig, data: TrainingData) -> BegunRun:
 
 
 def save_result(begun: BegunRun, run: Run) -> None:
-    """Writes the weights of the result, and what a model card says of the data."""
+    """Writes the weights of the result, and what a model card says of the data.
+
+    Ends the program with status 1 where that cannot be: a full disk, a folder that became read-only.
+    """
     accelerator, config = begun.accelerator, begun.inputs.config
+    output_dir, failure = Path(config.training.output_dir), None
     with announced("saving the result"):
         with ema_weights(run.student):
             weights = gather_weights(accelerator, run.student)
         if accelerator.is_main_process:
-            save_student(run.student.unwrapped_model, weights, config)
+            try:
+                save_student(run.student.unwrapped_model, weights, config)
+                (output_dir / DATA_SUMMARY_NAME).write_text(json.dumps(begun.data.count()))
+            except (OSError, SafetensorError) as error:
+                failure = describe_unsaved(output_dir, run.state.step, error)
     if accelerator.is_main_process:
-        (Path(config.training.output_dir) / DATA_SUMMARY_NAME).write_text(json.dumps(begun.data.count()))
-        print(f"saved: generate.py --checkpoint {config.training.output_dir} --prompt '...'")
-    wait_for_all()
+        saved = f"saved: generate.py --checkpoint {output_dir} --prompt '...'"
+        tqdm.write(failure or saved, file=sys.stderr if failure else sys.stdout)  # beside the bar of steps
+    if any(gather_lists([failure is not None])):
+        sys.exit(1)
+
+
+def describe_unsaved(output_dir: Path, step: int, error: Exception) -> str:
+    """Why a result could not be saved, and how to come by it all the same."""
+    newest = next(reversed(list_checkpoints(output_dir)), None)
+    reason = f"error: the result could not be saved to {output_dir} ({type(error).__name__}: {error})."
+    if newest is None:
+        return f"{reason} No checkpoint could be written either. Make room, and run the same command again."
+    where = "Its weights are safe" if step_of(newest) == step else f"Weights of step {step_of(newest)} are kept"
+    return (
+        f"{reason} {where} in {newest}. Make room and run the same command with --resume_from_checkpoint latest, or "
+        f"make a result on another disk: python convert_checkpoint.py --input {newest} --output FOLDER"
+    )
 
 
 def finish_run(begun: BegunRun, *, complete: bool) -> None:
@@ -275,6 +302,12 @@ def finish_run(begun: BegunRun, *, complete: bool) -> None:
     begun.trackers.finish()
     wait_for_all()
     begun.accelerator.end_training()
+    if not complete and begun.accelerator.is_main_process:
+        kept = list_checkpoints(output_dir := begun.inputs.config.training.output_dir)
+        print(
+            f"stopped: {kept[-1] if kept else f'no checkpoint could be written to {output_dir}'}. To go on, run the "
+            "same command with --resume_from_checkpoint latest."
+        )
     if not complete:
         sys.exit(EXIT_STOPPED)
     if begun.uploads:

@@ -12,7 +12,8 @@ from causal_wan.config.settings import CacheConfig, CheckpointConfig
 from causal_wan.data.clips import Loadable
 from causal_wan.data.rows import Row
 from causal_wan.data.samples import collate
-from causal_wan.data.shared_memory import collate_shared, worker_settings
+from causal_wan.data.shared_memory import collate_shared
+from causal_wan.data.workers import worker_settings
 from causal_wan.streams.lanes import LaneStates
 
 

@@ -124,6 +124,7 @@ def render(
         suggestions=suggest(survey),
         reasons=survey.reasons.most_common(MAX_REASONS + 1),
         bad_entries=bad_entries,
+        kinds=survey.kinds,
         charts=histograms(survey),
         duplicate_files={"groups": first_groups(files, show), "count": len(files)},
         duplicate_prompts={"groups": first_groups(prompts, show), "count": len(prompts)},

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -31,13 +32,13 @@ from causal_wan.video.limits import VideoLimits
 from causal_wan.video.opening import Video, describe_error
 
 
-VERSION = 1  # of the records; those of another version are made anew
+VERSION = 2  # of the records; those of another version are made anew
 NUM_LOOKS = 8  # frames of a clip that are looked at, evenly spread
 LOOK_SIZE = 32  # pixels, both ways
 WHOLE_FILE_BYTES = 64 << 20  # larger files are told apart by their size, beginning and end
 CHUNK_ROWS = 16
 
-# What is kept in memory of a record: 60 bytes a row.
+# What is kept in memory of a record: 64 bytes a row.
 FACTS = np.dtype(
     [
         ("key", "u8"),
@@ -51,6 +52,7 @@ FACTS = np.dtype(
         ("luma", "f4"),  # mean brightness, 0 to 255
         ("motion", "f4"),  # change of brightness from look to look, where it is largest
         ("content", "u8"),  # hash of the file
+        ("traits", "u4"),  # `causal_wan.video.facts.Traits`
     ]
 )
 
@@ -96,10 +98,11 @@ class RowChecker:
         # The report tells which clips are short, and the size as shown is seen in decoding.
         config = replace(self.config, short_clips="pad", resolution_buckets=())
         try:
-            checked = check_row(row, config)
+            checked = check_row(row, config, as_shown=True)
             return {
                 "frames": checked.num_frames,
                 "rate": round(checked.frame_rate, 4),
+                "traits": int(checked.traits),
                 **look_at_file(checked.video),
                 **look_at_pictures(checked.video, checked.num_frames, self.config.limits),
             }
@@ -260,7 +263,7 @@ def _check_until_death(
 ) -> Iterator[list[dict[str, Any]]]:
     """Runs until there are no chunks, or a process dies; the rows without a record are then in `lost`."""
     running: dict[Future, list[NumberedRow]] = {}
-    with ProcessPoolExecutor(num_processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(num_processes, initializer=_begin_process) as pool:
         while not lost:
             for chunk in itertools.islice(chunks, 2 * num_processes - len(running)):
                 try:
@@ -279,9 +282,14 @@ def _check_until_death(
             lost += running[future]
 
 
+def _begin_process() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that collects the records
+
+
 def _check_alone(row: NumberedRow, checker: RowChecker) -> dict[str, Any]:
     """The record of one row, made in a process of its own."""
-    with ProcessPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(1, initializer=_begin_process) as pool:
         try:
             (record,) = pool.submit(checker, [row]).result()
             return record

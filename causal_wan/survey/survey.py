@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from causal_wan.data.settings import DataConfig
+from causal_wan.survey.kinds import FoundKind, find_kinds
 
 
 BLACK_LUMA = 8.0  # of 255; darker clips are called black
@@ -84,6 +85,11 @@ class Survey:
     def is_cut(self) -> np.ndarray:
         """Rows with a prompt that is cut, as bool; none where tokens are not counted."""
         return (self.prompt_lengths > self.max_sequence_length) & (self.length_unit == "tokens")
+
+    @property
+    def kinds(self) -> list[FoundKind]:
+        """Readable files that are out of the ordinary, by kind."""
+        return find_kinds(self.readable["traits"])
 
     def duplicate_files(self) -> list[np.ndarray]:
         """Groups of row indices that show the same file."""
@@ -210,7 +216,8 @@ def histograms(survey: Survey) -> list[Histogram]:
 
 def suggest(survey: Survey) -> list[str]:
     """Sentences on which settings or rows to change, most urgent first; none if all is well."""
-    return [*_suggest_for_bad_rows(survey), *_suggest_for_shape(survey), *_suggest_for_contents(survey)]
+    files = map(str, survey.kinds)
+    return [*_suggest_for_bad_rows(survey), *files, *_suggest_for_shape(survey), *_suggest_for_contents(survey)]
 
 
 def _suggest_for_bad_rows(survey: Survey) -> Iterator[str]:

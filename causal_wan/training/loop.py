@@ -64,7 +64,7 @@ def train(
         save_result: Called on every process when the run is complete.
 
     Returns:
-        Whether the run is complete; after SIGTERM or SIGUSR1 to any process it stops early, with a checkpoint.
+        Whether the run is complete; after Ctrl-C, SIGTERM or SIGUSR1 to any process it stops early, with a checkpoint.
 
     Raises:
         RuntimeError: If `max_nonfinite_steps` steps in a row had to be skipped, or the first steps changed no weight.

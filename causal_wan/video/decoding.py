@@ -1,103 +1,81 @@
-"""Video files: found below their folder, opened safely, probed and decoded with PyAV.
-
-A file may come from anyone. FFmpeg opens none itself: it is handed an open one, and reads containers that hold their
-own pictures only. What a file may ask for is limited, whatever its header says.
+"""Video files, opened safely, are probed and decoded with PyAV.
 
 Shapes: T = frames, height, width in pixels.
 """
 
-import time
+import contextlib
+import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import av
 import torch
+from av.video.reformatter import ColorTrc
 
+from causal_wan.video.facts import NO_TRAITS, Traits, VideoFacts
 from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
-from causal_wan.video.opening import Video, _check_frames, _check_pixels, _check_seconds, _timeout_error, open_video
+from causal_wan.video.opening import PictureError, Video, open_video
+from causal_wan.video.packets import read_frames
+from causal_wan.video.pictures import read_picture
+from causal_wan.video.showing import display_matrix, is_mirrored, pixel_aspect, show_frame, shown_size
+from causal_wan.video.timing import UNKNOWN_RATE, read_timing
 
 
-# --- finding ---------------------------------------------------------------------------------------------------------
+HDR_TRANSFERS = {ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67}  # PQ and HLG
+PROGRESSIVE = 1  # FFmpeg's field orders: 0 is unknown, those above have two fields
 
 
-# --- opening ---------------------------------------------------------------------------------------------------------
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def probe_video(
-    video: Video, *, limits: VideoLimits = DEFAULT_LIMITS, as_shown: bool = False
-) -> tuple[int, float, int, int]:
-    """Frames that decode, frames a second, height and width of a file.
+def probe_video(video: Video, *, limits: VideoLimits = DEFAULT_LIMITS, as_shown: bool = False) -> VideoFacts:
+    """What is known of a file without decoding it.
 
     Args:
         video: The file.
         limits: What it may ask for.
-        as_shown: Whether height and width are those of frames turned upright; takes decoding one. Else as stored.
+        as_shown: Whether height and width are those of frames turned upright, and mirrored ones are told; takes
+            decoding one. Else only pixels are square.
 
     Raises:
         ValueError: If it has no video stream, no frames, a codec that is not known, or asks for more than the limits.
         av.FFmpegError: If it is no video.
     """
+    try:
+        with open_video(video, limits) as (container, stream):
+            timing = read_timing(video, container, stream, limits)
+            if not timing.num_frames:
+                raise ValueError("the video has no frames")
+            traits, size = timing.traits | _traits_of(container, stream), shown_size(stream, limits)
+            if size != (stream.height, stream.width):
+                traits |= Traits.NON_SQUARE_PIXELS
+    except PictureError:
+        return VideoFacts(1, UNKNOWN_RATE, *read_picture(video, limits).shape[-2:], Traits.PICTURE)
+    if as_shown:
+        size, more = _look_at_first_frame(video, limits)
+        traits |= more
+    return VideoFacts(timing.num_frames, timing.frame_rate, *size, traits)
+
+
+def _traits_of(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Traits:
+    """What the header tells of a stream."""
+    found = {
+        Traits.OTHER_STREAM: stream.index != container.streams.video[0].index,
+        Traits.HIGH_DYNAMIC_RANGE: stream.codec_context.color_trc in HDR_TRANSFERS,
+        Traits.INTERLACED: stream.codec_context.field_order > PROGRESSIVE,
+    }
+    return functools.reduce(operator.or_, (trait for trait, is_so in found.items() if is_so), NO_TRAITS)
+
+
+def _look_at_first_frame(video: Video, limits: VideoLimits) -> tuple[tuple[int, int], Traits]:
+    """Height and width as shown, and what a frame alone tells."""
     with open_video(video, limits) as (container, stream):
-        num_frames = count_frames(container, stream, limits)
-        if not num_frames:
-            raise ValueError("the video has no frames")
-        facts = num_frames, float(stream.average_rate or 0) or 16.0
-        size = stream.height, stream.width
-    return *facts, *(decode_frames(video, torch.tensor([0]), limits=limits).shape[-2:] if as_shown else size)
-
-
-def count_frames(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, limits: VideoLimits
-) -> int:
-    """Frames that a stream shows: the header's count if its duration agrees, else by reading all packets.
-
-    Clips that were cut without encoding anew hold frames that an edit list hides; the header counts these too.
-    """
-    shown = (stream.duration or 0) * stream.time_base * (stream.average_rate or 0)
-    if stream.frames and abs(stream.frames - shown) < 0.5:
-        return stream.frames
-    num_frames = 0
-    for packet in _read_packets(container, stream, limits):
-        num_frames += bool(packet.size and not packet.is_discard)
-        _check_frames(num_frames, limits)
-    return num_frames
-
-
-def _read_packets(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, limits: VideoLimits
-) -> Iterator[av.Packet]:
-    """Packets of a stream, as long as time and duration allow."""
-    deadline, first = time.monotonic() + limits.decode_timeout, None
-    for packet in container.demux(stream):
-        if time.monotonic() > deadline:
-            raise _timeout_error(limits)
-        if packet.dts is not None:
-            first = packet.dts if first is None else first
-            _check_seconds(float((packet.dts - first) * packet.time_base), limits)
-        yield packet
-
-
-def _read_frames(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, limits: VideoLimits
-) -> Iterator[av.VideoFrame]:
-    """Frames of a stream, as long as the limits allow."""
-    num_frames = 0
-    for packet in _read_packets(container, stream, limits):
-        try:
-            frames = packet.decode()
-        except av.FFmpegError as error:
-            raise ValueError(
-                f"a frame does not decode ({error.strerror}): the file is damaged, or the frame has more than "
-                f"max_video_pixels={limits.max_video_pixels} pixels"
-            ) from error
-        for frame in frames:
-            num_frames += 1
-            _check_frames(num_frames, limits)
-            _check_pixels(frame.height, frame.width, limits)
-            yield frame
+        aspect = pixel_aspect(stream)
+        frame = next(read_frames(container, stream, limits), None)
+        if frame is None:
+            raise _end_error(video, 0)
+        traits = Traits.MIRRORED if is_mirrored(display_matrix(frame)) else NO_TRAITS
+        traits |= Traits.INTERLACED if frame.interlaced_frame else NO_TRAITS
+        traits |= Traits.HIGH_DYNAMIC_RANGE if frame.color_trc in HDR_TRANSFERS else NO_TRAITS
+        return show_frame(frame, aspect, limits).shape[-2:], traits
 
 
 def decode_frames(
@@ -107,7 +85,7 @@ def decode_frames(
     *,
     limits: VideoLimits = DEFAULT_LIMITS,
 ) -> torch.Tensor:
-    """Decodes the frames at non-decreasing indices, in one pass that ends at the last of them.
+    """Decodes the frames at non-decreasing indices as a player shows them, in one pass that ends at the last.
 
     Args:
         video: The file.
@@ -124,14 +102,26 @@ def decode_frames(
     """
     wanted = Counter(indices.tolist())
     frames: list[torch.Tensor] = []
-    with open_video(video, limits) as (container, stream):
-        for index, frame in enumerate(_read_frames(container, stream, limits)):
+    with contextlib.closing(_shown_frames(video, limits)) as shown:
+        for index, show in enumerate(shown):
             if index in wanted:
-                picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(-1, 0)
-                if frame.rotation:  # as a phone was held
-                    picture = torch.rot90(picture, round(frame.rotation / 90), dims=(-2, -1))
                 # Left with the channels last, as they come: to move them takes as long as decoding.
-                frames += [transform(picture).movedim(0, -1)] * wanted[index]
+                frames += [transform(show()).movedim(0, -1)] * wanted[index]
             if len(frames) == len(indices):
                 return torch.stack(frames).movedim(-1, 1)
-    raise ValueError(f"{video} ends before frame {int(indices[-1])}, which its header promises; encode it anew.")
+    raise _end_error(video, int(indices[-1]))
+
+
+def _shown_frames(video: Video, limits: VideoLimits) -> Iterator[Callable[[], torch.Tensor]]:
+    """What gives each frame, uint8 `(3, H, W)`, for those that are wanted."""
+    try:
+        with open_video(video, limits) as (container, stream):
+            aspect = pixel_aspect(stream)
+            for frame in read_frames(container, stream, limits):
+                yield functools.partial(show_frame, frame, aspect, limits)
+    except PictureError:
+        yield functools.partial(read_picture, video, limits)
+
+
+def _end_error(video: Video, index: int) -> ValueError:
+    return ValueError(f"{video} ends before frame {index}, which its header promises; encode it anew.")

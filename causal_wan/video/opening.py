@@ -23,6 +23,23 @@ MP4_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2"
 MP4_BOXES = b"ftyp moov mdat free skip wide pnot styp uuid junk sidx moof".split()  # that an mp4 or mov begins with
 MP4_SAMPLE_TABLES = re.compile(rb"stsz.{4}(.{4})(.{4})|trun.(.{3})(.{4})|cmov", re.DOTALL)
 CHUNK_BYTES = 1 << 20
+PICTURES = (
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "PNG"),
+    (re.compile(rb"\xff\xd8\xff"), "JPEG"),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), "WebP"),
+    (re.compile(rb"BM.{4}\0{4}", re.DOTALL), "BMP"),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), "TIFF"),
+    (re.compile(rb"....ftyp(heic|heix|heim|heis|mif1)", re.DOTALL), "HEIC"),
+    (re.compile(rb"\xff\x0a|\0{3}\x0cJXL "), "JPEG XL"),
+    (re.compile(rb"\0{3}\x0cjP  |\xff\x4f\xff\x51"), "JPEG 2000"),
+    (re.compile(rb"8BPS"), "Photoshop"),
+)
+DISPOSITION = av.stream.Disposition
+NO_CLIPS = DISPOSITION.attached_pic | DISPOSITION.timed_thumbnails | DISPOSITION.dependent
+
+
+class PictureError(ValueError):
+    """The file is a picture and no video."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +85,23 @@ Video = Path | EmbeddedVideo
 def open_video(
     video: Video, limits: VideoLimits = DEFAULT_LIMITS
 ) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
-    """A video's container and its first video stream; FFmpeg itself opens no file and reads no playlist.
+    """A video's container and its best video stream; FFmpeg itself opens no file and reads no playlist.
 
     Raises:
+        PictureError: If it is a picture, see `causal_wan.video.pictures`.
         ValueError: If it has no video stream, a codec that is not known, or asks for more than the limits.
         av.FFmpegError: If it is no video.
     """
     with video.open("rb") as file:
+        if (kind := picture_kind(file)) is not None:
+            raise PictureError(f"a {kind} picture and not a video that can be read")
         containers = f"{MP4_CONTAINERS},{CONTAINERS}" if is_mp4(file) else CONTAINERS
         check_sample_counts(file)
         pixels = {"max_pixels": str(limits.max_video_pixels)}
         options = {"format_whitelist": containers, "protocol_whitelist": "", "enable_drefs": "0", **pixels}
         try:
             with av.open(file, options=options, io_open=_refuse_to_open, timeout=limits.decode_timeout) as container:
-                if not container.streams.video:
-                    raise ValueError("the file has no video stream")
-                stream = container.streams.video[0]
+                stream = choose_stream(container)
                 if stream.codec_context is None:
                     raise ValueError("the video's codec is not known to FFmpeg")
                 stream.codec_context.options = pixels  # those of the container are not the decoder's
@@ -92,6 +110,34 @@ def open_video(
                 yield container, stream
         except av.error.ExitError:
             raise _timeout_error(limits) from None
+
+
+def picture_kind(file: BinaryIO) -> str | None:
+    """What kind of picture a file is, by its first bytes; None if it is none, or a GIF or AVIF, which FFmpeg reads."""
+    file.seek(0)
+    head = file.read(16)
+    return next((kind for pattern, kind in PICTURES if pattern.match(head)), None)
+
+
+def choose_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
+    """The video stream that a player takes: the default one if one is marked so, of these the one of most pixels.
+
+    Cover art, thumbnails and layers on top of other streams are none.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    streams = [stream for stream in container.streams.video if not stream.disposition & NO_CLIPS]
+    if not streams:
+        pictures = ", only cover art or thumbnails" if container.streams.video else ""
+        raise ValueError(f"the file has no video stream{pictures}")
+    return max(streams, key=_rank)
+
+
+def _rank(stream: av.video.stream.VideoStream) -> tuple[bool, bool, int]:
+    if stream.codec_context is None:
+        return False, False, 0
+    return True, bool(stream.disposition & DISPOSITION.default), stream.height * stream.width
 
 
 def _refuse_to_open(url: str, flags: int, options: dict[str, str]) -> NoReturn:

@@ -1,8 +1,12 @@
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import yaml
+from conftest import ROOT
 
 import train_video_regression
 from causal_wan.config.parsing import flat_dict, parse_config, write_recipe
@@ -186,3 +190,25 @@ def test_a_recipe_may_have_a_mark_and_one_in_another_encoding_is_named(tmp_path,
     with pytest.raises(SystemExit):
         parse_config(Prompts, ["--config", str(path)])
     assert "recipe.yaml must be valid YAML" in capsys.readouterr().err
+
+
+INTERRUPTED = """
+import sys
+import push_to_hub
+from causal_wan.config.parsing import parse_config
+sys.argv[1:] = ["--checkpoint", "run", "--hub_model_id", "me/run"]
+parse_config(push_to_hub.Config)
+raise {error}
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "end"),
+    [("KeyboardInterrupt", -signal.SIGINT, "stopped by Ctrl-C.\n"), ("TypeError('ours')", 1, "TypeError: ours\n")],
+)
+def test_ctrl_c_ends_a_command_with_one_line_and_faults_of_ours_with_a_traceback(error, status, end):
+    command = [sys.executable, "-c", INTERRUPTED.format(error=error)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == status
+    assert result.stderr.endswith(end)
+    assert ("Traceback" in result.stderr) == (status == 1)

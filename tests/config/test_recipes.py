@@ -47,8 +47,8 @@ def needed(module, tmp_path):
 @pytest.fixture
 def whole_recipe(tmp_path):
     """A recipe that says all that a training script can be told."""
-    sketch = ROOT / "examples" / "sketch" / "recipe.yaml"
-    flags = ["--config", str(sketch), "--trajectories_dir", "pairs", "--compile"]
+    recipe = ROOT / "examples" / "objectives" / "recipe.yaml"
+    flags = ["--config", str(recipe), "--trajectories_dir", "pairs", "--compile"]
     config = parse_config(importlib.import_module("train_ode_regression").Config, flags)
     path = tmp_path / "recipe.yaml"
     write_recipe(flat_dict(config), path)

@@ -74,6 +74,7 @@ def test_a_temporal_crop_shows_no_frame_twice():
     indices = draws(200, 11, temporal_crop=0.1)
     assert (indices.diff() >= 1).all()
     assert indices.min() == 0 and indices.max() == 10
+    assert (indices[:, -1] - indices[:, 0]).min() == 8  # the 9 frames one after the other
 
 
 def test_random_starts_are_equally_likely_up_to_the_last_that_fits():
@@ -83,6 +84,28 @@ def test_random_starts_are_equally_likely_up_to_the_last_that_fits():
     assert starts.min() == 0 and starts.max() == 92
     assert starts.mean().item() == pytest.approx(46, abs=2)
     assert starts.std().item() == pytest.approx(92 / 12**0.5, abs=1)
+
+
+def test_starts_and_windows_come_from_the_generator_that_is_given():
+    r = torch.rand((), generator=torch.Generator().manual_seed(7), dtype=torch.float64).item()
+    share, place = torch.rand(2, generator=torch.Generator().manual_seed(7), dtype=torch.float64).tolist()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(7)
+        indices, _ = sample_frame_indices(10009, 16.0, 9, config(frame_sampling="random"), generator)
+        assert indices[0].item() == round(10000 * r)
+        generator = torch.Generator().manual_seed(7)
+        indices, _ = sample_frame_indices(10001, 16.0, 9, config(temporal_crop=0.5), generator)
+        start, window = place * (5000 - 5000 * share), 5000 + 5000 * share
+        assert (indices[0].item(), indices[-1].item()) == (round(start), round(start + window))
+
+
+def test_frames_of_very_long_files_are_the_right_ones():
+    indices, _ = sample_frame_indices(100_000_002, 16.0, 9, config(), torch.Generator())
+    assert indices[-1] == 100_000_001  # float32 has only even numbers there
+    at_rate = config(frame_sampling="head", frame_rate=0.0011, num_frames=21)
+    indices, _ = sample_frame_indices(100_000_000, 1000.0, 21, at_rate, torch.Generator())
+    assert indices.tolist() == [round(moment * 1000 / 0.0011) for moment in range(21)]
 
 
 def test_uniform_sampling_without_a_crop_draws_nothing():
@@ -96,7 +119,8 @@ def test_uniform_sampling_without_a_crop_draws_nothing():
 # --- buckets ---------------------------------------------------------------------------------------------------------
 
 
-def test_of_two_buckets_the_second_may_fit_better():
+def test_one_bucket_fits_all_and_of_two_the_second_may_fit_better():
+    assert choose_bucket(row(), config()) == 0
     assert choose_bucket(row(48, 32), config(resolution_buckets=("32x48", "48x32"))) == 1
 
 
@@ -110,6 +134,11 @@ def test_a_nearer_aspect_ratio_comes_before_more_pixels():
     sizes = {"resolution_buckets": ("640x800", "480x832")}
     assert clip_shapes(row(960, 1664), config(**sizes)) == [(9, 480, 832)]
     assert clip_shapes(row(960, 1200), config(**sizes)) == [(9, 640, 800)]
+
+
+@pytest.mark.parametrize("sizes", [("80x160", "160x80"), ("160x80", "80x160")])
+def test_of_buckets_that_fit_equally_well_the_first_is_taken(sizes):
+    assert choose_bucket(row(100, 100), config(resolution_buckets=sizes)) == 0
 
 
 def test_samples_are_ordered_by_bucket_and_source_of_their_rows():

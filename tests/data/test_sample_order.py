@@ -30,8 +30,9 @@ def test_every_stretch_of_an_interleaving_has_its_share_of_each_class(shares):
         counts[kind] += 1
 
 
-def test_an_interleaving_goes_by_times_with_an_offset_of_each_class():
-    sequence = Interleaving([3, 1, 2], seed=5, stream=(RandomStream.SOURCE, 7))
+@pytest.mark.parametrize("unit", [1, 0.01])
+def test_an_interleaving_goes_by_times_with_an_offset_of_each_class(unit):
+    sequence = Interleaving([3 * unit, unit, 2 * unit], seed=5, stream=(RandomStream.SOURCE, 7))
     offsets = np.random.default_rng(np.random.SeedSequence(5, spawn_key=(int(RandomStream.SOURCE), 7))).random(3)
     shares = (3 / 6, 1 / 6, 2 / 6)
     times = sorted(
@@ -156,9 +157,14 @@ def test_cells_are_shuffled_by_bucket_and_cell_and_epoch():
 
 
 def test_a_source_without_rows_takes_no_turns():
-    order = make([0] * 6, [0, 0, 0, 2, 2, 2], weights=[1, 5, 1])
+    order = make([0] * 6, [0, 0, 0, 2, 2, 2], weights=[1, 5, 1, 4])
     rows = [first(order, number) for number in range(600)]
     assert sum(row < 3 for row in rows) == pytest.approx(300, abs=2)
+
+
+def test_a_source_of_one_row_has_its_weight():
+    order = make([0] * 4, [0, 0, 0, 1], weights=[1, 1])
+    assert sum(first(order, number) == 3 for number in range(600)) == pytest.approx(300, abs=2)
 
 
 def test_weights_hold_across_buckets():
@@ -181,9 +187,13 @@ def test_buckets_take_turns_by_step_from_the_step_that_a_run_goes_on_at():
 
 
 def test_each_sample_of_a_step_has_its_place_in_the_epochs_of_the_bucket():
-    order = make([0] * 6 + [1] * 6, samples_per_step=2, start_sample=40, start_step=0)
+    order = make([0] * 6 + [1] * 6, samples_per_step=4, start_sample=41, start_step=10)
+    whole = make([0] * 6 + [1] * 6, samples_per_step=4)
     for bucket in range(2):
-        rows = [first(order, number) for number in range(40, 140) if order.bucket(number) == bucket]
-        epochs = [rows[start : start + 6] for start in range(0, len(rows) - 5, 6)]
-        assert len(epochs) >= 8
-        assert all(sorted(epoch) == list(range(6 * bucket, 6 * bucket + 6)) for epoch in epochs)
+        before = sum(whole.bucket(number) == bucket for number in range(40))
+        rows = [first(order, number) for number in range(41, 141) if order.bucket(number) == bucket]
+        expected = []
+        for epoch in range(20):
+            generator = seeded_generator(0, RandomStream.ORDER, epoch, bucket, 0)
+            expected += [6 * bucket + place for place in torch.randperm(6, generator=generator).tolist()]
+        assert rows == expected[before : before + len(rows)]

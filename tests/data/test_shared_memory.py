@@ -127,7 +127,7 @@ from torch.utils.data import DataLoader
 
 from causal_wan.data import shared_memory
 from causal_wan.data.settings import DataConfig
-from causal_wan.data.workers import name_clips_of_dead_workers
+from causal_wan.data.workers import name_clips_of_dead_workers, worker_settings
 from dataset_utils import SampleStream, VideoDataset, collate, load_rows, order_samples
 
 shared_memory.SECONDS_TO_WAIT = 1.0
@@ -138,7 +138,7 @@ for strategy in torch.multiprocessing.get_all_sharing_strategies():
     torch.multiprocessing.set_sharing_strategy(strategy)
     dataset, order = VideoDataset(rows, config), order_samples(rows, config, seed=0, samples_per_step=1)
     stream = SampleStream(dataset, order, config, start=0, end=6)
-    workers = shared_memory.worker_settings(1, 60.0)
+    workers = worker_settings(1, 60.0)
     loader = DataLoader(stream, collate_fn=partial(shared_memory.collate_shared, collate), **workers)
     try:
         with name_clips_of_dead_workers(dataset):

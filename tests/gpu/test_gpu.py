@@ -42,12 +42,12 @@ def test_a_step_never_waits_for_the_gpu(write_recipe, monkeypatch):
     num_watched = 0
 
     def watched(action):
-        def run(*given):
+        def run(*given, **settings):
             nonlocal num_watched
             num_watched += 1
             torch.cuda.set_sync_debug_mode("error" if num_watched > 8 else "default")  # after a pass over the clips
             try:
-                return action(*given)
+                return action(*given, **settings)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 

@@ -57,7 +57,7 @@ def test_clips_that_do_not_divide_are_refused(frames, message):
 
 
 def test_clips_with_one_frame_too_many_may_have_it_alone():
-    with pytest.raises(ValueError, match="got 31; .*, or another num_frame_per_block, or independent_first_frame"):
+    with pytest.raises(ValueError, match=r"got 31; .*, or another num_frame_per_block, or independent_first_frame"):
         frame_block_lengths(31, 3)
     assert frame_block_lengths(31, 3, independent_first_frame=True) == [1] + [3] * 10
 

@@ -129,7 +129,7 @@ def save_slowly(rank, path):
     config = read_config(path)
     accelerator = make_accelerator(config.training)
     accelerator.save_state = slowly(lambda folder: Path(folder).mkdir(exist_ok=True), rank)
-    save_checkpoint(accelerator, config.training.output_dir, 3, ema=None, total_limit=1)
+    save_checkpoint(accelerator, config.training.output_dir, 3, averages=(), total_limit=1)
     meet(accelerator)
     uploads = SimpleNamespace(upload_checkpoint=slowly(lambda checkpoint: None, rank)) if rank == 0 else None
     upload_checkpoint(uploads, Path(config.training.output_dir) / "checkpoint-3")
@@ -151,7 +151,7 @@ def finish_slowly(rank, path, complete):
     inputs, data = SimpleNamespace(config=config), SimpleNamespace(count=dict)
     begun = SimpleNamespace(accelerator=accelerator, data=data, inputs=inputs, trackers=trackers, uploads=None)
     if complete:
-        save_result(begun, SimpleNamespace(ema=None, unwrapped_model=None))
+        save_result(begun, SimpleNamespace(student=SimpleNamespace(ema=None, unwrapped_model=None)))
         meet(accelerator)
     work_ends = time.monotonic() + LONG
     try:

@@ -323,3 +323,11 @@ def test_metrics_have_one_name_for_each_level_that_was_drawn():
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         RegressionConfig(**settings)
+
+
+@pytest.mark.parametrize("context", ["noisy", "clean"])
+@pytest.mark.parametrize("timestep_sampling", ["step_list", "uniform"])
+@pytest.mark.parametrize("steps", [(1000, 500, 0), (1000, 500)])
+def test_the_number_of_levels_is_that_of_the_levels(context, timestep_sampling, steps):
+    method = RegressionConfig(context=context, timestep_sampling=timestep_sampling, denoising_step_list=steps)
+    assert method.num_levels == len(method.levels())

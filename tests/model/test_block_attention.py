@@ -149,3 +149,15 @@ def test_one_span_is_one_plain_call():
     assert len(calls) == 1
     assert all(part is whole for part, whole in zip(calls[0], states, strict=True))
     assert torch.equal(out, attend(*states))
+
+
+@torch.no_grad()
+def test_keys_that_lie_together_are_not_copied():
+    states, seen = [torch.randn(B, 5 * T, N, E) for _ in range(3)], []
+
+    def note(query, key, value):
+        seen.append((key.data_ptr(), value.data_ptr()))
+        return query
+
+    attend_in_spans(note, *states, block_causal_spans([2, 3], T))
+    assert seen == [(states[1].data_ptr(), states[2].data_ptr())] * 2

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import imageio.v3 as iio
 import numpy as np
 import PIL.Image
@@ -12,14 +14,16 @@ import pytest
 import torch
 import yaml
 from conftest import launch, run_here, run_python
+from grey_videos import write_playlists, write_timed_video
 from peft import LoraConfig, get_peft_model_state_dict
 
+from causal_wan.geometry import WAN
 from causal_wan.model.text import encode_prompts
 from causal_wan.model.vae import decode_latents, encode_videos
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.video.writing import VideoWriter
 from causal_wan.weights.parts import load_text_encoder, load_vae
-from generate import read_frames
+from generate import Config, read_frames_to_continue
 
 
 SCRIPT = "generate.py"
@@ -171,6 +175,51 @@ def test_a_video_is_continued(checkpoint, clips, generate):
             generate(checkpoint, *flags, "--num_video_frames", wrong)
 
 
+def given_frames(path, count, **changes):
+    """The frames of a video that are continued, as an array."""
+    config = Config(checkpoint="x", prompt="a", video=str(path), num_video_frames=count, **changes)
+    settings = SimpleNamespace(num_frames=17, height=64, width=32)
+    transformer = SimpleNamespace(block_lengths=lambda length: [1] * length)
+    pipeline = SimpleNamespace(geometry=WAN, transformer=transformer)
+    return np.stack([np.asarray(frame) for frame in read_frames_to_continue(config, settings, pipeline)])
+
+
+def test_a_video_is_continued_as_a_player_shows_it_and_at_the_rate_of_the_clip(tmp_path):
+    """Turned, with long pixels, and at 32 frames a second: every other of its last frames is taken."""
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=32, width=32, height=32, options={"crf": "1"})
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+        stream.set_display_rotation(-90)
+        for number in range(24):
+            picture = np.full((32, 32, 3), 8 * number, np.uint8)
+            picture[:, :4] = 255  # on the left as stored, above as shown
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    frames = given_frames(path, 5)
+    assert frames.shape == (5, 64, 32, 3)
+    assert (frames[:, :5].mean(axis=(1, 2, 3)) > 240).all()
+    assert (frames[:, 20:].mean(axis=(1, 2, 3)) / 8).round().tolist() == [15, 17, 19, 21, 23]
+    faster = given_frames(path, 5, frame_rate=32)
+    assert (faster[:, 20:].mean(axis=(1, 2, 3)) / 8).round().tolist() == [19, 20, 21, 22, 23]
+    with pytest.raises(ValueError, match=r"must have 13 frames or more at 16 a second to be continued, but .* has 12"):
+        given_frames(path, 13)
+
+
+def test_a_video_of_a_variable_rate_is_continued_by_time(tmp_path):
+    path = write_timed_video(tmp_path / "clip.mp4", [*range(0, 1000, 100), *range(1000, 1300, 20)], size=(64, 32))
+    shown = (given_frames(path, 9, frame_rate=10).mean(axis=(1, 2, 3)) / 8).round().tolist()
+    assert shown == [4, 5, 6, 7, 8, 9, 14, 19, 24]
+
+
+@pytest.mark.parametrize("name", ["no.mp4", "playlist.m3u8"])
+def test_what_is_no_video_is_not_continued(tmp_path, name):
+    write_playlists(tmp_path)
+    with pytest.raises(ValueError, match="video must be a file that decodes"):
+        given_frames(tmp_path / name, 5)
+
+
 @pytest.mark.parametrize("name", ["first.jpg", "first.png", "first.webp", "first.mp4"])
 def test_a_picture_is_a_video_of_one_frame_to_continue(checkpoint, generate, tmp_path, name):
     picture = np.full((64, 96, 3), (200, 60, 30), np.uint8)
@@ -183,15 +232,6 @@ def test_a_picture_is_a_video_of_one_frame_to_continue(checkpoint, generate, tmp
     one, other = (generate(checkpoint, *flags, "--seed", seed) for seed in (0, 1))
     assert np.array_equal(one[0], other[0])  # given
     assert not np.array_equal(one[1:], other[1:])
-
-
-def test_a_picture_is_turned_as_the_phone_was_held(tmp_path):
-    picture = PIL.Image.fromarray(np.zeros((40, 60, 3), np.uint8))
-    exif = picture.getexif()
-    exif[0x0112] = 6
-    picture.save(tmp_path / "phone.jpg", exif=exif)
-    (frame,) = read_frames(str(tmp_path / "phone.jpg"))
-    assert frame.size == (40, 60)
 
 
 def test_adapters_and_guidance_change_the_video(checkpoint, generate, tmp_path):
@@ -305,3 +345,22 @@ def test_weights_that_are_offloaded_come_before_inputs_are_put_beside_them(check
     assert latents.device.type == "cpu"
     vae.to("meta")
     assert decode_latents(vae, latents).device.type == "cpu"
+
+
+def test_ctrl_c_keeps_the_videos_that_are_whole_and_says_so(checkpoint, tmp_path, monkeypatch, capsys):
+    write, written = VideoWriter.write, []
+
+    def write_one(writer, frames):
+        written.append(frames)
+        if len(written) == 7:  # of five blocks each
+            raise KeyboardInterrupt
+        write(writer, frames)
+
+    monkeypatch.setattr(VideoWriter, "write", write_one)
+    (tmp_path / "prompts.txt").write_text("a ball\na cube\na cone\n")
+    files = ["--prompts_file", tmp_path / "prompts.txt", "--output", tmp_path / "videos"]
+    with pytest.raises(SystemExit) as stopped:
+        run_here(SCRIPT, "--checkpoint", checkpoint, *SIZE, *files, "--num_frame_per_block", 1)
+    assert stopped.value.code == 130
+    assert "stopped by Ctrl-C: 1 video(s) are whole" in capsys.readouterr().err
+    assert len(iio.imread(tmp_path / "videos" / "00.mp4", plugin="pyav")) == 17

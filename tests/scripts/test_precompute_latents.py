@@ -479,11 +479,12 @@ def test_what_was_encoded_before_an_error_is_kept(run, encoded, tmp_path):
     assert_same(tmp_path / "latents", encoded)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_stops_with_status_75_and_the_same_command_goes_on(run, encoded, tmp_path, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_stops_with_status_75_and_the_same_command_goes_on(run, encoded, tmp_path, number, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(after=2, interrupt=lambda: os.kill(os.getpid(), number))
     assert stopped.value.code == 75
+    assert f"what is encoded so far is kept in {tmp_path / 'latents'}" in capsys.readouterr().out
     work = run()
     assert 0 < len(work.shapes) < NUM_CLIPS
     assert work.prompts == []

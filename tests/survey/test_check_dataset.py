@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import ROOT, SCRIPT_ENV, write_clip
-from grey_videos import write_video
+from grey_videos import write_timed_video, write_video
 from PIL import Image
 
 from causal_wan.config.parsing import parse_config
@@ -386,6 +386,18 @@ def test_bars_of_a_histogram_have_round_edges_and_add_up():
 def test_reasons_are_counted_without_what_differs_from_file_to_file():
     assert generalize("5 frames, fewer than num_frames=81") == generalize("7 frames, fewer than num_frames=9")
     assert generalize("/a b/1.mp4 ends before frame 30, which") == "the file ends before frame …, which"
+
+
+def test_files_out_of_the_ordinary_are_counted_and_pictures_named(folder):
+    write_timed_video(folder / "videos" / "varies.mp4", [*range(0, 1000, 100), *range(1000, 1300, 20)], size=(32, 48))
+    Image.new("RGB", (48, 32), "red").save(folder / "videos" / "still.png")
+    write_rows(folder, [("0.mp4", "a ball"), ("varies.mp4", "a wall"), ("still.png", "a stone")])
+    main(config(folder, frame_sampling="head"))
+    assert re.search(r'<td class="n">1</td><td>Pictures</td>', page(folder))
+    (row,) = list(csv.DictReader((folder / "out" / "bad_rows.csv").open()))
+    assert row["reason"].startswith("a picture and not a video that can be read as num_frames=17: it has 1 frame")
+    assert "Clips whose frame rate varies: 1. Frames are chosen by the time at which they are shown." in page(folder)
+    assert "25 frames of 32 × 48 → 17 of 32 × 48" in page(folder)
 
 
 # --- a million rows --------------------------------------------------------------------------------------------------

@@ -228,6 +228,7 @@ def test_what_is_sparse_or_says_it_is_larger_than_it_is_takes_no_memory():
         (gzip.compress(tar_of(pair("a")))[:-20] + bytes(20), "cannot be read as a tar"),
         (tar_of(pair("a"))[:1024] + b"x" * 512 + tar_of(pair("b")), r"after its member 'a\.mp4'"),
     ],
+    ids=["text", "empty", "two of them", "cut", "gzip, cut", "gzip, zeros at its end", "a header of x"],
 )
 def test_a_damaged_tar_is_refused_with_the_last_member_that_came(content, message):
     with pytest.raises(ValueError, match=message):

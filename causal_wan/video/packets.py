@@ -1,0 +1,53 @@
+"""Packets and frames of an open video, as long as its limits allow."""
+
+import time
+from collections.abc import Iterator
+
+import av
+
+from causal_wan.video.limits import VideoLimits
+from causal_wan.video.opening import _check_frames, _check_pixels, _check_seconds, _timeout_error
+
+
+def read_packets(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, limits: VideoLimits
+) -> Iterator[av.Packet]:
+    """Packets of a stream, as long as time and duration allow."""
+    deadline, first = time.monotonic() + limits.decode_timeout, None
+    for packet in container.demux(stream):
+        if time.monotonic() > deadline:
+            raise _timeout_error(limits)
+        if packet.dts is not None:
+            first = packet.dts if first is None else first
+            _check_seconds(float((packet.dts - first) * packet.time_base), limits)
+        yield packet
+
+
+def read_frames(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, limits: VideoLimits
+) -> Iterator[av.VideoFrame]:
+    """Frames of a stream from its first key frame on, as long as the limits allow.
+
+    Raises:
+        ValueError: If there is no key frame, a frame does not decode, or the limits are reached.
+    """
+    num_frames, num_skipped, has_begun = 0, 0, False
+    for packet in read_packets(container, stream, limits):
+        has_begun |= packet.is_keyframe
+        if packet.size and not has_begun:  # decoders drop these, or fill in grey
+            num_skipped += 1
+            continue
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            raise ValueError(
+                f"a frame does not decode ({error.strerror}): the file is damaged, or the frame has more than "
+                f"max_video_pixels={limits.max_video_pixels} pixels"
+            ) from error
+        for frame in frames:
+            num_frames += 1
+            _check_frames(num_frames, limits)
+            _check_pixels(frame.height, frame.width, limits)
+            yield frame
+    if num_skipped and not has_begun:
+        raise ValueError("the video has no key frame, without which no frame can be decoded; encode it anew")

@@ -1,0 +1,218 @@
+"""Files with several streams, pictures in the place of videos, HDR and interlaced clips."""
+
+import struct
+import zlib
+
+import av
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from grey_videos import write_video
+
+from causal_wan.data.clips import load_video
+from causal_wan.data.rows import load_rows
+from causal_wan.data.settings import DataConfig
+from causal_wan.video.decoding import decode_frames, probe_video
+from causal_wan.video.facts import Traits
+from causal_wan.video.limits import VideoLimits
+from causal_wan.video.opening import DISPOSITION
+
+
+def config(folder, *names, **changes):
+    (folder / "rows.csv").write_text("video,prompt\n" + "".join(f"{name},a\n" for name in names))
+    paths = {"dataset_base_path": str(folder), "metadata_path": str(folder / "rows.csv")}
+    return DataConfig(**paths, **{"num_frames": 1, "height": 48, "width": 48, **changes})
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+def write_streams(path, *streams, num_frames=3):
+    """A file with video streams of (height, width, disposition), each of one grey, its number times 50."""
+    with av.open(str(path), "w") as container:
+        added = []
+        for height, width, disposition in streams:
+            stream = container.add_stream("libx264", rate=16, height=height, width=width)
+            stream.pix_fmt, stream.disposition = "yuv420p", disposition
+            added.append(stream)
+        for _ in range(num_frames):
+            for number, stream in enumerate(added):
+                picture = np.full((stream.height, stream.width, 3), 50 * number, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in added:
+            container.mux(stream.encode())
+    return path
+
+
+DEFAULT, NONE = DISPOSITION.default, DISPOSITION(0)
+
+
+@pytest.mark.parametrize(
+    ("ending", "streams", "best"),
+    [
+        ("mkv", [(32, 48, NONE), (48, 80, DEFAULT)], 1),
+        ("mkv", [(48, 80, DEFAULT), (64, 96, NONE)], 0),
+        ("mp4", [(32, 48, DEFAULT), (48, 80, DEFAULT), (32, 32, DEFAULT)], 1),
+        ("mp4", [(48, 80, DEFAULT), (48, 80, DEFAULT)], 0),
+        ("ts", [(32, 48, NONE), (48, 80, NONE)], 1),
+    ],
+)
+def test_of_several_streams_the_best_is_read(tmp_path, ending, streams, best):
+    path = write_streams(tmp_path / f"clip.{ending}", *streams)
+    facts = probe_video(path)
+    assert facts[2:4] == streams[best][:2]
+    assert facts.traits == (Traits.OTHER_STREAM if best else 0)
+    frames = decode_frames(path, torch.arange(3))
+    assert frames.shape[2:] == streams[best][:2]
+    assert frames.float().mean() == pytest.approx(50 * best, abs=3)
+
+
+def write_with_cover(path, *, sound=False):
+    with av.open(str(path), "w") as container:
+        cover = container.add_stream("png", rate=1, height=96, width=96)
+        cover.pix_fmt, cover.disposition = "rgb24", DISPOSITION.attached_pic
+        other = container.add_stream("aac", rate=16000) if sound else container.add_stream("libx264", rate=16)
+        if not sound:
+            other.height, other.width, other.pix_fmt = 48, 80, "yuv420p"
+        art = av.VideoFrame.from_ndarray(np.full((96, 96, 3), 200, np.uint8), format="rgb24")
+        container.mux(cover.encode(art))
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 80, 3), 50, np.uint8), format="rgb24")
+            if sound:
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                frame.sample_rate = 16000
+            container.mux(other.encode(frame))
+        container.mux(other.encode())
+    return path
+
+
+def test_cover_art_is_no_clip(tmp_path):
+    path = write_with_cover(tmp_path / "clip.mp4")
+    assert probe_video(path)[:4] == (3, 16.0, 48, 80)
+    assert decode_frames(path, torch.tensor([0])).float().mean() == pytest.approx(50, abs=3)
+    with pytest.raises(ValueError, match="no video stream, only cover art"):
+        probe_video(write_with_cover(tmp_path / "song.mp4", sound=True))
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def write_picture(path, orientation=1, **options):
+    """White on the left, black on the right, 48 x 80."""
+    picture = np.zeros((48, 80, 3), np.uint8)
+    picture[:, :40] = 255
+    exif = PIL.Image.Exif()
+    exif[0x112] = orientation
+    PIL.Image.fromarray(picture).save(path, exif=exif, **options)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "gif"])
+def test_a_picture_is_a_clip_of_one_frame(tmp_path, ending):
+    write_picture(tmp_path / f"a.{ending}")
+    settings = config(tmp_path, f"a.{ending}")
+    (row,) = load_rows(settings)
+    assert (row.num_frames, row.height, row.width) == (1, 48, 80)
+    clip, num_valid = load_video(row, settings.shape, settings, torch.Generator())
+    assert (clip.shape, num_valid) == ((3, 1, 48, 48), 1)
+    assert clip[..., :20].float().mean() > 250
+    assert clip[..., 28:].float().mean() < 5
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+@pytest.mark.parametrize(("orientation", "white"), [(2, "right"), (3, "right"), (5, "top"), (6, "top"), (8, "bottom")])
+def test_pictures_are_turned_as_their_exif_says(tmp_path, ending, orientation, white):
+    (frame,) = decode_frames(write_picture(tmp_path / f"a.{ending}", orientation), torch.tensor([0]))
+    assert frame.shape[1:] == ((48, 80) if white == "right" else (80, 48))
+    part = {"right": frame[..., 50:], "top": frame[:, :30], "bottom": frame[:, 50:]}[white]
+    assert part.float().mean() > 250
+
+
+def test_pictures_of_16_bits_are_as_bright_as_others(tmp_path):
+    PIL.Image.fromarray(np.full((48, 80), 30_000, np.uint16)).save(tmp_path / "a.png")
+    assert decode_frames(tmp_path / "a.png", torch.tensor([0])).unique().tolist() == [117]
+
+
+def test_a_picture_among_videos_is_named_left_out_or_padded(tmp_path):
+    write_video(tmp_path / "0.mp4")
+    write_picture(tmp_path / "a.png")
+    names = ("0.mp4", "a.png")
+    with pytest.raises(ValueError, match=r"row 2, a.png: a picture and not a video that can be read as num_frames=9"):
+        load_rows(config(tmp_path, *names, num_frames=9))
+    assert len(load_rows(config(tmp_path, *names, num_frames=9, short_clips="skip"))) == 1
+    settings = config(tmp_path, *names, num_frames=9, short_clips="pad")
+    clip, num_valid = load_video(load_rows(settings)[1], settings.shape, settings, torch.Generator())
+    assert (clip.shape[1], num_valid) == (9, 1)
+    assert len(load_rows(config(tmp_path, *names, num_frames=9, frame_buckets=(1, 9)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.bmp", "a BMP picture and not a video that can be read; pictures may be PNG, JPEG, WebP"),
+        ("a.tiff", "a TIFF picture and not"),
+        ("a.jp2", "a JPEG 2000 picture and not"),
+        ("moves.webp", "a WebP picture that moves and not a video"),
+        ("moves.png", "a PNG picture that moves and not a video"),
+        ("cut.png", "a PNG picture that cannot be read"),
+        ("cut.jpg", "a JPEG picture that cannot be read"),
+    ],
+)
+def test_other_pictures_are_named_for_what_they_are(tmp_path, name, said):
+    path = tmp_path / name
+    still = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 80, 3), np.uint8))
+    more = {"save_all": True, "append_images": [still.rotate(90)]} if "moves" in name else {}
+    still.save(path, **more)
+    if "cut" in name:
+        path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(ValueError, match=said):
+        probe_video(path)
+        decode_frames(path, torch.tensor([0]))
+
+
+def test_a_picture_that_claims_to_be_vast_is_refused_before_it_is_read(tmp_path):
+    path = write_picture(tmp_path / "a.png")
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">2I", 100_000, 100_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+    for limits in (VideoLimits(), VideoLimits(max_video_pixels=10**11)):
+        with pytest.raises(ValueError, match=r"max_video_pixels=35389440|cannot be read \(Image size"):
+            probe_video(path, limits=limits)
+    write_picture(tmp_path / "b.jpg")
+    with pytest.raises(ValueError, match="got 48 x 80"):
+        decode_frames(tmp_path / "b.jpg", torch.tensor([0]), limits=VideoLimits(max_video_pixels=3000))
+
+
+# --- light and fields ------------------------------------------------------------------------------------------------
+
+
+def write_tagged(path, *, transfer=None, interlaced=False):
+    with av.open(str(path), "w") as container:
+        options = {"x264-params": "interlaced=1:tff=1"} if interlaced else {}
+        stream = container.add_stream("libx264", rate=16, height=64, width=96, options=options)
+        stream.pix_fmt = "yuv420p"
+        if transfer is not None:
+            stream.codec_context.color_trc, stream.codec_context.color_primaries = transfer, 9
+            stream.codec_context.colorspace = 9
+        for _ in range(17):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 90, np.uint8), format="rgb24").reformat(
+                format="yuv420p"
+            )
+            if transfer is not None:
+                frame.color_trc, frame.color_primaries, frame.colorspace = transfer, 9, 9
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def test_hdr_and_interlaced_clips_are_counted_once(tmp_path, caplog):
+    write_tagged(tmp_path / "pq.mp4", transfer=16)
+    write_tagged(tmp_path / "hlg.mp4", transfer=18)
+    write_tagged(tmp_path / "fields.mp4", interlaced=True)
+    write_tagged(tmp_path / "plain.mp4")
+    rows = load_rows(config(tmp_path, "pq.mp4", "hlg.mp4", "fields.mp4", "plain.mp4"))
+    hdr = Traits.HIGH_DYNAMIC_RANGE
+    assert [row.traits for row in rows] == [hdr, hdr, Traits.INTERLACED, 0]
+    assert [record.getMessage()[:20] for record in caplog.records] == ["2 clip(s) are HDR (P", "1 clip(s) are interl"]
