@@ -1,9 +1,7 @@
 """A student on disk -> a pipeline to sample with, and the settings that it was trained with."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,7 +16,7 @@ from causal_wan.progress import announced
 from causal_wan.results.run_record import RunRecord, base_of
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.timesteps import Sampler, check_denoising_step_list
-from causal_wan.weights.kinds import check_base
+from causal_wan.weights.kinds import check_base, read_index
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 from causal_wan.weights.parts import DTYPES, load_vae
 from causal_wan.weights.transformer import load_transformer
@@ -109,22 +107,6 @@ def resolve_settings(
         geometry.check_num_frames(settings.num_frames)
         geometry.check_size(settings.height, settings.width, of=" for this checkpoint")
     return settings
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """What a pipeline's folder says of it; nothing if there is none.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
-    path = folder / "model_index.json"
-    try:
-        stated = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:  # of JSON, or of letters
-        raise ValueError(f"{path} must be valid JSON: {error}; put it back as it was.") from None
-    if not isinstance(stated, dict):
-        raise ValueError(f"{path} must name the parts of a pipeline, got {type(stated).__name__}.")
-    return stated
 
 
 def check_student(student: str, run: RunRecord | None) -> LatentGeometry:

@@ -1,5 +1,6 @@
 """The kinds of checkpoints of the WAN family, told by their configs, and which of them a student can start from."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ def _read_index(pretrained_model_name_or_path: str, subfolder: str, revision: st
     if not folder.is_dir():
         return WanPipeline.load_config(pretrained_model_name_or_path, revision=revision)
     folder = folder if subfolder else folder.resolve().parent
-    index = WanPipeline.load_config(str(folder)) if (folder / WanPipeline.config_name).is_file() else None
+    index = read_index(folder) or None
     if (folder / "transformer_2").is_dir():
         return {**(index or {}), "transformer_2": ["diffusers", "WanTransformer3DModel"]}
     return index
@@ -144,3 +145,19 @@ def check_weights(path: str, shapes: Mapping[str, Sequence[int]]) -> None:
     if any(part in name for name in shapes for part in OF_PICTURES):
         config["image_dim"] = 0
     check_kind(path, config, None, None)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's folder says of it; nothing if there is none.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    path = folder / "model_index.json"
+    try:
+        stated = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:  # of JSON, or of letters
+        raise ValueError(f"{path} must be valid JSON: {error}; put it back as it was.") from None
+    if not isinstance(stated, dict):
+        raise ValueError(f"{path} must name the parts of a pipeline, got {type(stated).__name__}.")
+    return stated

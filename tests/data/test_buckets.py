@@ -16,7 +16,7 @@ def config(**changes):
 
 
 def row(height=32, width=48, num_frames=100, frame_rate=16.0, source=0):
-    return Row(1, Path("a"), ("a",), num_frames, frame_rate, height, width, source)
+    return Row(1, Path("a"), ("a",), num_frames, frame_rate, height, width, source=source)
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import pytest
 import torch
 import yaml
 from conftest import launch, run_here, write_clip
-from outputs import metrics, weights
 from safetensors.torch import load_file
+
+from outputs import metrics, weights
 
 
 SCRIPT = "train_video_regression.py"

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import in_processes
 
 import train_video_regression
@@ -233,7 +234,7 @@ def test_few_embeddings_are_kept_in_memory(checkpoint, tmp_path, expected):
 
 def test_prompts_that_are_cut_are_said_before_training(checkpoint, tmp_path, caplog):
     config = CheckpointConfig(pretrained_model_name_or_path=str(checkpoint), max_sequence_length=8)
-    embed_prompts(Accelerator(cpu=True), config, [*PROMPTS, *PROMPTS], None, output_dir=tmp_path)
+    embed_prompts(make_plain_accelerator(), config, [*PROMPTS, *PROMPTS], None, output_dir=tmp_path)
     assert "of 11 prompt(s) are cut at max_sequence_length=8 tokens" in caplog.text
 
 
@@ -245,6 +246,11 @@ def test_many_embeddings_are_kept_on_disk_while_the_run_is_on(checkpoint, tmp_pa
         assert flat(found) == expected
         assert (kind, len(folders), max(sizes)) == ("CachedPrompts", 1, 2)
         assert sum(sizes) in (5, 6)  # a share
+
+
+def make_plain_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test's
+    return Accelerator(cpu=True)
 
 
 def embed_on_machines(rank, checkpoint, output_dir):
@@ -268,7 +274,7 @@ def test_a_full_disk_is_a_mistake_that_is_said(checkpoint, tmp_path, monkeypatch
     monkeypatch.setattr("causal_wan.cache.tensor_cache._write_whole", fail)
     config = CheckpointConfig(pretrained_model_name_or_path=str(checkpoint))
     with pytest.raises(ValueError, match="output_dir must have room for the embeddings of 11 prompts"):
-        embed_prompts(Accelerator(cpu=True), config, PROMPTS, None, output_dir=tmp_path)
+        embed_prompts(make_plain_accelerator(), config, PROMPTS, None, output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

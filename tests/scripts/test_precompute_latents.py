@@ -315,6 +315,12 @@ class Work:
         return not (self.loaded or self.shapes or self.prompts)
 
 
+ORIGINALS = {
+    name: getattr(precompute_latents, name)
+    for name in ("load_vae", "load_text_encoder", "encode_videos", "encode_prompts")
+}
+
+
 @pytest.fixture
 def run(write_recipe, tmp_path, monkeypatch):
     """Runs the script on the recipe with changes, calls `interrupt` before clip number `after`; returns its work."""
@@ -323,7 +329,7 @@ def run(write_recipe, tmp_path, monkeypatch):
         work = Work()
 
         def note(name, action):
-            original = getattr(precompute_latents, name)
+            original = ORIGINALS[name]  # and not what an earlier run has put there
 
             def noted(*arguments, **options):
                 action(*arguments)

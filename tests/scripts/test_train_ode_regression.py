@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 from conftest import flip_last_bit, launch, run_here, run_python, run_script, start_python
-from outputs import NEEDS_DEEPSPEED, flat, metrics, result, weights
 
 import precompute_trajectories
 import train_ode_regression
@@ -20,6 +19,7 @@ from causal_wan.results.run_record import find_run
 from causal_wan.results.student import resolve_settings
 from causal_wan.results.uploads import stage_result
 from causal_wan.training.stopping import EXIT_STOPPED
+from outputs import NEEDS_DEEPSPEED, flat, metrics, result, weights
 
 
 PRECOMPUTE, TRAINING = "precompute_trajectories.py", "train_ode_regression.py"
@@ -372,9 +372,15 @@ def test_bad_settings_end_with_one_message_before_anything_is_sampled(recipe_pat
 def test_a_tiny_student_overfits_one_pair(write_recipe, tmp_path):
     (tmp_path / "prompts.txt").write_text("a ball\n")
     path, output_dir = write_recipe(
-        max_train_steps=150, train_batch_size=4, learning_rate=0.004, validation_metadata_path=None, logging_steps=10
+        max_train_steps=150,
+        train_batch_size=4,
+        learning_rate=0.004,
+        adam_beta2=0.95,
+        validation_metadata_path=None,
+        validation_steps=1000,
+        checkpointing_steps=1000,
+        logging_steps=10,
     )
-    path.write_text(path.read_text() + "adam_beta2: 0.95\nvalidation_steps: 1000\ncheckpointing_steps: 1000\n")
     pairs = ("--trajectories_dir", tmp_path / "pairs")
     run_here(PRECOMPUTE, "--config", path, *pairs, "--prompts_file", tmp_path / "prompts.txt", *FEW_STEPS)
     run_here(TRAINING, "--config", path, *pairs)

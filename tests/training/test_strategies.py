@@ -12,7 +12,6 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from conftest import ROOT, launch, launch_afresh
 from diffusers import WanTransformer3DModel
-from outputs import NEEDS_DEEPSPEED, flat, result
 
 import convert_checkpoint
 from causal_wan.config.settings import TrainingConfig
@@ -20,6 +19,7 @@ from causal_wan.records.checkpoint_checks import check_process_count
 from causal_wan.training.setup import make_accelerator, prepare_run
 from causal_wan.training.steps import update_weights
 from causal_wan.training.strategies import follow_settings, replaces_optimizer
+from outputs import NEEDS_DEEPSPEED, flat, result
 
 
 SCRIPT = "train_video_regression.py"
