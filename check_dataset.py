@@ -18,12 +18,14 @@ import os
 import random
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import flat_dict, parse_config, user_errors
 from causal_wan.config.ranges import NonNegativeInt, PositiveInt, Seed, checked_dataclass
+from causal_wan.config.settings import CheckpointConfig
 from causal_wan.data.settings import DataConfig
 from causal_wan.runs.settings import TRAINING_SETTINGS
 
@@ -62,6 +64,7 @@ from causal_wan.data.buckets import clip_shapes
 from causal_wan.data.clips import load_video
 from causal_wan.data.frames import min_num_frames, num_sampleable_frames
 from causal_wan.data.rows import Row, describe_short_picture, find_video, read_tables
+from causal_wan.runs.parts import fit_to_checkpoint
 from causal_wan.seeds import RandomStream, seeded_generator
 from causal_wan.survey.report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
 from causal_wan.survey.row_checks import (
@@ -86,6 +89,11 @@ PROMPTS_AT_ONCE = 1000
 def main(config: Config) -> int:
     """Checks all rows and writes the report; returns the exit status."""
     with user_errors():
+        if config.pretrained_model_name_or_path is not None:
+            model = CheckpointConfig(
+                pretrained_model_name_or_path=config.pretrained_model_name_or_path, revision=config.revision
+            )
+            config = replace(config, data=fit_to_checkpoint(config.data, model))
         table = Tables(read_tables(config.data))
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

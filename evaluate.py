@@ -192,12 +192,13 @@ def main(config: Config) -> None:
     write_metrics(folder / "metrics.json", content)
     columns = {"clip": targets, **{name: [video for video, _ in samples] for name, samples in results.items()}}
     with announced("writing videos and report"):
-        shown = write_videos(folder, columns, list(zip([row.number for row in rows], prompts, strict=True)))
+        numbered = list(zip([row.number for row in rows], prompts, strict=True))
+        shown = write_videos(folder, columns, numbered, student.geometry.frame_rate)
     write_report(folder / "report.html", content, measured, shown)
     print_figures(measured, heldout_loss)
     print(f"report    {folder / 'report.html'}")
     if export is not None:
-        export.write(partial(sample_for_vbench, settings, config, student.to(device)))
+        export.write(partial(sample_for_vbench, settings, config, student.to(device)), student.geometry.frame_rate)
         print(f"vbench    {export.folder / 'videos'}")
 
 

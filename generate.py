@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,6 @@ from causal_wan.config.ranges import (
     checked_dataclass,
 )
 from causal_wan.config.settings import KVCacheDtype
-from causal_wan.geometry import FRAME_RATE
 from causal_wan.timesteps import Sampler
 
 
@@ -99,8 +99,9 @@ class Config:
     kv_cache_dtype: KVCacheDtype | None = None
     """Precision of what is remembered: auto is that of the passes, int8 takes half of 16 bits and rounds; None is what
     the run was validated with."""
-    frame_rate: FrameRate = FRAME_RATE
-    """Frames a second of the mp4, and of what is taken of a video to continue."""
+    frame_rate: FrameRate | None = None
+    """Frames a second of the mp4, and of what is taken of a video to continue; None is the checkpoint's: 16, of WAN
+    2.2 5B 24."""
     compile: bool = False
     """Compile the layers: the first blocks take a minute or so, the others less time."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
@@ -172,6 +173,7 @@ def main(config: Config) -> None:
         texts = [*prompts, config.negative_prompt] if config.guidance_scale > 1 else prompts
         warn_of_cut_prompts(pipeline.tokenizer, texts, settings.max_sequence_length)
     pipeline.to(device)
+    config = replace(config, frame_rate=config.frame_rate or pipeline.geometry.frame_rate)
     work = list(enumerate(zip(prompts, output_paths(config, len(prompts)), strict=True)))
     own = work[state.process_index :: state.num_processes]
     num_latent_frames = pipeline.geometry.num_latent_frames(settings.num_frames)
@@ -311,8 +313,9 @@ def read_frames_to_continue(
         times = read_frame_times(path) if facts.traits & Traits.VARIABLE_RATE else None
     except (OSError, ValueError, av.FFmpegError) as error:
         raise ValueError(f"video must be a file that decodes, got {config.video}: {describe_error(error)}") from None
-    last = last_frame_indices(facts.num_frames, facts.frame_rate, settings.num_frames, config.frame_rate, times)
     geometry = pipeline.geometry
+    rate = config.frame_rate or geometry.frame_rate
+    last = last_frame_indices(facts.num_frames, facts.frame_rate, settings.num_frames, rate, times)
     lengths = pipeline.transformer.block_lengths(geometry.num_latent_frames(settings.num_frames))
     whole_blocks = [geometry.num_frames(end) for end in itertools.accumulate(lengths)]
     most = min(len(last), settings.num_frames // 2)
@@ -324,7 +327,7 @@ def read_frames_to_continue(
         )
     if count > len(last):
         raise ValueError(
-            f"video must have {count} frames or more at {config.frame_rate:g} a second to be continued, but "
+            f"video must have {count} frames or more at {rate:g} a second to be continued, but "
             f"{config.video} has {len(last)}."
         )
     try:

@@ -17,6 +17,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +94,7 @@ from causal_wan.model.text import encode_prompts, warn_of_cut_prompts
 from causal_wan.model.vae import encode_videos
 from causal_wan.processes import PATIENCE, gather_lists, wait_for_all
 from causal_wan.runs.data import RunData, load_run_data
-from causal_wan.runs.parts import check_checkpoint
+from causal_wan.runs.parts import fit_to_checkpoint
 from causal_wan.training.stopping import EXIT_STOPPED, StopRequest
 from causal_wan.training.strategies import beside_fp8
 from causal_wan.weights.parts import DTYPES, load_text_encoder, load_vae
@@ -108,7 +109,7 @@ def main(config: Config) -> None:
     """Finds what is missing, and encodes it."""
     logging.basicConfig(format="%(levelname)s %(message)s")
     with user_errors():
-        check_checkpoint(config.model)
+        config = replace(config, data=fit_to_checkpoint(config.data, config.model))
         data = load_run_data(
             config.data,
             validation_metadata_path=config.validation.validation_metadata_path,

@@ -108,7 +108,7 @@ from causal_wan.model.vae import check_video_size
 from causal_wan.processes import PATIENCE, gather_lists
 from causal_wan.progress import show_progress
 from causal_wan.results.teacher import Teacher, find_teacher, identify_teacher, load_teacher
-from causal_wan.runs.parts import check_checkpoint, weight_dtype
+from causal_wan.runs.parts import fit_to_checkpoint, weight_dtype
 from causal_wan.runs.prompt_embeddings import embed_prompts
 from causal_wan.sampling.trajectories import sample_trajectories, trajectory_timesteps
 from causal_wan.tables.prompts import read_prompts_file
@@ -124,10 +124,12 @@ def main(config: Config) -> None:
     with user_errors():
         teacher_timesteps(config)  # may not fit
         base = config.model.pretrained_model_name_or_path
-        check_checkpoint(config.model)
+        config = replace(config, data=fit_to_checkpoint(config.data, config.model))
         prompts = find_prompts(config)
         teacher = find_teacher(config.teacher or base, base, config.model.revision)
-        check_base(teacher.base, generator_ckpt=teacher.generator_ckpt, revision=teacher.revision)
+        config.data.for_checkpoint(
+            check_base(teacher.base, generator_ckpt=teacher.generator_ckpt, revision=teacher.revision)
+        )
         check_blocks(config, teacher)
         check_text_length(config, teacher)
     accelerator = Accelerator(

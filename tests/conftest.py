@@ -94,6 +94,29 @@ def tars(clips, tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A complete WAN folder in which everything is as small as it can be; random weights."""
+    vae = {"z_dim": 16, "dim_mult": [1, 1, 1], "temperal_downsample": [True, True]}
+    return save_tiny_pipeline(tmp_path_factory.mktemp("checkpoint"), vae)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_5b(tmp_path_factory):
+    """The same of WAN 2.2 TI2V-5B: 48 latent channels, 16 pixels to a latent, a VAE with shortcuts."""
+    vae = {
+        "z_dim": 48,
+        "dim_mult": [1, 1, 1, 1],
+        "temperal_downsample": [False, True, True],
+        "decoder_base_dim": 4,
+        "is_residual": True,
+        "latents_mean": [0.0] * 48,
+        "latents_std": [1.0] * 48,
+        "scale_factor_spatial": 16,
+    }
+    folder = tmp_path_factory.mktemp("checkpoint-5b")
+    return save_tiny_pipeline(folder, vae, in_channels=48, out_channels=48, expand_timesteps=True)
+
+
+def save_tiny_pipeline(folder, vae, *, expand_timesteps=False, **architecture):
+    """Writes a WAN pipeline with a VAE and a transformer of these settings, and returns the folder."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
@@ -104,22 +127,19 @@ def checkpoint(tmp_path_factory):
         text_encoder=UMT5EncoderModel(
             UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
         ),
-        vae=AutoencoderKLWan(
-            base_dim=4,
-            z_dim=16,
-            dim_mult=[1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[True, True],
-            in_channels=12,
-            out_channels=12,
-            patch_size=2,
-        ),
+        vae=AutoencoderKLWan(base_dim=4, num_res_blocks=1, in_channels=12, out_channels=12, patch_size=2, **vae),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         transformer=WanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=24, text_dim=16, freq_dim=32, ffn_dim=64, num_layers=2
+            num_attention_heads=2,
+            attention_head_dim=24,
+            text_dim=16,
+            freq_dim=32,
+            ffn_dim=64,
+            num_layers=2,
+            **architecture,
         ),
+        expand_timesteps=expand_timesteps,
     )
-    folder = tmp_path_factory.mktemp("checkpoint")
     pipeline.save_pretrained(folder)
     return folder
 

@@ -61,7 +61,7 @@ class CachedData:
 
     def latent_settings(self, shape: ClipShape) -> dict[str, Any]:
         """What a latent depends on beside the content of its file."""
-        rate = {} if self.data.frame_sampling == "uniform" else {"frame_rate": self.data.frame_rate}
+        rate = {} if self.data.frame_sampling == "uniform" else {"frame_rate": self.data.sampling_rate}
         return {
             **shape._asdict(),
             "frame_sampling": self.data.frame_sampling,

@@ -36,13 +36,13 @@ def describe_speed_up(rows: Sequence[Row], config: DataConfig) -> str | None:
     """One sentence when uniform sampling speeds clips up by more than a quarter, else None."""
     if config.frame_sampling != "uniform":
         return None
-    played = config.num_frames / config.frame_rate
+    played = config.num_frames / config.sampling_rate
     factors = [row.num_frames / row.frame_rate / played for row in rows]
     if median(factors) <= 1.25:
         return None
     return (
         f"uniform sampling plays clips {median(factors):.1f} times as fast (up to {max(factors):.1f}): "
-        f"{config.num_frames} frames at {config.frame_rate:g} a second are {played:.1f} s, the clips last "
+        f"{config.num_frames} frames at {config.sampling_rate:g} a second are {played:.1f} s, the clips last "
         f"{median(factors) * played:.1f} s (median). Right for a drawing process; for real motion use "
         "--frame_sampling head, or cut the clips."
     )

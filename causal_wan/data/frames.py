@@ -15,7 +15,7 @@ def num_sampleable_frames(num_file_frames: int, file_frame_rate: float, config: 
     """How many different moments of a file can be sampled as the config says."""
     if config.frame_sampling == "uniform":
         return num_file_frames
-    return int((num_file_frames - 1) / file_frame_rate * config.frame_rate + 1e-6) + 1
+    return int((num_file_frames - 1) / file_frame_rate * config.sampling_rate + 1e-6) + 1
 
 
 def sample_frame_indices(
@@ -51,7 +51,7 @@ def sample_frame_indices(
             start = place * (last - window)
         indices = torch.linspace(start, start + window, num_valid, dtype=torch.float64)
     else:
-        indices = torch.arange(num_valid, dtype=torch.float64) * file_frame_rate / config.frame_rate
+        indices = torch.arange(num_valid, dtype=torch.float64) * file_frame_rate / config.sampling_rate
         if config.frame_sampling == "random":
             slack = last - float(indices[-1])
             indices += slack * torch.rand((), generator=generator, dtype=torch.float64)

@@ -229,7 +229,7 @@ def check_length(row: Row, wanted: int, config: DataConfig) -> None:
     if available < wanted and config.short_clips != "pad":
         if row.traits & Traits.PICTURE:
             raise ShortClipError(describe_short_picture(wanted))
-        rate = "" if config.frame_sampling == "uniform" else f" at {config.frame_rate:g} frames a second"
+        rate = "" if config.frame_sampling == "uniform" else f" at {config.sampling_rate:g} frames a second"
         raise ShortClipError(f"{available} frames{rate}, fewer than num_frames={wanted} (see --short_clips)")
 
 

@@ -49,15 +49,15 @@ class DataConfig:
     num_frames: PositiveInt = 81
     """Video frames of a clip, 4k + 1 for the WAN VAE."""
     height: PositiveInt = 480
-    """Pixels, a multiple of 16."""
+    """Pixels, a multiple of 16, for WAN 2.2 5B of 32."""
     width: PositiveInt = 832
-    """Pixels, a multiple of 16."""
+    """Pixels, a multiple of 16, for WAN 2.2 5B of 32."""
     time_division_factor: PositiveInt = WAN.temporal_factor
     """Video frames to a latent frame; num_frames must be a multiple of it, plus 1."""
     frame_sampling: Literal["uniform", "head", "random"] = "uniform"
     """uniform spreads num_frames over the whole clip, right for a process; head and random keep to frame_rate."""
-    frame_rate: FrameRate = float(WAN.frame_rate)
-    """Frames a second that head and random sample at; WAN's is 16."""
+    frame_rate: FrameRate | None = None
+    """Frames a second that head and random sample at; None is the checkpoint's: 16, of WAN 2.2 5B 24."""
     short_clips: Literal["error", "skip", "pad"] = "error"
     """Clips with too few frames: stop, leave them out, or repeat the last frame (which the loss then leaves out)."""
     on_bad_sample: Literal["error", "skip"] = "error"
@@ -133,6 +133,17 @@ class DataConfig:
                 f"most 0.5), got {' '.join(map(str, self.color_jitter))}; try 0.1 0.1 0.1 0.02."
             )
 
+    def for_checkpoint(self, geometry: LatentGeometry) -> Self:
+        """The settings with what is left to the checkpoint.
+
+        Raises:
+            ValueError: If sizes do not fit it; names the nearest that do.
+        """
+        for shape in {self.shape, *self.all_shapes()}:
+            geometry.check_num_frames(shape.num_frames)
+            geometry.check_size(shape.height, shape.width, of=" for this checkpoint")
+        return replace(self, frame_rate=self.frame_rate or float(geometry.frame_rate))
+
     def for_validation(self) -> Self:
         """The settings of clips to validate on: in the shape of the result, nothing random."""
         return replace(
@@ -152,6 +163,11 @@ class DataConfig:
     def geometry(self) -> LatentGeometry:
         """WAN's, as long as the checkpoint is not read."""
         return replace(WAN, temporal_factor=self.time_division_factor)
+
+    @property
+    def sampling_rate(self) -> float:
+        """Frames a second that clips are sampled at; WAN's as long as the checkpoint is not read."""
+        return float(WAN.frame_rate) if self.frame_rate is None else self.frame_rate
 
     @property
     def shape(self) -> ClipShape:

@@ -59,7 +59,10 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_videos(
-    folder: Path, columns: Mapping[str, Sequence[torch.Tensor]], prompts: Sequence[tuple[int, str]]
+    folder: Path,
+    columns: Mapping[str, Sequence[torch.Tensor]],
+    prompts: Sequence[tuple[int, str]],
+    frame_rate: float = FRAME_RATE,
 ) -> list[dict[str, Any]]:
     """Writes `videos/NN-column.mp4`.
 
@@ -67,6 +70,7 @@ def write_videos(
         folder: Of the result.
         columns: Name -> a video for each prompt, in [0, 1], `(T, 3, height, width)`.
         prompts: Number of the row, and its prompt.
+        frame_rate: Frames a second of the files.
 
     Returns:
         For each row its number, its prompt and its videos as data URIs.
@@ -76,7 +80,7 @@ def write_videos(
         uris = {}
         for name, videos in columns.items():
             path = folder / "videos" / f"{number:02d}-{name}.mp4"
-            write_video(path, videos[number].movedim(1, 0) * 2 - 1, FRAME_RATE)
+            write_video(path, videos[number].movedim(1, 0) * 2 - 1, frame_rate)
             uris[name] = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
         shown.append({"number": row, "prompt": prompt, "videos": uris})
     return shown

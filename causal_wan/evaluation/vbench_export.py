@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from causal_wan.config.choices import MAX_VBENCH_SAMPLES
+from causal_wan.geometry import FRAME_RATE
 from causal_wan.tables.text_files import text_lines
 from causal_wan.video.writing import write_video
 
@@ -87,11 +88,12 @@ class VBenchExport:
         """Prompts that cannot be names of files."""
         return [prompt for prompt in self.prompts if file_stem(prompt) != prompt]
 
-    def write(self, sample: Callable[[int, int, str], torch.Tensor]) -> None:
+    def write(self, sample: Callable[[int, int, str], torch.Tensor], frame_rate: float = FRAME_RATE) -> None:
         """Samples what is not there yet.
 
         Args:
             sample: Index of the sample, number of the prompt, prompt -> video in [-1, 1], `(3, T, height, width)`.
+            frame_rate: Frames a second of the files.
         """
         videos = self.folder / "videos"
         videos.mkdir(parents=True, exist_ok=True)
@@ -106,5 +108,5 @@ class VBenchExport:
         for path, index, number, prompt in tqdm(wanted, desc="videos for VBench"):
             if not path.exists():
                 unfinished = self.folder / "unfinished.mp4"  # beside videos/, where VBench counts files
-                write_video(unfinished, sample(index, number, prompt))
+                write_video(unfinished, sample(index, number, prompt), frame_rate)
                 unfinished.replace(path)

@@ -73,10 +73,8 @@ def resolve_settings(
 
     Raises:
         ValueError: If ways of sampling are given that exclude each other; if the student is of another kind than WAN's
-            text-to-video.
+            text-to-video, or the size does not fit it.
     """
-    if student is not None:
-        check_student(student, run)
     method = RegressionConfig() if run is None else run.method
     data = DataConfig() if run is None else run.data
     max_sequence_length = CheckpointConfig.max_sequence_length if run is None else run.model.max_sequence_length
@@ -95,7 +93,7 @@ def resolve_settings(
         sampler=sampler,
     )
     check_denoising_step_list(timesteps)
-    return SamplingSettings(
+    settings = SamplingSettings(
         num_frames=num_frames or data.num_frames,
         height=height or data.height,
         width=width or data.width,
@@ -104,6 +102,11 @@ def resolve_settings(
         sampler=sampler,
         kv_cache_dtype=kv_cache_dtype or (MemoryConfig.kv_cache_dtype if run is None else run.kv_cache_dtype),
     )
+    if student is not None:
+        geometry = check_student(student, run)
+        geometry.check_num_frames(settings.num_frames)
+        geometry.check_size(settings.height, settings.width, of=" for this checkpoint")
+    return settings
 
 
 def check_student(student: str, run: RunRecord | None) -> LatentGeometry:

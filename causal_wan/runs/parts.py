@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 
 from causal_wan.config.parsing import paths_of
 from causal_wan.config.settings import CheckpointConfig, ModelConfig
-from causal_wan.geometry import LatentGeometry
+from causal_wan.data.settings import DataConfig
 from causal_wan.memory.levers import cut_up_vae, enable_gradient_checkpointing, quantization_config, store_in_fp8
 from causal_wan.model.compiling import compile_layers
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -63,19 +63,20 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, **paths))
 
 
-def check_checkpoint(model: CheckpointConfig, generator_ckpt: str | None = None) -> LatentGeometry | None:
-    """Checks, by configs alone, that a student can start from a checkpoint; one that is out of reach passes.
+def fit_to_checkpoint(data: DataConfig, model: CheckpointConfig, generator_ckpt: str | None = None) -> DataConfig:
+    """The settings of the clips with what is left to the checkpoint, which is checked, by its configs alone.
 
-    Returns:
-        How its videos and their latents measure up; None if it is out of reach, which whatever needs it says.
+    Of a checkpoint that is out of reach they stay as they are: whatever needs it says so.
 
     Raises:
-        ValueError: If it is of another kind than WAN's text-to-video.
+        ValueError: If it is of another kind than WAN's text-to-video, or the clips' sizes do not fit it.
     """
+    name, revision = model.pretrained_model_name_or_path, model.revision
     try:
-        return check_base(model.pretrained_model_name_or_path, generator_ckpt=generator_ckpt, revision=model.revision)
+        geometry = check_base(name, generator_ckpt=generator_ckpt, revision=revision)
     except OSError:
-        return None
+        return data
+    return data.for_checkpoint(geometry)
 
 
 def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DModel:

@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from causal_wan.runs.data import RunData, load_run_data
 from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
 from causal_wan.runs.metrics import summarize
 from causal_wan.runs.parts import (
-    check_checkpoint,
+    fit_to_checkpoint,
     make_student,
     make_vae,
     save_student,
@@ -103,7 +103,8 @@ def run_regression(
         if config.model.generator_ckpt is not None and not Path(config.model.generator_ckpt, "transformer").is_dir():
             check_is_no_checkpoint("generator_ckpt", config.model.generator_ckpt)
         check_generator_ckpt(config.model.generator_ckpt)
-        check_checkpoint(config.model, config.model.generator_ckpt)
+        clips = fit_to_checkpoint(config.data, config.model, config.model.generator_ckpt)
+        config = replace(config, data=clips)
         check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
         resolve_trackers(config.training.report_to)
         check_precision(config.training.mixed_precision)

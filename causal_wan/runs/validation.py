@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from causal_wan.data.clips import Loadable
 from causal_wan.data.samples import ClipBatch, collate
 from causal_wan.data.settings import ClipShape
+from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.levers import on_device
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.kv_cache import CACHE_DTYPES
@@ -206,11 +207,12 @@ class Validation:
     def write(self, latents: torch.Tensor, path: Path, progress: tqdm) -> None:
         """Decodes latents `(1, C, F, H, W)` to an mp4, in memory that does not grow with the clip."""
         vae, partial = self.inputs.vae, path.with_name(f"partial-{path.name}")
+        geometry = LatentGeometry.of(vae.config)
         try:
-            with on_device(vae, self.accelerator.device), VideoWriter(partial) as writer:
+            with on_device(vae, self.accelerator.device), VideoWriter(partial, geometry.frame_rate) as writer:
                 for frames in decode_in_parts(vae, latents):
                     writer.write(as_frames(frames[0]))
-                    progress.update(-(-frames.shape[2] // vae.config.scale_factor_temporal))
+                    progress.update(-(-frames.shape[2] // geometry.temporal_factor))
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

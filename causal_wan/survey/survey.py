@@ -198,7 +198,7 @@ def histograms(survey: Survey) -> list[Histogram]:
         charts = [
             histogram_of_numbers("Frames", facts["frames"], "frames", (config.num_frames, "num_frames")),
             histogram_of_numbers(
-                "Duration", survey.seconds, "seconds", (config.num_frames / config.frame_rate, "a clip")
+                "Duration", survey.seconds, "seconds", (config.num_frames / config.sampling_rate, "a clip")
             ),
             histogram_of_kinds("Frames a second", rate_counts),
             histogram_of_kinds("Resolution (height × width)", sizes),
@@ -242,17 +242,18 @@ def _suggest_for_shape(survey: Survey) -> Iterator[str]:
     facts, config = survey.readable, survey.config
     if not len(facts):
         return
-    played, lasts = config.num_frames / config.frame_rate, float(np.median(survey.seconds))
+    rate = config.sampling_rate
+    played, lasts = config.num_frames / rate, float(np.median(survey.seconds))
     if config.frame_sampling == "uniform" and lasts > 1.25 * played:
         yield (
-            f"The median clip lasts {lasts:.1f} s, and {config.num_frames} frames at {config.frame_rate:g} a second "
+            f"The median clip lasts {lasts:.1f} s, and {config.num_frames} frames at {rate:g} a second "
             f"are {played:.1f} s: uniform sampling plays it {lasts / played:.1f} times as fast. Right for a drawing "
             "process; for real motion use --frame_sampling head or random, or cut the clips."
         )
-    slow = int((facts["rate"] < 0.9 * config.frame_rate).sum())
+    slow = int((facts["rate"] < 0.9 * rate).sum())
     if config.frame_sampling != "uniform" and slow:
         yield (
-            f"Clips with fewer than {config.frame_rate:g} frames a second: {slow:,}. Some of their frames are shown "
+            f"Clips with fewer than {rate:g} frames a second: {slow:,}. Some of their frames are shown "
             "twice; lower --frame_rate."
         )
     if not config.resolution_buckets:

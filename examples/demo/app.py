@@ -29,7 +29,6 @@ from fastapi.responses import StreamingResponse
 from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import AttentionWindow, NonNegativeInt, PositiveInt, Range, checked_dataclass
-from causal_wan.geometry import FRAME_RATE
 from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.results.run_record import find_run
 from causal_wan.results.student import SamplingSettings, choose_device, load_student, resolve_settings
@@ -176,7 +175,7 @@ class Studio:
         with self._free:
             start = time.perf_counter()
             try:
-                with VideoWriter(video, FRAME_RATE, fragmented=True) as writer:
+                with VideoWriter(video, self.pipeline.geometry.frame_rate, fragmented=True) as writer:
                     for block in self.sample(video):
                         writer.write(as_frames(block))
                         video.num_made += block.shape[1]

@@ -56,6 +56,12 @@ def test_clips_that_do_not_divide_are_refused(frames, message):
         frame_block_lengths(*frames)
 
 
+def test_clips_with_one_frame_too_many_may_have_it_alone():
+    with pytest.raises(ValueError, match=r"got 31; .*, or another num_frame_per_block, or independent_first_frame"):
+        frame_block_lengths(31, 3)
+    assert frame_block_lengths(31, 3, independent_first_frame=True) == [1] + [3] * 10
+
+
 def test_clips_that_do_not_divide_after_their_first_frame_are_refused():
     message = (
         r"must be 1 \+ a multiple of num_frame_per_block=3, got 21; use 19 or 22 latent frames \(num_frames 73 or 85\)"

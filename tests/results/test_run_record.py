@@ -9,8 +9,10 @@ from causal_wan.config.settings import ModelConfig
 from causal_wan.data.settings import DataConfig
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.results.run_record import RunRecord, base_of, find_run
-from causal_wan.results.student import resolve_settings
+from causal_wan.results.student import load_student, resolve_settings
 from causal_wan.results.teacher import find_teacher
+from causal_wan.weights.lora import add_lora, save_lora
+from causal_wan.weights.transformer import load_transformer, save_transformer
 
 
 @pytest.fixture
@@ -99,3 +101,21 @@ def test_a_checkpoint_has_the_record_of_its_run(leave, tmp_path):
     assert RunRecord.of_checkpoint(checkpoint).model.lora_rank == 8
     with pytest.raises(ValueError, match="must be a checkpoint-STEP folder of a run"):
         RunRecord.of_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["transformer", "lora"])
+def test_a_student_has_the_blocks_of_its_training_whatever_was_trained(kind, leave, checkpoint):
+    settings = {"num_frame_per_block": 3, "independent_first_frame": True, "local_attn_size": 7, "sink_size": 1}
+    run = find_run(str(leave(pretrained_model_name_or_path=str(checkpoint), **settings)))
+    transformer = load_transformer(str(checkpoint), None)  # made without them
+    if kind == "transformer":
+        transformer.set_causal_config(run.causal)
+        save_transformer(transformer, transformer.state_dict(), run.folder / "transformer")
+    else:
+        (run.folder / "transformer").rmdir()
+        add_lora(transformer, rank=2, alpha=2, target_modules=["to_q"])
+        adapters = {name: each for name, each in transformer.named_parameters() if each.requires_grad}
+        save_lora(transformer, adapters, run.folder)
+    student = load_student(str(run.folder), run, torch.float32)
+    assert student.transformer.causal_config == run.causal
+    assert student.transformer.block_lengths(7) == [1, 3, 3]

@@ -481,12 +481,13 @@ def test_help_is_grouped_by_owner():
     assert "--denoising_step_list" in shown
 
 
-@pytest.mark.parametrize("name", ["wan_1.3b_full", "wan_1.3b_lora", "wan_14b_lora"])
+@pytest.mark.parametrize("name", ["wan_1.3b_full", "wan_1.3b_lora", "wan_5b_full", "wan_5b_lora", "wan_14b_lora"])
 def test_recipes_for_the_real_models_dry_run(name, clips, tmp_path):
     flags = ["--dataset_base_path", clips / "videos", "--metadata_path", clips / "train.csv"]
     flags += ["--output_dir", tmp_path / "run", "--short_clips", "pad", "--dry_run"]
     result = run_python(SCRIPT, "--config", f"examples/{name}.yaml", *flags)
-    assert "21 latent frames in 7 block(s) of 3" in result.stdout
+    blocks = "31 latent frames in 11 block(s) of 1 3" if "5b" in name else "21 latent frames in 7 block(s) of 3"
+    assert blocks in result.stdout
     assert not (tmp_path / "run").exists()
 
 
