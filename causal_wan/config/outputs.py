@@ -34,6 +34,8 @@ def check_output_folder(name: str, path: str | Path) -> None:
     Raises:
         ValueError: If it cannot.
     """
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"{name} must be a folder, but {path} is a file; use another one.")
     _check_can_write(name, Path(path))
 
 

@@ -189,9 +189,9 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path, capsys, content, messag
         ("text.safetensors", "must be a whole safetensors file, but cannot be read"),
         ("empty.safetensors", "must be a whole safetensors file, but cannot be read"),
         ("cut.safetensors", "must be a whole safetensors file, but cannot be read"),
-        ("text.pt", "must be what torch.save writes, a zip archive"),
-        ("empty.pth", "must be what torch.save writes, a zip archive"),
-        ("cut.pt", "must be what torch.save writes, a zip archive"),
+        ("text.pt", "must be a torch checkpoint that holds tensors alone, in the zip"),
+        ("empty.pth", "must be a torch checkpoint that holds tensors alone, in the zip"),
+        ("cut.pt", "must be a torch checkpoint that holds tensors alone, in the zip"),
     ],
 )
 @pytest.mark.parametrize("user", ["generate", "evaluate", "start", "pipeline", "weights"])
