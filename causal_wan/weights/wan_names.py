@@ -205,9 +205,9 @@ def read_state(path: str | Path, *, average: bool = True) -> State:
     except Exception as error:  # of many kinds, and some of them long
         if not zipfile.is_zipfile(path):
             raise ValueError(
-                f"{path} must be a torch checkpoint that holds tensors alone, in the zip archive that torch.save writes, "
-                "but is cut off or something else; copy or download it again. One of torch before 1.6 must be written "
-                "anew."
+                f"{path} must be a torch checkpoint that holds tensors alone, in the zip archive that torch.save "
+                "writes, but is cut off or something else; copy or download it again. One of torch before 1.6 must be "
+                "written anew."
             ) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} must be a torch checkpoint that holds tensors alone: {reason}") from None
