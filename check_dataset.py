@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from causal_wan.config.choices import LocalPath
+from causal_wan.config.outputs import check_output_folder
 from causal_wan.config.parsing import flat_dict, parse_config, user_errors
 from causal_wan.config.ranges import NonNegativeInt, PositiveInt, Seed, checked_dataclass
+from causal_wan.config.refusals import describe_refusal
 from causal_wan.config.settings import CheckpointConfig
 from causal_wan.data.settings import DataConfig
 from causal_wan.runs.settings import TRAINING_SETTINGS
@@ -86,9 +88,11 @@ NUM_STRIP_FRAMES = 6
 PROMPTS_AT_ONCE = 1000
 
 
+@user_errors(OSError)
 def main(config: Config) -> int:
     """Checks all rows and writes the report; returns the exit status."""
     with user_errors():
+        check_output_folder("output_dir", config.output_dir)
         if config.pretrained_model_name_or_path is not None:
             model = CheckpointConfig(
                 pretrained_model_name_or_path=config.pretrained_model_name_or_path, revision=config.revision
@@ -183,7 +187,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
             config.pretrained_model_name_or_path, subfolder="tokenizer", revision=config.revision
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = describe_refusal(error)
         print(f"words are counted, not tokens: the tokenizer cannot be loaded ({reason})", file=sys.stderr)
         return None
 

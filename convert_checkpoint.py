@@ -17,11 +17,14 @@ LoRAs of runs, diffusers, peft, ComfyUI and kohya (musubi-tuner) go from any for
 repository: it has a custom pipeline in it (`causal_wan/results/export.py`).
 """
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from causal_wan.config.choices import LocalPath, LoraNames
+from causal_wan.config.outputs import check_output_folder
 from causal_wan.config.parsing import parse_config, user_errors, write_recipe
 from causal_wan.config.ranges import PositiveInt, checked_dataclass
 
@@ -54,6 +57,7 @@ from safetensors.torch import save_file
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.progress import announced
+from causal_wan.records.checkpoint_checks import find_damage_of_weights
 from causal_wan.records.checkpoint_weights import read_weights
 from causal_wan.records.checkpoints import check_is_no_checkpoint, is_checkpoint
 from causal_wan.results.export import export_pipeline
@@ -64,21 +68,40 @@ from causal_wan.weights.kinds import check_base, check_weights
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, save_lora
 from causal_wan.weights.lora_names import find_lora, lora_file, read_lora
 from causal_wan.weights.transformer import load_transformer, save_transformer
-from causal_wan.weights.wan_names import COMFYUI_PREFIX, infer_architecture, read_state, to_diffusers, to_original
+from causal_wan.weights.wan_names import (
+    COMFYUI_PREFIX,
+    check_weights_in,
+    infer_architecture,
+    read_state,
+    to_diffusers,
+    to_original,
+)
 
 
 def main(config: Config) -> None:
     """Converts a checkpoint of a run, or weights."""
-    with announced(f"converting {config.input}"):
+    with user_errors(), removing_half_of(Path(config.output)), announced(f"converting {config.input}"):
         if config.to == "pipeline":
-            with user_errors():
-                make_pipeline(config)
+            make_pipeline(config)
         elif is_checkpoint(Path(config.input)):
             convert_checkpoint(config)
         else:
-            with user_errors():
-                lora = find_lora(config.input)
-                convert_lora(config, lora) if lora else convert_weights(config)
+            lora = find_lora(config.input)
+            convert_lora(config, lora) if lora else convert_weights(config)
+
+
+@contextlib.contextmanager
+def removing_half_of(output: Path) -> Iterator[None]:
+    """Removes what its body has begun to write when it fails: a full disk, Ctrl-C."""
+    is_new = not output.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new and output.is_dir():
+            shutil.rmtree(output, ignore_errors=True)
+        elif is_new and output.is_file():
+            output.unlink()
+        raise
 
 
 def convert_lora(config: Config, path: Path) -> None:
@@ -121,10 +144,22 @@ def convert_weights(config: Config) -> None:
         state = {prefix + name: weight.contiguous() for name, weight in to_original(state).items()}
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.suffix == ".pt":
-            torch.save({"generator": {f"model.{name}": weight for name, weight in state.items()}}, output)
+            save_torch({"generator": {f"model.{name}": weight for name, weight in state.items()}}, output)
         else:
             save_file(state, output, metadata={"format": "pt"})
     print(f"saved: {output}")
+
+
+def save_torch(content: dict[str, dict[str, torch.Tensor]], path: Path) -> None:
+    """Writes a `.pt` file.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # as torch reports a full disk
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def check_output(config: Config, suffixes: tuple[str, ...]) -> Path:
@@ -138,6 +173,7 @@ def check_output(config: Config, suffixes: tuple[str, ...]) -> Path:
     if output.exists() or not is_fit:
         wanted = "folder" if in_folder else f"file that ends in {' or '.join(suffixes)}"
         raise ValueError(f"output must be a new {wanted}, got {output}" + (", which exists." * output.exists() or "."))
+    check_output_folder("output", output.parent)
     return output
 
 
@@ -170,8 +206,11 @@ def make_pipeline(config: Config) -> None:
     base, revision = base_of(config.input, run)
     if output.exists():
         raise ValueError(f"output must be a new folder, but {output} exists.")
+    check_output_folder("output", output)
     settings, student = resolve_settings(run, student=config.input), Path(config.input)
     if (student / "transformer").is_dir():
+        check_weights_in(student / "transformer", config=True)
+        CausalWanTransformer3DModel.load_config(student / "transformer")
         shutil.copytree(student / "transformer", output / "transformer")
     else:
         transformer = load_untrained(run) if run is not None else load_transformer(base, None)
@@ -199,17 +238,20 @@ def fuse_lora(transformer: CausalWanTransformer3DModel, folder: Path) -> None:
 
 
 def convert_checkpoint(config: Config) -> None:
-    """Reads the run's settings and the checkpoint's weights, and writes them as a result."""
-    with user_errors():
-        if config.to != "diffusers":
-            raise ValueError("a checkpoint of a run goes to diffusers first; convert the result with --to after that.")
-        checkpoint, run = Path(config.input), RunRecord.of_checkpoint(Path(config.input))
-        if Path(config.output).exists():
-            raise ValueError(f"output must be a new folder, but {config.output} exists.")
-        transformer = make_empty_student(run)
-        trainable = {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
-        weights = read_weights(checkpoint, trainable, average=config.use_ema)
-    output = Path(config.output)
+    """Reads the run's settings and the checkpoint's weights, and writes them as a result.
+
+    Raises:
+        ValueError: If input or output cannot be used.
+    """
+    if config.to != "diffusers":
+        raise ValueError("a checkpoint of a run goes to diffusers first; convert the result with --to after that.")
+    checkpoint, run = Path(config.input), RunRecord.of_checkpoint(Path(config.input))
+    output = check_output(config, ())
+    if damage := find_damage_of_weights(checkpoint):
+        raise ValueError(f"{checkpoint} must be a whole checkpoint of a run, but {damage}; use another one.")
+    transformer = make_empty_student(run)
+    trainable = {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
+    weights = read_weights(checkpoint, trainable, average=config.use_ema)
     if run.model.lora_rank:
         save_lora(transformer, weights, output)
     else:

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from causal_wan.config.choices import MAX_VBENCH_SAMPLES, LocalPath, LpipsNet
+from causal_wan.config.outputs import check_output_folder
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import (
     GuidanceScale,
@@ -144,10 +145,14 @@ from causal_wan.seeds import noise_generator
 from causal_wan.weights.parts import load_vae
 
 
+@user_errors(OSError)
 def main(config: Config) -> None:
     """Samples every prompt, measures, and writes the report."""
-    device, dtype = choose_device(config.device, config.dtype)
     with user_errors():
+        device, dtype = choose_device(config.device, config.dtype)
+        for name in ("output_dir", "vbench_export"):
+            if vars(config)[name] is not None:
+                check_output_folder(name, vars(config)[name])
         run = find_run(config.checkpoint)
         settings = resolve_settings(
             run,
@@ -172,7 +177,8 @@ def main(config: Config) -> None:
     warn_of_cut_prompts(student.tokenizer, texts, settings.max_sequence_length)
     lengths = student.transformer.block_lengths(student.geometry.num_latent_frames(shape.num_frames))
     starts = first_frames_of_blocks(lengths, student.geometry)
-    clips = [load_video(row, shape, data, torch.Generator()) for row in show_progress(rows, desc="clips")]
+    with user_errors():
+        clips = [load_video(row, shape, data, torch.Generator()) for row in show_progress(rows, desc="clips")]
     targets = [clip.movedim(0, 1) / 255 for clip, _ in clips]
 
     results = {"student": sample_all(student, prompts, partial(sample_student, settings, config, config.seed), device)}

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from causal_wan.config.choices import LocalPath
+from causal_wan.config.outputs import check_output_file, check_output_folder
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import (
     AttentionWindow,
@@ -146,13 +147,16 @@ from causal_wan.video.facts import Traits
 from causal_wan.video.opening import describe_error
 from causal_wan.video.timing import read_frame_times
 from causal_wan.video.writing import VideoWriter, as_frames
+from causal_wan.weights.lora_names import find_lora
 
 
+@user_errors(OSError)
 def main(config: Config) -> None:
     """Loads the checkpoint, samples this process's prompts and writes mp4 files."""
     state = PartialState(cpu=config.device == "cpu" or not torch.accelerator.is_available())
-    device, dtype = choose_device(config.device or str(state.device), config.dtype)
     with user_errors():
+        device, dtype = choose_device(config.device or str(state.device), config.dtype)
+        check_output(config)
         prompts = read_prompts(config)
         run = find_run(config.checkpoint, config.pretrained_model_name_or_path)
         settings = resolve_settings(
@@ -215,6 +219,8 @@ def load_pipeline(
     for number, path in enumerate(config.lora):
         if not Path(path).exists() and Path(path).suffix:
             raise ValueError(f"lora must be files, folders or hub ids, but {path} does not exist.")
+        if Path(path).is_file() and find_lora(path) is None:
+            raise ValueError(f"lora must be files, folders or hub ids, but {path} holds no LoRA.")
         pipeline.load_lora_weights(path, adapter_name=f"lora_{number}")
     if config.lora:
         names = pipeline.get_list_adapters()["transformer"]  # that of the run, if it has one, comes first
@@ -348,6 +354,18 @@ def read_prompts(config: Config) -> list[str]:
     if not config.prompt.strip():
         raise ValueError("at least one prompt must not be empty; got none.")
     return [config.prompt.strip()]
+
+
+def check_output(config: Config) -> None:
+    """Checks that the videos can be written where they are to go.
+
+    Raises:
+        ValueError: If not.
+    """
+    if config.prompt is None:
+        check_output_folder("output", config.output)
+    else:
+        check_output_file("output", config.output, (".mp4",))
 
 
 def output_paths(config: Config, count: int) -> list[Path]:

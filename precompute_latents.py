@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from causal_wan.config.choices import LocalPath
+from causal_wan.config.outputs import check_output_folder
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import NonNegativeInt, PositiveFloat, PositiveInt, checked_dataclass
 from causal_wan.config.settings import (
@@ -105,10 +106,12 @@ PROMPTS_AT_ONCE = 64
 Work = tuple[int, ClipShape]  # index of a row, and a shape in which it is wanted
 
 
+@user_errors(OSError)
 def main(config: Config) -> None:
     """Finds what is missing, and encodes it."""
     logging.basicConfig(format="%(levelname)s %(message)s")
     with user_errors():
+        check_output_folder("latents_dir", config.latents_dir)
         config = replace(config, data=fit_to_checkpoint(config.data, config.model))
         data = load_run_data(
             config.data,

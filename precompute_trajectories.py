@@ -29,6 +29,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from causal_wan.config.choices import LocalPath
+from causal_wan.config.outputs import check_output_folder
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import GuidanceScale, PositiveInt, Seed, checked_dataclass
 from causal_wan.config.settings import CacheConfig, CheckpointConfig, LatentsDtype
@@ -118,10 +119,12 @@ from causal_wan.weights.kinds import check_base
 from causal_wan.weights.parts import DTYPES, load_vae_config
 
 
+@user_errors(OSError)
 def main(config: Config) -> None:
     """Finds what is missing, and samples it."""
     logging.basicConfig(format="%(levelname)s %(message)s")
     with user_errors():
+        check_output_folder("trajectories_dir", config.trajectories_dir)
         teacher_timesteps(config)  # may not fit
         base = config.model.pretrained_model_name_or_path
         config = replace(config, data=fit_to_checkpoint(config.data, config.model))

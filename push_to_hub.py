@@ -34,8 +34,10 @@ from causal_wan.records.checkpoints import check_is_no_checkpoint
 from causal_wan.results.model_card import describe
 from causal_wan.results.uploads import open_repository, upload_result
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
+from causal_wan.weights.wan_names import check_weights_in
 
 
+@user_errors(OSError)
 def main(config: Config) -> None:
     """Uploads; the exit status is 1 if it could not."""
     with user_errors():
@@ -43,6 +45,8 @@ def main(config: Config) -> None:
             raise ValueError(f"checkpoint must be a folder, got {config.checkpoint}.")
         if not any(Path(config.checkpoint, name).exists() for name in ("transformer", LORA_WEIGHTS_NAME)):
             check_is_no_checkpoint("checkpoint", config.checkpoint)
+        if Path(config.checkpoint, "transformer").is_dir():  # half of one is no use to anybody
+            check_weights_in(Path(config.checkpoint, "transformer"), config=True)
         hub = HubConfig(push_to_hub=True, hub_model_id=config.hub_model_id, hub_private_repo=config.hub_private_repo)
         repo_id = open_repository(hub, config.checkpoint)
         try:

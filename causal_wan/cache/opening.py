@@ -51,6 +51,7 @@ def open_cache(
 
     Raises:
         ValueError: If the data cannot be cached, or the encoders cannot be told.
+        OSError: If the encoders are to be fetched and cannot be.
     """
     check_can_be_cached(data)
     is_main = process_index() == 0
@@ -69,7 +70,7 @@ def open_cache(
                 text_dtype=text_dtype,
                 download=encodes,
             )
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             encoders = error
         try:
             manifest.save()
@@ -78,7 +79,7 @@ def open_cache(
                 raise
             logger.info("what was found out about files is not kept: %s", error)
     (encoders,) = gather_lists([encoders] if is_main else [])
-    if isinstance(encoders, ValueError):
+    if isinstance(encoders, ValueError | OSError):
         raise encoders
     return CachedData(manifest.path.parent, data, encoders, config.latents_dtype), rows
 
@@ -142,6 +143,7 @@ def identify_encoders(
 
     Raises:
         ValueError: If encoders are neither at hand nor remembered.
+        OSError: If they are to be fetched and cannot be.
     """
     name, path = checkpoint.pretrained_model_name_or_path, Path(folder) / "models.json"
     name = str(Path(name).resolve()) if Path(name).is_dir() else f"{name} at {checkpoint.revision or 'main'}"

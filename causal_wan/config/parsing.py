@@ -20,6 +20,7 @@ import yaml
 
 from causal_wan.config.choices import ON_THIS_MACHINE
 from causal_wan.config.ranges import check_number, is_checked, passing_mistakes
+from causal_wan.config.refusals import REFUSALS, describe_refusal
 
 
 Config = TypeVar("Config")
@@ -39,25 +40,20 @@ TEXT = "\0"  # before a text that begins with a dash, on its way through tyro; n
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Ends the program with status 2 and the message alone when what it runs finds a mistake of the user's.
 
     So it does for what the machine refuses: files that cannot be read or written, a full disk, no network.
+
+    Args:
+        kinds: Of exceptions; `REFUSALS` by default. Around what computes, OSError alone: there, a ValueError is ours.
     """
+    caught = kinds or REFUSALS
     try:
         yield
-    except (ValueError, OSError) as error:
+    except caught as error:
         print(f"error: {describe_refusal(error)}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def describe_refusal(error: Exception) -> str:
-    """The message of an error; that of the machine in one line, with the file first."""
-    if not isinstance(error, OSError):
-        return str(error)
-    if error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def end_quietly(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:

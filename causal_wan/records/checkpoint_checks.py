@@ -43,6 +43,20 @@ def find_damage(checkpoint: Path) -> str | None:
         return f"it cannot be read ({error})"
 
 
+def find_damage_of_weights(checkpoint: Path) -> str | None:
+    """What is wrong with the weights of a checkpoint, its average included; its other states do not count."""
+    try:
+        strategy = find_strategy(checkpoint)
+        if strategy is None:
+            return "it has no weights"
+        parts = [_damage_of_weights(checkpoint, strategy, 0)]
+        if (checkpoint / EMA_NAME).is_dir():
+            parts.append(_damage_of_shards(checkpoint / EMA_NAME))
+        return next((damage for part in parts for damage in part), None)
+    except OSError as error:
+        return f"it cannot be read ({error})"
+
+
 def _find_damage(checkpoint: Path) -> str | None:
     if not any(checkpoint.iterdir()):
         return "it is empty"
@@ -55,18 +69,25 @@ def _find_damage(checkpoint: Path) -> str | None:
 
 
 def _damage_of_trainee(checkpoint: Path, strategy: str, place: int) -> Iterator[str]:
+    yield from _damage_of_weights(checkpoint, strategy, place)
+    if strategy == "FSDP2":
+        yield from _damage_of_shards(checkpoint / at_place(FSDP_OPTIMIZER_NAME, place))
+    elif strategy != "DeepSpeed":
+        yield from _damage_of_archive(checkpoint / at_place(OPTIMIZER_NAME, place))
+    yield from _damage_of_archive(checkpoint / at_place(SCHEDULER_NAME, place))
+    if (checkpoint / at_place(EMA_NAME, place)).is_dir():
+        yield from _damage_of_shards(checkpoint / at_place(EMA_NAME, place))
+
+
+def _damage_of_weights(checkpoint: Path, strategy: str, place: int) -> Iterator[str]:
+    """With DeepSpeed, of the optimizer's states as well, which hold the weights in float32."""
     if strategy == "FSDP2":
         yield from _damage_of_shards(checkpoint / at_place(FSDP_NAME, place))
-        yield from _damage_of_shards(checkpoint / at_place(FSDP_OPTIMIZER_NAME, place))
     elif strategy == "DeepSpeed":
         yield from _damage_of_deepspeed(checkpoint / at_place(DEEPSPEED_NAME, place))
     else:
         weights = [checkpoint / at_place(name, place) for name in WHOLE_NAMES]
         yield from _damage_of_safetensors(next(filter(Path.is_file, weights), weights[-1]))
-        yield from _damage_of_archive(checkpoint / at_place(OPTIMIZER_NAME, place))
-    yield from _damage_of_archive(checkpoint / at_place(SCHEDULER_NAME, place))
-    if (checkpoint / at_place(EMA_NAME, place)).is_dir():
-        yield from _damage_of_shards(checkpoint / at_place(EMA_NAME, place))
 
 
 def _damage_of_safetensors(path: Path) -> Iterator[str]:

@@ -16,6 +16,7 @@ from torch.distributed import is_initialized
 from torch.distributed.checkpoint import CheckpointException
 
 from causal_wan.config.changed_settings import SETTINGS_NAME
+from causal_wan.config.outputs import check_output_folder
 from causal_wan.config.parsing import write_recipe
 from causal_wan.processes import cpu_group, gather_lists, wait_for_all
 from causal_wan.records.checkpoint_checks import EMA_NAME, SCHEDULER_NAME, at_place, find_damage
@@ -30,8 +31,7 @@ def check_output_dir(output_dir: str | Path, resume_from_checkpoint: str | None)
     Raises:
         ValueError: If so.
     """
-    if Path(output_dir).exists() and not Path(output_dir).is_dir():
-        raise ValueError(f"output_dir must be a folder, but {output_dir} is a file; use another one.")
+    check_output_folder("output_dir", output_dir)
     checkpoints = list_checkpoints(output_dir)
     if checkpoints and resume_from_checkpoint is None:
         raise ValueError(

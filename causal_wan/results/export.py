@@ -13,6 +13,8 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from causal_wan.weights.wan_names import check_weights_in
+
 
 # In the order in which they build on each other.
 SAMPLING_MODULES = (
@@ -84,6 +86,8 @@ def export_pipeline(
     missing = [name for name in ("model_index.json", *PARTS) if not (source / name).exists()]
     if missing:
         raise ValueError(f"the base must be a whole WAN pipeline in diffusers format, but {base} lacks {missing}.")
+    for part in (part for part in PARTS if "vae" in part or "encoder" in part):
+        check_weights_in(source / part, config=True)
     for part in PARTS:
         shutil.copytree(source / part, target / part)  # follows the links of the hub's cache
     index = make_index(json.loads((source / "model_index.json").read_text()))

@@ -134,7 +134,7 @@ class RunRecord:
         Raises:
             ValueError: If it is no file of weights, or its size is none of WAN's and there is no base.
         """
-        check_generator_ckpt(str(path))
+        check_generator_ckpt(str(path), "checkpoint")
         return cls.from_settings(
             {
                 "pretrained_model_name_or_path": base or _base_of_size(path),
@@ -219,9 +219,12 @@ def _group(config_class: type[Settings], settings: dict[str, Any], names: Collec
 
 def _base_of_size(path: Path) -> str:
     """The model of WAN's that a file of weights has the size of."""
-    state = read_state(path)
-    check_weights(str(path), {name: weight.shape for name, weight in state.items()})
-    architecture = infer_architecture(to_diffusers(state))
+    try:
+        state = read_state(path)
+        check_weights(str(path), {name: weight.shape for name, weight in state.items()})
+        architecture = infer_architecture(to_diffusers(state))
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     size = (architecture["num_attention_heads"] * architecture["attention_head_dim"], architecture["in_channels"])
     if size not in BASES:
         raise ValueError(

@@ -20,6 +20,7 @@ from causal_wan.weights.kinds import check_base, read_index
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 from causal_wan.weights.parts import DTYPES, load_vae
 from causal_wan.weights.transformer import load_transformer
+from causal_wan.weights.wan_names import readable
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,17 @@ class SamplingSettings:
 
 
 def choose_device(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
-    """What is given, else the GPU if there is one; and else bf16 on a GPU, fp32 on a CPU."""
+    """What is given, else the GPU if there is one; and else bf16 on a GPU, fp32 on a CPU.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of torch, by the kind of device
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"device must be one that is there, such as cpu or cuda:0, got {device} ({reason})") from None
     return device, DTYPES[dtype or ("fp32" if device == "cpu" else "bf16")]
 
 
@@ -155,7 +165,7 @@ def load_student(
         )
     own = {"denoising_step_list": denoising_step_list, "sampler": sampler, "max_sequence_length": max_sequence_length}
     parts |= {name: value for name, value in own.items() if value is not None}
-    with announced(f"loading the other parts of {base}"):
+    with announced(f"loading the other parts of {base}"), readable(f"the text encoder of {base}"):
         pipeline = CausalWanPipeline.from_pretrained(base, revision=revision, **parts, **causal)
         if run is not None and run.has_lora:
             pipeline.load_lora_weights(str(run.folder), weight_name=LORA_WEIGHTS_NAME)

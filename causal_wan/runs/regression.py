@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.parsing import flat_dict, user_errors, write_recipe
+from causal_wan.config.refusals import describe_refusal
 from causal_wan.data.samples import BadClips, ClipBatch
 from causal_wan.data.shared_memory import check_shared_memory, shared_memory_here
 from causal_wan.data.workers import name_clips_of_dead_workers
@@ -178,7 +179,7 @@ def print_memory(config: RunConfig, data: TrainingData, accelerator: Accelerator
         try:
             print(describe_memory(config, data, accelerator))
         except OSError as error:  # the checkpoint is on the hub, and the hub out of reach; or it lacks a part
-            print(f"memory      unknown without the checkpoint's configuration: {error}")
+            print(f"memory      unknown without the checkpoint's configuration: {describe_refusal(error)}")
 
 
 @dataclass

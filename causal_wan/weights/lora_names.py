@@ -21,7 +21,16 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from causal_wan.config.choices import LoraNames
-from causal_wan.weights.wan_names import COMFYUI_PREFIX, INSIDE, MAX_SHOWN, OUTSIDE, PREFIXES, State, read_state
+from causal_wan.weights.wan_names import (
+    COMFYUI_PREFIX,
+    INSIDE,
+    MAX_SHOWN,
+    OUTSIDE,
+    PREFIXES,
+    State,
+    read_state,
+    readable,
+)
 
 
 DIFFUSERS_PREFIX, KOHYA_PREFIX, PEFT_PREFIX = "transformer.", "lora_unet_", "base_model.model."
@@ -73,7 +82,7 @@ def find_lora(path: str | Path) -> Path | None:
     """The LoRA file that a path is, or that lies in the folder that it is: of a run, of diffusers or of peft.
 
     Raises:
-        ValueError: If a `.pt` cannot be read.
+        ValueError: If it cannot be read.
     """
     path = Path(path)
     if (path / "transformer").is_dir():  # whole weights, as `load_student` takes them
@@ -85,7 +94,7 @@ def find_lora(path: str | Path) -> Path | None:
     if path.suffix != ".safetensors":
         names = read_state(path)
     else:
-        with safe_open(path, framework="pt") as file:  # names alone: whole weights are large
+        with readable(path), safe_open(path, framework="pt") as file:  # names alone: whole weights are large
             names = list(file.keys())
     return path if any(MARKS.search(name) for name in names) else None
 
@@ -98,7 +107,7 @@ def read_lora(path: str | Path) -> tuple[Lora, dict[str, str]]:
     """
     path, metadata, config = Path(path), {}, {}
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
+        with readable(path), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     try:
         if LORA_ADAPTER_METADATA_KEY in metadata:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from causal_wan.progress import announced
+from causal_wan.weights.wan_names import readable
 
 
 # Precisions by the names of flags.
@@ -30,6 +31,9 @@ def find_part(checkpoint: str, part: str, *, revision: str | None = None, downlo
         part: Name of the folder in it.
         revision: Of a hub repository.
         download: Whether to fetch what is not there; else it is None.
+
+    Raises:
+        OSError: If it is to be fetched and cannot be.
     """
     if Path(checkpoint).is_dir():
         return Path(checkpoint) / part
@@ -39,6 +43,8 @@ def find_part(checkpoint: str, part: str, *, revision: str | None = None, downlo
             checkpoint, revision=revision, allow_patterns=patterns, local_files_only=not download
         )
     except LocalEntryNotFoundError:
+        if download:
+            raise
         return None
     found = Path(folder) / part
     return found if any(found.glob("*.safetensors")) or any(found.glob("*.model")) else None
@@ -86,7 +92,7 @@ def load_text_encoder(
 ) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
     """Loads tokenizer and UMT5 text encoder, frozen and in eval mode, straight to the device."""
     name = pretrained_model_name_or_path
-    with announced(f"loading the text encoder of {name}"):
+    with announced(f"loading the text encoder of {name}"), readable(f"the text encoder of {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", revision=revision)
         text_encoder = UMT5EncoderModel.from_pretrained(
             name,

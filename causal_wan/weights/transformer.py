@@ -86,8 +86,12 @@ def _empty_transformer(
     return transformer
 
 
-def check_generator_ckpt(generator_ckpt: str | None) -> None:
+def check_generator_ckpt(generator_ckpt: str | None, name: str = "generator_ckpt") -> None:
     """Checks, before anything is loaded, that a path can hold a generator.
+
+    Args:
+        generator_ckpt: The path.
+        name: Of the setting, for the error.
 
     Raises:
         ValueError: If it does not exist, or is neither a transformer folder nor a file of weights.
@@ -99,8 +103,8 @@ def check_generator_ckpt(generator_ckpt: str | None) -> None:
         return
     if not (path.is_file() and path.suffix in WEIGHTS_SUFFIXES):
         raise ValueError(
-            "generator_ckpt must be a diffusers transformer folder (with config.json, or with transformer/config.json "
-            f"in it) or a .safetensors or .pt file, got {generator_ckpt!r}"
+            f"{name} must be a diffusers transformer folder (with config.json, or with transformer/config.json in it) "
+            f"or a .safetensors or .pt file, got {generator_ckpt!r}"
             + (", which does not exist." if not path.exists() else ".")
         )
 

@@ -3,8 +3,11 @@
 Renaming changes no tensor and loses none, so both ways are exact. Text-to-video transformers only.
 """
 
+import contextlib
+import json
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,12 +137,54 @@ def infer_architecture(state: Mapping[str, torch.Tensor], attention_head_dim: in
         }
     except (KeyError, ValueError) as error:
         raise ValueError(f"weights must be those of a whole WAN transformer, but lack {error}.") from None
+    except IndexError:
+        raise ValueError("weights must have the shapes of a WAN transformer, but some lack dimensions.") from None
     if width % attention_head_dim:
         raise ValueError(
             f"the width of a transformer must be a multiple of its attention_head_dim, got {width} and "
             f"{attention_head_dim}; name the right one with --attention_head_dim."
         )
     return config
+
+
+@contextlib.contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Says which file it is that its body finds to be no safetensors.
+
+    Raises:
+        ValueError: In the place of the library's error.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} must be a whole safetensors file, but cannot be read ({error}); it is cut off or something else: "
+            "copy or download it again."
+        ) from None
+
+
+def check_weights_in(folder: Path, *, config: bool = False) -> list[Path]:
+    """Checks that the weights in a folder are there and whole, by the headers of their files; returns these.
+
+    Args:
+        folder: Of a model, in diffusers format.
+        config: Whether there must be the model's configuration as well.
+
+    Raises:
+        ValueError: If not.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    parts = [
+        set(json.loads(path.read_text())["weight_map"].values()) for path in folder.glob("*.safetensors.index.json")
+    ]
+    missing = set().union(*parts) - {path.name for path in files}
+    missing |= {"config.json"} if config and not (folder / "config.json").is_file() else set()
+    if missing or not files:
+        raise ValueError(f"{folder} must hold whole weights, but lacks {', '.join(sorted(missing)) or 'any'}.")
+    for path in files:
+        with readable(path), safe_open(path, framework="pt"):
+            pass
+    return files
 
 
 def read_state(path: str | Path, *, average: bool = True) -> State:
@@ -154,10 +199,17 @@ def read_state(path: str | Path, *, average: bool = True) -> State:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return load_file(path)
+        with readable(path):
+            return load_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of many kinds, and some of them long
+        if not zipfile.is_zipfile(path):
+            raise ValueError(
+                f"{path} must be a torch checkpoint that holds tensors alone, in the zip archive that torch.save "
+                "writes, but is cut off or something else; copy or download it again. One of torch before 1.6 must be "
+                "written anew."
+            ) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} must be a torch checkpoint that holds tensors alone: {reason}") from None
     for name in CONTAINERS if average else (*CONTAINERS[1:], CONTAINERS[0]):

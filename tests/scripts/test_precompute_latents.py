@@ -315,12 +315,6 @@ class Work:
         return not (self.loaded or self.shapes or self.prompts)
 
 
-ORIGINALS = {
-    name: getattr(precompute_latents, name)
-    for name in ("load_vae", "load_text_encoder", "encode_videos", "encode_prompts")
-}
-
-
 @pytest.fixture
 def run(write_recipe, tmp_path, monkeypatch):
     """Runs the script on the recipe with changes, calls `interrupt` before clip number `after`; returns its work."""
@@ -328,26 +322,27 @@ def run(write_recipe, tmp_path, monkeypatch):
     def run(latents_dir=tmp_path / "latents", after=None, interrupt=None, **changes):
         work = Work()
 
-        def note(name, action):
-            original = ORIGINALS[name]  # and not what an earlier run has put there
+        def note(patch, name, action):
+            original = getattr(precompute_latents, name)
 
             def noted(*arguments, **options):
                 action(*arguments)
                 return original(*arguments, **options)
 
-            monkeypatch.setattr(precompute_latents, name, noted)
+            patch.setattr(precompute_latents, name, noted)
 
         def encode(vae, videos):
             work.shapes += [tuple(video.shape[1:]) for video in videos]
             if after is not None and len(work.shapes) >= after:
                 interrupt()
 
-        note("load_vae", lambda *arguments: work.loaded.append("vae"))
-        note("load_text_encoder", lambda *arguments: work.loaded.append("text_encoder"))
-        note("encode_videos", encode)
-        note("encode_prompts", lambda tokenizer, text_encoder, prompts, *rest: work.prompts.extend(prompts))
         path, _ = write_recipe(**changes)
-        run_here(SCRIPT, "--config", path, "--latents_dir", latents_dir)
+        with monkeypatch.context() as patch:
+            note(patch, "load_vae", lambda *arguments: work.loaded.append("vae"))
+            note(patch, "load_text_encoder", lambda *arguments: work.loaded.append("text_encoder"))
+            note(patch, "encode_videos", encode)
+            note(patch, "encode_prompts", lambda tokenizer, encoder, prompts, *rest: work.prompts.extend(prompts))
+            run_here(SCRIPT, "--config", path, "--latents_dir", latents_dir)
         return work
 
     return run

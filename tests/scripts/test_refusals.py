@@ -1,13 +1,24 @@
 """What users and machines do wrong ends a command with one line that says what to do, and never with a traceback."""
 
+import importlib
+import json
 import shutil
+import sys
+import typing
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import torch
 import yaml
-from conftest import run_here
+from conftest import ROOT, run_here
+from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 
+import convert_checkpoint
+from causal_wan.config.parsing import flat_fields, names_of, parse_config
+from causal_wan.config.ranges import Range
+from causal_wan.config.refusals import describe_refusal
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 
 
@@ -167,3 +178,234 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path, capsys, content, messag
     line = refusal(capsys, TRAIN, "--config", path)
     assert message in line
     assert str(path) in line
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("text.safetensors", "must be a whole safetensors file, but cannot be read"),
+        ("empty.safetensors", "must be a whole safetensors file, but cannot be read"),
+        ("cut.safetensors", "must be a whole safetensors file, but cannot be read"),
+        ("text.pt", "must be a torch checkpoint that holds tensors alone, in the zip"),
+        ("empty.pth", "must be a torch checkpoint that holds tensors alone, in the zip"),
+        ("cut.pt", "must be a torch checkpoint that holds tensors alone, in the zip"),
+    ],
+)
+@pytest.mark.parametrize("user", ["generate", "evaluate", "start", "pipeline", "weights"])
+def test_a_file_that_holds_no_whole_weights_is_named(refused, checkpoint, tmp_path, user, name, message):
+    path = tmp_path / name
+    torch.save({"generator": {"model.head": torch.zeros(1000)}}, tmp_path / "whole.pt")
+    whole = tmp_path / "whole.pt"
+    if path.suffix == ".safetensors":
+        whole = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = {"text": b"a text", "empty": b"", "cut": whole.read_bytes()[:-500]}
+    path.write_bytes(content[path.stem])
+    line = refused(user, path)
+    assert line.startswith(f"error: {path} {message}")
+
+
+@pytest.mark.parametrize("user", ["generate", "evaluate", "teacher"])
+def test_a_video_given_for_weights_is_no_name_on_the_hub(refused, clips, user):
+    assert "a file of weights must end in .safetensors, .pt, .pth, got" in refused(user, clips / "videos" / "0.mp4")
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "index", "config"])
+@pytest.mark.parametrize("user", ["generate", "evaluate", "push", "teacher", "pipeline"])
+def test_a_result_with_half_its_weights_is_named_and_not_passed_on(refused, result, tmp_path, user, damage):
+    folder = shutil.copytree(result, tmp_path / "run") / "transformer"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "gone":
+        weights.unlink()
+    elif damage == "index":
+        index = {
+            "metadata": {},
+            "weight_map": {"proj_out.weight": "diffusion_pytorch_model-00002-of-00002.safetensors"},
+        }
+        weights.rename(folder / "diffusion_pytorch_model-00001-of-00002.safetensors")
+        (folder / f"{weights.name}.index.json").write_text(json.dumps(index))
+    else:
+        (folder / "config.json").unlink()
+    assert str(tmp_path / "run") in refused(user, tmp_path / "run")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_damaged_text_encoder_is_named(refused, checkpoint, tmp_path):
+    base = shutil.copytree(checkpoint, tmp_path / "wan")
+    (base / "text_encoder" / "model.safetensors").write_bytes(b"a text")
+    assert f"the text encoder of {base} must be a whole safetensors file" in refused("generate", base)
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, tmp_path_factory):
+    """A run of one step, with its checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **BRIEF, "output_dir": str(folder / "run")}))
+    run_here(TRAIN, "--config", folder / "recipe.yaml")
+    return folder / "run"
+
+
+def test_a_checkpoint_with_damaged_weights_is_not_converted_and_one_with_other_damage_is(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    command = ["convert_checkpoint.py", "--input", run / "checkpoint-1", "--output"]
+    (run / "checkpoint-1" / "optimizer.bin").write_bytes(b"cut")
+    run_here(*command, tmp_path / "made")
+    weights = run / "checkpoint-1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "model.safetensors is damaged" in refusal(capsys, *command, tmp_path / "not")
+    assert not (tmp_path / "not").exists()
+
+
+@pytest.mark.parametrize("output", ["made", "made.pt", "made.safetensors"])
+def test_a_conversion_that_finds_no_room_leaves_nothing_behind(result, tmp_path, monkeypatch, capsys, output):
+    def fail(*given, **settings):
+        (tmp_path / output).mkdir() if output == "made" else (tmp_path / output).write_bytes(b"half")
+        raise RuntimeError("file write failed") if output == "made.pt" else SafetensorError("No space left on device")
+
+    monkeypatch.setattr(convert_checkpoint, "save_file", fail)
+    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(convert_checkpoint.WanTransformer3DModel, "save_pretrained", fail)
+    flags = [] if output == "made" else ["--to", "original"]
+    flags += ["--attention_head_dim", 24]
+    line = refusal(capsys, "convert_checkpoint.py", "--input", result, "--output", tmp_path / output, *flags)
+    assert "write failed" in line or "No space left" in line
+    assert not (tmp_path / output).exists()
+
+
+# --- where results go ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("user", "flag"),
+    [
+        ("generate", "--output"),
+        ("evaluate", "--output_dir"),
+        ("evaluate", "--vbench_export"),
+        ("check", "--output_dir"),
+        ("latents", "--latents_dir"),
+        ("teacher", "--trajectories_dir"),
+        ("start", "--output_dir"),
+        ("weights", "--output"),
+        ("pipeline", "--output"),
+    ],
+)
+@pytest.mark.parametrize("where", ["/proc/nowhere", "file"])
+def test_what_cannot_be_written_is_refused_before_anything_is_computed(
+    write_recipe, result, clips, tmp_path, capsys, user, flag, where
+):
+    recipe, _ = write_recipe("user")
+    table = ["--metadata_path", clips / "heldout.csv", "--dataset_base_path", clips / "videos"]
+    commands = users_of(result, recipe, clips, tmp_path) | {
+        "check": ["check_dataset.py", *table],
+        "latents": ["precompute_latents.py", "--config", recipe],
+    }
+    (tmp_path / "file").touch()
+    place = f"{where if where.startswith('/') else tmp_path / where}/made" + ".mp4" * (user == "generate")
+    line = refusal(capsys, *commands[user], flag, place)
+    assert f"{flag.removeprefix('--')} must be" in line
+    assert line.endswith("use another one.")
+
+
+@pytest.mark.parametrize(("output", "message"), [("", "is a folder; name one in it"), ("a.txt", "ends in .mp4, got")])
+def test_a_video_goes_to_an_mp4_file(checkpoint, tmp_path, capsys, output, message):
+    command = ["generate.py", "--checkpoint", checkpoint, "--prompt", "a", "--output", tmp_path / output]
+    assert message in refusal(capsys, *command)
+
+
+def test_a_device_that_is_not_there_is_named(checkpoint, tmp_path, capsys):
+    command = ["generate.py", "--checkpoint", checkpoint, "--prompt", "a", "--output", tmp_path / "a.mp4", "--device"]
+    for device in ("abacus", "cuda:99"):
+        assert f"device must be one that is there, such as cpu or cuda:0, got {device}" in refusal(
+            capsys, *command, device
+        )
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "dataset_utils")
+NEEDED = {"checkpoint", "input", "latents_dir", "metadata_path", "output", "output_dir", "prompt"}
+NEEDED |= {"pretrained_model_name_or_path", "trajectories_dir"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_number_below_its_range_is_taken_by_any_script(script, capsys):
+    module = importlib.import_module(script)
+    demanded = NEEDED & names_of(module.Config)
+    given = [token for name in sorted(demanded) for token in (f"--{name}", "x")]
+    for name, hint in flat_fields(module.Config):
+        kinds = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is typing.Annotated]
+        ranges = [mark for kind in kinds for mark in kind.__metadata__ if isinstance(mark, Range)]
+        if not ranges or -7 in ranges[0]:
+            continue
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            parse_config(module.Config, [*given, f"--{name}", *["-7"] * (2 if name == "profile" else 1)])
+        assert ended.value.code == 2
+        assert f"{name} must be" in capsys.readouterr().err.replace("\n", " ")
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """Commands cannot ask the hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "me/nothing",
+            "error: me/nothing is not on this machine, and HF_HUB_OFFLINE is set; unset it, or download it",
+        ),
+        ("/nowhere/x", "error: /nowhere/x must be a folder on this machine or the name of a repository, USER/NAME"),
+        ("a/b/c", "error: a/b/c must be a folder on this machine or the name of a repository, USER/NAME"),
+    ],
+)
+@pytest.mark.parametrize("user", ["generate", "evaluate", "teacher", "pipeline"])
+def test_a_model_that_is_not_here_and_cannot_be_asked_for_is_named(refused, unreachable, user, name, message):
+    assert refused(user, name).startswith(message)
+
+
+http = sys.modules[HTTPError.__module__]  # httpx, or its successor
+
+
+def answer(kind, status):
+    request = http.Request("GET", "https://huggingface.co/api/models/me/wan/revision/main")
+    error = kind(f"{status} Client Error for url: {request.url}.", response=http.Response(status, request=request))
+    try:
+        try:
+            raise error
+        except OSError as cause:
+            raise OSError("We could not load it.\nMany sentences follow.") from cause
+    except OSError as raised:
+        return raised
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            answer(RepositoryNotFoundError, 401),
+            "me/wan must be a folder on this machine or a repository of the hub that",
+        ),
+        (answer(GatedRepoError, 403), "me/wan must be open to you, but has terms: accept them"),
+        (answer(RevisionNotFoundError, 404), "--revision must be a branch, a tag or a commit of me/wan"),
+        (
+            http.ConnectError("[Errno 111] Connection refused"),
+            "the model is not on this machine, and the hub is out of",
+        ),
+        (PermissionError(13, "Permission denied", "/a/b"), "/a/b: Permission denied."),
+        (OSError("two\nlines"), "two lines"),
+    ],
+)
+def test_what_the_hub_or_the_machine_refuses_is_one_line(error, message):
+    line = describe_refusal(error)
+    assert line.startswith(message)
+    assert "\n" not in line
