@@ -27,7 +27,7 @@ from causal_wan.config.outputs import check_output_folder
 from causal_wan.config.parsing import flat_dict, parse_config, user_errors
 from causal_wan.config.ranges import NonNegativeInt, PositiveInt, Seed, checked_dataclass
 from causal_wan.config.refusals import describe_refusal
-from causal_wan.config.settings import CheckpointConfig
+from causal_wan.config.settings import BaseModelConfig
 from causal_wan.data.settings import DataConfig
 from causal_wan.runs.settings import TRAINING_SETTINGS
 
@@ -67,7 +67,7 @@ from causal_wan.data.clips import load_video
 from causal_wan.data.frames import min_num_frames, num_sampleable_frames
 from causal_wan.data.rows import Row, describe_short_picture, find_video, read_tables
 from causal_wan.runs.parts import fit_to_checkpoint
-from causal_wan.seeds import RandomStream, seeded_generator
+from causal_wan.seeds import RandomPurpose, seeded_generator
 from causal_wan.survey.report import MAX_BAD_ROWS_SHOWN, Entry, film_strip, render, shorten, write_contact_sheet
 from causal_wan.survey.row_checks import (
     FACTS,
@@ -94,7 +94,7 @@ def main(config: Config) -> int:
     with user_errors():
         check_output_folder("output_dir", config.output_dir)
         if config.pretrained_model_name_or_path is not None:
-            model = CheckpointConfig(
+            model = BaseModelConfig(
                 pretrained_model_name_or_path=config.pretrained_model_name_or_path, revision=config.revision
             )
             config = replace(config, data=fit_to_checkpoint(config.data, model))
@@ -251,7 +251,7 @@ def strips(table: Tables, survey: Survey, indices: np.ndarray, config: Config) -
             shown["traits"] = Traits(int(facts["traits"]))
             row = Row(table_row.number, video, table_row.prompts, int(facts["frames"]), float(facts["rate"]), **shown)
             shape = clip_shapes(row, config.data)[-1]
-            clip, _ = load_video(row, shape, config.data, seeded_generator(config.seed, RandomStream.CLIP, index))
+            clip, _ = load_video(row, shape, config.data, seeded_generator(config.seed, RandomPurpose.CLIP, index))
         except (ValueError, OSError, av.FFmpegError) as error:  # it was removed or changed meanwhile
             entries.append(entry(table, index, note=describe_error(error)))
             continue

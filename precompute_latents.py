@@ -28,8 +28,8 @@ from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import NonNegativeInt, PositiveFloat, PositiveInt, checked_dataclass
 from causal_wan.config.settings import (
     DATALOADER_TIMEOUT,
+    BaseModelConfig,
     CacheConfig,
-    CheckpointConfig,
     LatentsDtype,
     MemoryConfig,
     ValidationConfig,
@@ -44,7 +44,7 @@ class Config:
     """What to encode, and where it goes."""
 
     data: DataConfig
-    model: CheckpointConfig
+    model: BaseModelConfig
     validation: ValidationConfig
     latents_dir: LocalPath
     """Folder of the result; one may serve many tables and settings."""

@@ -32,7 +32,7 @@ from causal_wan.config.choices import LocalPath
 from causal_wan.config.outputs import check_output_folder
 from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import GuidanceScale, PositiveInt, Seed, checked_dataclass
-from causal_wan.config.settings import CacheConfig, CheckpointConfig, LatentsDtype
+from causal_wan.config.settings import BaseModelConfig, CacheConfig, LatentsDtype
 from causal_wan.data.settings import DataConfig
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.runs.settings import TRAINING_SETTINGS
@@ -43,7 +43,7 @@ class Config:
     """What to sample, from whom, and where it goes."""
 
     data: DataConfig
-    model: CheckpointConfig
+    model: BaseModelConfig
     method: RegressionConfig
     trajectories_dir: LocalPath
     """Folder of the result."""

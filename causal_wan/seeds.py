@@ -1,4 +1,4 @@
-"""Random numbers: each purpose in a run has a stream of its own, so that none depends on what others draw."""
+"""Random numbers: each purpose in a run has a sequence of its own, so that none depends on what others draw."""
 
 from enum import IntEnum, unique
 
@@ -7,7 +7,7 @@ import torch
 
 
 @unique
-class RandomStream(IntEnum):
+class RandomPurpose(IntEnum):
     """What random numbers are for. A number, once given, stays: runs of before go on with it."""
 
     ORDER = 0  # of an epoch's rows
@@ -21,17 +21,17 @@ class RandomStream(IntEnum):
     TRAJECTORY = 8  # noise of a teacher's trajectory
 
 
-def seed_sequence(seed: int, stream: RandomStream, *numbers: int) -> np.random.SeedSequence:
+def seed_sequence(seed: int, purpose: RandomPurpose, *numbers: int) -> np.random.SeedSequence:
     """The seeds for one purpose in a run, e.g. (CLIP, sample number) or (ORDER, epoch)."""
-    return np.random.SeedSequence(seed, spawn_key=(int(stream), *numbers))
+    return np.random.SeedSequence(seed, spawn_key=(int(purpose), *numbers))
 
 
-def seeded_generator(seed: int, stream: RandomStream, *numbers: int) -> torch.Generator:
+def seeded_generator(seed: int, purpose: RandomPurpose, *numbers: int) -> torch.Generator:
     """A CPU generator for one purpose in a run. Drawing on the CPU makes a run the same on every device."""
-    (state,) = seed_sequence(seed, stream, *numbers).generate_state(1, np.uint64)
+    (state,) = seed_sequence(seed, purpose, *numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state >> 1))
 
 
 def noise_generator(seed: int, sample_number: int) -> torch.Generator:
     """For levels and noise of a sample, in training, or of a video that is sampled."""
-    return seeded_generator(seed, RandomStream.NOISE, sample_number)
+    return seeded_generator(seed, RandomPurpose.NOISE, sample_number)

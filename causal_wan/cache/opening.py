@@ -12,7 +12,7 @@ from typing import Any
 
 from causal_wan.cache.encoded_clips import CachedData, Encoders
 from causal_wan.cache.tensor_cache import TensorCache
-from causal_wan.config.settings import CacheConfig, CheckpointConfig
+from causal_wan.config.settings import BaseModelConfig, CacheConfig
 from causal_wan.data.file_manifest import FileFacts, FileManifest, hash_content, stat_of
 from causal_wan.data.settings import DataConfig, check_can_be_cached
 from causal_wan.processes import gather_lists, num_processes, process_index, wait_for_all
@@ -29,7 +29,7 @@ MODEL_SUFFIXES = {".json", ".model", ".safetensors"}
 def open_cache(
     config: CacheConfig,
     data: DataConfig,
-    checkpoint: CheckpointConfig,
+    checkpoint: BaseModelConfig,
     rows: Sequence[Any],
     manifest: FileManifest,
     *,
@@ -124,7 +124,7 @@ def _content(row: Any, manifest: FileManifest) -> str:
 
 def identify_encoders(
     folder: str | Path,
-    checkpoint: CheckpointConfig,
+    checkpoint: BaseModelConfig,
     manifest: FileManifest,
     *,
     vae_tiling: bool,

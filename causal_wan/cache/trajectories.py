@@ -9,7 +9,7 @@ import torch
 
 from causal_wan.cache.tensor_cache import TensorCache, describe_differences, settings_key
 from causal_wan.data.settings import ClipShape
-from causal_wan.seeds import RandomStream, seeded_generator
+from causal_wan.seeds import RandomPurpose, seeded_generator
 
 
 FOLDER = "trajectories"
@@ -31,7 +31,7 @@ class TrajectoryName:
         """Source of its noise: whatever other prompts there are, and however the work is split."""
         of_prompt = int.from_bytes(hashlib.blake2b(self.prompt.encode(), digest_size=8).digest())
         words = (self.number, of_prompt >> 32, of_prompt & 0xFFFFFFFF)
-        return seeded_generator(self.seed, RandomStream.TRAJECTORY, *words)
+        return seeded_generator(self.seed, RandomPurpose.TRAJECTORY, *words)
 
 
 def student_settings(shape: ClipShape, levels: torch.Tensor) -> dict[str, Any]:

@@ -29,7 +29,7 @@ KVCacheDtype = Literal["auto", "int8"]
 
 
 @checked_dataclass
-class CheckpointConfig:
+class BaseModelConfig:
     """The base model, and how it encodes clips and prompts."""
 
     pretrained_model_name_or_path: LocalPath
@@ -43,7 +43,7 @@ class CheckpointConfig:
 
 
 @checked_dataclass
-class ModelConfig(CheckpointConfig):
+class ModelConfig(BaseModelConfig):
     """The base model, and which of its weights are trained."""
 
     generator_ckpt: LocalPath | None = None

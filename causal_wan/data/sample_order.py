@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from causal_wan.seeds import RandomStream, seed_sequence, seeded_generator
+from causal_wan.seeds import RandomPurpose, seed_sequence, seeded_generator
 
 
 class Interleaving:
@@ -20,12 +20,12 @@ class Interleaving:
 
     Args:
         shares: Of each class, positive, in any unit.
-        seed, stream: Of the offsets.
+        seed, key: Of the offsets, as in `seed_sequence`.
     """
 
-    def __init__(self, shares: Sequence[float], *, seed: int, stream: Sequence[int]) -> None:
+    def __init__(self, shares: Sequence[float], *, seed: int, key: Sequence[int]) -> None:
         self.shares = np.asarray(shares, np.float64) / np.sum(shares)
-        self.offsets = np.random.default_rng(seed_sequence(seed, *stream)).random(len(shares))
+        self.offsets = np.random.default_rng(seed_sequence(seed, *key)).random(len(shares))
         self._classes = self._ranks = np.empty(0, np.int64)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
@@ -93,9 +93,9 @@ class SampleOrder:
             else:
                 shares = [len(cell) * per_row[source] for cell, source in zip(cells, here, strict=True)]
             self.cells.append(cells)
-            self.by_sample.append(Interleaving(shares, seed=seed, stream=(RandomStream.SOURCE, int(bucket))))
+            self.by_sample.append(Interleaving(shares, seed=seed, key=(RandomPurpose.SOURCE, int(bucket))))
             shares_of_buckets.append(sum(shares))
-        self.by_step = Interleaving(shares_of_buckets, seed=seed, stream=(RandomStream.BUCKET,))
+        self.by_step = Interleaving(shares_of_buckets, seed=seed, key=(RandomPurpose.BUCKET,))
         self._permutations: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
 
     def step(self, number: int) -> int:
@@ -124,8 +124,8 @@ class SampleOrder:
         known, order = self._permutations.get((place, cell), (-1, None))
         if known != epoch:
             only = len(self.buckets) == 1 and len(self.cells[0]) == 1
-            stream = (epoch,) if only else (epoch, int(self.buckets[place]), cell)
-            generator = seeded_generator(self.seed, RandomStream.ORDER, *stream)
+            key = (epoch,) if only else (epoch, int(self.buckets[place]), cell)
+            generator = seeded_generator(self.seed, RandomPurpose.ORDER, *key)
             order = torch.randperm(len(self.cells[place][cell]), generator=generator)
             self._permutations[place, cell] = epoch, order
         return order

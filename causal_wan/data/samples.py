@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from causal_wan.data.clips import Loadable
 from causal_wan.data.sample_order import SampleOrder
 from causal_wan.data.settings import DataConfig
-from causal_wan.seeds import RandomStream, seeded_generator
+from causal_wan.seeds import RandomPurpose, seeded_generator
 
 
 MAX_REPLACEMENTS = 10
@@ -44,7 +44,7 @@ class SampleStream(Dataset):
         if not 0 <= item < len(self):
             raise IndexError(item)
         number, errors = self.start + item, []
-        generator = seeded_generator(self.order.seed, RandomStream.CLIP, number)
+        generator = seeded_generator(self.order.seed, RandomPurpose.CLIP, number)
         shape = self.config.shape_at(self.order.bucket(number), self.order.step(number))
         for index in itertools.islice(self.order.candidates(number), MAX_REPLACEMENTS):
             try:
@@ -62,7 +62,7 @@ def choose_prompt(prompts: Sequence[str], config: DataConfig, *, seed: int, numb
     if len(prompts) == 1 and not config.caption_dropout:
         return prompts[0]
     drop, choice = torch.rand(
-        2, generator=seeded_generator(seed, RandomStream.CAPTION, number), dtype=torch.float64
+        2, generator=seeded_generator(seed, RandomPurpose.CAPTION, number), dtype=torch.float64
     ).tolist()
     return "" if drop < config.caption_dropout else prompts[int(choice * len(prompts))]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from causal_wan.config.settings import CheckpointConfig, KVCacheDtype, MemoryConfig
+from causal_wan.config.settings import BaseModelConfig, KVCacheDtype, MemoryConfig
 from causal_wan.data.settings import DataConfig
 from causal_wan.flow import choose_sampling
 from causal_wan.geometry import LatentGeometry
@@ -87,7 +87,7 @@ def resolve_settings(
     """
     method = RegressionConfig() if run is None else run.method
     data = DataConfig() if run is None else run.data
-    max_sequence_length = CheckpointConfig.max_sequence_length if run is None else run.model.max_sequence_length
+    max_sequence_length = BaseModelConfig.max_sequence_length if run is None else run.model.max_sequence_length
     own = method.inference_timesteps() if method.is_continuous else method.levels()
     stated = read_index(Path(student)) if student and run is None else {}
     if run is not None and num_inference_steps is not None and timestep_shift is None:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from causal_wan.cache.encoded_clips import CachedClips, CachedData, LatentKeeper
 from causal_wan.cache.opening import open_cache
 from causal_wan.cache.tensor_cache import CorruptTensorError
-from causal_wan.config.settings import CacheConfig, CheckpointConfig
+from causal_wan.config.settings import BaseModelConfig, CacheConfig
 from causal_wan.data.buckets import clip_shapes, describe_shapes, order_samples
 from causal_wan.data.clips import Loadable, VideoDataset
 from causal_wan.data.descriptions import describe_flip, describe_rows, describe_speed_up
@@ -74,7 +74,7 @@ class RunData:
         return shapes + [[self.config.shape]] * len(self.validation_rows)
 
     def open_cache(
-        self, cache: CacheConfig, checkpoint: CheckpointConfig, prompts: Iterable[str], **encoding: Any
+        self, cache: CacheConfig, checkpoint: BaseModelConfig, prompts: Iterable[str], **encoding: Any
     ) -> None:
         """Opens the cache, if there is one. Called by every process.
 

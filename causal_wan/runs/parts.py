@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from causal_wan.config.parsing import paths_of
-from causal_wan.config.settings import CheckpointConfig, ModelConfig
+from causal_wan.config.settings import BaseModelConfig, ModelConfig
 from causal_wan.data.settings import DataConfig
 from causal_wan.memory.levers import cut_up_vae, enable_gradient_checkpointing, quantization_config, store_in_fp8
 from causal_wan.model.compiling import compile_layers
@@ -63,7 +63,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, **paths))
 
 
-def fit_to_checkpoint(data: DataConfig, model: CheckpointConfig, generator_ckpt: str | None = None) -> DataConfig:
+def fit_to_checkpoint(data: DataConfig, model: BaseModelConfig, generator_ckpt: str | None = None) -> DataConfig:
     """The settings of the clips with what is left to the checkpoint, which is checked, by its configs alone.
 
     Of a checkpoint that is out of reach they stay as they are: whatever needs it says so.

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from causal_wan.cache.encoded_clips import PROMPT_SHARD_BYTES, CachedData, CachedPrompts
 from causal_wan.cache.tensor_cache import CacheWriter, TensorCache, settings_key
-from causal_wan.config.settings import CheckpointConfig
+from causal_wan.config.settings import BaseModelConfig
 from causal_wan.model.text import PromptEncoder, encode_prompts, warn_of_cut_prompts
 from causal_wan.processes import gather_lists, gather_on_machine, num_processes, process_index, wait_for_all
 from causal_wan.progress import announced, show_progress
@@ -36,7 +36,7 @@ Encode = Callable[[Sequence[str]], Iterator[tuple[str, torch.Tensor]]]  # prompt
 
 def embed_prompts(
     accelerator: Any,
-    checkpoint: CheckpointConfig,
+    checkpoint: BaseModelConfig,
     prompts: list[str],
     cached: CachedData | None,
     *,

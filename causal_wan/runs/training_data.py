@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader, Dataset
 
 from causal_wan.cache.encoded_clips import CachedData, LatentKeeper
-from causal_wan.config.settings import CacheConfig, CheckpointConfig
+from causal_wan.config.settings import BaseModelConfig, CacheConfig
 from causal_wan.data.clips import Loadable
 from causal_wan.data.rows import Row
 from causal_wan.data.samples import collate
@@ -90,7 +90,7 @@ class TrainingData(Protocol):
         """How much there is of it, for a model card."""
 
     def open_cache(
-        self, cache: CacheConfig, checkpoint: CheckpointConfig, prompts: Iterable[str], **encoding: Any
+        self, cache: CacheConfig, checkpoint: BaseModelConfig, prompts: Iterable[str], **encoding: Any
     ) -> None:
         """Opens what was encoded before; arguments as in `RunData.open_cache`. Called by every process."""
 

@@ -18,7 +18,7 @@ from causal_wan.cache.encoded_clips import CachedData, LatentKeeper
 from causal_wan.cache.opening import open_cache
 from causal_wan.cache.tensor_cache import TensorCache
 from causal_wan.cache.trajectories import FOLDER, TrajectoryName, find_settings, names_in
-from causal_wan.config.settings import CacheConfig, CheckpointConfig
+from causal_wan.config.settings import BaseModelConfig, CacheConfig
 from causal_wan.data.clips import Loadable
 from causal_wan.data.file_manifest import FileManifest
 from causal_wan.data.rows import Row
@@ -134,7 +134,7 @@ class TrajectoryData:
         )
 
     def open_cache(
-        self, cache: CacheConfig, checkpoint: CheckpointConfig, prompts: Iterable[str], **encoding: Any
+        self, cache: CacheConfig, checkpoint: BaseModelConfig, prompts: Iterable[str], **encoding: Any
     ) -> None:
         """Opens the embeddings beside the trajectories, and the cache of held-out clips, if there is one.
 

@@ -7,7 +7,7 @@ from causal_wan.data.clips import load_video
 from causal_wan.data.rows import Row, ShortClipError, check_length
 from causal_wan.data.samples import choose_prompt
 from causal_wan.data.settings import DataConfig
-from causal_wan.seeds import RandomStream, seeded_generator
+from causal_wan.seeds import RandomPurpose, seeded_generator
 from causal_wan.video.decoding import probe_video
 
 
@@ -45,6 +45,6 @@ class StreamDecoder:
             if self.config.short_clips == "skip":
                 return None
             raise
-        clip, num_valid = load_video(row, shape, self.config, seeded_generator(self.seed, RandomStream.CLIP, number))
+        clip, num_valid = load_video(row, shape, self.config, seeded_generator(self.seed, RandomPurpose.CLIP, number))
         prompt = choose_prompt(prompts, self.config, seed=self.seed, number=number)
         return {"video": clip, "prompt": prompt, "num_valid_frames": num_valid}

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from causal_wan.data.sample_order import Interleaving
-from causal_wan.seeds import RandomStream, seeded_generator
+from causal_wan.seeds import RandomPurpose, seeded_generator
 from causal_wan.streams.sources import Stream, StreamedRow, StreamedVideo
 from causal_wan.video.opening import describe_error
 
@@ -104,8 +104,8 @@ class Lane:
                 num_bytes += row.num_bytes
             if rows:
                 seed, source = self.key
-                stream = (RandomStream.WINDOW, source, self.lane, *start[:3])
-                order = torch.randperm(len(rows), generator=seeded_generator(seed, *stream))
+                key = (RandomPurpose.WINDOW, source, self.lane, *start[:3])
+                order = torch.randperm(len(rows), generator=seeded_generator(seed, *key))
                 return start, [rows[i] for i in order.tolist()], end
             start = end
         raise ValueError(
@@ -126,7 +126,7 @@ class Lane:
         """The files that the lane reads in a pass, and whether it shares their rows with the other lanes."""
         seed, source = self.key
         count = self.stream.num_files
-        order = torch.randperm(count, generator=seeded_generator(seed, RandomStream.FILE, source, epoch)).tolist()
+        order = torch.randperm(count, generator=seeded_generator(seed, RandomPurpose.FILE, source, epoch)).tolist()
         return (order, True) if count < self.num_lanes else (order[self.lane :: self.num_lanes], False)
 
 
@@ -292,7 +292,7 @@ class StreamedClips(Dataset):
         if len(self.streams) == 1:
             return 0
         if lane not in self._mixes:
-            self._mixes[lane] = Interleaving(self.weights, seed=self.seed, stream=(RandomStream.SOURCE, lane))
+            self._mixes[lane] = Interleaving(self.weights, seed=self.seed, key=(RandomPurpose.SOURCE, lane))
         return self._mixes[lane][position][0]
 
     def _lane(self, lane: int, source: int) -> Lane:

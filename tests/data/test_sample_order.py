@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from causal_wan.data.sample_order import Interleaving, SampleOrder
-from causal_wan.seeds import RandomStream, seeded_generator
+from causal_wan.seeds import RandomPurpose, seeded_generator
 
 
 def first(order, number):
@@ -19,7 +19,7 @@ def make(buckets, sources=None, **settings):
 
 @pytest.mark.parametrize("shares", [[1.0], [1, 1], [5, 3, 2], [0.97, 0.02, 0.01]])
 def test_every_stretch_of_an_interleaving_has_its_share_of_each_class(shares):
-    sequence = Interleaving(shares, seed=0, stream=(RandomStream.ORDER,))
+    sequence = Interleaving(shares, seed=0, key=(RandomPurpose.ORDER,))
     classes = np.array([sequence[position][0] for position in range(5000)])
     expected = np.cumsum(np.eye(len(shares))[classes], axis=0)
     line = np.arange(1, 5001)[:, None] * np.array(shares) / sum(shares)
@@ -32,8 +32,8 @@ def test_every_stretch_of_an_interleaving_has_its_share_of_each_class(shares):
 
 @pytest.mark.parametrize("unit", [1, 0.01])
 def test_an_interleaving_goes_by_times_with_an_offset_of_each_class(unit):
-    sequence = Interleaving([3 * unit, unit, 2 * unit], seed=5, stream=(RandomStream.SOURCE, 7))
-    offsets = np.random.default_rng(np.random.SeedSequence(5, spawn_key=(int(RandomStream.SOURCE), 7))).random(3)
+    sequence = Interleaving([3 * unit, unit, 2 * unit], seed=5, key=(RandomPurpose.SOURCE, 7))
+    offsets = np.random.default_rng(np.random.SeedSequence(5, spawn_key=(int(RandomPurpose.SOURCE), 7))).random(3)
     shares = (3 / 6, 1 / 6, 2 / 6)
     times = sorted(
         ((item + offset) / share, kind, item)
@@ -44,12 +44,12 @@ def test_an_interleaving_goes_by_times_with_an_offset_of_each_class(unit):
 
 
 def test_an_interleaving_of_one_class_counts():
-    sequence = Interleaving([7.0], seed=0, stream=(RandomStream.ORDER,))
+    sequence = Interleaving([7.0], seed=0, key=(RandomPurpose.ORDER,))
     assert [sequence[position] for position in (0, 1, 10**12)] == [(0, 0), (0, 1), (0, 10**12)]
 
 
 def test_an_interleaving_grows_as_it_is_read():
-    sequence = Interleaving([1, 1], seed=0, stream=(RandomStream.ORDER,))
+    sequence = Interleaving([1, 1], seed=0, key=(RandomPurpose.ORDER,))
     for position in (0, 1023, 1024, 2047, 2048, 5000):
         kind, rank = sequence[position]
         assert kind in (0, 1)
@@ -57,7 +57,7 @@ def test_an_interleaving_grows_as_it_is_read():
 
 
 def test_an_interleaving_does_not_depend_on_how_far_it_was_read():
-    one, other = (Interleaving([3, 2, 1], seed=1, stream=(RandomStream.WINDOW,)) for _ in range(2))
+    one, other = (Interleaving([3, 2, 1], seed=1, key=(RandomPurpose.WINDOW,)) for _ in range(2))
     one[100_000]
     assert [one[position] for position in range(3000)] == [other[position] for position in range(3000)]
 
@@ -135,7 +135,7 @@ def test_candidates_go_on_from_the_row_of_the_sample_and_begin_again():
 
 def test_the_order_of_one_cell_depends_on_seed_and_epoch_alone():
     expected = [
-        torch.randperm(6, generator=seeded_generator(3, RandomStream.ORDER, epoch)).tolist() for epoch in range(2)
+        torch.randperm(6, generator=seeded_generator(3, RandomPurpose.ORDER, epoch)).tolist() for epoch in range(2)
     ]
     order = make([4] * 6, seed=3)
     assert [first(order, number) for number in range(12)] == expected[0] + expected[1]
@@ -149,7 +149,7 @@ def test_cells_are_shuffled_by_bucket_and_cell_and_epoch():
         rows.setdefault((2 if row < 6 else 7, row % 6 // 3), []).append(row)
     for (bucket, cell), found in rows.items():
         for epoch in range(4):
-            generator = seeded_generator(3, RandomStream.ORDER, epoch, bucket, cell)
+            generator = seeded_generator(3, RandomPurpose.ORDER, epoch, bucket, cell)
             base = (0 if bucket == 2 else 6) + 3 * cell
             expected = [base + place for place in torch.randperm(3, generator=generator).tolist()]
             assert found[3 * epoch : 3 * epoch + 3] == expected
@@ -194,6 +194,6 @@ def test_each_sample_of_a_step_has_its_place_in_the_epochs_of_the_bucket():
         rows = [first(order, number) for number in range(41, 141) if order.bucket(number) == bucket]
         expected = []
         for epoch in range(20):
-            generator = seeded_generator(0, RandomStream.ORDER, epoch, bucket, 0)
+            generator = seeded_generator(0, RandomPurpose.ORDER, epoch, bucket, 0)
             expected += [6 * bucket + place for place in torch.randperm(6, generator=generator).tolist()]
         assert rows == expected[before : before + len(rows)]

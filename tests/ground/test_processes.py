@@ -15,7 +15,7 @@ from conftest import in_processes
 import train_video_regression
 from causal_wan.cache import opening
 from causal_wan.config.parsing import parse_config
-from causal_wan.config.settings import CheckpointConfig
+from causal_wan.config.settings import BaseModelConfig
 from causal_wan.model.text import encode_prompts
 from causal_wan.processes import gather_lists, gather_on_machine, num_processes, process_index, wait_for_all
 from causal_wan.records.checkpoints import list_checkpoints, save_checkpoint
@@ -201,7 +201,7 @@ def embed(rank, checkpoint, output_dir):
         return encode_prompts(tokenizer, text_encoder, prompts, *rest)
 
     prompt_embeddings.encode_prompts = noted
-    config = CheckpointConfig(pretrained_model_name_or_path=str(checkpoint))
+    config = BaseModelConfig(pretrained_model_name_or_path=str(checkpoint))
     mapping = embed_prompts(Accelerator(cpu=True), config, [*PROMPTS, *PROMPTS], None, output_dir=output_dir)
     found = {prompt: mapping[prompt].tolist() for prompt in PROMPTS}
     folders = [path.name for path in Path(output_dir).glob(".prompt-embeddings-*")]
@@ -233,7 +233,7 @@ def test_few_embeddings_are_kept_in_memory(checkpoint, tmp_path, expected):
 
 
 def test_prompts_that_are_cut_are_said_before_training(checkpoint, tmp_path, caplog):
-    config = CheckpointConfig(pretrained_model_name_or_path=str(checkpoint), max_sequence_length=8)
+    config = BaseModelConfig(pretrained_model_name_or_path=str(checkpoint), max_sequence_length=8)
     embed_prompts(make_plain_accelerator(), config, [*PROMPTS, *PROMPTS], None, output_dir=tmp_path)
     assert "of 11 prompt(s) are cut at max_sequence_length=8 tokens" in caplog.text
 
@@ -272,7 +272,7 @@ def test_a_full_disk_is_a_mistake_that_is_said(checkpoint, tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("causal_wan.cache.tensor_cache._write_whole", fail)
-    config = CheckpointConfig(pretrained_model_name_or_path=str(checkpoint))
+    config = BaseModelConfig(pretrained_model_name_or_path=str(checkpoint))
     with pytest.raises(ValueError, match="output_dir must have room for the embeddings of 11 prompts"):
         embed_prompts(make_plain_accelerator(), config, PROMPTS, None, output_dir=tmp_path)
     assert not list(tmp_path.iterdir())

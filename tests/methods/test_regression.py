@@ -13,7 +13,7 @@ from causal_wan.methods.noising import (
     summarize_levels,
 )
 from causal_wan.methods.settings import RegressionConfig
-from causal_wan.seeds import RandomStream, noise_generator, seeded_generator
+from causal_wan.seeds import RandomPurpose, noise_generator, seeded_generator
 
 
 LEVELS = torch.tensor([1000.0, 757.0, 522.0, 0.0])
@@ -35,7 +35,7 @@ def draws(block_lengths, count, num_valid=None, levels=LEVELS):
 
 def test_order_clips_and_noise_draw_from_streams_of_their_own():
     generators = [
-        seeded_generator(0, stream, n) for stream in (RandomStream.ORDER, RandomStream.CLIP) for n in range(3)
+        seeded_generator(0, stream, n) for stream in (RandomPurpose.ORDER, RandomPurpose.CLIP) for n in range(3)
     ]
     generators += [noise_generator(0, n) for n in range(3)] + [noise_generator(1, 0)]
     assert len({generator.initial_seed() for generator in generators}) == len(generators)

@@ -14,7 +14,7 @@ from conftest import run_here
 from diffusers import WanPipeline
 
 from causal_wan.cache.tensor_cache import TensorCache
-from causal_wan.config.settings import CheckpointConfig
+from causal_wan.config.settings import BaseModelConfig
 from causal_wan.data.frames import num_sampleable_frames
 from causal_wan.data.settings import DataConfig
 from causal_wan.geometry import WAN, LatentGeometry
@@ -157,7 +157,7 @@ def test_the_rate_is_the_checkpoints_unless_it_is_given(checkpoint, checkpoint_5
     data = DataConfig(**SIZE, frame_sampling="head")
     rates = {}
     for name, folder in (("2.1", checkpoint), ("2.2", checkpoint_5b), ("none", "nobody/nothing")):
-        model = CheckpointConfig(pretrained_model_name_or_path=str(folder))
+        model = BaseModelConfig(pretrained_model_name_or_path=str(folder))
         rates[name] = fit_to_checkpoint(data, model).frame_rate
         assert fit_to_checkpoint(replace(data, frame_rate=8.0), model).frame_rate == 8
     assert rates == {"2.1": 16, "2.2": 24, "none": None}

@@ -20,7 +20,7 @@ from causal_wan.data.rows import Row
 from causal_wan.data.samples import collate
 from causal_wan.data.settings import DataConfig
 from causal_wan.runs.data import RunData
-from causal_wan.seeds import RandomStream, seeded_generator
+from causal_wan.seeds import RandomPurpose, seeded_generator
 from causal_wan.streams.lanes import LaneStates, StreamedClips
 from causal_wan.streams.sources import StreamedVideo, open_stream
 from causal_wan.tables.sources import Source
@@ -395,7 +395,7 @@ def test_clips_of_a_stream_are_seen_as_those_of_a_table(tmp_path):
     config = DataConfig(metadata_path="", num_frames=5, height=16, width=32, horizontal_flip=0.5, temporal_crop=0.5)
 
     def decode(video, prompts, number):
-        generator = seeded_generator(0, RandomStream.CLIP, number)
+        generator = seeded_generator(0, RandomPurpose.CLIP, number)
         row = Row(1, video, prompts, *probe_video(video, limits=config.limits))
         clip, num_valid = load_video(row, config.shape_at(0, 0), config, generator)
         return {"video": clip, "prompt": prompts[0], "num_valid_frames": num_valid}
