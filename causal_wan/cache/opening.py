@@ -29,7 +29,7 @@ MODEL_SUFFIXES = {".json", ".model", ".safetensors"}
 def open_cache(
     config: CacheConfig,
     data: DataConfig,
-    checkpoint: BaseModelConfig,
+    model: BaseModelConfig,
     rows: Sequence[Any],
     manifest: FileManifest,
     *,
@@ -42,7 +42,7 @@ def open_cache(
     Args:
         config: Names the folder.
         data: Settings of the clips.
-        checkpoint: Where the encoders are.
+        model: Where the encoders are.
         rows: Their files are read, split over the processes, unless the manifest knows them.
         manifest: Of the folder; the main process writes what is new.
         vae_tiling: Whether the VAE encodes in tiles.
@@ -64,7 +64,7 @@ def open_cache(
         try:
             encoders = identify_encoders(
                 manifest.path.parent,
-                checkpoint,
+                model,
                 manifest,
                 vae_tiling=vae_tiling,
                 text_dtype=text_dtype,
@@ -124,7 +124,7 @@ def _content(row: Any, manifest: FileManifest) -> str:
 
 def identify_encoders(
     folder: str | Path,
-    checkpoint: BaseModelConfig,
+    model: BaseModelConfig,
     manifest: FileManifest,
     *,
     vae_tiling: bool,
@@ -135,7 +135,7 @@ def identify_encoders(
 
     Args:
         folder: Of the cache. It remembers what its checkpoints are, for runs without VAE and text encoder at hand.
-        checkpoint: Where the encoders are, and the VAE's precision.
+        model: Where the encoders are, and the VAE's precision.
         manifest: Of the folder.
         vae_tiling: Whether the VAE encodes in tiles.
         text_dtype: Precision of the text encoder, as in `causal_wan.weights.parts.DTYPES`.
@@ -145,20 +145,20 @@ def identify_encoders(
         ValueError: If encoders are neither at hand nor remembered.
         OSError: If they are to be fetched and cannot be.
     """
-    name, path = checkpoint.pretrained_model_name_or_path, Path(folder) / "models.json"
-    name = str(Path(name).resolve()) if Path(name).is_dir() else f"{name} at {checkpoint.revision or 'main'}"
+    name, path = model.pretrained_model_name_or_path, Path(folder) / "models.json"
+    name = str(Path(name).resolve()) if Path(name).is_dir() else f"{name} at {model.revision or 'main'}"
     remembered = json.loads(path.read_text()) if path.is_file() else {}
     contents = dict(remembered.get(name, {}))
     for part, folders in {"vae": ["vae"], "text_encoder": ["text_encoder", "tokenizer"]}.items():
         places = [
-            find_part(checkpoint.pretrained_model_name_or_path, each, revision=checkpoint.revision, download=download)
+            find_part(model.pretrained_model_name_or_path, each, revision=model.revision, download=download)
             for each in folders
         ]
         if all(place is not None and place.is_dir() for place in places):
             contents[part] = _content_of_part(places, manifest)
         elif part not in contents:
             raise ValueError(
-                f"latents_dir must be made with the checkpoint of the run, but {folder} does not know {name}; run "
+                f"latents_dir must be made with the base model of the run, but {folder} does not know {name}; run "
                 "precompute_latents.py with it."
             )
     if download and remembered.get(name) != contents:
@@ -169,10 +169,10 @@ def identify_encoders(
     return Encoders(
         vae=contents["vae"],
         text_encoder=contents["text_encoder"],
-        vae_dtype=checkpoint.vae_dtype,
+        vae_dtype=model.vae_dtype,
         vae_tiling=vae_tiling,
         text_dtype=text_dtype,
-        max_sequence_length=checkpoint.max_sequence_length,
+        max_sequence_length=model.max_sequence_length,
     )
 
 

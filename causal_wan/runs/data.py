@@ -73,14 +73,12 @@ class RunData:
         shapes = [clip_shapes(row, self.config) for row in self.rows]
         return shapes + [[self.config.shape]] * len(self.validation_rows)
 
-    def open_cache(
-        self, cache: CacheConfig, checkpoint: BaseModelConfig, prompts: Iterable[str], **encoding: Any
-    ) -> None:
+    def open_cache(self, cache: CacheConfig, model: BaseModelConfig, prompts: Iterable[str], **encoding: Any) -> None:
         """Opens the cache, if there is one. Called by every process.
 
         Args:
             cache: Its settings.
-            checkpoint: Where the encoders are.
+            model: Where the encoders are.
             prompts: That the run wants to be embedded.
             encoding: vae_tiling, text_dtype and encodes of `causal_wan.cache.opening.open_cache`.
 
@@ -90,7 +88,7 @@ class RunData:
         if self.manifest is None:
             return
         rows = [*self.rows, *self.validation_rows]
-        self.cached, rows = open_cache(cache, self.config, checkpoint, rows, self.manifest, **encoding)
+        self.cached, rows = open_cache(cache, self.config, model, rows, self.manifest, **encoding)
         if encoding["encodes"]:
             self.keeper = LatentKeeper(self.cached, self.cached.latent_writer(eager=True))
         else:

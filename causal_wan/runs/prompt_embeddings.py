@@ -36,7 +36,7 @@ Encode = Callable[[Sequence[str]], Iterator[tuple[str, torch.Tensor]]]  # prompt
 
 def embed_prompts(
     accelerator: Any,
-    checkpoint: BaseModelConfig,
+    model: BaseModelConfig,
     prompts: list[str],
     cached: CachedData | None,
     *,
@@ -63,12 +63,12 @@ def embed_prompts(
     if not missing and not streaming:
         return {} if cached is None else _wait_to_see(prompts, cached)
     tokenizer, text_encoder = load_text_encoder(
-        checkpoint.pretrained_model_name_or_path,
+        model.pretrained_model_name_or_path,
         dtype=text_dtype(accelerator),
-        revision=checkpoint.revision,
+        revision=model.revision,
         device=accelerator.device,
     )
-    length = checkpoint.max_sequence_length
+    length = model.max_sequence_length
     if streaming:
         return PromptEncoder(tokenizer, text_encoder, length)
     if process_index() == 0:

@@ -89,9 +89,7 @@ class TrainingData(Protocol):
     def count(self) -> dict[str, int]:
         """How much there is of it, for a model card."""
 
-    def open_cache(
-        self, cache: CacheConfig, checkpoint: BaseModelConfig, prompts: Iterable[str], **encoding: Any
-    ) -> None:
+    def open_cache(self, cache: CacheConfig, model: BaseModelConfig, prompts: Iterable[str], **encoding: Any) -> None:
         """Opens what was encoded before; arguments as in `RunData.open_cache`. Called by every process."""
 
     def sample_bytes(self) -> int:

@@ -133,20 +133,18 @@ class TrajectoryData:
             f"{settings['guidance_scale']:g}, shift {settings['timestep_shift']:g}"
         )
 
-    def open_cache(
-        self, cache: CacheConfig, checkpoint: BaseModelConfig, prompts: Iterable[str], **encoding: Any
-    ) -> None:
+    def open_cache(self, cache: CacheConfig, model: BaseModelConfig, prompts: Iterable[str], **encoding: Any) -> None:
         """Opens the embeddings beside the trajectories, and the cache of held-out clips, if there is one.
 
         Raises:
             ValueError: If they cannot be used.
         """
         held_out = [row.prompts[0] for row in self.validation_rows]
-        self.clips.open_cache(cache, checkpoint, held_out, **encoding)
+        self.clips.open_cache(cache, model, held_out, **encoding)
         own = CacheConfig(latents_dir=str(self.folder))
         manifest = FileManifest(self.folder)
         data = self.config.for_validation()
-        self.cached, _ = open_cache(own, data, checkpoint, [], manifest, **{**encoding, "encodes": False})
+        self.cached, _ = open_cache(own, data, model, [], manifest, **{**encoding, "encodes": False})
 
     def dataset(self) -> Trajectories:
         """The trajectories."""
