@@ -314,11 +314,9 @@ def read_frames_to_continue(
     if config.video is None:
         return None
     path = Path(config.video)
-    try:
+    with naming_video(path):
         facts = probe_video(path)
         times = read_frame_times(path) if facts.traits & Traits.VARIABLE_RATE else None
-    except (OSError, ValueError, av.FFmpegError) as error:
-        raise ValueError(f"video must be a file that decodes, got {config.video}: {describe_error(error)}") from None
     geometry = pipeline.geometry
     rate = config.frame_rate or geometry.frame_rate
     last = last_frame_indices(facts.num_frames, facts.frame_rate, settings.num_frames, rate, times)
@@ -336,11 +334,18 @@ def read_frames_to_continue(
             f"video must have {count} frames or more at {rate:g} a second to be continued, but "
             f"{config.video} has {len(last)}."
         )
-    try:
+    with naming_video(path):
         frames = decode_frames(path, last[-count:], build_video_transform(settings.height, settings.width))
-    except (OSError, ValueError, av.FFmpegError) as error:
-        raise ValueError(f"video must be a file that decodes, got {config.video}: {describe_error(error)}") from None
     return [PIL.Image.fromarray(frame) for frame in frames.movedim(1, -1).numpy()]
+
+
+@contextlib.contextmanager
+def naming_video(path: Path) -> Iterator[None]:
+    """Errors of reading a video name it."""
+    try:
+        yield
+    except (OSError, ValueError, av.FFmpegError) as error:
+        raise ValueError(f"video must be a file that decodes, got {path}: {describe_error(error)}") from None
 
 
 def read_prompts(config: Config) -> list[str]:

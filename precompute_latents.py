@@ -88,6 +88,7 @@ from causal_wan.cache.tensor_cache import GIB, CacheWriter, check_disk, free_byt
 from causal_wan.data.clips import VideoDataset, normalize_videos
 from causal_wan.data.descriptions import describe_rows
 from causal_wan.data.rows import Row
+from causal_wan.data.samples import check_bad_clips
 from causal_wan.data.shared_memory import check_shared_memory, collate_shared, shared_memory_here
 from causal_wan.data.workers import name_clips_of_dead_workers, worker_settings
 from causal_wan.memory.levers import cut_up_vae
@@ -326,12 +327,7 @@ def encode_missing_clips(
                 break
             samples = [sample for sample in batch if "error" not in sample]
             errors += [sample["error"] for sample in batch if "error" in sample]
-            if len(errors) > config.data.max_bad_samples:
-                raise ValueError(
-                    f"at most max_bad_samples={config.data.max_bad_samples} clips may fail to decode, but "
-                    f"{len(errors)} did, last: {errors[-1]}. Repair or remove them, or raise --max_bad_samples; the "
-                    "others are kept."
-                )
+            check_bad_clips(errors, config.data.max_bad_samples)
             if samples:
                 store(writer, cached, rows, samples, encode_samples(vae, samples))
             bar.update(min(len(batch) * accelerator.num_processes, len(missing) - bar.n))

@@ -129,8 +129,8 @@ def frame_block_lengths(
         is_alone_too_many = not first and num_frame_per_block > 0 and rest % num_frame_per_block == 1
         raise ValueError(
             f"the number of latent frames must be {'1 + ' if first else ''}a multiple of num_frame_per_block="
-            f"{num_frame_per_block}, got {num_latent_frames}; use {below or above} or {above} latent frames "
-            f"(num_frames {WAN.num_frames(below or above)} or {WAN.num_frames(above)}), or another "
+            f"{num_frame_per_block}, got {num_latent_frames}; use {below} or {above} latent frames "
+            f"(num_frames {WAN.num_frames(below)} or {WAN.num_frames(above)}), or another "
             f"num_frame_per_block{', or independent_first_frame' if is_alone_too_many else ''}."
         )
     return first + [num_frame_per_block] * (rest // num_frame_per_block)

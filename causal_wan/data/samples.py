@@ -128,7 +128,7 @@ class BadClips:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.errors: set[str] = set()
+        self.errors: dict[str, None] = {}  # in the order that they came in
 
     def note(self, errors: Sequence[str]) -> None:
         """Notes those of a batch, and reports each once, though it comes back every epoch.
@@ -139,9 +139,22 @@ class BadClips:
         for error in errors:
             if error not in self.errors:
                 tqdm.write(f"replaced a clip that does not decode: {error}")
-        self.errors.update(errors)
-        if len(self.errors) > self.limit:
-            raise ValueError(
-                f"at most max_bad_samples={self.limit} clips may fail to decode, but {len(self.errors)} did, last: "
-                f"{errors[-1]}. Repair or remove them, or raise --max_bad_samples."
-            )
+        self.errors.update(dict.fromkeys(errors))
+        check_bad_clips(list(self.errors), self.limit)
+
+
+def check_bad_clips(errors: Sequence[str], limit: int) -> None:
+    """Checks that not too many clips failed to decode.
+
+    Args:
+        errors: One a clip.
+        limit: `max_bad_samples`.
+
+    Raises:
+        ValueError: If there are more.
+    """
+    if len(errors) > limit:
+        raise ValueError(
+            f"at most max_bad_samples={limit} clips may fail to decode, but {len(errors)} did, last: {errors[-1]}. "
+            "Repair or remove them, or raise --max_bad_samples; what was done is kept."
+        )
