@@ -229,8 +229,5 @@ def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     """
     if Path(path).suffix != ".safetensors":
         return {name: tuple(weight.shape) for name, weight in read_state(path).items()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} must be a safetensors file that is whole: {error}.") from None
+    with readable(path), safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping

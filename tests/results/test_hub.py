@@ -6,11 +6,13 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
 import yaml
 from conftest import ROOT, launch_afresh, run_here
 from fake_hub import TOKEN, FakeHub
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData
+from safetensors.torch import save_file
 
 from causal_wan.config.settings import HubConfig
 from causal_wan.results import uploads
@@ -37,7 +39,8 @@ def run_folder(checkpoint, tmp_path):
     folder = tmp_path / "private-folder" / "my-wan"
     (folder / "transformer").mkdir(parents=True)
     (folder / "transformer" / "config.json").write_text('{"num_layers": 2}')
-    (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(range(256)) * 80)
+    weights = {"weight": torch.arange(5000)}
+    save_file(weights, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     run = {
         "pretrained_model_name_or_path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "generator_ckpt": None,

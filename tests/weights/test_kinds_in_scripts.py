@@ -131,7 +131,7 @@ def test_files_of_weights_are_told_by_names_and_shapes(weights, name, message, c
 def test_a_file_of_weights_that_is_cut_off_is_named(weights, checkpoint, tmp_path):
     content = (weights / "vace.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(content[:1000])
-    with pytest.raises(ValueError, match=r"cut\.safetensors must be a safetensors file that is whole"):
+    with pytest.raises(ValueError, match=r"cut\.safetensors must be a whole safetensors file"):
         check_base(str(checkpoint), generator_ckpt=str(tmp_path / "cut.safetensors"))
 
 
