@@ -17,6 +17,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import tqdm as HubBar
+from tqdm.auto import tqdm
 
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.parsing import write_recipe
@@ -36,6 +38,10 @@ CHECKPOINT_FOLDER = "last-checkpoint"
 RESULT = ("transformer/*", LORA_WEIGHTS_NAME, PIPELINE_NAME, METRICS_NAME, DATA_SUMMARY_NAME)
 PIPELINE = ("model_index.json", "scheduler/*", "text_encoder/*", "tokenizer/*", "vae/*")
 WAITS = (5, 30)  # seconds before the second and the third attempt
+
+# The hub's bars are in one list with all others, but have a lock of their own: a line that the run writes beside its
+# bar while they come and go in a thread would end the run ("Set changed size during iteration").
+HubBar.set_lock(tqdm.get_lock())
 
 
 # --- uploads ---------------------------------------------------------------------------------------------------------

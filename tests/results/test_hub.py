@@ -1,7 +1,9 @@
 """Uploads to a hub on this machine: what goes there, what does not, and what happens when it fails."""
 
+import io
 import logging
 import shutil
+import threading
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -12,7 +14,9 @@ from conftest import ROOT, launch_afresh, run_here
 from fake_hub import TOKEN, FakeHub
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData
+from huggingface_hub.utils import tqdm as HubBar
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
 from causal_wan.config.settings import HubConfig
 from causal_wan.results import uploads
@@ -344,6 +348,16 @@ def test_a_run_pushes_its_result_and_its_checkpoints(hub, write_recipe):
     assert str(output.parent).encode() not in files["config.yaml"] + files["README.md"]
     assert TOKEN not in result.stdout + result.stderr
     assert TOKEN.encode() not in b"".join(files.values())
+
+
+def test_bars_of_an_upload_come_and_go_while_no_line_is_written_beside_bars():
+    """All bars are in one list, which writing a line goes through; a bar that came meanwhile would end the run."""
+    upload = threading.Thread(target=lambda: HubBar(total=1, file=io.StringIO()).close())
+    with tqdm.external_write_mode(file=io.StringIO()):
+        upload.start()
+        upload.join(0.5)
+        assert upload.is_alive()
+    upload.join()
 
 
 def test_a_run_whose_upload_fails_is_a_success_with_a_command_to_finish(hub, write_recipe, caplog):
