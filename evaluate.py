@@ -27,7 +27,7 @@ Keys of metrics.json; what was not measured is null:
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,9 @@ class Config:
     """Shift of these steps towards noise, above 1; None is the run's, or 5."""
     sampler: Sampler | None = None
     """renoise or euler, see generate.py; None is renoise for a list, euler for a number of steps."""
+    first_frame: Literal["auto", "given", "none"] = "auto"
+    """given: the student's videos begin with the first frame of their clips. auto does so for a student that was
+    trained with --first_frame_probability."""
     num_frames: PositiveInt | None = None
     """Video frames, 4k + 1; None is what the run was trained on, or 81."""
     height: PositiveInt | None = None
@@ -124,7 +127,7 @@ import torch
 from diffusers import WanPipeline
 from tqdm.auto import tqdm
 
-from causal_wan.data.clips import load_video
+from causal_wan.data.clips import load_video, normalize_videos
 from causal_wan.data.rows import load_rows
 from causal_wan.evaluation.figures import Judges, Sample, measure, measure_clips
 from causal_wan.evaluation.heldout_loss import heldout_statistics, summarize_heldout_loss
@@ -135,7 +138,7 @@ from causal_wan.evaluation.video_metrics import first_frames_of_blocks
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
-from causal_wan.model.vae import check_video_size
+from causal_wan.model.vae import check_video_size, encode_videos
 from causal_wan.progress import PATIENCE, announced, show_progress
 from causal_wan.results.run_record import RunRecord, base_of, find_run
 from causal_wan.results.student import SamplingSettings, choose_device, load_student, resolve_settings
@@ -181,7 +184,9 @@ def main(config: Config) -> None:
         clips = [load_video(row, shape, data, torch.Generator()) for row in show_progress(rows, desc="clips")]
     targets = [clip.movedim(0, 1) / 255 for clip, _ in clips]
 
-    results = {"student": sample_all(student, prompts, partial(sample_student, settings, config, config.seed), device)}
+    first_frames = [clip[:, :1] for clip, _ in clips] if gives_first_frames(config, run, notes) else None
+    sample = partial(sample_student, settings, config, config.seed, first_frames=first_frames)
+    results = {"student": sample_all(student, prompts, sample, device)}
     seed = config.seed if run is None or run.seed is None else run.seed
     heldout_loss = measure_loss(student, clips, prompts, method_to_measure(config, run), settings, seed=seed)
     if config.num_base_steps:
@@ -271,10 +276,36 @@ def sample_all(pipeline: WanPipeline, prompts: list[str], sample: Callable[..., 
     return [sample(pipeline, number, prompt) for number, prompt in enumerate(tqdm(prompts, desc="videos"))]
 
 
+def gives_first_frames(config: Config, run: RunRecord | None, notes: list[str]) -> bool:
+    """Whether the student's videos begin with the first frame of their clips; if so, it is noted."""
+    was_trained_so = run is not None and run.method.first_frame_probability > 0
+    is_given = config.first_frame == "given" or (config.first_frame == "auto" and was_trained_so)
+    if is_given:
+        notes.append("the student's videos begin with the first frame of their clips, which is in the figures")
+        print(f"note      {notes[-1]}")
+    return is_given
+
+
 def sample_student(
-    settings: SamplingSettings, config: Config, seed: int, pipeline: CausalWanPipeline, number: int, prompt: str
+    settings: SamplingSettings,
+    config: Config,
+    seed: int,
+    pipeline: CausalWanPipeline,
+    number: int,
+    prompt: str,
+    first_frames: Sequence[torch.Tensor] | None = None,
 ) -> Sample:
-    """A video as the student is sampled, block by block."""
+    """A video as the student is sampled, block by block.
+
+    Args:
+        settings: Of sampling.
+        config: Of the script.
+        seed: Of the noise.
+        pipeline: The student.
+        number: Of the prompt.
+        prompt: What to show.
+        first_frames: What the videos begin with, by number, uint8 `(3, 1, height, width)`; None is nothing.
+    """
     device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
     texts = [prompt, ""] if config.student_guidance_scale > 1 else [prompt]
     with announced(f"embedding {len(texts)} prompt(s)"):
@@ -298,6 +329,9 @@ def sample_student(
 
     _reset_peak_memory(device)
     start = time.perf_counter()
+    given = None
+    if first_frames is not None:
+        given = encode_videos(pipeline.vae, normalize_videos(first_frames[number][None].to(device)))
     latents = pipeline.sample_latents(
         Conditions(prompt_embeds=prompt_embeds[:1]),
         noise,
@@ -308,6 +342,7 @@ def sample_student(
         on_block_end=note_time,
         on_step_end=note_step,
         cache_dtype=settings.cache_dtype,
+        initial_latents=given,
     )
     parts = []
     for frames in decode_in_parts(pipeline.vae, latents):  # as generate.py does

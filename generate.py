@@ -18,10 +18,10 @@ import itertools
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from causal_wan.config.choices import LocalPath
 from causal_wan.config.outputs import check_output_file, check_output_folder
@@ -66,6 +66,9 @@ class Config:
     video: LocalPath | None = None
     """A video to continue: its last frames, at --frame_rate, become the first blocks of the clip. A picture is a video
     of one frame, for students whose first block is one frame."""
+    image: LocalPath | None = None
+    """A picture that the video begins with, cut to the clip's shape; for students that were trained with
+    --first_frame_probability. A prompts_file may name one for each prompt in a column `image`."""
     num_video_frames: PositiveInt | None = None
     """How many of its frames; None is as many as make whole blocks, and at most half of the clip."""
     output: LocalPath = "out.mp4"
@@ -117,6 +120,8 @@ class Config:
             raise ValueError(
                 f"lora_scale must have one weight for each of {len(self.lora)} LoRAs, got {self.lora_scale}."
             )
+        if self.image is not None and self.video is not None:
+            raise ValueError("a video has one beginning; give either --image or --video, and not both.")
         if self.num_video_frames is not None and self.video is None:
             raise ValueError("num_video_frames is about a video to continue; name it with --video.")
 
@@ -141,7 +146,7 @@ from causal_wan.results.run_record import RunRecord, find_run
 from causal_wan.results.student import SamplingSettings, choose_device, load_student, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.seeds import noise_generator
-from causal_wan.tables.prompts import read_prompts_file
+from causal_wan.tables.prompts import PromptRow, read_prompt_rows
 from causal_wan.video.decoding import decode_frames, probe_video
 from causal_wan.video.facts import Traits
 from causal_wan.video.opening import describe_error
@@ -157,7 +162,7 @@ def main(config: Config) -> None:
     with user_errors():
         device, dtype = choose_device(config.device or str(state.device), config.dtype)
         check_output(config)
-        prompts = read_prompts(config)
+        wanted = read_prompts(config)
         run = find_run(config.checkpoint, config.pretrained_model_name_or_path)
         settings = resolve_settings(
             run,
@@ -172,26 +177,28 @@ def main(config: Config) -> None:
             kv_cache_dtype=config.kv_cache_dtype,
         )
         pipeline = load_pipeline(config, run, settings, dtype)
-        given = read_frames_to_continue(config, settings, pipeline)
+        beginning = read_frames_to_continue(config, settings, pipeline)
+        check_images(wanted, run, settings)
     if state.is_main_process:
-        texts = [*prompts, config.negative_prompt] if config.guidance_scale > 1 else prompts
+        texts = [row.prompt for row in wanted] + [config.negative_prompt] * (config.guidance_scale > 1)
         warn_of_cut_prompts(pipeline.tokenizer, texts, settings.max_sequence_length)
     pipeline.to(device)
     config = replace(config, frame_rate=config.frame_rate or pipeline.geometry.frame_rate)
-    work = list(enumerate(zip(prompts, output_paths(config, len(prompts)), strict=True)))
+    work = list(enumerate(zip(wanted, output_paths(config, len(wanted)), strict=True)))
     own = work[state.process_index :: state.num_processes]
     num_latent_frames = pipeline.geometry.num_latent_frames(settings.num_frames)
     num_blocks = len(own) * len(pipeline.transformer.block_lengths(num_latent_frames))
     total = num_blocks * count_parts(settings)
     with tqdm(total=total, desc="steps", dynamic_ncols=True, disable=not state.is_main_process) as progress:
-        for count, (number, (prompt, path)) in enumerate(own):
-            blocks = sample(pipeline, prompt, number, settings, config, given, progress)
+        for count, (number, (row, path)) in enumerate(own):
+            given = beginning if row.image is None else {"image": read_image(row.image, settings)}
+            blocks = sample(pipeline, row.prompt, number, settings, config, given, progress)
             with saying_what_is_kept(path, count):
                 first, rate = write_blocks(blocks, path, config, progress, count_parts(settings))
             progress.write(f"{path}: first frames after {first:.2f} s, {rate:.1f} frames a second")
     wait_for_all()
     if state.is_main_process:
-        print(f"{len(prompts)} video(s): {config.output}")
+        print(f"{len(wanted)} video(s): {config.output}")
     state.destroy_process_group()
 
 
@@ -238,12 +245,22 @@ def sample(
     number: int,
     settings: SamplingSettings,
     config: Config,
-    given: list[PIL.Image.Image] | None,
+    given: dict[str, Any],
     progress: tqdm,
 ) -> Iterator[torch.Tensor]:
-    """The frames of each block in [-1, 1], `(3, t, height, width)`, as soon as they are decoded."""
+    """The frames of each block in [-1, 1], `(3, t, height, width)`, as soon as they are decoded.
 
-    def note_step(*given: object) -> dict[str, torch.Tensor]:
+    Args:
+        pipeline: The student.
+        prompt: What to show.
+        number: Of the prompt; says which noise.
+        settings: Of sampling.
+        config: Of the script.
+        given: The beginning, as an argument of the pipeline.
+        progress: Is told of each step.
+    """
+
+    def note_step(*step: object) -> dict[str, torch.Tensor]:
         progress.update()
         return {}
 
@@ -258,7 +275,7 @@ def sample(
         num_frames=settings.num_frames,
         height=settings.height,
         width=settings.width,
-        video=given,
+        **given,
         generator=noise_generator(config.seed, number),
         output_type="latent",
         callback_on_step_end=note_step,
@@ -305,14 +322,17 @@ def write_blocks(
 
 def read_frames_to_continue(
     config: Config, settings: SamplingSettings, pipeline: CausalWanPipeline
-) -> list[PIL.Image.Image] | None:
+) -> dict[str, list[PIL.Image.Image]]:
     """The last frames of the video to continue, read and cut to the size of the clip as training does.
+
+    Returns:
+        The pipeline's argument, or none.
 
     Raises:
         ValueError: If it cannot be read, or is shorter than asked for or than a block.
     """
     if config.video is None:
-        return None
+        return {}
     path = Path(config.video)
     with naming_video(path):
         facts = probe_video(path)
@@ -336,29 +356,67 @@ def read_frames_to_continue(
         )
     with naming_video(path):
         frames = decode_frames(path, last[-count:], build_video_transform(settings.height, settings.width))
-    return [PIL.Image.fromarray(frame) for frame in frames.movedim(1, -1).numpy()]
+    return {"video": [PIL.Image.fromarray(frame) for frame in frames.movedim(1, -1).numpy()]}
 
 
 @contextlib.contextmanager
-def naming_video(path: Path) -> Iterator[None]:
-    """Errors of reading a video name it."""
+def naming_video(path: str | Path, name: str = "video") -> Iterator[None]:
+    """Errors of reading a video, or the setting of that name, name it."""
     try:
         yield
     except (OSError, ValueError, av.FFmpegError) as error:
-        raise ValueError(f"video must be a file that decodes, got {path}: {describe_error(error)}") from None
+        raise ValueError(f"{name} must be a file that decodes, got {path}: {describe_error(error)}") from None
 
 
-def read_prompts(config: Config) -> list[str]:
-    """The prompts to sample.
+def check_images(rows: Sequence[PromptRow], run: RunRecord | None, settings: SamplingSettings) -> None:
+    """Checks that the pictures that videos begin with decode; notes if the student was trained without.
 
     Raises:
-        ValueError: If the file is not there or has no prompt.
+        ValueError: If not.
     """
-    if config.prompt is None:
-        return read_prompts_file(config.prompts_file)[: config.num_prompts]
-    if not config.prompt.strip():
-        raise ValueError("at least one prompt must not be empty; got none.")
-    return [config.prompt.strip()]
+    for row in rows:
+        if row.image is not None:
+            read_image(row.image, settings)
+    if run is None or not any(row.image for row in rows):
+        return
+    knows_first_frames = run.method.has_clean_context and run.method.independent_first_frame
+    if not run.method.first_frame_probability and not knows_first_frames:
+        print(
+            "note: the student was trained without given first frames (--first_frame_probability), so it may not go "
+            "on from a picture.",
+            file=sys.stderr,
+        )
+
+
+def read_image(path: str, settings: SamplingSettings) -> PIL.Image.Image:
+    """A picture, or the first frame of a video, cut to the size of the clip as training does.
+
+    Raises:
+        ValueError: If it does not decode.
+    """
+    with naming_video(path, "image"):
+        (frame,) = decode_frames(Path(path), torch.tensor([0]), build_video_transform(settings.height, settings.width))
+    return PIL.Image.fromarray(frame.movedim(0, -1).numpy())
+
+
+def read_prompts(config: Config) -> list[PromptRow]:
+    """The prompts to sample, and the pictures that their videos begin with.
+
+    Raises:
+        ValueError: If the file is not there or has no prompt; if there are two pictures, or a picture and a video.
+    """
+    if config.prompt is not None:
+        if not config.prompt.strip():
+            raise ValueError("at least one prompt must not be empty; got none.")
+        return [PromptRow(prompt=config.prompt.strip(), image=config.image)]
+    rows = read_prompt_rows(config.prompts_file)[: config.num_prompts]
+    if any(row.image for row in rows) and (config.image or config.video):
+        raise ValueError(
+            f"a video has one beginning, but {config.prompts_file} has a column image; leave out --image and --video."
+        )
+    folder = Path(config.prompts_file).parent
+    images = [config.image if row.image is None else str(folder / row.image) for row in rows]
+    return [replace(row, image=image) for row, image in zip(rows, images, strict=True)]
 
 
 def check_output(config: Config) -> None:

@@ -72,7 +72,7 @@ class CausalConfig:
         return itertools.chain([1] * self.independent_first_frame, itertools.repeat(self.num_frame_per_block))
 
     def check_continues(self, num_given: int, num_latent_frames: int | None, geometry: LatentGeometry = WAN) -> None:
-        """Checks that a clip can be continued from its first frames.
+        """Checks that a clip can be continued from its first frames; from the first alone, a picture, it always can.
 
         Args:
             num_given: Latent frames that are given.
@@ -80,11 +80,11 @@ class CausalConfig:
             geometry: Of the checkpoint, for the error.
 
         Raises:
-            ValueError: If they do not end with a block, or leave nothing to sample.
+            ValueError: If they are more than one and do not end with a block, or leave nothing to sample.
         """
         leading = itertools.islice(self.iterate_block_lengths(num_latent_frames), num_given + 1)
         ends = list(itertools.accumulate(leading))
-        if num_given in ends and num_given != num_latent_frames:
+        if num_given in (1, *ends) and num_given != num_latent_frames:
             return
         below = max((end for end in ends if end < num_given), default=None)
         above = next((end for end in ends if end > num_given), None)

@@ -25,7 +25,11 @@ from causal_wan.timesteps import NUM_TRAIN_TIMESTEPS
 
 
 def draw_level_indices(
-    generator: torch.Generator, levels: torch.Tensor, block_lengths: Sequence[int], num_valid_frames: int
+    generator: torch.Generator,
+    levels: torch.Tensor,
+    block_lengths: Sequence[int],
+    num_valid_frames: int,
+    num_given_frames: int = 0,
 ) -> torch.Tensor:
     """Draws an entry of the step list for each block, uniformly among the draws that have something to learn.
 
@@ -37,6 +41,7 @@ def draw_level_indices(
         levels: Timesteps of the step list, `(K,)`.
         block_lengths: Latent frames of each block.
         num_valid_frames: Latent frames before padding, >= 1.
+        num_given_frames: First latent frames that are given, fewer than that: nothing is learned of them.
 
     Returns:
         Indices into `levels`, one a frame, int64 `(F,)`.
@@ -46,12 +51,16 @@ def draw_level_indices(
     while True:
         per_block = torch.randint(len(levels), (1, len(block_lengths)), generator=generator)
         (indices,) = per_frame(per_block, block_lengths)
-        if (levels[indices[:num_valid_frames]] > 0).any():
+        if (levels[indices[num_given_frames:num_valid_frames]] > 0).any():
             return indices
 
 
 def draw_continuous_timesteps(
-    generator: torch.Generator, method: RegressionConfig, block_lengths: Sequence[int], num_valid_frames: int
+    generator: torch.Generator,
+    method: RegressionConfig,
+    block_lengths: Sequence[int],
+    num_valid_frames: int,
+    num_given_frames: int = 0,
 ) -> torch.Tensor:
     """Draws a timestep for each block, independently of the others; see `RegressionConfig.timestep_sampling`.
 
@@ -62,6 +71,7 @@ def draw_continuous_timesteps(
         method: Its `timestep_sampling`, `timestep_shift`, `logit_mean`, `logit_std` and `clean_block_probability`.
         block_lengths: Latent frames of each block.
         num_valid_frames: Latent frames before padding, >= 1.
+        num_given_frames: First latent frames that are given, as in `draw_level_indices`.
 
     Returns:
         Timesteps in [0, 1000], one a frame, float32 `(F,)`; 0 only of blocks that enter clean.
@@ -78,24 +88,38 @@ def draw_continuous_timesteps(
         timesteps = shift_timesteps(NUM_TRAIN_TIMESTEPS * u, method.timestep_shift)
         is_clean = torch.rand(timesteps.shape, generator=generator) < method.clean_block_probability
         (timesteps,) = per_frame(torch.where(is_clean, 0.0, timesteps), block_lengths)
-        if (timesteps[:num_valid_frames] > 0).any():
+        if (timesteps[num_given_frames:num_valid_frames] > 0).any():
             return timesteps
+
+
+def draw_num_given_frames(generator: torch.Generator, method: RegressionConfig, num_valid_frames: int) -> int:
+    """How many first latent frames of a sample are given: 1 in a share of the samples, `first_frame_probability`.
+
+    Nothing is drawn if that is 0. A clip of one frame gives none away.
+    """
+    if not method.first_frame_probability:
+        return 0
+    is_given = torch.rand((), generator=generator).item() < method.first_frame_probability
+    return int(is_given and num_valid_frames > 1)
 
 
 def draw_levels(
     generator: torch.Generator, method: RegressionConfig, block_lengths: Sequence[int], num_valid_frames: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws a level for each block; arguments as in `draw_continuous_timesteps`.
+    """Draws a level for each block, and whether the first frame is given; arguments as in `draw_level_indices`.
 
     Returns:
-        Timesteps, one a frame, float32 `(F,)`, and their indices into `method.levels()`, int64 `(F,)`.
+        Timesteps, one a frame, float32 `(F,)`, 0 of a frame that is given; and their indices into `method.levels()`,
+        int64 `(F,)`, which tell nothing of that frame.
     """
-    levels = method.levels()
+    levels, num_given = method.levels(), draw_num_given_frames(generator, method, num_valid_frames)
     if method.is_continuous:
-        timesteps = draw_continuous_timesteps(generator, method, block_lengths, num_valid_frames)
-        return timesteps, (timesteps / BIN_WIDTH).long().clamp(max=len(levels) - 1)
-    indices = draw_level_indices(generator, levels, block_lengths, num_valid_frames)
-    return levels[indices], indices
+        timesteps = draw_continuous_timesteps(generator, method, block_lengths, num_valid_frames, num_given)
+        indices = (timesteps / BIN_WIDTH).long().clamp(max=len(levels) - 1)
+    else:
+        indices = draw_level_indices(generator, levels, block_lengths, num_valid_frames, num_given)
+        timesteps = levels[indices]
+    return torch.where(torch.arange(len(timesteps)) < num_given, 0.0, timesteps), indices
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,9 @@ class RegressionConfig:
     the clip itself (teacher forcing), at twice the tokens. augmented: the clip with a little noise."""
     context_noise: Annotated[float, Range(gt=0, le=1000, hint="for none use --context clean")] = 100.0
     """Largest timestep of the noise of context augmented; it is drawn for each clip, uniformly from 0 on."""
+    first_frame_probability: Annotated[float, Range(ge=0, le=1)] = 0.0
+    """Share of the samples whose first latent frame is given, as by a picture: it enters clean and is in no loss.
+    Above 0, validation and evaluate.py give the student the first frame of held-out clips; see generate.py --image."""
     loss_type: LossType = "mse"
     """Error that is averaged."""
     loss_space: LossSpace = "latents"
@@ -214,5 +217,7 @@ class RegressionConfig:
         else:
             levels = "levels " + " ".join(f"{level:g}" for level in self.levels().tolist())
         context = f", {self.context} context" if self.has_clean_context else ""
+        if self.first_frame_probability:
+            context += f", first frame given to {self.first_frame_probability:.0%} of the clips"
         weights = f" with {self.loss_weighting} weights" if self.loss_weighting != "none" else ""
         return f"{self.generator_task}, {levels}{context}, {self.loss_type} of {self.loss_space}{weights}"

@@ -11,7 +11,7 @@ import torch
 
 from causal_wan.devices import to_device
 from causal_wan.flow import broadcast_over_latents, sigmas_from_timesteps, velocity_from_latents
-from causal_wan.methods.noising import NoisyBatch, draw_context, draw_level_indices
+from causal_wan.methods.noising import NoisyBatch, draw_context, draw_levels
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.seeds import noise_generator
 
@@ -40,13 +40,13 @@ def take_noisy_batch(
         sample_numbers: Number of each sample in the run, B of them.
     """
     generators = [noise_generator(seed, number) for number in sample_numbers]
-    levels, num_frames = method.levels(), latents.shape[2]
-    indices = torch.stack([draw_level_indices(each, levels, block_lengths, num_frames) for each in generators])
+    drawn = [draw_levels(generator, method, block_lengths, latents.shape[2]) for generator in generators]
+    timesteps, indices = (to_device(torch.stack(parts), latents.device) for parts in zip(*drawn, strict=True))
     context_latents, context_timesteps = draw_context(latents, method, generators)
-    timesteps, indices = (to_device(part, latents.device) for part in (levels[indices], indices))
     where = indices[:, None, None, :, None, None].expand(-1, 1, latents.shape[1], -1, *latents.shape[3:])
-    noisy_latents, sigmas = trajectories.gather(1, where)[:, 0], sigmas_from_timesteps(timesteps)
+    sigmas = sigmas_from_timesteps(timesteps)
     is_clean = broadcast_over_latents(sigmas == 0)
+    noisy_latents = torch.where(is_clean, latents, trajectories.gather(1, where)[:, 0])
     velocity = velocity_from_latents(noisy_latents, latents, sigmas)
     return NoisyBatch(
         latents=latents,

@@ -79,6 +79,8 @@ class Validation:
         prompts: All prompts, of all processes.
         batches: This process's prepared batches, and whether each counts.
         latent_shape: (C, F, H, W) of the videos to sample.
+
+    The first prompts are those of the held-out clips. A student that was trained with given first frames gets theirs.
     """
 
     def __init__(
@@ -100,6 +102,10 @@ class Validation:
         num_items = sum(batch.num_items for batch, counts in batches if counts)
         wait_for_all()  # some have had more to encode than others
         self.num_items = accelerator.reduce(torch.as_tensor(num_items, device=accelerator.device))
+        # A clip and its prompt have the same number, and so are with the same process, in the same place.
+        self.first_frames: list[torch.Tensor] = []
+        if inputs.config.method.first_frame_probability:
+            self.first_frames = [batch.noisy.latents[:, :, :1] for batch, counts in batches if counts]
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # layers that are compiled are so for whole clips, not for each block
@@ -127,7 +133,8 @@ class Validation:
                 progress.set_postfix_str(f"video {place} of {len(own)}", refresh=False)
                 name = f"validation/{number:02d}"
                 with self._noted(name, sample_failures):
-                    latents = self.sample(transformer, number, progress)
+                    given = next(iter(self.first_frames[place - 1 : place]), None)
+                    latents = self.sample(transformer, number, progress, given)
                     if counts:
                         with self._noted(name, sample_failures, is_common=False):
                             self.write(latents, videos[name].path, progress)
@@ -141,8 +148,17 @@ class Validation:
         """A bar that counts passes of samplers, latent frames that are decoded, and held-out batches."""
         num_frames, method = self.latent_shape[1], self.inputs.config.method
         num_passes = len(method.block_lengths(num_frames)) * len(method.inference_timesteps())
+        num_skipped = len(method.inference_timesteps()) * len(self.first_frames) * self._skips_first_block
         num_decoded = sum(counts for _, counts in own) * num_frames
-        return show_progress(total=len(own) * num_passes + num_decoded + len(self.batches), desc="validation")
+        return show_progress(
+            total=len(own) * num_passes - num_skipped + num_decoded + len(self.batches), desc="validation"
+        )
+
+    @property
+    def _skips_first_block(self) -> bool:
+        """Whether a first block that is given whole takes no passes: not where all processes pass in common."""
+        first, *_ = self.inputs.config.method.block_lengths(self.latent_shape[1])
+        return first == 1 and not is_sharded(self.accelerator)
 
     @contextlib.contextmanager
     def _noted(self, name: str, failures: list[str], *, is_common: bool = True) -> Iterator[None]:
@@ -178,8 +194,21 @@ class Validation:
                 metrics |= {f"validation_{name}": value for name, value in losses.items()}
         return metrics
 
-    def sample(self, transformer: CausalWanTransformer3DModel, number: int, progress: tqdm) -> torch.Tensor:
-        """The latents of a prompt's video `(1, C, F, H, W)`, from noise of the prompt's own number."""
+    def sample(
+        self,
+        transformer: CausalWanTransformer3DModel,
+        number: int,
+        progress: tqdm,
+        first_frame: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The latents of a prompt's video `(1, C, F, H, W)`, from noise of the prompt's own number.
+
+        Args:
+            transformer: The student.
+            number: Of the prompt.
+            progress: Is told of each pass.
+            first_frame: Latents `(1, C, 1, H, W)` that the video begins with.
+        """
         method, validation = self.inputs.config.method, self.inputs.config.validation
         schedule = SamplingSchedule(timesteps=method.inference_timesteps(), sampler=method.student_sampler)
         generator = noise_generator(self.inputs.seed, number)
@@ -201,6 +230,8 @@ class Validation:
             guidance_scale=validation.validation_guidance_scale,
             cache_dtype=CACHE_DTYPES[self.inputs.config.memory.kv_cache_dtype],
             on_step_end=note,
+            initial_latents=first_frame,
+            skips_given_blocks=not is_sharded(self.accelerator),
         )
         return torch.cat(list(blocks), dim=2)
 

@@ -6,13 +6,18 @@ Shapes: B = batch, S = prompt tokens, D = text dimension.
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import PIL.Image
+import PIL.ImageOps
 import torch
 from diffusers import WanPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
 
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
+from causal_wan.model.vae import check_video_size, encode_videos
 from causal_wan.sampling.rollout import Rollout
 
 
@@ -70,6 +75,53 @@ def prepare_conditions(
             "videos."
         )
     return Conditions(prompt_embeds=positive), Conditions(prompt_embeds=negative)
+
+
+def prepare_beginning(
+    pipeline: WanPipeline,
+    image: PipelineImageInput | None,
+    video: Any,
+    initial_latents: torch.Tensor | None,
+    shape: tuple[int, int, int],
+) -> torch.Tensor | None:
+    """Latents `(B, C, F', H, W)` of the first frames that a call gives, or None.
+
+    Args:
+        pipeline: Its VAE encodes them.
+        image: One frame, see `CausalWanPipeline.__call__`.
+        video: Some.
+        initial_latents: Some, encoded.
+        shape: (B, height, width).
+
+    Raises:
+        ValueError: If there are two beginnings, or neither one nor B, or they do not fit the VAE.
+    """
+    if sum(given is not None for given in (image, video, initial_latents)) > 1:
+        raise ValueError("a video has one beginning; give one of image, video and initial_latents.")
+    batch_size, height, width = shape
+    if image is not None:
+        frames = _pixels_of_image(pipeline, image, height, width)[:, :, None]
+    elif video is not None:
+        frames = pipeline.video_processor.preprocess_video(video, height=height, width=width)
+        parts = {"vae": pipeline.vae, "transformer": pipeline.transformer}
+        check_video_size(frames.shape[2], height, width, **parts, in_blocks=False)
+    else:
+        return initial_latents
+    if len(frames) not in (1, batch_size):
+        what = "video" if image is None else "image"
+        raise ValueError(f"there must be one {what}, or one for each of {batch_size} prompts, got {len(frames)}.")
+    return encode_videos(pipeline.vae, frames).expand(batch_size, -1, -1, -1, -1)
+
+
+def _pixels_of_image(pipeline: WanPipeline, image: PipelineImageInput, height: int, width: int) -> torch.Tensor:
+    """Pictures `(B, 3, height, width)` in [-1, 1]; PIL images are turned as they say, scaled and cut as clips are."""
+    pictures = [image] if isinstance(image, PIL.Image.Image) else image
+    if not isinstance(pictures, list | tuple) or not all(isinstance(each, PIL.Image.Image) for each in pictures):
+        return pipeline.video_processor.preprocess(pictures, height=height, width=width)
+    pictures = [
+        PIL.ImageOps.fit(PIL.ImageOps.exif_transpose(each).convert("RGB"), (width, height)) for each in pictures
+    ]
+    return pipeline.video_processor.preprocess(pictures, height=height, width=width)
 
 
 def as_on_step_end(

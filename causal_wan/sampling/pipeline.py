@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -19,8 +20,13 @@ from causal_wan.geometry import LatentGeometry
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.model.transformer import CausalWanTransformer3DModel
-from causal_wan.model.vae import check_video_size, decode_latents, encode_videos
-from causal_wan.sampling.arguments import as_on_step_end, prepare_conditions, shown_with_arguments_of
+from causal_wan.model.vae import check_video_size, decode_latents
+from causal_wan.sampling.arguments import (
+    as_on_step_end,
+    prepare_beginning,
+    prepare_conditions,
+    shown_with_arguments_of,
+)
 from causal_wan.sampling.noise import Generators, draw_frame_noise, draw_noise
 from causal_wan.sampling.rollout import SamplingSchedule, roll_out
 from causal_wan.timesteps import Sampler
@@ -242,6 +248,7 @@ class CausalWanPipeline(WanPipeline):
         num_videos_per_prompt: int = 1,
         generator: Generators = None,
         noise: torch.Tensor | None = None,
+        image: PipelineImageInput | None = None,
         video: Any = None,
         initial_latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -281,8 +288,7 @@ class CausalWanPipeline(WanPipeline):
             noise = draw_frame_noise(batch_size, frame_shape, num_draws, generator=generator, device=device)
         else:
             noise = noise.to(device)
-        if video is not None:
-            initial_latents = self._encode_video(video, batch_size, height, width)
+        initial_latents = prepare_beginning(self, image, video, initial_latents, (batch_size, height, width))
         self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False
         num_latent_frames = num_frames and geometry.num_latent_frames(num_frames)
         blocks = roll_out(
@@ -331,6 +337,9 @@ class CausalWanPipeline(WanPipeline):
             num_videos_per_prompt: Of each prompt, next to each other in the batch.
             generator: Source of the noise, or a list of one a video.
             noise: See `sample_latents`; drawn from `generator` when not given.
+            image: The clip's first frame, or a list of one for each video, in any form that diffusers'
+                `VideoProcessor` takes; a PIL image is scaled and cut to the video's size. It comes out as the VAE
+                decodes it. For students that were trained with `first_frame_probability`.
             video: First frames of the clip, to be continued: 4k + 1 frames that are whole blocks, in any form that
                 diffusers' `VideoProcessor` takes. They come out as the VAE decodes them.
             initial_latents: The same as latents `(B, C, F', H, W)`.
@@ -358,12 +367,3 @@ class CausalWanPipeline(WanPipeline):
             frames = self.video_processor.postprocess_video(decode_latents(self.vae, frames), output_type=output_type)
         self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
-
-    def _encode_video(self, video: Any, batch_size: int, height: int, width: int) -> torch.Tensor:
-        """Latents `(B, C, F', H, W)` of frames in any form."""
-        frames = self.video_processor.preprocess_video(video, height=height, width=width)  # (B, 3, T, height, width)
-        check_video_size(frames.shape[2], height, width, vae=self.vae, transformer=self.transformer, in_blocks=False)
-        latents = encode_videos(self.vae, frames)
-        if len(latents) not in (1, batch_size):
-            raise ValueError(f"there must be one video, or one for each of {batch_size} prompts, got {len(latents)}.")
-        return latents.expand(batch_size, -1, -1, -1, -1)

@@ -60,6 +60,8 @@ class Rollout:
         on_step_end: Called with the rollout, the number of the step, its timestep and the block's latents after it,
             which it returns or replaces.
         cache: Keys and values of earlier blocks; None for a clip of one block.
+        skips_given_blocks: Whether a block that is given whole is not passed through step by step; set it to False
+            where processes that are given different things make each pass in common.
         is_stopped: Set it to have the clip end with the block of the current step.
     """
 
@@ -72,6 +74,7 @@ class Rollout:
     attention_kwargs: dict[str, Any] | None = None
     on_step_end: Callable[["Rollout", int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     cache: KVCache | None = None
+    skips_given_blocks: bool = True
     is_stopped: bool = False
 
     def __post_init__(self) -> None:
@@ -100,7 +103,8 @@ class Rollout:
         Args:
             noise: Of each frame of the clip, `(M, B, C, 1, H, W)`.
             block_lengths: Latent frames of each block.
-            initial_latents: The clip's first blocks `(B, C, F', H, W)`, given; they come out as they are.
+            initial_latents: The clip's first frames `(B, C, F', H, W)`, given; they come out as they are. The others
+                of a block that they begin are sampled beside them.
         """
         frames, start = iter(noise), 0
         num_given = 0 if initial_latents is None else initial_latents.shape[2]
@@ -108,26 +112,29 @@ class Rollout:
         length = next(lengths, None)
         while length is not None and not self.is_stopped:
             block_noise = torch.cat(list(itertools.islice(frames, length)), dim=3)
+            given = None
             if start < num_given:
-                block = initial_latents[:, :, start : start + length].to(block_noise.device, torch.float32)
-            else:
-                block = self.sample_block(block_noise, start)
+                given = initial_latents[:, :, start : start + length].to(block_noise.device, torch.float32)
+            is_skipped = given is not None and given.shape[2] == length and self.skips_given_blocks
+            block = given if is_skipped else self.sample_block(block_noise, start, given)
             yield block
             following = next(lengths, None)
             if self.cache is not None and following is not None:
                 self.predict(block, self.timesteps.new_zeros(()), start)
             start, length = start + length, following
 
-    def sample_block(self, noise: torch.Tensor, start_frame: int) -> torch.Tensor:
+    def sample_block(self, noise: torch.Tensor, start_frame: int, given: torch.Tensor | None = None) -> torch.Tensor:
         """Clean latents `(B, C, f, H, W)`, float32, of the block that begins at a frame of the clip.
 
         Args:
             noise: `(M, B, C, f, H, W)`: entry 0 starts the block, entry i is the fresh noise for the step to level i.
             start_frame: Its first latent frame.
+            given: Its first frames, clean `(B, C, f', H, W)`; each pass sees them at timestep 0.
         """
-        noisy_latents, batch_size = noise[0].float(), noise.shape[1]
+        noisy_latents, batch_size = with_given(noise[0].float(), given), noise.shape[1]
+        num_given = 0 if given is None else given.shape[2]
         for step, timestep in enumerate(self.timesteps):
-            velocity = self.predict(noisy_latents, timestep, start_frame)
+            velocity = self.predict(noisy_latents, self._timestep_of(timestep, noise.shape[3], num_given), start_frame)
             sigmas = sigmas_from_timesteps(timestep.expand(batch_size))
             latents = latents_from_velocity(noisy_latents, velocity, sigmas)
             if step + 1 == len(self.timesteps):
@@ -138,20 +145,29 @@ class Rollout:
                     noisy_latents = add_noise(latents, noise[step + 1].float(), next_sigmas)
                 else:
                     noisy_latents = euler_step(noisy_latents, velocity, sigmas, next_sigmas)
+            noisy_latents = with_given(noisy_latents, given)
             if self.on_step_end is not None:
                 noisy_latents = self.on_step_end(self, self._num_steps, timestep, noisy_latents)
             self._num_steps += 1
             if self.is_stopped:
-                return latents  # clean as far as it got
+                return with_given(latents, given)  # clean as far as it got
         return noisy_latents
 
+    @staticmethod
+    def _timestep_of(timestep: torch.Tensor, num_frames: int, num_given: int) -> torch.Tensor:
+        """The timestep of a block, or, if some of its frames are given, of each of its frames, `(f,)`."""
+        if not num_given:
+            return timestep
+        is_given = torch.arange(num_frames, device=timestep.device) < num_given
+        return torch.where(is_given, 0.0, timestep)
+
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, start_frame: int) -> torch.Tensor:
-        """The velocity `(B, C, f, H, W)` of a block at a timestep; writes the block to the cache."""
+        """The velocity `(B, C, f, H, W)` of a block at a timestep, or one a frame `(f,)`; writes it to the cache."""
         if self.is_guided:
             latents = torch.cat([latents, latents])
         velocity = self.transformer(
             latents.to(self._of_passes.dtype),
-            timestep.expand(latents.shape[0]),
+            timestep.expand(latents.shape[0], *timestep.shape),
             **self._of_passes.arguments(),
             attention_kwargs=self.attention_kwargs,
             cache=self.cache,
@@ -162,6 +178,11 @@ class Rollout:
             positive, negative = velocity.float().chunk(2)
             velocity = negative + self.guidance_scale * (positive - negative)
         return velocity
+
+
+def with_given(latents: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+    """Latents `(B, C, f, H, W)` with those in the place of the first that are given."""
+    return latents if given is None else torch.cat([given, latents[:, :, given.shape[2] :]], dim=2)
 
 
 @torch.no_grad()
@@ -186,15 +207,17 @@ def roll_out(
         schedule: Takes M draws of noise.
         num_latent_frames: F, for noise that comes frame by frame; None goes on for as long as blocks are asked for, in
             memory of fixed size.
-        initial_latents: First latent frames of the clip `(B, C, F', H, W)`, whole blocks, to be continued.
+        initial_latents: First latent frames of the clip `(B, C, F', H, W)`, to be continued: whole blocks, or one
+            frame, a picture.
         cache_dtype: Of remembered keys and values: None is that of the passes, torch.int8 half of 16 bits.
         geometry: Of the checkpoint, for errors.
-        settings: `negative_conditions` with `guidance_scale`, `attention_kwargs`, `on_step_end`; see `Rollout`.
+        settings: `negative_conditions` with `guidance_scale`, `attention_kwargs`, `on_step_end`, `skips_given_blocks`;
+            see `Rollout`.
 
     Raises:
         ValueError: If the noise does not have the draws that the steps take; if F does not divide into blocks; if
-            initial latents are no whole blocks or leave nothing to sample; if there is no end and no window or no
-            blocks.
+            initial latents are neither whole blocks nor one frame, or leave nothing to sample; if there is no end and
+            no window or no blocks.
     """
     first, frames, num_of_noise = _frames_of_noise(noise, schedule)
     num_latent_frames, causal = num_of_noise or num_latent_frames, transformer.causal_config

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,20 @@ from causal_wan.tables.text_files import text_lines
 
 
 COLUMN = "prompt"
+IMAGE_COLUMN = "image"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRow:
+    """What a video is to show.
+
+    Attributes:
+        prompt: Not blank, without white space around it.
+        image: Path of its first frame, as the file has it; None is none.
+    """
+
+    prompt: str
+    image: str | None = None
 
 
 def prompts_of(cell: str | Sequence[str | None] | None, *, has_json: bool = False) -> Iterator[str]:
@@ -33,11 +48,16 @@ def prompts_of(cell: str | Sequence[str | None] | None, *, has_json: bool = Fals
 
 
 def read_prompts_file(path: str) -> list[str]:
-    """The prompts of a file, without white space around them; blank ones are left out.
+    """The prompts of a file; see `read_prompt_rows`."""
+    return [row.prompt for row in read_prompt_rows(path)]
+
+
+def read_prompt_rows(path: str) -> list[PromptRow]:
+    """The prompts of a file, and the pictures that the videos begin with; blank prompts are left out.
 
     Args:
-        path: Of a CSV, TSV or JSON lines file with a column `prompt`, by the rules of tables; any other file is a text
-            with a prompt a line.
+        path: Of a CSV, TSV or JSON lines file with a column `prompt`, and perhaps one `image`, by the rules of tables;
+            any other file is a text with a prompt a line.
 
     Raises:
         ValueError: If the file is not there or no text, has no `prompt` column, or has no prompt.
@@ -46,20 +66,31 @@ def read_prompts_file(path: str) -> list[str]:
     if not file.is_file():
         there = "is none" if file.exists() else "does not exist"
         raise ValueError(f"prompts_file must be a text or CSV file, but {path} {there}.")
-    check, kind = partial(_check_names, path), file.suffix.lower()
+    kind, names = file.suffix.lower(), []
+    check = partial(_check_names, path, names)
     if kind in (".csv", ".tsv", ".tab"):
-        cells = read_delimited(file, [COLUMN], check)[COLUMN].to_pylist()
+        cells = read_delimited(file, [COLUMN], check)
+        if IMAGE_COLUMN in names:
+            cells = read_delimited(file, [COLUMN, IMAGE_COLUMN], check)
+        cells = cells.to_pylist()
     elif kind in (".jsonl", ".ndjson"):
-        cells = read_json_lines(file, texts=[], lists=[COLUMN], check=check)[COLUMN].to_pylist()
+        cells = read_json_lines(file, texts=[IMAGE_COLUMN], lists=[COLUMN], check=check).to_pylist()
     else:
-        cells = [line for _, line in text_lines(file)]
-    prompts = [prompt for cell in cells for prompt in prompts_of(cell, has_json=kind == ".csv")]
-    if not prompts:
+        cells = [{COLUMN: line} for _, line in text_lines(file)]
+    rows = [
+        PromptRow(prompt=prompt, image=(cell.get(IMAGE_COLUMN) or "").strip() or None)
+        for cell in cells
+        for prompt in prompts_of(cell[COLUMN], has_json=kind == ".csv")
+    ]
+    if not rows:
         raise ValueError(f"at least one prompt must not be empty; {path} has none.")
-    return prompts
+    return rows
 
 
-def _check_names(path: str, names: Sequence[str]) -> None:
-    if names.count(COLUMN) != 1:
-        count = f"{names.count(COLUMN)} of them" if COLUMN in names else ", ".join(names)
-        raise ValueError(f"{path} must have a column named {COLUMN}, got {count}.")
+def _check_names(path: str, found: list[str], names: Sequence[str]) -> None:
+    """Checks the names of a table's columns, and hands them on in `found`."""
+    found[:] = names
+    for name, least in ((COLUMN, 1), (IMAGE_COLUMN, 0)):
+        if not least <= names.count(name) <= 1:
+            count = f"{names.count(name)} of them" if name in names else ", ".join(names)
+            raise ValueError(f"{path} must have a column named {name}, got {count}.")

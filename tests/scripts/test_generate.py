@@ -181,7 +181,7 @@ def given_frames(path, count, **changes):
     settings = SimpleNamespace(num_frames=17, height=64, width=32)
     transformer = SimpleNamespace(block_lengths=lambda length: [1] * length)
     pipeline = SimpleNamespace(geometry=WAN, transformer=transformer)
-    return np.stack([np.asarray(frame) for frame in read_frames_to_continue(config, settings, pipeline)])
+    return np.stack([np.asarray(frame) for frame in read_frames_to_continue(config, settings, pipeline)["video"]])
 
 
 def test_a_video_is_continued_as_a_player_shows_it_and_at_the_rate_of_the_clip(tmp_path):
