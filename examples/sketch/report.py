@@ -135,6 +135,7 @@ def plot_losses(run: Path, path: Path) -> None:
 
 def main(config: Config) -> None:
     data_dir, output_dir = Path(config.data_dir), Path(config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / "heldout.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     targets = [read_video(data_dir / "videos" / row["video"]) for row in rows]
