@@ -14,6 +14,7 @@ from causal_wan.config.ranges import (
     PositiveFloat,
     PositiveInt,
     Range,
+    Share,
     Timestep,
     TimestepShift,
     checked_dataclass,
@@ -71,7 +72,7 @@ class RegressionConfig:
     the clip itself (teacher forcing), at twice the tokens. augmented: the clip with a little noise."""
     context_noise: Annotated[float, Range(gt=0, le=1000, hint="for none use --context clean")] = 100.0
     """Largest timestep of the noise of context augmented; it is drawn for each clip, uniformly from 0 on."""
-    first_frame_probability: Annotated[float, Range(ge=0, le=1)] = 0.0
+    first_frame_probability: Share = 0.0
     """Share of the samples whose first latent frame is given, as by a picture: it enters clean and is in no loss.
     Above 0, validation and evaluate.py give the student the first frame of held-out clips; see generate.py --image."""
     loss_type: LossType = "mse"

@@ -35,6 +35,16 @@ PICTURES = (
     (re.compile(rb"\0{3}\x0cjP  |\xff\x4f\xff\x51"), "JPEG 2000"),
     (re.compile(rb"8BPS"), "Photoshop"),
 )
+OTHERS = (  # what lies where a video should after a download that was not one
+    (re.compile(rb"version https://git-lfs"), "a pointer of Git LFS and not the video itself; run `git lfs pull`"),
+    (re.compile(rb"(\.\./)*(\.git/annex|/annex)/objects/"), "a pointer of git-annex and not the video itself; get it"),
+    (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "a web page and not a video; download the video again"),
+    (
+        re.compile(rb"PK\x03\x04|Rar!|7z\xbc\xaf|\x1f\x8b|.{257}ustar", re.DOTALL),
+        "an archive and not a video; unpack it",
+    ),
+)
+FORMATS = "mp4, mov, mkv, webm, avi, mpeg, ts, flv, ogg, gif, wmv or a picture"
 DISPOSITION = av.stream.Disposition
 NO_CLIPS = DISPOSITION.attached_pic | DISPOSITION.timed_thumbnails | DISPOSITION.dependent
 
@@ -90,12 +100,14 @@ def open_video(
 
     Raises:
         PictureError: If it is a picture, see `causal_wan.video.pictures`.
-        ValueError: If it has no video stream, a codec that is not known, or asks for more than the limits.
+        ValueError: If it has another format, no video stream, a codec that is not known, or asks for more than the
+            limits.
         av.FFmpegError: If it is no video.
     """
     with video.open("rb") as file:
         if (kind := picture_kind(file)) is not None:
             raise PictureError(f"a {kind} picture and not a video that can be read")
+        check_is_no_other(file)
         containers = f"{MP4_CONTAINERS},{CONTAINERS}" if is_mp4(file) else CONTAINERS
         check_sample_counts(file)
         pixels = {"max_pixels": str(limits.max_video_pixels)}
@@ -111,6 +123,8 @@ def open_video(
                 yield container, stream
         except av.error.ExitError:
             raise limits.timeout_error() from None
+        except av.error.ArgumentError as error:  # all that FFmpeg says of what may not be opened
+            raise ValueError(f"not a video that can be read: its format is not {FORMATS}") from error
 
 
 def picture_kind(file: BinaryIO) -> str | None:
@@ -118,6 +132,19 @@ def picture_kind(file: BinaryIO) -> str | None:
     file.seek(0)
     head = file.read(16)
     return next((kind for pattern, kind in PICTURES if pattern.match(head)), None)
+
+
+def check_is_no_other(file: BinaryIO) -> None:
+    """Checks that a file is not something that often lies in the place of a video.
+
+    Raises:
+        ValueError: If it is; says what.
+    """
+    file.seek(0)
+    head = file.read(512)
+    for pattern, what in OTHERS:
+        if pattern.match(head):
+            raise ValueError(what)
 
 
 def choose_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:

@@ -41,7 +41,15 @@ ZEROS_ARE_MEANT = {
         "max_bad_samples",
         "seed",
     ),
-    *("sink_size", "denoising_step_list", "logit_mean", "clean_block_probability", "min_loss_weight", "lora_scale"),
+    *(
+        "sink_size",
+        "denoising_step_list",
+        "logit_mean",
+        "clean_block_probability",
+        "first_frame_probability",
+        "min_loss_weight",
+        "lora_scale",
+    ),
     *("num_processes", "num_base_steps", "num_heldout", "pure_noise", "num_samples"),
     *(f"vae_{phase}_steps" for phase in ("frame", "clip", "detail", "colour", "decoder")),
 }

@@ -171,6 +171,30 @@ def test_other_pictures_are_named_for_what_they_are(tmp_path, name, said):
         decode_frames(path, torch.tensor([0]))
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5\n",
+            "a pointer of Git LFS and not the video",
+        ),
+        (b"/annex/objects/MD5E-s5--abc.mp4\n", "a pointer of git-annex and not the video"),
+        (b"\n<!DOCTYPE html><title>Not found</title>", "a web page and not a video; download the video again"),
+        (b"<html>404 not found</html>", "a web page and not a video"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a web page and not a video"),
+        (b"PK\3\4" + bytes(60), "an archive and not a video; unpack it"),
+        (b"\x1f\x8b\x08" + bytes(60), "an archive and not a video; unpack it"),
+        (b"YUV4MPEG2 W16 H16 F16:1 Ip A1:1 C420jpeg\nFRAME\n" + bytes(384), "its format is not mp4, mov, mkv, webm"),
+        (b"just some text\n" * 20, "its format is not mp4, mov, mkv, webm"),
+    ],
+)
+def test_what_is_no_video_is_named_for_what_it_is(tmp_path, content, said):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        probe_video(path)
+
+
 def test_a_picture_that_claims_to_be_vast_is_refused_before_it_is_read(tmp_path):
     path = write_picture(tmp_path / "a.png")
     content = bytearray(path.read_bytes())
