@@ -80,16 +80,16 @@ def _attention_ops() -> list[torch._ops.OpOverload]:
     return found
 
 
-def quantization_config(quantize_base: str | None, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What diffusers needs to load a transformer in nf4 or int8; None for other storage.
+def check_can_quantize(quantize_base: str | None, device: torch.device) -> None:
+    """Checks that there is what nf4 and int8 need.
 
     Raises:
-        ValueError: If bitsandbytes is needed and not installed.
-
-    Source: QLoRA, arXiv 2305.14314, section 3 (nf4); LLM.int8(), arXiv 2208.07339.
+        ValueError: If bitsandbytes is not installed, or there is no GPU.
     """
     if quantize_base not in ("nf4", "int8"):
-        return None
+        return
+    if device.type == "cpu":
+        raise ValueError(f"--quantize_base {quantize_base} needs a GPU, but there is none; use --quantize_base fp8.")
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
@@ -97,6 +97,15 @@ def quantization_config(quantize_base: str | None, compute_dtype: torch.dtype) -
             f"--quantize_base {quantize_base} needs bitsandbytes; run `pip install bitsandbytes`, or use "
             "--quantize_base fp8."
         ) from None
+
+
+def quantization_config(quantize_base: str | None, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What diffusers needs to load a transformer in nf4 or int8; None for other storage.
+
+    Source: QLoRA, arXiv 2305.14314, section 3 (nf4); LLM.int8(), arXiv 2208.07339.
+    """
+    if quantize_base not in ("nf4", "int8"):
+        return None
     if quantize_base == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_QUANTIZED)
     return BitsAndBytesConfig(

@@ -14,12 +14,19 @@ from diffusers import AutoencoderKLWan
 from causal_wan.config.parsing import paths_of
 from causal_wan.config.settings import BaseModelConfig, ModelConfig
 from causal_wan.data.settings import DataConfig
-from causal_wan.memory.levers import cut_up_vae, enable_gradient_checkpointing, quantization_config, store_in_fp8
+from causal_wan.memory.levers import (
+    check_can_quantize,
+    cut_up_vae,
+    enable_gradient_checkpointing,
+    quantization_config,
+    store_in_fp8,
+)
 from causal_wan.model.compiling import compile_layers
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.results.export import write_pipeline_file
 from causal_wan.runs.settings import RunConfig
 from causal_wan.runs.training_data import TrainingData
+from causal_wan.training.setup import check_optimizer, check_strategy_can
 from causal_wan.training.strategies import (
     beside_fp8,
     check_can_be_compiled,
@@ -79,21 +86,33 @@ def fit_to_checkpoint(data: DataConfig, model: BaseModelConfig, generator_ckpt: 
     return data.for_checkpoint(geometry)
 
 
+def check_strategy(config: RunConfig, accelerator: Any) -> None:
+    """Checks, before anything is encoded, that the student can be trained as it is launched, on what is there.
+
+    Raises:
+        ValueError: If settings do not fit the strategy, or need a GPU or a library that is missing.
+    """
+    check_strategy_can(accelerator, config.training, num_models=1)
+    check_optimizer(config.training)
+    if config.compile:
+        check_can_be_compiled(accelerator)
+    quantize_base = config.memory.quantize_base
+    if quantize_base and is_sharded(accelerator):
+        raise ValueError(
+            f"quantize_base {quantize_base} needs the whole base on each GPU; launch with "
+            "accelerate_configs/single_gpu.yaml or ddp.yaml, or leave it out."
+        )
+    check_can_quantize(quantize_base, accelerator.device)
+
+
 def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DModel:
     """The transformer to train: float32 weights, or frozen ones in 16 bits or fewer with LoRA adapters in float32.
 
     Raises:
-        ValueError: If weights or memory levers do not fit the checkpoint or the strategy.
+        ValueError: If weights or memory levers do not fit the checkpoint.
     """
-    if config.compile:
-        check_can_be_compiled(accelerator)
     lora, memory, dtype = config.model.lora_rank > 0, config.memory, weight_dtype(accelerator)
     shards = is_sharded(accelerator)
-    if memory.quantize_base and shards:
-        raise ValueError(
-            f"quantize_base {memory.quantize_base} needs the whole base on each GPU; launch with "
-            "accelerate_configs/single_gpu.yaml or ddp.yaml, or leave it out."
-        )
     transformer = load_transformer(
         config.model.pretrained_model_name_or_path,
         config.method.causal,

@@ -39,6 +39,7 @@ from causal_wan.runs.data import RunData, load_run_data
 from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
 from causal_wan.runs.metrics import summarize
 from causal_wan.runs.parts import (
+    check_strategy,
     fit_to_checkpoint,
     make_student,
     make_vae,
@@ -198,6 +199,7 @@ def begin_run(config: RunConfig, data: TrainingData) -> BegunRun:
     """Says what is going to happen, opens the cache, and loads what the run needs; ends with status 2 if it cannot."""
     with user_errors():
         accelerator = make_accelerator(config.training)
+        check_strategy(config, accelerator)
     config = with_checkpointing_of_launch(config, accelerator)
     with user_errors():
         resumption = describe_resumption(config)

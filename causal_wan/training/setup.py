@@ -237,19 +237,26 @@ def prepare_trainee(accelerator: Accelerator, config: TrainingConfig, model: tor
     return Trainee(model, unwrapped_model, optimizer, lr_scheduler, ema)
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, in 8 bits on demand.
+def check_optimizer(config: TrainingConfig) -> None:
+    """Checks that there is what the optimizer needs.
 
     Raises:
         ValueError: If bitsandbytes is needed and not installed.
     """
-    settings = optimizer_settings(config)
     if config.optimizer == "adamw8bit":
         try:
-            import bitsandbytes
+            import bitsandbytes  # noqa: F401
         except ImportError:
             raise ValueError(
                 "--optimizer adamw8bit needs bitsandbytes; run `pip install bitsandbytes`, or use --optimizer adamw."
             ) from None
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, in 8 bits on demand."""
+    settings = optimizer_settings(config)
+    if config.optimizer == "adamw8bit":
+        import bitsandbytes
+
         return bitsandbytes.optim.AdamW8bit(parameters, **settings)
     return torch.optim.AdamW(parameters, **settings, fused=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train_video_regression
 from causal_wan.config.parsing import parse_config
-from causal_wan.runs import validation
+from causal_wan.runs import regression, validation
 from causal_wan.training.stopping import EXIT_STOPPED
 
 
@@ -426,6 +426,24 @@ def test_bad_input_ends_with_one_message_before_anything_is_loaded(write_recipe,
     captured = capsys.readouterr()
     assert message in " ".join((captured.out + captured.err).replace("│", " ").split())
     assert not output_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--quantize_base", "nf4", "--lora_rank", "4"], "nf4 needs a GPU, but there is none; use --quantize_base"),
+        (["--quantize_base", "int8", "--lora_rank", "4"], "int8 needs a GPU, but there is none"),
+        (["--optimizer", "adamw8bit"], "needs bitsandbytes; run `pip install bitsandbytes`"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_before_prompts_are_embedded(write_recipe, flags, message, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # not installed
+    monkeypatch.setattr(regression, "embed_prompts", lambda *given, **named: pytest.fail("embedded"))
+    path, _ = write_recipe()
+    with pytest.raises(SystemExit) as exit_info:
+        run_here("train_video_regression.py", "--config", path, *flags)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_without_validation_nothing_of_it_is_read_or_made(write_recipe, capsys):
