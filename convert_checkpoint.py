@@ -18,6 +18,7 @@ repository: it has a custom pipeline in it (`causal_wan/results/export.py`).
 """
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +44,9 @@ class Config:
     """Where a pipeline's VAE and text encoder are: None is what the run was made from, or WAN's own."""
     use_ema: bool = True
     """Take the moving average if the checkpoint has one."""
-    attention_head_dim: PositiveInt = 128
-    """Of the transformer that weights in a file are of; 128 in all WAN models."""
+    attention_head_dim: PositiveInt | None = None
+    """Of the transformer that the weights are of; None is what the config of a folder says, and 128, as in all WAN
+    models, for a file."""
 
 
 if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
@@ -70,6 +72,7 @@ from causal_wan.weights.lora_names import find_lora, lora_file, read_lora
 from causal_wan.weights.transformer import load_transformer, save_transformer
 from causal_wan.weights.wan_names import (
     COMFYUI_PREFIX,
+    WAN_HEAD_DIM,
     check_weights_in,
     infer_architecture,
     read_state,
@@ -134,7 +137,7 @@ def convert_weights(config: Config) -> None:
     check_weights(config.input, {name: weight.shape for name, weight in weights.items()})
     state = to_diffusers(weights)
     if config.to == "diffusers":
-        architecture = infer_architecture(state, config.attention_head_dim)
+        architecture = infer_architecture(state, find_head_dim(config))
         with torch.device("meta"):
             transformer = WanTransformer3DModel(**architecture)
         transformer.load_state_dict(state, assign=True)
@@ -194,6 +197,16 @@ def read_weights_of(path: Path, *, average: bool) -> dict[str, torch.Tensor]:
             f"diffusers format, got {path}."
         )
     return {name: weight for file in files for name, weight in read_state(file).items()}
+
+
+def find_head_dim(config: Config) -> int:
+    """The width of the heads of the input's attention, which its weights do not tell."""
+    if config.attention_head_dim is not None:
+        return config.attention_head_dim
+    for path in (Path(config.input, "transformer", "config.json"), Path(config.input, "config.json")):
+        if path.is_file():
+            return json.loads(path.read_text()).get("attention_head_dim", WAN_HEAD_DIM)
+    return WAN_HEAD_DIM
 
 
 def make_pipeline(config: Config) -> None:

@@ -161,8 +161,8 @@ def main(config: Config) -> None:
     state = PartialState(cpu=config.device == "cpu" or not torch.accelerator.is_available())
     with user_errors():
         device, dtype = choose_device(config.device or str(state.device), config.dtype)
-        check_output(config)
         wanted = read_prompts(config)
+        check_output(config)
         run = find_run(config.checkpoint, config.pretrained_model_name_or_path)
         settings = resolve_settings(
             run,
@@ -426,6 +426,10 @@ def check_output(config: Config) -> None:
         ValueError: If not.
     """
     if config.prompt is None:
+        if Path(config.output).suffix.lower() == ".mp4":
+            raise ValueError(
+                f"output must be a folder for the videos of prompts_file, got {config.output}; name one with --output."
+            )
         check_output_folder("output", config.output)
     else:
         check_output_file("output", config.output, (".mp4",))

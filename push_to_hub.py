@@ -45,6 +45,10 @@ def main(config: Config) -> None:
             raise ValueError(f"checkpoint must be a folder, got {config.checkpoint}.")
         if not any(Path(config.checkpoint, name).exists() for name in ("transformer", LORA_WEIGHTS_NAME)):
             check_is_no_checkpoint("checkpoint", config.checkpoint)
+            raise ValueError(
+                f"checkpoint must be the result of a run (transformer/ or {LORA_WEIGHTS_NAME}), got "
+                f"{config.checkpoint}, which has neither."
+            )
         if Path(config.checkpoint, "transformer").is_dir():  # half of one is no use to anybody
             check_weights_in(Path(config.checkpoint, "transformer"), config=True)
         hub = HubConfig(push_to_hub=True, hub_model_id=config.hub_model_id, hub_private_repo=config.hub_private_repo)

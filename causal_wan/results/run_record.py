@@ -195,8 +195,8 @@ def find_run(result: str, base: str | None = None) -> RunRecord | None:
             check_is_no_checkpoint("checkpoint", result)
         raise ValueError(
             f"checkpoint must be the output folder of a finished run (config.yaml and transformer/ or "
-            f"{LORA_WEIGHTS_NAME}), a diffusers folder (model_index.json) or a file of weights, got {result}, "
-            "which has neither."
+            f"{LORA_WEIGHTS_NAME}), a diffusers folder (model_index.json) or a file of weights, got {result}, which "
+            + ("lacks config.yaml, the settings of its run." if has_result else "has neither.")
         )
     if base is None:
         return run

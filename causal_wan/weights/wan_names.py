@@ -49,6 +49,7 @@ WRAPPERS = re.compile(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module)(?=\.)")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 CONTAINERS = ("generator_ema", "generator", "model", "state_dict")
 COMFYUI_PREFIX = "diffusion_model."
+WAN_HEAD_DIM = 128  # of all WAN models
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth")
 MAX_SHOWN = 5
 
@@ -109,7 +110,7 @@ def _inverse(table: dict[str, str]) -> dict[str, str]:
     return {theirs: own for own, theirs in table.items()}
 
 
-def infer_architecture(state: Mapping[str, torch.Tensor], attention_head_dim: int = 128) -> dict[str, Any]:
+def infer_architecture(state: Mapping[str, torch.Tensor], attention_head_dim: int = WAN_HEAD_DIM) -> dict[str, Any]:
     """The configuration of the transformer that weights in diffusers' names are of.
 
     Args:

@@ -268,6 +268,14 @@ def test_who_may_not_write_is_told_before_anything_is_loaded(hub, run_folder, mo
         open_repository(HubConfig(push_to_hub=True, hub_model_id=name), run_folder)
 
 
+def test_a_folder_that_is_no_result_is_not_pushed(hub, tmp_path, capsys):
+    (tmp_path / "clip.mp4").write_bytes(b"private")
+    with pytest.raises(SystemExit):
+        push(tmp_path)
+    assert "checkpoint must be the result of a run" in capsys.readouterr().err
+    assert not hub.repos
+
+
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="must be a name on the hub"):
         HubConfig(push_to_hub=True, hub_model_id="a/b/c")

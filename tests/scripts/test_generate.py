@@ -255,6 +255,8 @@ def test_adapters_and_guidance_change_the_video(checkpoint, generate, tmp_path):
         (["--checkpoint", "x"], "give either --prompt or --prompts_file"),
         (["--checkpoint", "x", "--prompts_file", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--checkpoint", "tests", "--prompt", "a"], "got tests, which has neither"),
+        (["--checkpoint", "x", "--prompts_file", "README.md", "--output", "a.mp4"], "output must be a folder for the"),
+        (["--checkpoint", "x", "--prompts_file", "README.md"], "got out.mp4; name one with --output"),
         (["--checkpoint", "x", "--prompt", " "], "must not be empty"),
         (["--checkpoint", "x.pt", "--prompt", "a"], "which does not exist"),
         (["--checkpoint", "x", "--prompt", "a", "--num_video_frames", "5"], "name it with --video"),

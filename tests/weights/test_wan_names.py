@@ -108,6 +108,12 @@ def test_files_go_to_diffusers_and_back_bit_by_bit(transformer, tmp_path):
     convert("--input", tmp_path / "theirs.pt", "--output", tmp_path / "ours")
     loaded = WanTransformer3DModel.from_pretrained(tmp_path / "ours" / "transformer")
     assert same(loaded.state_dict(), state)
+    run_here(
+        "convert_checkpoint.py", "--input", tmp_path / "ours", "--output", tmp_path / "by-config"
+    )  # a config says it
+    again = WanTransformer3DModel.from_pretrained(tmp_path / "by-config" / "transformer")
+    assert same(again.state_dict(), state)
+    assert again.config.attention_head_dim == 24
     convert("--input", tmp_path / "ours", "--output", tmp_path / "back.pt", "--to", "original")
     back = torch.load(tmp_path / "back.pt", weights_only=True)["generator"]
     assert same(back, {f"model.{name}": weight for name, weight in to_original(state).items()})
