@@ -113,7 +113,7 @@ def open_video(
         pixels = {"max_pixels": str(limits.max_video_pixels)}
         options = {"format_whitelist": containers, "protocol_whitelist": "", "enable_drefs": "0", **pixels}
         try:
-            with av.open(file, options=options, io_open=_refuse_to_open, timeout=limits.decode_timeout) as container:
+            with _open_container(file, options, limits) as container:
                 stream = choose_stream(container)
                 if stream.codec_context is None:
                     raise ValueError("the video's codec is not known to FFmpeg")
@@ -123,8 +123,13 @@ def open_video(
                 yield container, stream
         except av.error.ExitError:
             raise limits.timeout_error() from None
-        except av.error.ArgumentError as error:  # all that FFmpeg says of what may not be opened
-            raise ValueError(f"not a video that can be read: its format is not {FORMATS}") from error
+
+
+def _open_container(file: BinaryIO, options: dict[str, str], limits: VideoLimits) -> av.container.InputContainer:
+    try:
+        return av.open(file, options=options, io_open=_refuse_to_open, timeout=limits.decode_timeout)
+    except av.error.ArgumentError as error:  # all that FFmpeg says of a format that is not among those allowed
+        raise ValueError(f"not a video that can be read: its format is not {FORMATS}") from error
 
 
 def picture_kind(file: BinaryIO) -> str | None:

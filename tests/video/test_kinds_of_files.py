@@ -16,7 +16,7 @@ from causal_wan.data.settings import DataConfig
 from causal_wan.video.decoding import decode_frames, probe_video
 from causal_wan.video.facts import Traits
 from causal_wan.video.limits import VideoLimits
-from causal_wan.video.opening import DISPOSITION
+from causal_wan.video.opening import DISPOSITION, open_video
 
 
 def config(folder, *names, **changes):
@@ -193,6 +193,12 @@ def test_what_is_no_video_is_named_for_what_it_is(tmp_path, content, said):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=said):
         probe_video(path)
+
+
+def test_what_fails_after_a_file_is_open_is_not_taken_for_its_format(tmp_path):
+    path = write_streams(tmp_path / "a.mp4", (32, 48, DEFAULT))
+    with pytest.raises(av.error.ArgumentError), open_video(path):
+        raise av.error.ArgumentError(22, "of a decoder")
 
 
 def test_a_picture_that_claims_to_be_vast_is_refused_before_it_is_read(tmp_path):
