@@ -43,13 +43,16 @@ class _SpacedQuoteError(Exception):
     pass
 
 
-def read_delimited(path: Path, wanted: Sequence[str], check: Callable[[list[str]], None]) -> pa.Table:
+def read_delimited(
+    path: Path, wanted: Sequence[str], check: Callable[[list[str]], None], *, optional: Sequence[str] = ()
+) -> pa.Table:
     """The wanted columns, all values as text: a prompt may be 123, None or a date.
 
     Args:
         path: Of the file.
         wanted: Names of the columns.
         check: Is given the names of all columns, and raises a ValueError if the wanted ones are not there.
+        optional: Names of columns that are read as well where they are there.
 
     Raises:
         ValueError: If the file is empty, no such table, or lacks a column; names row and line.
@@ -58,9 +61,9 @@ def read_delimited(path: Path, wanted: Sequence[str], check: Callable[[list[str]
     try:
         form = _find_form(path, wanted)
         try:
-            return _read(path, form, wanted, check)
+            return _read(path, form, wanted, optional, check)
         except _SpacedQuoteError:
-            return _read(path, replace(form, has_spaces=True), wanted, check)
+            return _read(path, replace(form, has_spaces=True), wanted, optional, check)
     except UnicodeDecodeError as error:
         raise undecodable(path, error) from None
 
@@ -85,13 +88,16 @@ def _header(path: Path, separator: str) -> list[str] | None:
         return None
 
 
-def _read(path: Path, form: Form, wanted: Sequence[str], check: Callable[[list[str]], None]) -> pa.Table:
+def _read(
+    path: Path, form: Form, wanted: Sequence[str], optional: Sequence[str], check: Callable[[list[str]], None]
+) -> pa.Table:
     records = _records(path, form)
     header = [name.strip() for name in next(records, (0, 0, []))[2]]
     if not header:
         raise ValueError(f"{path} must have a header and at least one row, but is empty.")
     check_text("".join(header), path, "its header")
     check(header)
+    wanted = [*wanted, *(name for name in optional if name in header)]
     places = [header.index(name) for name in wanted]
     schema, chunks = pa.schema(dict.fromkeys(wanted, pa.string())), []
     rows = (_pick(record, len(header), places, path, form) for record in records)

@@ -66,13 +66,9 @@ def read_prompt_rows(path: str) -> list[PromptRow]:
     if not file.is_file():
         there = "is none" if file.exists() else "does not exist"
         raise ValueError(f"prompts_file must be a text or CSV file, but {path} {there}.")
-    kind, names = file.suffix.lower(), []
-    check = partial(_check_names, path, names)
+    check, kind = partial(_check_names, path), file.suffix.lower()
     if kind in (".csv", ".tsv", ".tab"):
-        cells = read_delimited(file, [COLUMN], check)
-        if IMAGE_COLUMN in names:
-            cells = read_delimited(file, [COLUMN, IMAGE_COLUMN], check)
-        cells = cells.to_pylist()
+        cells = read_delimited(file, [COLUMN], check, optional=[IMAGE_COLUMN]).to_pylist()
     elif kind in (".jsonl", ".ndjson"):
         cells = read_json_lines(file, texts=[IMAGE_COLUMN], lists=[COLUMN], check=check).to_pylist()
     else:
@@ -87,9 +83,7 @@ def read_prompt_rows(path: str) -> list[PromptRow]:
     return rows
 
 
-def _check_names(path: str, found: list[str], names: Sequence[str]) -> None:
-    """Checks the names of a table's columns, and hands them on in `found`."""
-    found[:] = names
+def _check_names(path: str, names: Sequence[str]) -> None:
     for name, least in ((COLUMN, 1), (IMAGE_COLUMN, 0)):
         if not least <= names.count(name) <= 1:
             count = f"{names.count(name)} of them" if name in names else ", ".join(names)
