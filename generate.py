@@ -176,9 +176,9 @@ def main(config: Config) -> None:
             sampler=config.sampler,
             kv_cache_dtype=config.kv_cache_dtype,
         )
+        check_images(wanted, run, settings)
         pipeline = load_pipeline(config, run, settings, dtype)
         beginning = read_frames_to_continue(config, settings, pipeline)
-        check_images(wanted, run, settings)
     if state.is_main_process:
         texts = [row.prompt for row in wanted] + [config.negative_prompt] * (config.guidance_scale > 1)
         warn_of_cut_prompts(pipeline.tokenizer, texts, settings.max_sequence_length)
