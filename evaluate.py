@@ -293,6 +293,7 @@ def sample_student(
     pipeline: CausalWanPipeline,
     number: int,
     prompt: str,
+    *,
     first_frames: Sequence[torch.Tensor] | None = None,
 ) -> Sample:
     """A video as the student is sampled, block by block.

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from causal_wan.data.clips import Loadable
 from causal_wan.data.samples import ClipBatch, collate
 from causal_wan.data.settings import ClipShape
-from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.levers import on_device
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.kv_cache import CACHE_DTYPES
@@ -106,6 +105,7 @@ class Validation:
         self.first_frames: list[torch.Tensor] = []
         if inputs.config.method.first_frame_probability:
             self.first_frames = [batch.noisy.latents[:, :, :1] for batch, counts in batches if counts]
+        self.skips_given_blocks = not is_sharded(accelerator)  # whose processes make each pass in common
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # layers that are compiled are so for whole clips, not for each block
@@ -133,7 +133,7 @@ class Validation:
                 progress.set_postfix_str(f"video {place} of {len(own)}", refresh=False)
                 name = f"validation/{number:02d}"
                 with self._noted(name, sample_failures):
-                    given = next(iter(self.first_frames[place - 1 : place]), None)
+                    given = self.first_frames[place - 1] if place <= len(self.first_frames) else None
                     latents = self.sample(transformer, number, progress, given)
                     if counts:
                         with self._noted(name, sample_failures, is_common=False):
@@ -147,18 +147,12 @@ class Validation:
     def _show_progress(self, own: list[tuple[int, bool]]) -> tqdm:
         """A bar that counts passes of samplers, latent frames that are decoded, and held-out batches."""
         num_frames, method = self.latent_shape[1], self.inputs.config.method
-        num_passes = len(method.block_lengths(num_frames)) * len(method.inference_timesteps())
-        num_skipped = len(method.inference_timesteps()) * len(self.first_frames) * self._skips_first_block
+        lengths, num_steps = method.block_lengths(num_frames), len(method.inference_timesteps())
+        num_passes = len(own) * len(lengths) * num_steps
+        if self.skips_given_blocks and lengths[0] == 1:
+            num_passes -= len(self.first_frames) * num_steps
         num_decoded = sum(counts for _, counts in own) * num_frames
-        return show_progress(
-            total=len(own) * num_passes - num_skipped + num_decoded + len(self.batches), desc="validation"
-        )
-
-    @property
-    def _skips_first_block(self) -> bool:
-        """Whether a first block that is given whole takes no passes: not where all processes pass in common."""
-        first, *_ = self.inputs.config.method.block_lengths(self.latent_shape[1])
-        return first == 1 and not is_sharded(self.accelerator)
+        return show_progress(total=num_passes + num_decoded + len(self.batches), desc="validation")
 
     @contextlib.contextmanager
     def _noted(self, name: str, failures: list[str], *, is_common: bool = True) -> Iterator[None]:
@@ -231,14 +225,14 @@ class Validation:
             cache_dtype=CACHE_DTYPES[self.inputs.config.memory.kv_cache_dtype],
             on_step_end=note,
             initial_latents=first_frame,
-            skips_given_blocks=not is_sharded(self.accelerator),
+            skips_given_blocks=self.skips_given_blocks,
         )
         return torch.cat(list(blocks), dim=2)
 
     def write(self, latents: torch.Tensor, path: Path, progress: tqdm) -> None:
         """Decodes latents `(1, C, F, H, W)` to an mp4, in memory that does not grow with the clip."""
-        vae, partial = self.inputs.vae, path.with_name(f"partial-{path.name}")
-        geometry = LatentGeometry.of(vae.config)
+        vae, geometry = self.inputs.vae, self.inputs.geometry
+        partial = path.with_name(f"partial-{path.name}")
         try:
             with on_device(vae, self.accelerator.device), VideoWriter(partial, geometry.frame_rate) as writer:
                 for frames in decode_in_parts(vae, latents):

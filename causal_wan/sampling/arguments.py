@@ -116,11 +116,9 @@ def prepare_beginning(
 def _pixels_of_image(pipeline: WanPipeline, image: PipelineImageInput, height: int, width: int) -> torch.Tensor:
     """Pictures `(B, 3, height, width)` in [-1, 1]; PIL images are turned as they say, scaled and cut as clips are."""
     pictures = [image] if isinstance(image, PIL.Image.Image) else image
-    if not isinstance(pictures, list | tuple) or not all(isinstance(each, PIL.Image.Image) for each in pictures):
-        return pipeline.video_processor.preprocess(pictures, height=height, width=width)
-    pictures = [
-        PIL.ImageOps.fit(PIL.ImageOps.exif_transpose(each).convert("RGB"), (width, height)) for each in pictures
-    ]
+    if isinstance(pictures, list | tuple) and all(isinstance(each, PIL.Image.Image) for each in pictures):
+        upright = [PIL.ImageOps.exif_transpose(each).convert("RGB") for each in pictures]
+        pictures = [PIL.ImageOps.fit(each, (width, height)) for each in upright]
     return pipeline.video_processor.preprocess(pictures, height=height, width=width)
 
 
