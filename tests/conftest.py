@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import av
@@ -303,6 +304,26 @@ def write_recipe(recipe, tmp_path):
         return path, output_dir
 
     return write
+
+
+@pytest.fixture
+def frames_by_path(monkeypatch):
+    """What is written to each mp4 file, before the codec."""
+    from causal_wan.video.writing import VideoWriter
+
+    written, start, write = {}, VideoWriter.__init__, VideoWriter.write
+
+    def note_path(writer, path, *given, **settings):
+        start(writer, path, *given, **settings)
+        written[Path(path).with_name(Path(path).name.removeprefix("partial-"))] = writer.noted = []
+
+    def note_frames(writer, frames):
+        writer.noted.append(frames.copy())
+        write(writer, frames)
+
+    monkeypatch.setattr(VideoWriter, "__init__", note_path)
+    monkeypatch.setattr(VideoWriter, "write", note_frames)
+    return lambda path: np.concatenate(written[path])
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

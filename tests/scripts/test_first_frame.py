@@ -20,7 +20,6 @@ from causal_wan.model.vae import decode_latents, encode_videos
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.rollout import SamplingSchedule, roll_out
 from causal_wan.video.decoding import decode_frames
-from causal_wan.video.writing import VideoWriter
 from causal_wan.weights.parts import load_vae
 
 
@@ -200,25 +199,7 @@ def test_pictures_are_one_a_prompt_and_the_only_beginning(checkpoint):
 
 
 @pytest.fixture
-def frames_by_name(monkeypatch):
-    """What is written to mp4 files, before the codec, by their names."""
-    written, start, write = {}, VideoWriter.__init__, VideoWriter.write
-
-    def note_path(writer, path, *given, **settings):
-        start(writer, path, *given, **settings)
-        written[path.name.removeprefix("partial-")] = writer.noted = []
-
-    def note_frames(writer, frames):
-        writer.noted.append(frames.copy())
-        write(writer, frames)
-
-    monkeypatch.setattr(VideoWriter, "__init__", note_path)
-    monkeypatch.setattr(VideoWriter, "write", note_frames)
-    return lambda name: np.concatenate(written[name])
-
-
-@pytest.fixture
-def trained(write_recipe, frames_by_name):
+def trained(write_recipe, frames_by_path):
     """The folder of a run that gives all clips their first frame."""
     recipe, run = write_recipe(max_train_steps=1, num_frame_per_block=5, first_frame_probability=1.0)
     run_here("train_video_regression.py", "--config", recipe)
@@ -234,10 +215,10 @@ def as_the_vae_gives_it_back(checkpoint, clip):
 
 
 def test_a_run_validates_evaluates_and_generates_with_first_frames(
-    trained, checkpoint, clips, tmp_path, frames_by_name, capsys
+    trained, checkpoint, clips, tmp_path, frames_by_path, capsys
 ):
     held_out = [line.split(",")[0] for line in (clips / "heldout.csv").read_text().splitlines()[1:3]]
-    validated = [frames_by_name(f"{number:02d}.mp4") for number in range(2)]
+    validated = [frames_by_path(trained / "validation" / "step-000001" / f"{number:02d}.mp4") for number in range(2)]
     for name, video in zip(held_out, validated, strict=True):
         expected = as_the_vae_gives_it_back(checkpoint, clips / "videos" / name)
         assert np.abs(video[0] - expected).max() <= 1
@@ -248,7 +229,7 @@ def test_a_run_validates_evaluates_and_generates_with_first_frames(
     table.write_text("\n".join(["prompt,image", *rows]))
     run_here("generate.py", "--checkpoint", trained, "--prompts_file", table, "--output", tmp_path / "videos")
     for number, video in enumerate(validated):
-        assert np.array_equal(frames_by_name(f"{number:02d}.mp4"), video)
+        assert np.array_equal(frames_by_path(tmp_path / "videos" / f"{number:02d}.mp4"), video)
     assert "trained without given first frames" not in capsys.readouterr().err
     # and from held-out clips
     flags = ["--metadata_path", clips / "heldout.csv", "--dataset_base_path", clips / "videos", "--lpips_net", "None"]

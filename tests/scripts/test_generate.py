@@ -3,7 +3,6 @@
 import json
 import shutil
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -48,24 +47,6 @@ def generate(monkeypatch, tmp_path):
 
     monkeypatch.setattr(VideoWriter, "write", note)
     return run
-
-
-@pytest.fixture
-def frames_by_path(monkeypatch):
-    """What is written to each mp4 file, before the codec."""
-    written, start, write = {}, VideoWriter.__init__, VideoWriter.write
-
-    def note_path(writer, path, *given, **settings):
-        start(writer, path, *given, **settings)
-        written[Path(path).with_name(Path(path).name.removeprefix("partial-"))] = writer.noted = []
-
-    def note_frames(writer, frames):
-        writer.noted.append(frames.copy())
-        write(writer, frames)
-
-    monkeypatch.setattr(VideoWriter, "__init__", note_path)
-    monkeypatch.setattr(VideoWriter, "write", note_frames)
-    return lambda path: np.concatenate(written[path])
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
