@@ -130,7 +130,7 @@ def main(config: Config) -> None:
             CacheConfig(latents_dir=config.latents_dir, latents_dtype=config.latents_dtype),
             config.data,
             config.model,
-            [*data.rows, *data.validation_rows],
+            data.videos,
             data.manifest,
             vae_tiling=config.vae_tiling,
             text_dtype="bf16" if accelerator.mixed_precision == "bf16" else "fp32",

@@ -19,6 +19,7 @@ class RandomPurpose(IntEnum):
     FILE = 6  # order of a stream's files
     WINDOW = 7  # of its rows
     TRAJECTORY = 8  # noise of a teacher's trajectory
+    CONTROL = 9  # which controls of a sample are left out
 
 
 def seed_sequence(seed: int, purpose: RandomPurpose, *numbers: int) -> np.random.SeedSequence:

@@ -218,24 +218,40 @@ class CachedClips:
         return len(self.videos)
 
     def load(self, index: int, generator: torch.Generator, shape: ClipShape) -> dict[str, Any]:
-        """One clip: latents `(C, F, H, W)`, or video and cache_key; and what the data set says of it.
+        """One clip: latents `(C, F, H, W)`, or video and cache_key; controls, like the clip, and control_keys.
+
+        What is not there is decoded, and has a key; the others have None.
 
         Raises:
-            ValueError: If the latents are damaged, or the clip does not decode.
+            ValueError: If latents are damaged, or a video does not decode.
         """
-        row, cache = self.videos.rows[index], self.cached.latents
-        key = self.cached.latent_key(row.content, shape)
+        row = self.videos.rows[index]
+        keys = [self.cached.latent_key(each.content, shape) for each in (row, *row.controls)]
+        with self.videos.noted(index):
+            found = [self._find(key) for key in keys]
+        if all(latents is not None for latents, _ in found):
+            facts = {"prompts": row.prompts, "row_index": index, **found[0][1]}
+            latents, *controls = (latents for latents, _ in found)
+            return {"latents": latents, "controls": controls, **facts}
+        loaded = self.videos.load(index, generator, shape)
+        videos = [loaded.pop("video"), *loaded.pop("controls")]
+        keys = [None if known is not None else key for key, (known, _) in zip(keys, found, strict=True)]
+        each = [video if known is None else known for video, (known, _) in zip(videos, found, strict=True)]
+        clip = {"video": each[0], "cache_key": keys[0]} if keys[0] is not None else {"latents": each[0]}
+        return {**loaded, **clip, "controls": each[1:], "control_keys": keys[1:]}
+
+    def _find(self, key: bytes) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Latents and what is known of them; None where they are not there, or damaged and to be made anew."""
+        cache = self.cached.latents
         if self.fills and key not in cache:
             cache.refresh()  # another process may have made them
         if key in cache:
             try:
-                with self.videos.noted(index):
-                    latents, facts = cache.read(key)
-                return {"latents": latents, "prompts": row.prompts, "row_index": index, **facts}
+                return cache.read(key)
             except ValueError:
                 if not self.fills:
                     raise
-        return self.videos.load(index, generator, shape) | {"cache_key": key}
+        return None, {}
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------

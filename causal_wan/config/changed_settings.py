@@ -15,6 +15,7 @@ SETTINGS_NAME = "config.yaml"
 REFUSED = {
     "lora_rank": "the checkpoint holds weights of another shape",
     "lora_target_modules": "the checkpoint holds adapters of other layers",
+    "control_column": "the checkpoint holds an input layer for other controls",
     "optimizer": "the checkpoint holds the states of another optimizer",
     "streaming": "a table and a stream count their clips in different ways",
 }

@@ -55,6 +55,8 @@ class ModelConfig(BaseModelConfig):
     """Adapters are scaled by alpha / rank; None is the rank (scale 1)."""
     lora_target_modules: tuple[str, ...] = DEFAULT_LORA_TARGETS
     """Linear layers that get adapters, by the ends of their names."""
+    control_learning_rate_scale: PositiveFloat = 1.0
+    """With --control_column: the learning rate of the input layer, over that of all other weights."""
 
     def __post_init__(self) -> None:
         if not self.lora_target_modules:

@@ -6,6 +6,7 @@ Shapes: T = video frames, height, width in pixels.
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import av
@@ -44,10 +45,19 @@ def build_video_transform(height: int, width: int) -> v2.Transform:
     return v2.Compose([ResizeToCover(height, width), v2.CenterCrop((height, width))])
 
 
-def augment_video(video: torch.Tensor, config: DataConfig, generator: torch.Generator) -> torch.Tensor:
-    """Mirrors and recolours a clip, uint8 `(3, T, H, W)`, all frames alike, as the generator decides."""
+def augment_videos(
+    videos: Sequence[torch.Tensor], config: DataConfig, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Mirrors a clip and its controls alike, and recolours the clip alone, as the generator decides.
+
+    Args:
+        videos: The clip, then its controls, uint8 `(3, T, H, W)`; all frames are changed alike.
+        config: Says how much.
+        generator: Decides.
+    """
     if config.horizontal_flip and float(torch.rand((), generator=generator)) < config.horizontal_flip:
-        video = video.flip(-1)
+        videos = [video.flip(-1) for video in videos]
+    video, *controls = videos
     if any(config.color_jitter):
         picture = video.flatten(1, 2)  # one picture `(3, T * H, W)`: one mean for all frames
         changes = (2 * torch.rand(4, generator=generator, dtype=torch.float64) - 1) * torch.tensor(config.color_jitter)
@@ -56,7 +66,7 @@ def augment_video(video: torch.Tensor, config: DataConfig, generator: torch.Gene
         picture = v2.functional.adjust_contrast(picture, 1 + contrast)
         picture = v2.functional.adjust_saturation(picture, 1 + saturation)
         video = v2.functional.adjust_hue(picture, hue).reshape(video.shape)
-    return video
+    return [video, *controls]
 
 
 def normalize_videos(videos: torch.Tensor) -> torch.Tensor:
@@ -90,7 +100,8 @@ class VideoDataset:
         """One clip.
 
         Returns:
-            video: uint8 `(3, T, height, width)`; prompts; row_index; num_valid_frames: frames before padding.
+            video: uint8 `(3, T, height, width)`; controls: a list of such; prompts; row_index; num_valid_frames:
+            frames before padding.
 
         Raises:
             ValueError: If the clip does not decode; names row and file.
@@ -98,10 +109,11 @@ class VideoDataset:
         row = self.rows[index]
         try:
             with self.noted(index):
-                video, num_valid = load_video(row, shape, self.config, generator)
+                (video, *controls), num_valid = load_videos(row, shape, self.config, generator)
         except (ValueError, OSError, av.FFmpegError) as error:
             raise ValueError(f"row {row.number}, {row.video}: {describe_error(error)}") from error
-        return {"video": video, "prompts": row.prompts, "row_index": index, "num_valid_frames": num_valid}
+        facts = {"prompts": row.prompts, "row_index": index, "num_valid_frames": num_valid}
+        return {"video": video, "controls": controls, **facts}
 
     @contextlib.contextmanager
     def noted(self, index: int) -> Iterator[None]:
@@ -118,14 +130,30 @@ class VideoDataset:
             note[2] = False
 
 
-def load_video(row: Row, shape: ClipShape, config: DataConfig, generator: torch.Generator) -> tuple[torch.Tensor, int]:
-    """A clip as the model sees it, uint8 `(3, T, height, width)`, and its frames before padding.
+def load_videos(
+    row: Row, shape: ClipShape, config: DataConfig, generator: torch.Generator
+) -> tuple[list[torch.Tensor], int]:
+    """A clip and its controls as the model sees them, uint8 `(3, T, height, width)`, and their frames before padding.
 
     Raises:
-        ValueError, OSError, av.FFmpegError: If it does not decode.
+        ValueError, OSError, av.FFmpegError: If one does not decode.
     """
     times = read_frame_times(row.video, limits=config.limits) if row.traits & Traits.VARIABLE_RATE else None
     timing = (row.num_frames, row.frame_rate, shape.num_frames)
     indices, num_valid = sample_frame_indices(*timing, config, generator, times=times)
-    frames = decode_frames(row.video, indices, build_video_transform(shape.height, shape.width), limits=config.limits)
-    return augment_video(frames.movedim(0, 1), config, generator), num_valid
+    transform = build_video_transform(shape.height, shape.width)
+    videos = [
+        decode_frames(each.video, indices, transform, limits=config.limits).movedim(0, 1)
+        for each in (row, *row.controls)
+    ]
+    return augment_videos(videos, config, generator), num_valid
+
+
+def load_video(row: Row, shape: ClipShape, config: DataConfig, generator: torch.Generator) -> tuple[torch.Tensor, int]:
+    """The same of the clip alone.
+
+    Raises:
+        ValueError, OSError, av.FFmpegError: If it does not decode.
+    """
+    (video,), num_valid = load_videos(replace(row, controls=()), shape, config, generator)
+    return video, num_valid

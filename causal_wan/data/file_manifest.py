@@ -79,7 +79,7 @@ def hash_content(video: Video) -> str:
 def stat_of(video: Video) -> tuple[str, int, int]:
     """Where a file is, its bytes, and when it changed; a data set's row changes with the name of the data set."""
     if isinstance(video, EmbeddedVideo):
-        return f"{video.dataset._fingerprint}/{video.index}", 0, 0
+        return f"{video.dataset._fingerprint}/{video.index}/{video.column}", 0, 0
     stat = video.stat()
     return str(video), stat.st_size, stat.st_mtime_ns
 

@@ -2,9 +2,9 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,9 @@ from causal_wan.data.settings import DataConfig
 from causal_wan.tables.sources import FILE_SUFFIXES, Source, read_sources
 from causal_wan.tables.table import Table, TableRow, read_table
 from causal_wan.video.decoding import probe_video
-from causal_wan.video.facts import NO_TRAITS, Traits
+from causal_wan.video.facts import NO_TRAITS, Traits, VideoFacts
+from causal_wan.video.limits import VideoLimits
+from causal_wan.video.matching import check_same_frames
 from causal_wan.video.opening import EmbeddedVideo, describe_error
 from causal_wan.video.paths import NO_BASE, resolve_path
 
@@ -49,6 +51,12 @@ class Row:
     source: int = 0  # of several
     name: str = ""  # of the video, as the table has it
     content: str = ""  # what its latents are found by, if it is known: `FileFacts.shown`
+    controls: tuple["Row", ...] = ()  # videos of the same frames, without prompts
+
+    @property
+    def facts(self) -> VideoFacts:
+        """What is known of the file."""
+        return VideoFacts(self.num_frames, self.frame_rate, self.height, self.width, self.traits)
 
 
 class BadRow(NamedTuple):
@@ -61,6 +69,11 @@ class BadRow(NamedTuple):
 
 class ShortClipError(ValueError):
     """A clip has fewer frames than are sampled."""
+
+
+def with_controls(rows: Iterable[Row]) -> list[Row]:
+    """All videos of rows: each row, then its controls."""
+    return [each for row in rows for each in (row, *row.controls)]
 
 
 def load_rows(config: DataConfig, manifest: FileManifest | None = None) -> list[Row]:
@@ -92,7 +105,7 @@ def load_rows(config: DataConfig, manifest: FileManifest | None = None) -> list[
     with ThreadPoolExecutor(8) as pool:
         results = list(tqdm(pool.map(check, items), total=total, desc="checking clips", delay=2, leave=False))
     rows = [result for result in results if isinstance(result, Row)]
-    warn_of_traits(rows)
+    warn_of_traits(with_controls(rows))
     bad = [result for result in results if isinstance(result, BadRow)]
     if config.short_clips == "skip":
         long_enough = [result for result in bad if not isinstance(result.error, ShortClipError)]
@@ -159,12 +172,22 @@ def sources_of(config: DataConfig) -> list[Source]:
                 "exactly one of metadata_path and dataset_config must be given, got neither; --metadata_path names "
                 "one table, --dataset_config a YAML list of several."
             )
-        own = {name: vars(config)[name] for name in ("metadata_path", "dataset_base_path", "follow_links")}
-        return [Source(**own, video_column=config.video_column, caption_column=config.caption_column)]
+        shared = {field.name for field in fields(Source)} & {field.name for field in fields(DataConfig)}
+        return [Source(**{name: vars(config)[name] for name in shared})]
     sources = [
-        replace(source, follow_links=source.follow_links or config.follow_links)
+        replace(
+            source,
+            follow_links=source.follow_links or config.follow_links,
+            control_column=source.control_column or config.control_column,
+        )
         for source in read_sources(config.dataset_config)
     ]
+    for source in sources:
+        if len(source.control_column) != len(config.control_column):
+            raise ValueError(
+                f"{config.dataset_config} must name as many controls for {source.metadata_path} as control_column, "
+                f"{len(config.control_column)}, got {' '.join(source.control_column)}."
+            )
     return [
         replace(source, dataset_base_path=config.dataset_base_path)
         if source.dataset_base_path is None and Path(source.metadata_path).suffix.lower() in FILE_SUFFIXES
@@ -187,7 +210,7 @@ def check_row(
     manifest: FileManifest | None = None,
     as_shown: bool = False,
 ) -> Row:
-    """One row, checked.
+    """One row, checked, with its controls.
 
     Args:
         row: Of the table.
@@ -201,9 +224,29 @@ def check_row(
         OSError: If the file cannot be read.
         av.FFmpegError: If it is no video.
     """
-    video, known = find_video(row, manifest)
+    find_video(row, manifest)
     if not row.prompts:
         raise ValueError("the prompt is empty")
+    checked = _check_video(row, config, source=source, manifest=manifest, as_shown=as_shown)
+    check_length(checked, min_num_frames(config), config)
+    controls = []
+    for name, video in zip(config.control_column, row.controls, strict=True):
+        try:
+            if not video:
+                raise ValueError("the cell is empty; give each clip a video, or leave the row out")
+            of_control = replace(row, video=video, prompts=(), controls=())
+            control = _check_video(of_control, config, source=source, manifest=manifest, as_shown=as_shown)
+            controls.append(match_control(control, checked, config.limits))
+        except (ValueError, OSError, av.FFmpegError) as error:
+            raise ValueError(f"its control {name}, {video or 'no path'}: {describe_error(error)}") from error
+    return replace(checked, controls=tuple(controls))
+
+
+def _check_video(
+    row: TableRow, config: DataConfig, *, source: int, manifest: FileManifest | None, as_shown: bool
+) -> Row:
+    """The video of a row by what is known of its file, whatever its length; arguments and errors as in `check_row`."""
+    video, known = find_video(row, manifest)
     if known is not None and known.traits is None and (isinstance(video, EmbeddedVideo) or video.exists()):
         known = known.with_facts(probe_video(video, limits=config.limits, as_shown=True))
         manifest.add([known])
@@ -214,9 +257,18 @@ def check_row(
         as_shown = as_shown or manifest is not None or len(config.resolution_buckets) > 1
         facts = probe_video(video, limits=config.limits, as_shown=as_shown)
     content = known.shown if known is not None else ""
-    checked = Row(row.number, video, row.prompts, *facts, source=source, name=str(row.video), content=content)
-    check_length(checked, min_num_frames(config), config)
-    return checked
+    return Row(row.number, video, row.prompts, *facts, source=source, name=str(row.video), content=content)
+
+
+def match_control(control: Row, clip: Row, limits: VideoLimits) -> Row:
+    """A video that is to control a clip, with the clip's rate to the last digit, by which frames are chosen.
+
+    Raises:
+        ValueError: If the two do not show the same frames of the same picture.
+        OSError, av.FFmpegError: If a file cannot be read.
+    """
+    facts = check_same_frames((control.video, control.facts), (clip.video, clip.facts), limits)
+    return replace(control, frame_rate=facts.frame_rate, traits=facts.traits)
 
 
 def check_length(row: Row, wanted: int, config: DataConfig) -> None:

@@ -23,7 +23,8 @@ class SampleStream(Dataset):
 
     A data loader goes through it in sequence; shuffling, resuming and splitting over processes all follow from the
     numbers. A clip that does not decode is replaced by the next of its epoch and reported in `errors`. Of several
-    prompts each sample draws one, or the empty prompt with a probability of `caption_dropout`.
+    prompts each sample draws one, or the empty prompt with a probability of `caption_dropout`; each of its controls is
+    left out with one of `control_dropout`.
 
     Args:
         dataset: Rows to stream.
@@ -53,6 +54,7 @@ class SampleStream(Dataset):
                 errors.append(str(error))
                 continue
             prompt = choose_prompt(sample.pop("prompts"), self.config, seed=self.order.seed, number=number)
+            drop_controls(sample, self.config, seed=self.order.seed, number=number)
             return {**sample, "prompt": prompt, "sample_number": number, "errors": errors}
         raise ValueError(f"{len(errors)} clips in a row did not decode; the last: {errors[-1]}")
 
@@ -65,6 +67,17 @@ def choose_prompt(prompts: Sequence[str], config: DataConfig, *, seed: int, numb
         2, generator=seeded_generator(seed, RandomPurpose.CAPTION, number), dtype=torch.float64
     ).tolist()
     return "" if drop < config.caption_dropout else prompts[int(choice * len(prompts))]
+
+
+def drop_controls(sample: dict[str, Any], config: DataConfig, *, seed: int, number: int) -> None:
+    """Puts None in the place of some controls of a sample, as its number decides."""
+    if config.control_dropout and sample.get("controls"):
+        generator = seeded_generator(seed, RandomPurpose.CONTROL, number)
+        draws = torch.rand(len(sample["controls"]), generator=generator, dtype=torch.float64).tolist()
+        kept = [draw >= config.control_dropout for draw in draws]
+        sample["controls"] = [
+            control if is_kept else None for control, is_kept in zip(sample["controls"], kept, strict=True)
+        ]
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -82,6 +95,8 @@ class ClipBatch:
         is_latents: Which of them are latents.
         cache_keys: Of videos whose latents are to be kept, else None.
         prompts: One each.
+        controls: The videos, or latents, that control each clip, like `clips`; None is a control that is left out.
+        control_keys: Of them, like `cache_keys`.
         row_indices: Rows of the data set.
         sample_numbers: In the run.
         num_valid_frames: Video frames before padding.
@@ -98,10 +113,15 @@ class ClipBatch:
     num_valid_frames: list[int]
     errors: list[str]
     lane_states: list[tuple[int, ...]] = field(default_factory=list)
+    controls: list[list[torch.Tensor | None]] = field(default_factory=list)
+    control_keys: list[list[bytes | None]] = field(default_factory=list)
 
     def pin_memory(self) -> Self:
         """In pinned memory; called by data loaders."""
-        return replace(self, clips=[clip.pin_memory() for clip in self.clips])
+        controls = [
+            [None if control is None else control.pin_memory() for control in controls] for controls in self.controls
+        ]
+        return replace(self, clips=[clip.pin_memory() for clip in self.clips], controls=controls)
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> ClipBatch:
@@ -116,6 +136,8 @@ def collate(samples: Sequence[dict[str, Any]]) -> ClipBatch:
         num_valid_frames=[sample["num_valid_frames"] for sample in samples],
         errors=[error for sample in samples for error in sample["errors"]],
         lane_states=[sample["lane_state"] for sample in samples if "lane_state" in sample],
+        controls=[sample.get("controls", []) for sample in samples],
+        control_keys=[sample.get("control_keys", [None] * len(sample.get("controls", []))) for sample in samples],
     )
 
 

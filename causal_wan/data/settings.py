@@ -44,6 +44,10 @@ class DataConfig:
     """Column with the path of the video."""
     caption_column: tuple[str, ...] = ("prompt",)
     """Column with the prompt or a list of prompts, or several columns; of several prompts, each sample draws one."""
+    control_column: tuple[str, ...] = ()
+    """Columns with videos that the student is to follow, such as sketch depth: of the same frames as the clip."""
+    control_dropout: Share = 0.0
+    """Share of the samples without a control, drawn for each control; with 0.1 the student can do without, too."""
     caption_dropout: Share = 0.0
     """Share of the samples that get the empty prompt; classifier-free guidance needs a student that knows it."""
     num_frames: PositiveInt = 81
@@ -96,6 +100,10 @@ class DataConfig:
         self.geometry.check_size(self.height, self.width)
         if not self.caption_column:
             raise ValueError("caption_column must name at least one column.")
+        if len(set(self.control_column)) < len(self.control_column):
+            raise ValueError(f"control_column must name each column once, got {' '.join(self.control_column)}.")
+        if self.control_dropout and not self.control_column:
+            raise ValueError("control_dropout is about controls; name their columns with --control_column.")
         if self.streaming and (self.resolution_buckets or self.frame_buckets):
             raise ValueError(
                 "--streaming does not go with buckets, which have to know all clips beforehand; use schedules, or a "

@@ -1,6 +1,7 @@
 """What a pass of the transformer is told beside latents and timesteps.
 
-Shapes: B = batch, S = prompt tokens, D = text dimension.
+Shapes: B = batch, S = prompt tokens, D = text dimension, C' = channels of the controls, F = latent frames, H, W =
+latent height and width.
 """
 
 from collections.abc import Sequence
@@ -16,13 +17,15 @@ class Conditions:
 
     Attributes:
         prompt_embeds: `(B, S, D)`.
+        control_latents: Of the frames of a pass, `(B, C', F, H, W)`; None is no control.
     """
 
     prompt_embeds: torch.Tensor
+    control_latents: torch.Tensor | None = None
 
-    def arguments(self) -> dict[str, torch.Tensor]:
+    def arguments(self) -> dict[str, torch.Tensor | None]:
         """As the transformer's forward takes them."""
-        return {"encoder_hidden_states": self.prompt_embeds}
+        return {"encoder_hidden_states": self.prompt_embeds, "control_latents": self.control_latents}
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:

@@ -1,6 +1,6 @@
-"""WAN's VAE, decoding a video block by block: its convolutions are causal, so what they remember carries on.
+"""WAN's VAE, block by block: its convolutions are causal, so what they remember of a video carries on.
 
-Shapes: B = batch, C = latent channels, f = latent frames of a block, H, W = latent height and width.
+Shapes: B = batch, C = latent channels, f = latent frames of a block, H, W = latent height and width, t = video frames.
 """
 
 from collections.abc import Iterator
@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from causal_wan.model.vae import decode_latents, denormalize_latents
+from causal_wan.geometry import LatentGeometry
+from causal_wan.model.vae import decode_latents, denormalize_latents, normalize_latents
 
 
 class StreamingDecoder:
@@ -40,6 +42,48 @@ class StreamingDecoder:
         """
         video, self._features = _decode(self.vae, latents, self._features)
         return video.clamp(-1, 1)
+
+
+class StreamingEncoder:
+    """Encodes a video frame by frame: a latent frame as soon as its video frames are there.
+
+    What comes out is what `causal_wan.model.vae.encode_videos` gives of the whole clip, up to rounding, in memory that
+    does not grow with the clip. What is remembered is the encoder's own, as in `StreamingDecoder`. No tiling.
+
+    Args:
+        vae: Its dtype and device are used.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.vae = vae
+        self._features: list[Any] | None = None  # of the last frames, one for each convolution
+
+    @property
+    def num_wanted(self) -> int:
+        """Video frames of the next latent frame: 1 for the first, then 4."""
+        return 1 if self._features is None else LatentGeometry.of(self.vae.config).temporal_factor
+
+    @torch.no_grad()
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        """The next latent frame, normalised, `(B, C, 1, H, W)`, float32.
+
+        Args:
+            frames: In [-1, 1], `(B, 3, t, height, width)`, t = `num_wanted`.
+        """
+        latents, self._features = _encode(self.vae, frames, self._features)
+        return normalize_latents(self.vae, latents)
+
+
+@apply_forward_hook
+def _encode(vae: AutoencoderKLWan, frames: torch.Tensor, features: list[Any] | None) -> tuple[torch.Tensor, list[Any]]:
+    frames = frames.to(vae.device, vae.dtype)
+    if vae.config.patch_size is not None:
+        frames = patchify(frames, patch_size=vae.config.patch_size)
+    if features is None:
+        vae.clear_cache()  # which knows how many convolutions there are
+        features = [None] * len(vae._enc_feat_map)
+    hidden = vae.quant_conv(vae.encoder(frames, feat_cache=features, feat_idx=[0]))
+    return DiagonalGaussianDistribution(hidden).mode(), features
 
 
 def decode_in_parts(vae: AutoencoderKLWan, latents: torch.Tensor) -> Iterator[torch.Tensor]:

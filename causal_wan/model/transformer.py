@@ -37,6 +37,7 @@ from causal_wan.model.block_attention import (
     teacher_forcing_spans,
 )
 from causal_wan.model.context_parallel import ContextParallel, check_divides_by_group
+from causal_wan.model.control import with_controls
 from causal_wan.model.kv_cache import KeptStates, KVCache, LayerCache
 
 
@@ -52,6 +53,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             -1 is all. In a rollout it is also the size of the cache.
         sink_size: The clip's first latent frames, kept in the cache when the window has left them. Rollouts only.
         independent_first_frame: The first latent frame is a block of its own (1 + k num_frame_per_block frames).
+        control_names: Of the control videos that it follows, in the order of their input channels; see
+            `causal_wan.model.control`.
 
     Source: CausVid, arXiv 2412.07772, section 4.1; window, sink and first frame as in Self Forcing, arXiv 2506.08009.
     """
@@ -79,6 +82,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         local_attn_size: int = -1,
         sink_size: int = 0,
         independent_first_frame: bool = False,
+        control_names: tuple[str, ...] = (),
     ) -> None:
         super().__init__(
             patch_size=patch_size,
@@ -197,6 +201,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         start_frame: int = 0,
         context_latents: torch.Tensor | None = None,
         context_timestep: torch.Tensor | None = None,
+        control_latents: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predicts the velocity of noisy latents.
 
@@ -213,6 +218,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             context_latents: The clip itself `(B, C, F, H, W)`, for teacher forcing: a block then sees these latents of
                 the blocks before it in the place of the noisy ones. Without a cache only.
             context_timestep: Their noise level, `(B,)` or `(B, F)`; None is 0, clean.
+            control_latents: Latents of the control videos `(B, C', F, H, W)`, one after the other in C'; zeros are no
+                control. None is all zeros.
 
         Returns:
             `.sample`: velocity `(B, C, F, H, W)`.
@@ -231,6 +238,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             hidden_states, timestep = _prepend_context(
                 hidden_states, timestep, context_latents[:, :, :num_context], context_timestep
             )
+            if control_latents is not None:
+                control_latents = torch.cat([control_latents[:, :, :num_context], control_latents], dim=2)
+        if self.config.control_names or control_latents is not None:
+            hidden_states = with_controls(hidden_states, control_latents, self.config.in_channels)
         if cache is not None and cache.keep_prompt(encoder_hidden_states) and encoder_hidden_states_image is None:
             encoder_hidden_states = encoder_hidden_states[:, :0]  # only their number is asked for
 

@@ -38,9 +38,7 @@ def encode_videos(vae: AutoencoderKLWan, videos: torch.Tensor) -> torch.Tensor:
     Returns:
         Latents `(B, C, F, H, W)`, float32, F = (T - 1) / 4 + 1. Inverse of `decode_latents`, up to the VAE's loss.
     """
-    latents = _posterior_mode(vae, videos).float()
-    mean, std = _latents_mean_std(vae, latents)
-    return (latents - mean) / std
+    return normalize_latents(vae, _posterior_mode(vae, videos))
 
 
 @apply_forward_hook  # weights that `enable_model_cpu_offload` keeps elsewhere come, as they do for `vae.encode`
@@ -77,6 +75,13 @@ def encode_in_passes(vae: AutoencoderKLWan, videos: torch.Tensor, num_frames: in
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """Decodes normalised latents `(B, C, F, H, W)` to videos in [-1, 1], `(B, 3, T, height, width)`."""
     return vae.decode(denormalize_latents(vae, latents).to(vae.device, vae.dtype), return_dict=False)[0]
+
+
+def normalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Latents `(B, C, F, H, W)` as the VAE's encoder gives them -> normalised, float32."""
+    latents = latents.float()
+    mean, std = _latents_mean_std(vae, latents)
+    return (latents - mean) / std
 
 
 def denormalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,10 @@ BASES = {
 }
 LINEAGE_BLOCK = 3  # latent frames of a block in the weights of CausVid and Self Forcing
 # What the result knows of its data: how clips were shown, not where they are.
-SHAPE_SETTINGS = ("num_frames", "height", "width", "time_division_factor", "frame_sampling", "frame_rate")
+SHAPE_SETTINGS = (
+    *("num_frames", "height", "width", "time_division_factor", "frame_sampling", "frame_rate"),
+    "control_column",
+)
 # All groups of which one has settings that name something on this machine.
 GROUPS_WITH_PATHS = (CacheConfig, DataConfig, ModelConfig, TrainingConfig, TrajectoriesConfig, ValidationConfig)
 

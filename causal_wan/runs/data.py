@@ -4,6 +4,7 @@ Knows no noise and no loss. A loader gives the samples of any part of the run, i
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from causal_wan.data.buckets import clip_shapes, describe_shapes, order_samples
 from causal_wan.data.clips import Loadable, VideoDataset
 from causal_wan.data.descriptions import describe_flip, describe_rows, describe_speed_up
 from causal_wan.data.file_manifest import FileManifest
-from causal_wan.data.rows import Row, load_rows, source_weights, sources_of
+from causal_wan.data.rows import Row, load_rows, source_weights, sources_of, with_controls
 from causal_wan.data.samples import SampleStream
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached
 from causal_wan.runs.training_data import DataDescription, LoaderSettings
@@ -68,10 +69,15 @@ class RunData:
         prompts = {prompt for row in self.rows for prompt in row.prompts}
         return {"clips": len(self.rows), "distinct prompts": len(prompts), "held-out clips": len(self.validation_rows)}
 
+    @property
+    def videos(self) -> list[Row]:
+        """All videos of the run: those of `rows`, then of `validation_rows`, each followed by its controls."""
+        return with_controls([*self.rows, *self.validation_rows])
+
     def wanted_shapes(self) -> list[list[ClipShape]]:
-        """In which shapes a run shows each of `rows` and `validation_rows`."""
-        shapes = [clip_shapes(row, self.config) for row in self.rows]
-        return shapes + [[self.config.shape]] * len(self.validation_rows)
+        """In which shapes a run shows each of `videos`."""
+        shapes = [clip_shapes(row, self.config) for row in self.rows for _ in with_controls([row])]
+        return shapes + [[self.config.shape]] * len(with_controls(self.validation_rows))
 
     def open_cache(self, cache: CacheConfig, model: BaseModelConfig, prompts: Iterable[str], **encoding: Any) -> None:
         """Opens the cache, if there is one. Called by every process.
@@ -87,13 +93,16 @@ class RunData:
         """
         if self.manifest is None:
             return
-        rows = [*self.rows, *self.validation_rows]
-        self.cached, rows = open_cache(cache, self.config, model, rows, self.manifest, **encoding)
+        self.cached, videos = open_cache(cache, self.config, model, self.videos, self.manifest, **encoding)
         if encoding["encodes"]:
             self.keeper = LatentKeeper(self.cached, self.cached.latent_writer(eager=True))
         else:
-            self.cached.check_complete(rows, self.wanted_shapes(), prompts)
-        self.rows, self.validation_rows = rows[: len(self.rows)], rows[len(self.rows) :]
+            self.cached.check_complete(videos, self.wanted_shapes(), prompts)
+        contents = iter(videos)
+        self.rows, self.validation_rows = (
+            [replace(next(contents), controls=tuple(itertools.islice(contents, len(row.controls)))) for row in rows]
+            for rows in (self.rows, self.validation_rows)
+        )
 
     def dataset(self) -> Loadable:
         """Clips as videos, or as latents where the cache has them."""
@@ -131,13 +140,15 @@ class RunData:
 
     def sample_bytes(self) -> int:
         """Of the largest clip that a loader hands over: of a video, or of latents if the cache has them all."""
-        shapes = [clip_shapes(row, self.config) for row in self.rows]
-        if self.cached is not None and not self.cached.missing_clips(self.rows, shapes):
-            work = [(row, shape) for row, own in zip(self.rows, shapes, strict=True) for shape in own]
+        num_videos = 1 + len(self.config.control_column)
+        videos = with_controls(self.rows)
+        shapes = self.wanted_shapes()[: len(videos)]
+        if self.cached is not None and not self.cached.missing_clips(videos, shapes):
+            work = [(row, shape) for row, own in zip(videos, shapes, strict=True) for shape in own]
             row, shape = max(work, key=lambda each: math.prod(each[1]))
             with contextlib.suppress(CorruptTensorError):  # is made anew, of the video
-                return self.cached.latents.read(self.cached.latent_key(row.content, shape))[0].nbytes
-        return 3 * max(map(math.prod, self.config.all_shapes()))
+                return num_videos * self.cached.latents.read(self.cached.latent_key(row.content, shape))[0].nbytes
+        return num_videos * 3 * max(map(math.prod, self.config.all_shapes()))
 
     def check_stream(self, seed: int) -> None:
         """Reads and decodes the first streamed row, so that wrong settings are found at once.
@@ -154,8 +165,9 @@ class RunData:
             if row is None:
                 raise ValueError(f"{path} must hold at least one row in its first file, but has none.")
             try:
-                video = row.find_video(stream.source.dataset_base_path)
-                StreamDecoder(self.config, seed, samples_per_step=1)(video, row.prompts, 0)
+                base = stream.source.dataset_base_path
+                video, controls = row.find_video(base), row.find_controls(base)
+                StreamDecoder(self.config, seed, samples_per_step=1)(video, row.prompts, 0, *controls)
             except (ValueError, OSError, av.FFmpegError) as error:
                 raise ValueError(
                     f"the first row of {path} must be a clip that can be used, but {row.name} is not: "

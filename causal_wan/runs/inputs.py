@@ -1,7 +1,7 @@
 """What a batch of the data loader becomes before a method of regression sees it: latents, conditions, and noise.
 
-Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, S = prompt tokens,
-D = text dimension, T = video frames.
+Shapes: B = batch, C = latent channels, C' = those of the controls, F = latent frames, H, W = latent height and width,
+S = prompt tokens, D = text dimension, T = video frames.
 """
 
 from collections.abc import Callable, Mapping
@@ -70,10 +70,46 @@ class Inputs:
 
     def find_latents(self, batch: ClipBatch) -> torch.Tensor:
         """Latents `(B, C, F, H, W)` of a batch of clips, some of which may be latents already."""
-        if self.keeper is None and not any(batch.is_latents):
-            return self.encode(torch.stack([to_device(clip, self.device) for clip in batch.clips]))
-        found, known = [], zip(batch.is_latents, batch.cache_keys, batch.num_valid_frames, strict=True)
-        for clip, (is_latents, key, num_valid) in zip(batch.clips, known, strict=True):
+        return self._find_latents(batch.clips, batch.is_latents, batch.cache_keys, batch.num_valid_frames)
+
+    def find_control_latents(self, batch: ClipBatch, latents: torch.Tensor) -> torch.Tensor | None:
+        """Latents `(B, C', F, H, W)` of the controls of a batch, one after the other; zeros where they are left out.
+
+        Args:
+            batch: Of clips, some of whose controls may be latents already.
+            latents: Of the clips, `(B, C, F, H, W)`.
+
+        Returns:
+            None of clips without controls.
+        """
+        count = len(self.config.data.control_column)
+        if not count:
+            return None
+        found = latents.new_zeros(len(latents), count, *latents.shape[1:])
+        places = [(b, k) for b in range(len(latents)) for k in range(count) if batch.controls[b][k] is not None]
+        if places:
+            controls = [batch.controls[b][k] for b, k in places]
+            of_places = self._find_latents(
+                controls,
+                [control.dtype != torch.uint8 for control in controls],
+                [batch.control_keys[b][k] for b, k in places],
+                [batch.num_valid_frames[b] for b, _ in places],
+            )
+            for (b, k), control in zip(places, of_places, strict=True):
+                found[b, k] = control
+        return found.flatten(1, 2)
+
+    def _find_latents(
+        self,
+        clips: list[torch.Tensor],
+        are_latents: list[bool],
+        cache_keys: list[bytes | None],
+        num_valid_frames: list[int],
+    ) -> torch.Tensor:
+        if self.keeper is None and not any(are_latents):
+            return self.encode(torch.stack([to_device(clip, self.device) for clip in clips]))
+        found = []
+        for clip, is_latents, key, num_valid in zip(clips, are_latents, cache_keys, num_valid_frames, strict=True):
             states = to_device(clip, self.device)
             if not is_latents:  # encoded on its own: what is kept does not depend on the batch
                 latents = self.encode(states[None])[0]
@@ -99,7 +135,10 @@ class Inputs:
         """What `compute_loss` gets: the noisy latents of a batch, and all else that it needs of it."""
         return RegressionBatch(
             noisy=noisy,
-            conditions=Conditions(prompt_embeds=self.embed(batch.prompts)),
+            conditions=Conditions(
+                prompt_embeds=self.embed(batch.prompts),
+                control_latents=self.find_control_latents(batch, noisy.latents),
+            ),
             num_bad_samples=len(batch.errors),
             num_items=noisy.mask.sum(),
             num_tokens=len(noisy.latents) * self.geometry.num_tokens(noisy.latents.shape[1:]),

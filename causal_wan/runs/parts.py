@@ -37,7 +37,7 @@ from causal_wan.training.strategies import (
     takes_over_checkpointing,
 )
 from causal_wan.weights.kinds import check_base
-from causal_wan.weights.lora import add_lora, save_lora
+from causal_wan.weights.lora import PATCH_EMBEDDING, add_lora, save_lora
 from causal_wan.weights.parts import DTYPES, load_vae, load_vae_config
 from causal_wan.weights.transformer import load_transformer, save_transformer
 
@@ -117,6 +117,7 @@ def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DM
         config.model.pretrained_model_name_or_path,
         config.method.causal,
         generator_ckpt=config.model.generator_ckpt,
+        control_names=config.data.control_column,
         dtype=dtype if lora or keeps_weights_in_16_bits(accelerator) else torch.float32,
         revision=config.model.revision,
         device="cpu" if shards else accelerator.device,
@@ -138,6 +139,11 @@ def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DM
     if config.compile:
         compile_layers(transformer, len(config.data.all_shapes()))
     return transformer
+
+
+def rate_scales(config: RunConfig) -> dict[str, float]:
+    """Learning rates of weights over that of the others, for `causal_wan.training.setup.prepare_run`."""
+    return {PATCH_EMBEDDING: config.model.control_learning_rate_scale} if config.data.control_column else {}
 
 
 def make_vae(config: RunConfig, device: torch.device, *, is_needed: bool) -> AutoencoderKLWan:

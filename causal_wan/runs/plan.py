@@ -13,6 +13,7 @@ from causal_wan.data.settings import ClipShape
 from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.plan import MemoryPlan, describe_shortage, plan_training, text_encoder_bytes, with_vae
 from causal_wan.memory.simulation import ValidationWorkload, Workload
+from causal_wan.model.control import with_control_names
 from causal_wan.records.checkpoints import describe_damaged, find_checkpoint, passed_over
 from causal_wan.runs.parts import text_dtype, validation_prompts, weight_dtype, with_absolute_paths
 from causal_wan.runs.settings import RunConfig
@@ -127,9 +128,13 @@ def make_workload(config: RunConfig, run_data: TrainingData, accelerator: Any, v
     architecture = load_transformer_config(
         model.pretrained_model_name_or_path, generator_ckpt=model.generator_ckpt, revision=model.revision
     )
+    architecture = with_control_names(architecture, config.data.control_column)
     geometry = LatentGeometry.of(vae.config, architecture)
     return Workload(
-        architecture={**architecture, **config.method.causal.as_dict()},
+        architecture={
+            **with_control_names(architecture, config.data.control_column),
+            **config.method.causal.as_dict(),
+        },
         latent_shape=geometry.latent_shape(*largest_shape(config)),
         batch_size=training.train_batch_size,
         num_passes=training.gradient_accumulation_steps,

@@ -43,6 +43,7 @@ from causal_wan.runs.parts import (
     fit_to_checkpoint,
     make_student,
     make_vae,
+    rate_scales,
     save_student,
     text_dtype,
     validation_prompts,
@@ -121,7 +122,14 @@ def run_regression(
         accelerator.register_for_checkpointing(data.lane_states)
     with user_errors():
         settings = flat_dict(with_absolute_paths(config))
-        run = prepare_run(accelerator, config.training, {STUDENT: begun.transformer}, begun.trackers, settings)
+        run = prepare_run(
+            accelerator,
+            config.training,
+            {STUDENT: begun.transformer},
+            begun.trackers,
+            settings,
+            rate_scales=rate_scales(config),
+        )
     if accelerator.is_main_process:  # not before: a run that cannot be resumed keeps its own
         with user_errors():
             write_recipe(settings, Path(config.training.output_dir) / SETTINGS_NAME)

@@ -87,6 +87,14 @@ class RunConfig:
 class TrajectoryRunConfig(RunConfig, TrajectoriesConfig):
     """The same, of a run on trajectories of a teacher."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.control_column:
+            raise ValueError(
+                "control_column needs clips to control, and a teacher's trajectories are none; train with "
+                "train_video_regression.py, or leave it out."
+            )
+
 
 TRAINING_SETTINGS = frozenset(names_of(TrajectoryRunConfig))
 """All that a recipe of a training script may hold: it serves other scripts too, which pass over what is not theirs."""

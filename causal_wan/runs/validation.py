@@ -7,6 +7,7 @@ be laid side by side.
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ class Validation:
         batches: This process's prepared batches, and whether each counts.
         latent_shape: (C, F, H, W) of the videos to sample.
 
-    The first prompts are those of the held-out clips. A student that was trained with given first frames gets theirs.
+    The first prompts are those of the held-out clips. A student that was trained with given first frames, or with
+    controls, gets theirs.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Validation:
         self.first_frames: list[torch.Tensor] = []
         if inputs.config.method.first_frame_probability:
             self.first_frames = [batch.noisy.latents[:, :, :1] for batch, counts in batches if counts]
+        self.controls = [batch.conditions.control_latents for batch, counts in batches if counts]
         self.skips_given_blocks = not is_sharded(accelerator)  # whose processes make each pass in common
 
     @torch.no_grad()
@@ -134,7 +137,8 @@ class Validation:
                 name = f"validation/{number:02d}"
                 with self._noted(name, sample_failures):
                     given = self.first_frames[place - 1] if place <= len(self.first_frames) else None
-                    latents = self.sample(transformer, number, progress, given)
+                    controls = self.controls[place - 1] if place <= len(self.controls) else None
+                    latents = self.sample(transformer, number, progress, given, controls)
                     if counts:
                         with self._noted(name, sample_failures, is_common=False):
                             self.write(latents, videos[name].path, progress)
@@ -194,6 +198,7 @@ class Validation:
         number: int,
         progress: tqdm,
         first_frame: torch.Tensor | None = None,
+        controls: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The latents of a prompt's video `(1, C, F, H, W)`, from noise of the prompt's own number.
 
@@ -202,6 +207,7 @@ class Validation:
             number: Of the prompt.
             progress: Is told of each pass.
             first_frame: Latents `(1, C, 1, H, W)` that the video begins with.
+            controls: Latents `(1, C', F, H, W)` that it follows.
         """
         method, validation = self.inputs.config.method, self.inputs.config.validation
         schedule = SamplingSchedule(timesteps=method.inference_timesteps(), sampler=method.student_sampler)
@@ -217,7 +223,7 @@ class Validation:
 
         blocks = roll_out(
             transformer,
-            tell(self.prompts[number]),
+            replace(tell(self.prompts[number]), control_latents=controls),
             noise.to(self.accelerator.device),
             schedule,
             negative_conditions=tell("") if validation.negative_prompts else None,

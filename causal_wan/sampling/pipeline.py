@@ -4,7 +4,7 @@ Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height 
 M = draws of noise (N, or 1 where steps add none), S = prompt tokens, T = video frames.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from causal_wan.sampling.arguments import (
     prepare_conditions,
     shown_with_arguments_of,
 )
+from causal_wan.sampling.controls import prepare_controls
 from causal_wan.sampling.noise import Generators, draw_frame_noise, draw_noise
 from causal_wan.sampling.rollout import SamplingSchedule, roll_out
 from causal_wan.timesteps import Sampler
@@ -251,6 +252,7 @@ class CausalWanPipeline(WanPipeline):
         image: PipelineImageInput | None = None,
         video: Any = None,
         initial_latents: torch.Tensor | None = None,
+        control: Mapping[str, Any] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "np",
@@ -289,6 +291,7 @@ class CausalWanPipeline(WanPipeline):
         else:
             noise = noise.to(device)
         initial_latents = prepare_beginning(self, image, video, initial_latents, (batch_size, height, width))
+        controls = prepare_controls(self, control, (batch_size, height, width), num_frames)
         self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False
         num_latent_frames = num_frames and geometry.num_latent_frames(num_frames)
         blocks = roll_out(
@@ -298,6 +301,7 @@ class CausalWanPipeline(WanPipeline):
             schedule,
             num_latent_frames=num_latent_frames,
             initial_latents=initial_latents,
+            control_latents=controls,
             cache_dtype=cache_dtype,
             geometry=geometry,
             negative_conditions=negative_conditions,
@@ -343,6 +347,10 @@ class CausalWanPipeline(WanPipeline):
             video: First frames of the clip, to be continued: 4k + 1 frames that are whole blocks, in any form that
                 diffusers' `VideoProcessor` takes. They come out as the VAE decodes them.
             initial_latents: The same as latents `(B, C, F', H, W)`.
+            control: Videos that the student follows, by the names that it was trained with (`control_column`), such as
+                `{"sketch": frames}`: one for all, or a list of B, in any form that diffusers' `VideoProcessor` takes,
+                frame for frame. Those that are not named are left out. An iterator of frames is read as the video is
+                sampled; where it ends, the video ends.
             prompt_embeds: `(B, S, D)`, in the place of `prompt`.
             negative_prompt_embeds: `(B, S, D)`, in the place of `negative_prompt`.
             output_type: "np" (B, T, height, width, 3 in [0, 1]), "pt", "pil" or "latent".

@@ -6,13 +6,13 @@ one pass on the clean block at timestep 0 writes the cache for the blocks to com
     renoise     predict the clean latents and noise them again, with fresh noise: for students of a step list
     euler       follow the flow's ODE, with no further noise: for students of any level, in few steps or many
 
-Shapes: B = batch, C = latent channels, F = latent frames, f = those of a block, H, W = latent height and width,
-N = sampling steps, M = draws of noise: N of renoise, 1 of euler.
+Shapes: B = batch, C = latent channels, C' = those of the controls, F = latent frames, f = those of a block, H, W =
+latent height and width, N = sampling steps, M = draws of noise: N of renoise, 1 of euler.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class Rollout:
 
     def __post_init__(self) -> None:
         self._num_steps = 0
+        self._control_latents: torch.Tensor | None = None  # of the block that is passed through
         self.replace_conditions(self.conditions, self.negative_conditions)
 
     @property
@@ -97,20 +98,25 @@ class Rollout:
         noise: Iterable[torch.Tensor],
         block_lengths: Iterable[int],
         initial_latents: torch.Tensor | None = None,
+        control_latents: Iterable[torch.Tensor] | None = None,
     ) -> Iterator[torch.Tensor]:
         """Samples blocks, and gives each `(B, C, f, H, W)` as soon as it exists.
 
         Args:
             noise: Of each frame of the clip, `(M, B, C, 1, H, W)`.
             block_lengths: Latent frames of each block.
+            control_latents: Of each frame, `(B, C', 1, H, W)`; a clip ends where they end.
             initial_latents: The clip's first frames `(B, C, F', H, W)`, given; they come out as they are. The others
                 of a block that they begin are sampled beside them.
         """
         frames, start = iter(noise), 0
+        controls = None if control_latents is None else iter(control_latents)
         num_given = 0 if initial_latents is None else initial_latents.shape[2]
         lengths = iter(block_lengths)
         length = next(lengths, None)
         while length is not None and not self.is_stopped:
+            if controls is not None and not self._take_controls(controls, length):
+                return
             block_noise = torch.cat(list(itertools.islice(frames, length)), dim=3)
             given = None
             if start < num_given:
@@ -122,6 +128,14 @@ class Rollout:
             if self.cache is not None and following is not None:
                 self.predict(block, self.timesteps.new_zeros(()), start)
             start, length = start + length, following
+
+    def _take_controls(self, controls: Iterator[torch.Tensor], length: int) -> bool:
+        """Takes those of the next block, of so many frames; False if there are not enough of them."""
+        found = list(itertools.islice(controls, length))
+        if len(found) < length:
+            return False
+        self._control_latents = torch.cat(found, dim=2)
+        return True
 
     def sample_block(self, noise: torch.Tensor, start_frame: int, given: torch.Tensor | None = None) -> torch.Tensor:
         """Clean latents `(B, C, f, H, W)`, float32, of the block that begins at a frame of the clip.
@@ -163,12 +177,15 @@ class Rollout:
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, start_frame: int) -> torch.Tensor:
         """The velocity `(B, C, f, H, W)` of a block at a timestep, or one a frame `(f,)`; writes it to the cache."""
+        conditions, controls = self._of_passes, self._control_latents
+        if controls is not None:
+            conditions = replace(conditions, control_latents=torch.cat([controls] * (1 + self.is_guided)))
         if self.is_guided:
             latents = torch.cat([latents, latents])
         velocity = self.transformer(
-            latents.to(self._of_passes.dtype),
+            latents.to(conditions.dtype),
             timestep.expand(latents.shape[0], *timestep.shape),
-            **self._of_passes.arguments(),
+            **conditions.arguments(),
             attention_kwargs=self.attention_kwargs,
             cache=self.cache,
             start_frame=start_frame if self.cache is not None else 0,
@@ -194,6 +211,7 @@ def roll_out(
     *,
     num_latent_frames: int | None = None,
     initial_latents: torch.Tensor | None = None,
+    control_latents: Iterable[torch.Tensor] | None = None,
     cache_dtype: torch.dtype | None = None,
     geometry: LatentGeometry = WAN,
     **settings: Any,
@@ -202,13 +220,15 @@ def roll_out(
 
     Args:
         transformer: Says what the blocks are.
-        conditions: What the videos are to show, B of them.
+        conditions: What the videos are to show, B of them; controls are those of the whole clip.
         noise: Of a clip, `(M, B, C, F, H, W)`; or of one frame after the other, `(M, B, C, 1, H, W)`.
         schedule: Takes M draws of noise.
         num_latent_frames: F, for noise that comes frame by frame; None goes on for as long as blocks are asked for, in
             memory of fixed size.
         initial_latents: First latent frames of the clip `(B, C, F', H, W)`, to be continued: whole blocks, or one
             frame, a picture.
+        control_latents: In the place of those of `conditions`: of one frame after the other, `(B, C', 1, H, W)`, each
+            taken when its block begins: where they end, the clip ends.
         cache_dtype: Of remembered keys and values: None is that of the passes, torch.int8 half of 16 bits.
         geometry: Of the checkpoint, for errors.
         settings: `negative_conditions` with `guidance_scale`, `attention_kwargs`, `on_step_end`, `skips_given_blocks`;
@@ -216,14 +236,22 @@ def roll_out(
 
     Raises:
         ValueError: If the noise does not have the draws that the steps take; if F does not divide into blocks; if
-            initial latents are neither whole blocks nor one frame, or leave nothing to sample; if there is no end and
-            no window or no blocks.
+            initial latents are neither whole blocks nor one frame, or leave nothing to sample; if controls are of
+            another length; if there is no end and no window or no blocks.
     """
     first, frames, num_of_noise = _frames_of_noise(noise, schedule)
     num_latent_frames, causal = num_of_noise or num_latent_frames, transformer.causal_config
     lengths = causal.iterate_block_lengths(num_latent_frames)
     if initial_latents is not None:
         causal.check_continues(initial_latents.shape[2], num_latent_frames, geometry)
+    if control_latents is None and conditions.control_latents is not None:
+        control_latents = conditions.control_latents.split(1, dim=2)
+        if num_latent_frames is not None and len(control_latents) != num_latent_frames:
+            raise ValueError(
+                f"control_latents must have the {num_latent_frames} latent frames of the clip, got "
+                f"{len(control_latents)}."
+            )
+    conditions = replace(conditions, control_latents=None)  # those of a pass are the block's
     timesteps = to_device(schedule.timesteps, first.device)
     rollout = Rollout(transformer, timesteps, conditions, schedule.sampler, **settings)
     # A one-block clip attends to itself alone: no cache, the stock computation.
@@ -235,7 +263,7 @@ def roll_out(
             device=first.device,
             dtype=cache_dtype,
         )
-    yield from rollout.run(frames, lengths, initial_latents)
+    yield from rollout.run(frames, lengths, initial_latents, control_latents)
 
 
 def _frames_of_noise(

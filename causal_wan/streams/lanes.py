@@ -10,7 +10,6 @@ window again, no more, and sees what an unbroken one would.
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 
 from causal_wan.data.sample_order import Interleaving
 from causal_wan.seeds import RandomPurpose, seeded_generator
-from causal_wan.streams.sources import Stream, StreamedRow, StreamedVideo
+from causal_wan.streams.sources import Stream, StreamedRow
 from causal_wan.video.opening import describe_error
 
 
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 MAX_REPLACEMENTS = 10
 MAX_EMPTY_PASSES = 100
 
-Decode = Callable[[Path | StreamedVideo, tuple[str, ...], int], dict[str, Any] | None]
+Decode = Callable[..., dict[str, Any] | None]  # of a video, its prompts, the sample's number, and controls
 
 
 class Place(NamedTuple):
@@ -198,8 +197,8 @@ class StreamedClips(Dataset):
     Args:
         streams: From `open_stream`.
         states: Where to go on; is told what is read.
-        decode: (video, prompts, sample number) -> video, prompt, num_valid_frames; or None, to leave a clip out
-            without a word; raises ValueError, OSError or av.FFmpegError if it cannot be used.
+        decode: (video, prompts, sample number, controls...) -> video, controls, prompt, num_valid_frames; or None, to
+            leave a clip out without a word; raises ValueError, OSError or av.FFmpegError if it cannot be used.
         seed: Of the order.
         start: Samples that the run has seen already.
         end: End of the run, in samples, all processes together.
@@ -273,7 +272,8 @@ class StreamedClips(Dataset):
             passes.add(place.epoch)
             try:
                 video = row.find_video(stream.dataset_base_path)
-                sample = self.decode(video, row.prompts, self.start + item)
+                controls = row.find_controls(stream.dataset_base_path)
+                sample = self.decode(video, row.prompts, self.start + item, *controls)
             except (ValueError, OSError, av.FFmpegError) as error:
                 errors.append(f"{row.name}: {describe_error(error)}")
                 continue

@@ -71,10 +71,11 @@ class StreamedRow:
     prompts: tuple[str, ...]  # those that are not blank, without white space around them
     follow_links: bool = False  # whether those in the folder of its file may lead out of it
     error: str | None = None  # why it cannot be used, if that is known already
+    controls: tuple[bytes | str | None, ...] = ()  # the videos that control it, like `video`
 
     @property
     def num_bytes(self) -> int:
-        return len(self.video or "")
+        return sum(len(video or "") for video in (self.video, *self.controls))
 
     def find_video(self, base: str | None) -> Path | StreamedVideo:
         """The clip.
@@ -89,13 +90,20 @@ class StreamedRow:
             raise ValueError(self.error)
         if not self.prompts:
             raise ValueError("the prompt is empty")
-        if isinstance(self.video, bytes) and self.video:
-            return StreamedVideo(self.video, self.name)
-        if isinstance(self.video, bytes):
+        return self._find(self.video, base)
+
+    def find_controls(self, base: str | None) -> list[Path | StreamedVideo]:
+        """The videos that control it; arguments and errors as in `find_video`."""
+        return [self._find(video, base) for video in self.controls]
+
+    def _find(self, video: bytes | str | None, base: str | None) -> Path | StreamedVideo:
+        if isinstance(video, bytes) and video:
+            return StreamedVideo(video, self.name)
+        if isinstance(video, bytes):
             raise ValueError("the file is empty")
-        if self.video and base is None:
+        if video and base is None:
             raise ValueError(NO_BASE)
-        return resolve_path(self.video, Path(base or ""), follow_links=self.follow_links)
+        return resolve_path(video, Path(base or ""), follow_links=self.follow_links)
 
 
 @dataclass(frozen=True)
@@ -139,17 +147,26 @@ class Stream:
             ) from error
 
     def _make_row(self, file: int, row: int, columns: dict[str, Any]) -> StreamedRow:
-        video, path = columns[self.source.video_column], None
-        if isinstance(video, dict):
-            path, video = video.get("path"), video.get("bytes")
-            if video is None and path and self._is_own_file(path):
-                video = HfFileSystem().cat_file(path)
+        (video, path), *controls = (self._read(columns[name]) for name in self.source.video_columns)
         name = f"row {row + 1} of file {file + 1} of {self.source.metadata_path}"
         if path:
             name += f" ({os.path.basename(path)})"
         prompts = tuple(prompt for column in self.source.caption_column for prompt in prompts_of(columns[column]))
-        video = path if video is None else video
-        return StreamedRow(file, row, name, video, prompts, self.source.follow_links, columns.get(ERROR))
+        return StreamedRow(
+            *(file, row, name, video, prompts),
+            follow_links=self.source.follow_links,
+            error=columns.get(ERROR),
+            controls=tuple(control for control, _ in controls),
+        )
+
+    def _read(self, value: dict[str, Any] | bytes | str | None) -> tuple[bytes | str | None, str | None]:
+        """The bytes of a video, or where it is if there are none; and its path, if it comes with one."""
+        if not isinstance(value, dict):
+            return value, None
+        path, content = value.get("path"), value.get("bytes")
+        if content is None and path and self._is_own_file(path):
+            content = HfFileSystem().cat_file(path)
+        return path if content is None else content, path
 
     def _is_own_file(self, path: str) -> bool:
         """Whether a path is a file in the hub's repository of this data set; no other address is opened."""
@@ -180,21 +197,21 @@ def open_stream(source: Source) -> Stream:
         causes = f"{error} {cause or ''}".strip()
         raise ValueError(f"{source.metadata_path} could not be opened as a stream: {causes}") from error
     check_columns(dataset.features or (), source)
-    if isinstance(dataset.features[source.video_column], Video):
-        dataset = dataset.cast_column(source.video_column, Video(decode=False))
-    _check_video(dataset.features.arrow_schema.field(source.video_column).type, source)
+    for name in source.video_columns:
+        if isinstance(dataset.features[name], Video):
+            dataset = dataset.cast_column(name, Video(decode=False))
+        _check_video(dataset.features.arrow_schema.field(name).type, name, source)
     check_captions(dataset.features.arrow_schema, source)
     errors = [ERROR] if ERROR in dataset.features else []
-    columns = dict.fromkeys([source.video_column, *source.caption_column, *errors])
-    return Stream(source, dataset.select_columns(list(columns)))
+    return Stream(source, dataset.select_columns([*source.columns, *errors]))
 
 
-def _check_video(kind: pa.DataType, source: Source) -> None:
+def _check_video(kind: pa.DataType, name: str, source: Source) -> None:
     is_video = pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
     if not (is_video or is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise ValueError(
-            f"{source.metadata_path} must hold videos in the column {source.video_column}, as Video, bytes or paths, "
-            f"but holds {kind}; name another with --video_column."
+            f"{source.metadata_path} must hold videos in the column {name}, as Video, bytes or paths, but holds "
+            f"{kind}; name another with {'--video_column' if name == source.video_column else '--control_column'}."
         )
 
 

@@ -34,14 +34,13 @@ def read_csv(path: Path, source: Source) -> pa.Table:
     Raises:
         ValueError: If the file is empty, no CSV, or lacks a column; names row and line.
     """
-    wanted = [source.video_column, *source.caption_column]
-    return read_delimited(path, list(dict.fromkeys(wanted)), partial(check_columns, source=source))
+    return read_delimited(path, source.columns, partial(check_columns, source=source))
 
 
 def read_jsonl(path: Path, source: Source) -> pa.Table:
     """The columns of a JSON lines file that a source names."""
     check = partial(check_columns, source=source)
-    return read_json_lines(path, texts=[source.video_column], lists=source.caption_column, check=check)
+    return read_json_lines(path, texts=source.video_columns, lists=source.caption_column, check=check)
 
 
 def read_json_lines(
@@ -133,14 +132,14 @@ def read_parquet(path: Path, source: Source) -> pa.Table:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             check_columns(schema.names, source)
-            if not is_text(schema.field(source.video_column).type):
-                raise ValueError(
-                    f"{path} must hold paths as text in the column {source.video_column}, but holds "
-                    f"{schema.field(source.video_column).type}; with videos in it, load it with `datasets`, save "
-                    "that with save_to_disk, and name its folder."
-                )
+            for name in source.video_columns:
+                if not is_text(kind := schema.field(name).type):
+                    raise ValueError(
+                        f"{path} must hold paths as text in the column {name}, but holds {kind}; with videos in it, "
+                        "load it with `datasets`, save that with save_to_disk, and name its folder."
+                    )
             check_captions(schema, source)
-            return file.read(columns=[source.video_column, *source.caption_column]).combine_chunks()
+            return file.read(columns=source.columns).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no Parquet file that can be read ({error}).") from None
 

@@ -29,10 +29,21 @@ class Source:
     dataset_base_path: LocalPath | None = None
     video_column: str = "video"
     caption_column: tuple[str, ...] = ("prompt",)
+    control_column: tuple[str, ...] = ()
     weight: PositiveFloat | None = None
     split: str = "train"
     revision: str | None = None
     follow_links: bool = False
+
+    @property
+    def video_columns(self) -> tuple[str, ...]:
+        """Of the videos: the clip, and those that control it."""
+        return (self.video_column, *self.control_column)
+
+    @property
+    def columns(self) -> list[str]:
+        """All that are read."""
+        return list(dict.fromkeys([*self.video_columns, *self.caption_column]))
 
 
 def check_columns(names: Iterable[str], source: Source) -> None:
@@ -41,7 +52,7 @@ def check_columns(names: Iterable[str], source: Source) -> None:
     Raises:
         ValueError: If not, or if one is there twice; names those there are.
     """
-    names, wanted = list(names), [source.video_column, *source.caption_column]
+    names, wanted = list(names), source.columns
     for name in wanted:
         if names.count(name) > 1:
             raise ValueError(
@@ -49,10 +60,12 @@ def check_columns(names: Iterable[str], source: Source) -> None:
                 "rename or remove the others."
             )
     if not set(wanted) <= set(names):
+        flags = "--video_column and --caption_column"
+        if source.control_column:
+            flags = "--video_column, --caption_column and --control_column"
         raise ValueError(
-            f"{source.metadata_path} must have the columns {source.video_column} and "
-            f"{' and '.join(source.caption_column)}, but has {', '.join(names)}; name yours with --video_column and "
-            "--caption_column."
+            f"{source.metadata_path} must have the columns {' and '.join(wanted)}, but has {', '.join(names)}; name "
+            f"yours with {flags}."
         )
 
 
@@ -160,10 +173,10 @@ def _parse_value(key: str, value: Any, where: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{where}: weight must be a number above 0, got {value!r}; leave the table out instead.")
         return float(value)
-    if key == "caption_column":
+    if key in ("caption_column", "control_column"):
         columns = value if isinstance(value, list) else [value]
         if not columns or not all(isinstance(column, str) for column in columns):
-            raise ValueError(f"{where}: caption_column must be a name or a list of names, got {value!r}.")
+            raise ValueError(f"{where}: {key} must be a name or a list of names, got {value!r}.")
         return tuple(columns)
     if key == "follow_links":
         if not isinstance(value, bool):

@@ -38,6 +38,7 @@ class TableRow:
         number: 1 is the first.
         video: A path, or the video itself.
         prompts: Those that are not blank, without white space around them.
+        controls: The videos that control it, like `video`.
         base: Folder that a path is relative to and must not leave; None where no path is allowed.
         follow_links: Whether links in that folder may lead out of it.
         error: Why the row cannot be used, if that is known already.
@@ -49,6 +50,7 @@ class TableRow:
     base: str | None = None
     follow_links: bool = False
     error: str | None = None
+    controls: tuple[str | EmbeddedVideo | None, ...] = ()
 
 
 class Table(Sequence[TableRow]):
@@ -89,14 +91,15 @@ class Table(Sequence[TableRow]):
     def _rows(self, start: int, end: int) -> Iterator[TableRow]:
         cells = self.cells[start:end]
         captions = zip(*(cells[name].to_pylist() for name in self.source.caption_column), strict=True)
-        videos = self._videos(cells[self.source.video_column], start)
+        videos, *controls = (self._videos(cells[name], name, start) for name in self.source.video_columns)
+        controls = zip(*controls, strict=True) if controls else [()] * len(cells)
         errors = cells[ERROR].to_pylist() if ERROR in cells.column_names else [None] * len(cells)
-        columns = zip(videos, captions, errors, strict=True)
-        for number, (video, texts, error) in enumerate(columns, start + 1):
+        columns = zip(videos, captions, errors, controls, strict=True)
+        for number, (video, texts, error, own) in enumerate(columns, start + 1):
             prompts = tuple(prompt for text in texts for prompt in prompts_of(text, has_json=self.has_json))
-            yield TableRow(number, video, prompts, self._base(video), self.source.follow_links, error)
+            yield TableRow(number, video, prompts, self._base(video), self.source.follow_links, error, own)
 
-    def _videos(self, column: pa.ChunkedArray, start: int) -> list[str | EmbeddedVideo | None]:
+    def _videos(self, column: pa.ChunkedArray, name: str, start: int) -> list[str | EmbeddedVideo | None]:
         if self.videos is None or is_text(column.type):
             return column.to_pylist()
         # Whether there are bytes is seen without reading them.
@@ -106,7 +109,7 @@ class Table(Sequence[TableRow]):
             if column.type.get_field_index("path") >= 0:
                 paths = pc.struct_field(column, "path").to_pylist()
         return [
-            EmbeddedVideo(self.videos, index, self.source.video_column, path or "") if is_there else path
+            EmbeddedVideo(self.videos, index, name, path or "") if is_there else path
             for index, (is_there, path) in enumerate(zip(content.is_valid().to_pylist(), paths, strict=True), start)
         ]
 
@@ -173,6 +176,11 @@ def read_table(source: Source) -> Table:
 
 def _read_folder(source: Source) -> Table:
     """Videos with texts beside them; another base folder may be given only to find them from there."""
+    if source.control_column:
+        raise ValueError(
+            f"control_column must name columns of a table, but {source.metadata_path} is a folder of videos and "
+            "texts; write a CSV with their paths."
+        )
     folder, base = source.metadata_path, source.dataset_base_path or source.metadata_path
     source = replace(source, video_column="video", caption_column=("prompt",))
     cells = read_pairs(Path(folder), follow_links=source.follow_links)
@@ -250,21 +258,22 @@ def _read_data_set(dataset: Dataset, source: Source, downloads: Sequence[str]) -
         downloads: Folders for paths, if the source names none.
     """
     check_columns(dataset.column_names, source)
-    column = source.video_column
-    feature = dataset.features[column]
-    if isinstance(feature, datasets.Video):
-        if feature.decode:
-            dataset = dataset.cast_column(column, datasets.Video(decode=False))
-    elif not (
-        (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary"))
-        or (isinstance(feature, dict) and "bytes" in feature)
-    ):
-        raise ValueError(
-            f"{source.metadata_path} must hold videos in the column {column}, as Video, bytes or paths, but holds "
-            f"{feature}; name another with --video_column."
-        )
+    for column in source.video_columns:
+        feature = dataset.features[column]
+        if isinstance(feature, datasets.Video):
+            if feature.decode:
+                dataset = dataset.cast_column(column, datasets.Video(decode=False))
+        elif not (
+            (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary"))
+            or (isinstance(feature, dict) and "bytes" in feature)
+        ):
+            flag = "--video_column" if column == source.video_column else "--control_column"
+            raise ValueError(
+                f"{source.metadata_path} must hold videos in the column {column}, as Video, bytes or paths, but holds "
+                f"{feature}; name another with {flag}."
+            )
     errors = [ERROR] if ERROR in dataset.column_names else []
-    cells = dataset.select_columns([column, *source.caption_column, *errors]).with_format("arrow")
+    cells = dataset.select_columns([*source.columns, *errors]).with_format("arrow")
     check_captions(dataset.features.arrow_schema, source)
     bases = downloads if source.dataset_base_path is None else [source.dataset_base_path]
-    return Table(cells, source, bases, videos=dataset.select_columns([column]).with_format(None))
+    return Table(cells, source, bases, videos=dataset.select_columns(list(source.video_columns)).with_format(None))

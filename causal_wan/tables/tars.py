@@ -129,40 +129,44 @@ def _ending(name: str, wanted: Sequence[str]) -> str | None:
     return max(endings, key=len, default=None)
 
 
-def read_clips(file: BinaryIO, video: str, captions: Sequence[str]) -> Iterator[dict[str, Any]]:
+def read_clips(
+    file: BinaryIO, video: str, captions: Sequence[str], controls: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """The clips of a tar, in its order.
 
     Args:
         file: Need not be seekable.
-        video: What the names of videos end in, without the first dot,
-        captions: and those of prompts: texts, or JSON with a text or a list of texts.
+        video: What the names of clips end in, without the first dot,
+        captions: those of prompts: texts, or JSON with a text or a list of texts,
+        controls: and those of the videos that control clips.
 
     Yields:
-        video: bytes and path, the name in the tar; for each of the captions a list of texts; `ERROR`, why the clip
-        cannot be used, or None.
+        For each of the videos bytes and path, the name in the tar; for each of the captions a list of texts; `ERROR`,
+        why the clip cannot be used, or None.
 
     Raises:
         ValueError: If the tar cannot be read to its end.
     """
-    wanted = list(dict.fromkeys([video, *captions]))
+    videos = [video, *controls]
+    wanted = list(dict.fromkeys([*videos, *captions]))
     pending: dict[str, Clip] = {}
     whole: set[str] = set()  # groups with a clip that WebDataset would see: what else is in them may be other parts
     for tar, member in _members(file):
         ending = _ending(member.name, wanted)
         group = _group(member.name)
         for clip in [clip for clip in pending.values() if clip.group != group]:
-            yield from _finish(pending.pop(clip.name), video, captions, whole)
+            yield from _finish(pending.pop(clip.name), videos, captions, whole)
         if ending is None:
             continue
         name = member.name[: -len(ending) - 1]
         whole = {group} & (whole | ({name} if ending == video else set()))
         clip = pending.setdefault(name, Clip(name, group))
-        _take(clip, ending, tar, member, is_video=ending == video)
+        _take(clip, ending, tar, member, is_video=ending in videos)
         if len(clip.parts) == len(wanted) or len(pending) > MAX_PENDING:
             oldest = clip if len(clip.parts) == len(wanted) else next(iter(pending.values()))
-            yield from _finish(pending.pop(oldest.name), video, captions, whole)
+            yield from _finish(pending.pop(oldest.name), videos, captions, whole)
     for clip in pending.values():
-        yield from _finish(clip, video, captions, whole)
+        yield from _finish(clip, videos, captions, whole)
 
 
 def _group(name: str) -> str:
@@ -191,8 +195,8 @@ def _take(clip: Clip, ending: str, tar: tarfile.TarFile, member: tarfile.TarInfo
     clip.parts[ending] = content
 
 
-def _finish(clip: Clip, video: str, captions: Sequence[str], whole: set[str]) -> Iterator[dict[str, Any]]:
-    if clip.group in whole and clip.name != clip.group and set(clip.parts) != {video, *captions}:
+def _finish(clip: Clip, videos: Sequence[str], captions: Sequence[str], whole: set[str]) -> Iterator[dict[str, Any]]:
+    if clip.group in whole and clip.name != clip.group and set(clip.parts) != {*videos, *captions}:
         return  # another part of the clip that the group is: a.raw.mp4 beside a.mp4 and a.txt
     texts = {}
     for name in captions:
@@ -201,13 +205,17 @@ def _finish(clip: Clip, video: str, captions: Sequence[str], whole: set[str]) ->
         except ValueError as error:
             texts[name], clip.error = None, clip.error or str(error).removesuffix(".")
     error = clip.error
-    if video not in clip.parts or not any(name in clip.parts for name in captions):
-        missing = video if video not in clip.parts else captions[0]
+    missing = next((name for name in videos if name not in clip.parts), None)
+    if missing is not None or not any(name in clip.parts for name in captions):
+        missing = missing or captions[0]
         error = error or (
             f"{clip.name} has no {missing} beside it in the tar; pack what belongs together one after another"
         )
-    content = clip.parts.get(video, b"") if error is None else None
-    yield {video: {"bytes": content, "path": f"{clip.name}.{video}"}, **texts, ERROR: error}
+    contents = {
+        name: {"bytes": clip.parts.get(name, b"") if error is None else None, "path": f"{clip.name}.{name}"}
+        for name in videos
+    }
+    yield {**contents, **texts, ERROR: error}
 
 
 def _texts(content: bytes, ending: str, name: str) -> list[str]:

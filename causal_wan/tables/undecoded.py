@@ -44,6 +44,7 @@ class TarsConfig(BuilderConfig):
 
     video_column: str = "mp4"
     caption_column: tuple[str, ...] = ("txt",)
+    control_column: tuple[str, ...] = ()
 
 
 class Tars(GeneratorBasedBuilder):
@@ -58,9 +59,10 @@ class Tars(GeneratorBasedBuilder):
 
     def _info(self) -> DatasetInfo:
         video = {"bytes": Value("binary"), "path": Value("string")}
+        videos = [self.config.video_column, *self.config.control_column]
         captions = dict.fromkeys(self.config.caption_column, List(Value("string")))
         return DatasetInfo(
-            features=Features({self.config.video_column: video, **captions, ERROR: Value("string")}),
+            features=Features({**dict.fromkeys(videos, video), **captions, ERROR: Value("string")}),
         )
 
     def _split_generators(self, dl_manager: DownloadManager) -> list[SplitGenerator]:
@@ -74,7 +76,8 @@ class Tars(GeneratorBasedBuilder):
         for number, name in enumerate(files):
             with open_tar(name) as file:
                 try:
-                    clips = read_clips(file, self.config.video_column, self.config.caption_column)
+                    endings = self.config
+                    clips = read_clips(file, endings.video_column, endings.caption_column, endings.control_column)
                     for row, clip in enumerate(clips):
                         yield Key(number, row), clip
                 except ValueError as error:
@@ -107,12 +110,12 @@ def load_undecoded(arguments: dict[str, Any], source: Source, *, streaming: bool
         data_files = DataFilesDict({split: builder.config.data_files[split]})
     else:
         data_files = {split: arguments["data_files"]}
-    columns = {"video_column": source.video_column, "caption_column": tuple(source.caption_column)}
+    columns = {name: vars(source)[name] for name in ("video_column", "caption_column", "control_column")}
     tars = Tars(hash="1", data_files=data_files, **columns)
     first = tars.config.data_files[split][0]
     try:
         with open_tar(first) as file:
-            endings = find_endings(file, [source.video_column, *source.caption_column])
+            endings = find_endings(file, source.columns)
     except ValueError as error:
         raise ValueError(f"{first}: {error}") from error
     check_columns(endings, source)

@@ -127,11 +127,12 @@ def apply_settings(run: Run) -> None:
     settings = optimizer_settings(run.config)
     for trainee in run.trainees.values():
         schedule = trainee.lr_scheduler.scheduler
-        schedule.base_lrs = [run.config.learning_rate] * len(schedule.base_lrs)
+        schedule.base_lrs = [scale * run.config.learning_rate for scale in trainee.rate_scales]
         factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
         schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
-        for group, rate in zip(trainee.optimizer.param_groups, schedule._last_lr, strict=True):
-            group.update(settings | {"lr": rate, "initial_lr": run.config.learning_rate})
+        rates = zip(schedule._last_lr, schedule.base_lrs, strict=True)
+        for group, (rate, base) in zip(trainee.optimizer.param_groups, rates, strict=True):
+            group.update(settings | {"lr": rate, "initial_lr": base})
         clip_as_set(trainee.optimizer, run.config)
 
 

@@ -40,6 +40,7 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None
+    rate_scales: tuple[float, ...] = (1.0,)  # learning rates of the optimizer's groups, over that of the config
     num_checked: int = 0  # first steps of this process that were checked to change weights
 
 

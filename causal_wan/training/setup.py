@@ -157,6 +157,8 @@ def prepare_run(
     models: Mapping[str, torch.nn.Module],
     trackers: Trackers | None = None,
     settings: dict[str, Any] | None = None,
+    *,
+    rate_scales: Mapping[str, float] | None = None,
 ) -> Run:
     """A run of models that are to be trained, prepared by accelerate and, when the config says so, resumed.
 
@@ -166,13 +168,14 @@ def prepare_run(
         models: To train, by role; the result is that of `STUDENT`.
         trackers: From `start_trackers`; without them metrics.jsonl is all that is written.
         settings: Of the whole run, as a recipe: kept in checkpoints.
+        rate_scales: Learning rates of some weights over that of the others, by how their names begin.
 
     Raises:
         ValueError: If the strategy cannot do what is asked for, or the checkpoint to resume does not fit.
     """
     check_strategy_can(accelerator, config, num_models=len(models))
     has_frozen_weights = any(not weight.requires_grad for model in models.values() for weight in model.parameters())
-    trainees = {role: prepare_trainee(accelerator, config, model) for role, model in models.items()}
+    trainees = {role: prepare_trainee(accelerator, config, model, rate_scales or {}) for role, model in models.items()}
     run = Run(accelerator, config, trainees, RunState(), MetricSums(), trackers or Trackers(), settings)
     accelerator.register_for_checkpointing(run.state, run.metrics)
     unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -216,9 +219,13 @@ def check_strategy_can(accelerator: Accelerator, config: TrainingConfig, *, num_
         )
 
 
-def prepare_trainee(accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module) -> Trainee:
-    """A model with its optimizer, schedule and average, prepared by accelerate."""
-    optimizer = make_optimizer(trainable_parameters(model), config)
+def prepare_trainee(
+    accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module, rate_scales: Mapping[str, float]
+) -> Trainee:
+    """A model with its optimizer, schedule and average, prepared by accelerate; see `prepare_run`."""
+    groups = group_parameters(model, rate_scales)
+    parameters = [{"params": group, "lr": scale * config.learning_rate} for scale, group in groups]
+    optimizer = make_optimizer(parameters, config)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
         optimizer=optimizer,
@@ -234,7 +241,7 @@ def prepare_trainee(accelerator: Accelerator, config: TrainingConfig, model: tor
     unwrapped_model, ema = accelerator.unwrap_model(model), None
     if config.use_ema:
         ema = EMAModel(trainable_parameters(unwrapped_model), decay=config.ema_decay)
-    return Trainee(model, unwrapped_model, optimizer, lr_scheduler, ema)
+    return Trainee(model, unwrapped_model, optimizer, lr_scheduler, ema, tuple(scale for scale, _ in groups))
 
 
 def check_optimizer(config: TrainingConfig) -> None:
@@ -252,8 +259,21 @@ def check_optimizer(config: TrainingConfig) -> None:
             ) from None
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, in 8 bits on demand."""
+def group_parameters(
+    model: torch.nn.Module, rate_scales: Mapping[str, float]
+) -> list[tuple[float, list[torch.nn.Parameter]]]:
+    """The trainable parameters by learning rate, over that of the config; `rate_scales` are those of `prepare_run`."""
+    groups: dict[str, list[torch.nn.Parameter]] = {"": [], **{start: [] for start in rate_scales}}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[next((start for start in rate_scales if name.startswith(start)), "")].append(parameter)
+    return list(zip((1.0, *rate_scales.values()), groups.values(), strict=True))
+
+
+def make_optimizer(
+    parameters: list[torch.nn.Parameter] | list[dict[str, Any]], config: TrainingConfig
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, or groups of them as torch has them; in 8 bits on demand."""
     settings = optimizer_settings(config)
     if config.optimizer == "adamw8bit":
         import bitsandbytes

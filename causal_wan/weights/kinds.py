@@ -70,7 +70,7 @@ def check_kind(
         raise ValueError(f"{base} must be a text-to-video model of WAN, but it is {kind}; use {TEXT_TO_VIDEO}.")
     if vae is None or "in_channels" not in transformer:
         return
-    num_latent, num_in = vae.get("z_dim", WAN.channels), transformer["in_channels"]
+    num_latent, num_in = vae.get("z_dim", WAN.channels), transformer["in_channels"] // _num_inputs(transformer)
     if num_latent != num_in:
         raise ValueError(
             f"transformer and VAE of {base} must have the same latent channels, but have {num_in} and {num_latent}: "
@@ -94,9 +94,14 @@ def _other_kind(transformer: Mapping[str, Any], pipeline: Mapping[str, Any]) -> 
     num_in, num_out = (transformer.get(name, WAN.channels) for name in ("in_channels", "out_channels"))
     if transformer.get("image_dim") is not None or transformer.get("added_kv_proj_dim") is not None:
         return f"an image-to-video model that sees its picture through CLIP ({num_in} input channels)"
-    if num_in != num_out:
+    if num_in != num_out * _num_inputs(transformer):
         return f"a model of {num_in} input and {num_out} output channels, so that it needs pictures or controls"
     return None
+
+
+def _num_inputs(transformer: Mapping[str, Any]) -> int:
+    """How many videos a transformer is given: the noisy one, and those that control a student."""
+    return 1 + len(transformer.get("control_names") or ())
 
 
 def _read_config(

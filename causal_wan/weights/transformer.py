@@ -1,6 +1,7 @@
 """The transformer of a checkpoint: found, loaded as a causal one, saved."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from diffusers import BitsAndBytesConfig
 
 from causal_wan.blocks import CausalConfig
+from causal_wan.model.control import widen_for_controls
 from causal_wan.model.transformer import CausalWanTransformer3DModel, whole_config
 from causal_wan.progress import announced
 from causal_wan.weights.parts import find_transformer
@@ -19,6 +21,7 @@ def load_transformer(
     causal: CausalConfig | None,
     *,
     generator_ckpt: str | None = None,
+    control_names: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     device: torch.device | str = "cpu",
@@ -32,6 +35,7 @@ def load_transformer(
         causal: Its blocks and what they see; None is what its own config says.
         generator_ckpt: Weights to start from in the place of the base model's: a diffusers transformer folder, a
             folder with a `transformer` folder in it (the result of a run), or a safetensors file in diffusers' names.
+        control_names: Of the control videos that it is to follow; None are those of its own config.
         dtype: Of the weights; time embedding, tables and norms stay float32 as in diffusers.
         revision: Of a hub repository.
         device: Where the weights go, one after another; there is no whole copy elsewhere.
@@ -40,12 +44,12 @@ def load_transformer(
             that get them from another.
 
     Raises:
-        ValueError: If `generator_ckpt` does not fit; names the first keys that do not.
+        ValueError: If `generator_ckpt` does not fit; names the first keys that do not. If it follows other controls.
     """
     settings = {} if causal is None else causal.as_dict()
     where = find_transformer(pretrained_model_name_or_path, generator_ckpt, revision)
     if empty:
-        return _empty_transformer(where, dtype, settings)
+        return _empty_transformer(where, dtype, settings, control_names)
     with announced(f"loading the transformer of {where['pretrained_model_name_or_path']}"):
         transformer = CausalWanTransformer3DModel.from_pretrained(
             **where,
@@ -58,6 +62,8 @@ def load_transformer(
         transformer.requires_grad_(quantization is None)  # loaded straight to a device, weights may come frozen
         if generator_ckpt is not None and Path(generator_ckpt).is_file():
             load_generator_file(transformer, generator_ckpt)
+    if control_names is not None:
+        widen_for_controls(transformer, control_names)
     return transformer
 
 
@@ -71,12 +77,17 @@ def load_transformer_config(
 
 
 def _empty_transformer(
-    where: dict[str, str | None], dtype: torch.dtype, settings: dict[str, Any]
+    where: dict[str, str | None],
+    dtype: torch.dtype,
+    settings: dict[str, Any],
+    control_names: Sequence[str] | None,
 ) -> CausalWanTransformer3DModel:
     """A transformer of the dtypes that `from_pretrained` gives, whose weights are not set; its config changed so."""
     model_class = CausalWanTransformer3DModel
     with torch.device("meta"):
         transformer = model_class.from_config(model_class.load_config(**where), **settings)
+        if control_names is not None:
+            widen_for_controls(transformer, control_names)
     transformer.to_empty(device="cpu")
     config = transformer.config
     transformer.rope = type(transformer.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)

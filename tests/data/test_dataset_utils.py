@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import dataset_utils
 from causal_wan.data.buckets import clip_shapes, order_samples
-from causal_wan.data.clips import VideoDataset, augment_video, build_video_transform, normalize_videos
+from causal_wan.data.clips import VideoDataset, augment_videos, build_video_transform, normalize_videos
 from causal_wan.data.descriptions import describe_flip, describe_rows, describe_speed_up
 from causal_wan.data.frames import sample_frame_indices
 from causal_wan.data.rows import Row, load_rows
@@ -552,19 +552,21 @@ def test_augmentations_are_the_same_in_all_frames_and_follow_the_generator(folde
     settings = config(folder, horizontal_flip=0.5, color_jitter=(0.3, 0.3, 0.3, 0.1))
     frame = torch.randint(0, 255, (3, 1, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     video = frame.expand(3, 5, 32, 48).clone()
-    results = [augment_video(video, settings, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    results = [augment_videos([video], settings, torch.Generator().manual_seed(seed))[0] for seed in range(20)]
     for result in results:
         assert (result == result[:, :1]).all()
     assert len({tuple(result.flatten().tolist()) for result in results}) == 20
-    assert torch.equal(results[3], augment_video(video, settings, torch.Generator().manual_seed(3)))
-    assert torch.equal(augment_video(video, config(folder), torch.Generator()), video)
+    assert torch.equal(results[3], augment_videos([video], settings, torch.Generator().manual_seed(3))[0])
+    assert torch.equal(augment_videos([video], config(folder), torch.Generator())[0], video)
 
 
 def test_half_of_the_clips_are_mirrored(folder):
     video = torch.zeros(3, 2, 16, 16, dtype=torch.uint8)
     video[..., :8] = 255
     settings = config(folder, horizontal_flip=0.5)
-    mirrored = [int(augment_video(video, settings, torch.Generator().manual_seed(s))[0, 0, 0, 0]) for s in range(200)]
+    mirrored = [
+        int(augment_videos([video], settings, torch.Generator().manual_seed(s))[0][0, 0, 0, 0]) for s in range(200)
+    ]
     assert 70 < mirrored.count(0) < 130
 
 

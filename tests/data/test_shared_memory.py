@@ -197,14 +197,14 @@ def test_a_bus_error_is_told_from_a_kill(clips):
 
 
 def hang_at_row_4(monkeypatch):
-    load_video = causal_wan.data.clips.load_video
+    load_videos = causal_wan.data.clips.load_videos
 
     def hang(row, *arguments):
         if row.video.name == "3.mp4" and torch.utils.data.get_worker_info() is not None:
             time.sleep(600)
-        return load_video(row, *arguments)
+        return load_videos(row, *arguments)
 
-    monkeypatch.setattr(causal_wan.data.clips, "load_video", hang)
+    monkeypatch.setattr(causal_wan.data.clips, "load_videos", hang)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

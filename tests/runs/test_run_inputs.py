@@ -24,7 +24,7 @@ from causal_wan.runs.trajectory_data import TrajectoryData, load_trajectory_data
 
 CONFIG = SimpleNamespace(
     training=SimpleNamespace(seed=3),
-    data=SimpleNamespace(geometry=WAN),
+    data=SimpleNamespace(geometry=WAN, control_column=()),
     model=SimpleNamespace(max_sequence_length=5),
     method=RegressionConfig(num_frame_per_block=1),
     compile=False,

@@ -1,0 +1,100 @@
+"""Control videos: their latents are input channels of the transformer beside the noisy ones.
+
+The patch embedding is widened by zeros, so that a student begins exactly as its base. A latent of zeros is no control.
+WAN's VAE is causal, so the controls of a block are known as soon as its frames are.
+
+Shapes: B = batch, C = latent channels, C' = K C those of K controls, F = latent frames, H, W = latent height and
+width.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def with_controls(latents: torch.Tensor, control_latents: torch.Tensor | None, in_channels: int) -> torch.Tensor:
+    """Latents `(B, C, F, H, W)` and those of their controls `(B, C', F, H, W)` -> `(B, C + C', F, H, W)`.
+
+    Args:
+        latents: Noisy or clean ones.
+        control_latents: None is no control.
+        in_channels: C + C'.
+
+    Raises:
+        ValueError: If the controls are those of other frames, or not as many as the transformer takes.
+    """
+    batch_size, channels, *size = latents.shape
+    shape = (batch_size, in_channels - channels, *size)
+    if control_latents is None:
+        control_latents = latents.new_zeros(shape)
+    if control_latents.shape != shape:
+        raise ValueError(
+            f"control_latents must have the shape {shape}, all controls of these frames, got "
+            f"{tuple(control_latents.shape)}."
+        )
+    return torch.cat([latents, control_latents.to(latents.dtype)], dim=1)
+
+
+def widen_for_controls(transformer: Any, names: Sequence[str]) -> None:
+    """Lets a transformer take control videos: more input channels, whose weights are zeros.
+
+    Args:
+        transformer: A `CausalWanTransformer3DModel`, changed in place. One that takes these controls already stays.
+        names: Of the controls, in their order.
+
+    Raises:
+        ValueError: If it takes other controls.
+
+    Source: Zero-initialised inputs as in ControlNet, arXiv 2302.05543, section 3.1, on the first layer alone.
+    """
+    config = transformer.config
+    check_controls(config, names)
+    if tuple(config.control_names or ()) == tuple(names):
+        return
+    narrow = transformer.patch_embedding
+    num_new = len(names) * config.in_channels
+    wide = type(narrow)(
+        config.in_channels + num_new,
+        narrow.out_channels,
+        narrow.kernel_size,
+        narrow.stride,
+        device=narrow.weight.device,
+        dtype=narrow.weight.dtype,
+    )
+    zeros = narrow.weight.new_zeros(narrow.out_channels, num_new, *narrow.kernel_size)
+    wide.weight = torch.nn.Parameter(torch.cat([narrow.weight.detach(), zeros], dim=1))
+    wide.bias = narrow.bias
+    wide.weight.requires_grad_(narrow.weight.requires_grad)
+    transformer.patch_embedding = wide
+    transformer.register_to_config(in_channels=wide.in_channels, control_names=list(names))
+
+
+def with_control_names(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The config of a transformer after `widen_for_controls`.
+
+    Raises:
+        ValueError: If it takes other controls.
+    """
+    check_controls(config, names)
+    if tuple(config.get("control_names") or ()) == tuple(names):
+        return dict(config)
+    return {**config, "in_channels": config["in_channels"] * (1 + len(names)), "control_names": list(names)}
+
+
+def check_controls(config: Any, names: Sequence[str]) -> None:
+    """Checks that a transformer can be given these controls: that it has none yet, or these.
+
+    Args:
+        config: Of the transformer.
+        names: Of the controls, in their order.
+
+    Raises:
+        ValueError: If not.
+    """
+    own = tuple(config.get("control_names") or ())
+    if own and own != tuple(names):
+        raise ValueError(
+            f"control_column must be the controls that the student takes already, in their order, {' '.join(own)}, "
+            f"got {' '.join(names) or 'none'}."
+        )

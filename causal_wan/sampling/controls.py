@@ -1,0 +1,97 @@
+"""Control videos of a pipeline's call -> latents, frame by frame as the video is sampled.
+
+Shapes: B = batch, C' = channels of all controls, H, W = latent height and width, t = video frames of a latent frame.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import PIL.Image
+import PIL.ImageOps
+import torch
+from diffusers import WanPipeline
+
+from causal_wan.model.streaming_vae import StreamingEncoder
+
+
+def prepare_controls(
+    pipeline: WanPipeline,
+    control: Mapping[str, Any] | None,
+    shape: tuple[int, int, int],
+    num_frames: int | None,
+) -> Iterator[torch.Tensor] | None:
+    """Latents of the controls `(B, C', 1, H, W)`, of one latent frame after the other, each encoded when asked for.
+
+    Args:
+        pipeline: Its VAE encodes them; its transformer says which there are. Those that are not given are zeros.
+        control: Videos by the names of the controls; see `CausalWanPipeline.__call__`.
+        shape: (B, height, width).
+        num_frames: Of the video; None is without end, or until a control ends.
+
+    Raises:
+        ValueError: If the student has no such control, or a video is too short, or there is neither one nor B.
+    """
+    if control is None:
+        return None
+    names = tuple(pipeline.transformer.config.control_names or ())
+    if unknown := [name for name in control if name not in names]:
+        raise ValueError(
+            f"control must have names of controls that the student was trained with, {', '.join(names) or 'none'}, "
+            f"got {', '.join(unknown)}."
+        )
+    sources = {name: _frames(pipeline, video, name, shape, num_frames) for name, video in control.items()}
+    return _encode(pipeline, sources, names, shape)
+
+
+def _frames(
+    pipeline: WanPipeline, video: Any, name: str, shape: tuple[int, int, int], num_frames: int | None
+) -> Iterator[torch.Tensor]:
+    """The frames of a control in [-1, 1], `(1 or B, 3, 1, height, width)` each."""
+    batch_size, height, width = shape
+    if isinstance(video, Iterator):
+        return (as_pixels(pipeline, [frame], height, width) for frame in video)
+    pixels = as_pixels(pipeline, video, height, width)
+    if len(pixels) not in (1, batch_size):
+        raise ValueError(f"control {name} must be one video, or one for each of {batch_size}, got {len(pixels)}.")
+    if num_frames is not None and pixels.shape[2] < num_frames:
+        raise ValueError(f"control {name} must have the {num_frames} frames of the video, got {pixels.shape[2]}.")
+    return iter(pixels[:, :, :num_frames].split(1, dim=2))
+
+
+def as_pixels(pipeline: WanPipeline, video: Any, height: int, width: int) -> torch.Tensor:
+    """Videos in [-1, 1], `(B, 3, T, height, width)`; frames that are PIL images are scaled and cut as clips are.
+
+    Args:
+        pipeline: Its video processor takes any form of frames.
+        video: One video or a list of B.
+        height, width: Pixels.
+    """
+    is_list = isinstance(video, list | tuple)
+    if is_list and video and all(isinstance(frame, PIL.Image.Image) for frame in video):
+        video = [PIL.ImageOps.fit(frame.convert("RGB"), (width, height)) for frame in video]
+    elif is_list and video and all(isinstance(frames, list | tuple) for frames in video):
+        return torch.cat([as_pixels(pipeline, frames, height, width) for frames in video])
+    return pipeline.video_processor.preprocess_video(video, height=height, width=width)
+
+
+def _encode(
+    pipeline: WanPipeline, sources: Mapping[str, Iterator[torch.Tensor]], names: tuple[str, ...], shape: tuple
+) -> Iterator[torch.Tensor]:
+    batch_size, height, width = shape
+    channels, _, *size = pipeline.geometry.latent_shape(1, height, width)
+    device = pipeline._execution_device
+    none = torch.zeros(batch_size, channels, 1, *size, device=device)
+    encoders = {name: StreamingEncoder(pipeline.vae) for name in sources}
+    while True:
+        parts = []
+        for name in names:
+            if name not in sources:
+                parts.append(none)
+                continue
+            frames = list(itertools.islice(sources[name], encoders[name].num_wanted))
+            if len(frames) < encoders[name].num_wanted:
+                return
+            latents = encoders[name].encode(torch.cat(frames, dim=2)).to(device)
+            parts.append(latents.expand(batch_size, -1, -1, -1, -1))
+        yield torch.cat(parts, dim=1)
