@@ -67,6 +67,10 @@ class Config:
     """Column with the path of the video."""
     caption_column: tuple[str, ...] = ("prompt",)
     """Column with the prompt; of several the first that is not empty is sampled."""
+    control_column: tuple[str, ...] | None = None
+    """Columns with the videos that the student follows; None is as in its training."""
+    control: Literal["given", "none"] = "given"
+    """none: a student that was trained with controls is measured without them."""
     output_dir: LocalPath = "outputs/evaluation"
     """Folder of the result."""
     num_samples: PositiveInt = 16
@@ -127,10 +131,10 @@ import torch
 from diffusers import WanPipeline
 from tqdm.auto import tqdm
 
-from causal_wan.data.clips import load_video, normalize_videos
+from causal_wan.data.clips import normalize_videos
 from causal_wan.data.rows import load_rows
 from causal_wan.evaluation.figures import Judges, Sample, measure, measure_clips
-from causal_wan.evaluation.heldout_loss import heldout_statistics, summarize_heldout_loss
+from causal_wan.evaluation.heldout_loss import HeldOutClip, heldout_statistics, summarize_heldout_loss
 from causal_wan.evaluation.learned_metrics import ClipScore, load_lpips
 from causal_wan.evaluation.report import write_metrics, write_report, write_videos
 from causal_wan.evaluation.vbench_export import VBenchExport, read_vbench_prompts
@@ -141,7 +145,13 @@ from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut
 from causal_wan.model.vae import check_video_size, encode_videos
 from causal_wan.progress import PATIENCE, announced, show_progress
 from causal_wan.results.run_record import RunRecord, base_of, find_run
-from causal_wan.results.student import SamplingSettings, choose_device, load_student, resolve_settings
+from causal_wan.results.student import (
+    SamplingSettings,
+    choose_device,
+    find_control_names,
+    load_student,
+    resolve_settings,
+)
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.rollout import Rollout
 from causal_wan.seeds import noise_generator
@@ -181,14 +191,15 @@ def main(config: Config) -> None:
     lengths = student.transformer.block_lengths(student.geometry.num_latent_frames(shape.num_frames))
     starts = first_frames_of_blocks(lengths, student.geometry)
     with user_errors():
-        clips = [load_video(row, shape, data, torch.Generator()) for row in show_progress(rows, desc="clips")]
-    targets = [clip.movedim(0, 1) / 255 for clip, _ in clips]
+        clips = [HeldOutClip.load(row, data) for row in show_progress(rows, desc="clips")]
+    targets = [clip.video.movedim(0, 1) / 255 for clip in clips]
 
-    first_frames = [clip[:, :1] for clip, _ in clips] if gives_first_frames(config, run, notes) else None
-    sample = partial(sample_student, settings, config, config.seed, first_frames=first_frames)
+    gives_frames = gives_first_frames(config, run, notes)
+    note_controls(data, config, notes)
+    sample = partial(sample_student, settings, config, config.seed, clips=clips, gives_first_frames=gives_frames)
     results = {"student": sample_all(student, prompts, sample, device)}
     seed = config.seed if run is None or run.seed is None else run.seed
-    heldout_loss = measure_loss(student, clips, prompts, method_to_measure(config, run), settings, seed=seed)
+    heldout_loss = measure_loss(student, clips, method_to_measure(config, run), settings, seed=seed)
     if config.num_base_steps:
         student.to("cpu")
         base = partial(sample_base, settings, config)
@@ -263,8 +274,35 @@ def data_config(config: Config, run: RunRecord | None, settings: SamplingSetting
         num_frames=settings.num_frames,
         height=settings.height,
         width=settings.width,
+        control_column=control_columns(config, run),
+        control_dropout=0.0,
     )
     return data.for_validation()
+
+
+def control_columns(config: Config, run: RunRecord | None) -> tuple[str, ...]:
+    """The columns with the videos that the student is to follow.
+
+    Raises:
+        ValueError: If they are not as many as it has controls.
+    """
+    names = find_control_names(config.checkpoint, run)
+    if config.control_column is not None and len(config.control_column) != len(names):
+        raise ValueError(
+            f"control_column must name a column for each control of the student, {' '.join(names) or 'which has none'}"
+            f", got {' '.join(config.control_column)}."
+        )
+    return () if config.control == "none" else config.control_column or names
+
+
+def note_controls(data: DataConfig, config: Config, notes: list[str]) -> None:
+    """Notes that the student is given controls, or that it is not."""
+    if data.control_column:
+        notes.append(f"the student follows the videos of {' and '.join(data.control_column)}")
+    elif config.control == "none":
+        notes.append("the student is given no controls")
+    if data.control_column or config.control == "none":
+        print(f"note      {notes[-1]}")
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -294,7 +332,8 @@ def sample_student(
     number: int,
     prompt: str,
     *,
-    first_frames: Sequence[torch.Tensor] | None = None,
+    clips: Sequence[HeldOutClip] | None = None,
+    gives_first_frames: bool = False,
 ) -> Sample:
     """A video as the student is sampled, block by block.
 
@@ -305,7 +344,8 @@ def sample_student(
         pipeline: The student.
         number: Of the prompt.
         prompt: What to show.
-        first_frames: What the videos begin with, by number, uint8 `(3, 1, height, width)`; None is nothing.
+        clips: Whose controls the videos follow, by number; None is none.
+        gives_first_frames: Whether the videos begin with the first frames of these clips.
     """
     device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
     texts = [prompt, ""] if config.student_guidance_scale > 1 else [prompt]
@@ -330,11 +370,13 @@ def sample_student(
 
     _reset_peak_memory(device)
     start = time.perf_counter()
-    given = None
-    if first_frames is not None:
-        given = encode_videos(pipeline.vae, normalize_videos(first_frames[number][None].to(device)))
+    given = controls = None
+    if gives_first_frames:
+        given = encode_videos(pipeline.vae, normalize_videos(clips[number].video[None, :, :1].to(device)))
+    if clips is not None:
+        controls = clips[number].control_latents(pipeline.vae, device)
     latents = pipeline.sample_latents(
-        Conditions(prompt_embeds=prompt_embeds[:1]),
+        Conditions(prompt_embeds=prompt_embeds[:1], control_latents=controls),
         noise,
         *steps,
         sampler=settings.sampler,
@@ -432,8 +474,7 @@ def method_to_measure(config: Config, run: RunRecord | None) -> RegressionConfig
 
 def measure_loss(
     student: CausalWanPipeline,
-    clips: list[tuple[torch.Tensor, int]],
-    prompts: list[str],
+    clips: list[HeldOutClip],
     method: RegressionConfig,
     settings: SamplingSettings,
     *,
@@ -441,7 +482,7 @@ def measure_loss(
 ) -> dict[str, Any]:
     """The student's loss on the clips by level, with the draws that a run of that seed validates with."""
     length = settings.max_sequence_length
-    sums = heldout_statistics(student, clips, prompts, method, seed=seed, max_sequence_length=length)
+    sums = heldout_statistics(student, clips, method, seed=seed, max_sequence_length=length)
     return summarize_heldout_loss(sums, method.levels(), bin_width=method.bin_width)
 
 

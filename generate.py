@@ -39,6 +39,7 @@ from causal_wan.config.ranges import (
     checked_dataclass,
 )
 from causal_wan.config.settings import KVCacheDtype
+from causal_wan.data.settings import DataConfig
 from causal_wan.timesteps import Sampler
 
 
@@ -69,6 +70,9 @@ class Config:
     image: LocalPath | None = None
     """A picture that the video begins with, cut to the clip's shape; for students that were trained with
     --first_frame_probability. A prompts_file may name one for each prompt in a column `image`."""
+    control: tuple[LocalPath, ...] = ()
+    """Videos that the student follows, in the order of its controls (--control_column of its training); `none` leaves
+    one out. A prompts_file may name them for each prompt, in columns of the controls' names."""
     num_video_frames: PositiveInt | None = None
     """How many of its frames; None is as many as make whole blocks, and at most half of the clip."""
     output: LocalPath = "out.mp4"
@@ -135,15 +139,22 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from causal_wan.data.clips import build_video_transform
+from causal_wan.data.clips import build_video_transform, load_video
 from causal_wan.data.frames import last_frame_indices
+from causal_wan.data.rows import Row, check_length
 from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
 from causal_wan.model.vae import check_video_size
 from causal_wan.processes import wait_for_all
 from causal_wan.progress import announced
 from causal_wan.results.run_record import RunRecord, find_run
-from causal_wan.results.student import SamplingSettings, choose_device, load_student, resolve_settings
+from causal_wan.results.student import (
+    SamplingSettings,
+    choose_device,
+    find_control_names,
+    load_student,
+    resolve_settings,
+)
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.seeds import noise_generator
 from causal_wan.tables.prompts import PromptRow, read_prompt_rows
@@ -161,9 +172,9 @@ def main(config: Config) -> None:
     state = PartialState(cpu=config.device == "cpu" or not torch.accelerator.is_available())
     with user_errors():
         device, dtype = choose_device(config.device or str(state.device), config.dtype)
-        wanted = read_prompts(config)
-        check_output(config)
         run = find_run(config.checkpoint, config.pretrained_model_name_or_path)
+        wanted = read_prompts(config, find_control_names(config.checkpoint, run))
+        check_output(config)
         settings = resolve_settings(
             run,
             student=config.checkpoint,
@@ -177,6 +188,9 @@ def main(config: Config) -> None:
             kv_cache_dtype=config.kv_cache_dtype,
         )
         check_images(wanted, run, settings)
+        data = clips_of(run, settings)
+        for row in wanted:
+            find_controls(row, data)
         pipeline = load_pipeline(config, run, settings, dtype)
         beginning = read_frames_to_continue(config, settings, pipeline)
     if state.is_main_process:
@@ -192,6 +206,7 @@ def main(config: Config) -> None:
     with tqdm(total=total, desc="steps", dynamic_ncols=True, disable=not state.is_main_process) as progress:
         for count, (number, (row, path)) in enumerate(own):
             given = beginning if row.image is None else {"image": read_image(row.image, settings)}
+            given |= {"control": read_controls(row, data)} if row.controls else {}
             blocks = sample(pipeline, row.prompt, number, settings, config, given, progress)
             with saying_what_is_kept(path, count):
                 first, rate = write_blocks(blocks, path, config, progress, count_parts(settings))
@@ -256,7 +271,7 @@ def sample(
         number: Of the prompt; says which noise.
         settings: Of sampling.
         config: Of the script.
-        given: The beginning, as an argument of the pipeline.
+        given: What the video begins with and follows, as arguments of the pipeline.
         progress: Is told of each step.
     """
 
@@ -399,24 +414,84 @@ def read_image(path: str, settings: SamplingSettings) -> PIL.Image.Image:
     return PIL.Image.fromarray(frame.movedim(0, -1).numpy())
 
 
-def read_prompts(config: Config) -> list[PromptRow]:
-    """The prompts to sample, and the pictures that their videos begin with.
+def clips_of(run: RunRecord | None, settings: SamplingSettings) -> DataConfig:
+    """How clips were shown in training, in the size of the videos."""
+    size = {"num_frames": settings.num_frames, "height": settings.height, "width": settings.width}
+    return replace(DataConfig() if run is None else run.data, **size).for_validation()
+
+
+def find_controls(row: PromptRow, data: DataConfig) -> dict[str, Row]:
+    """The videos that control a prompt's, by name, as rows that `load_video` takes.
 
     Raises:
-        ValueError: If the file is not there or has no prompt; if there are two pictures, or a picture and a video.
+        ValueError: If one cannot be read, or is too short.
     """
+    found = {}
+    for name, path in row.controls.items():
+        with naming_video(path, f"control {name}"):
+            found[name] = Row(0, Path(path), (), *probe_video(Path(path)))
+            check_length(found[name], data.num_frames, data)
+    return found
+
+
+def read_controls(row: PromptRow, data: DataConfig) -> dict[str, list[PIL.Image.Image]]:
+    """The frames of these videos, chosen and cut as those of clips are in training.
+
+    Raises:
+        ValueError: If one does not decode.
+    """
+    frames = {}
+    for name, control in find_controls(row, data).items():
+        with naming_video(control.video, f"control {name}"):
+            video, _ = load_video(control, data.shape, data, torch.Generator())
+        frames[name] = [PIL.Image.fromarray(frame) for frame in video.permute(1, 2, 3, 0).numpy()]
+    return frames
+
+
+def name_controls(config: Config, names: Sequence[str]) -> dict[str, str]:
+    """The videos of `--control` by the names of the student's controls.
+
+    Raises:
+        ValueError: If there are more of them.
+    """
+    if len(config.control) > len(names):
+        raise ValueError(
+            f"control must be a video for each control of the student, {' '.join(names) or 'which has none'}, got "
+            f"{len(config.control)}."
+        )
+    return {name: path for name, path in zip(names, config.control, strict=False) if path != "none"}
+
+
+def read_prompts(config: Config, names: Sequence[str]) -> list[PromptRow]:
+    """The prompts to sample, and what their videos begin with and follow.
+
+    Args:
+        config: Of the script.
+        names: Of the student's controls.
+
+    Raises:
+        ValueError: If the file is not there or has no prompt; if there are two pictures, or a picture and a video; if
+            there are more controls than the student has.
+    """
+    controls = name_controls(config, names)
     if config.prompt is not None:
         if not config.prompt.strip():
             raise ValueError("at least one prompt must not be empty; got none.")
-        return [PromptRow(prompt=config.prompt.strip(), image=config.image)]
-    rows = read_prompt_rows(config.prompts_file)[: config.num_prompts]
+        return [PromptRow(prompt=config.prompt.strip(), image=config.image, controls=controls)]
+    rows = read_prompt_rows(config.prompts_file, names)[: config.num_prompts]
     if any(row.image for row in rows) and (config.image or config.video):
         raise ValueError(
             f"a video has one beginning, but {config.prompts_file} has a column image; leave out --image and --video."
         )
     folder = Path(config.prompts_file).parent
-    images = [config.image if row.image is None else str(folder / row.image) for row in rows]
-    return [replace(row, image=image) for row, image in zip(rows, images, strict=True)]
+    return [
+        replace(
+            row,
+            image=config.image if row.image is None else str(folder / row.image),
+            controls=controls | {name: str(folder / path) for name, path in row.controls.items()},
+        )
+        for row in rows
+    ]
 
 
 def check_output(config: Config) -> None:

@@ -1,15 +1,19 @@
 """The loss of a student on held-out clips, level by level, with the draws of training's own validation.
 
-Shapes: B = batch, C = latent channels, F = latent frames, H, W = latent height and width, K = levels of a step list
-or bins of continuous ones.
+Shapes: B = batch, C = latent channels, C' = those of controls, F = latent frames, H, W = latent height and width, T =
+video frames, K = levels of a step list or bins of continuous ones.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
+from diffusers import AutoencoderKLWan
 
-from causal_wan.data.clips import normalize_videos
+from causal_wan.data.clips import load_videos, normalize_videos
+from causal_wan.data.rows import Row
+from causal_wan.data.settings import DataConfig
 from causal_wan.flow import latents_from_velocity
 from causal_wan.methods.losses import NUM_STATISTICS, level_metrics, level_statistics
 from causal_wan.methods.noising import draw_noisy_batch
@@ -21,11 +25,44 @@ from causal_wan.progress import show_progress
 from causal_wan.sampling.pipeline import CausalWanPipeline
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOutClip:
+    """A clip that a student is measured on.
+
+    Attributes:
+        prompt: Of the clip.
+        video: uint8 `(3, T, height, width)`.
+        controls: Videos that the student follows, like `video`, in the order of its controls.
+        num_valid_frames: Video frames before padding.
+    """
+
+    prompt: str
+    video: torch.Tensor
+    controls: list[torch.Tensor]
+    num_valid_frames: int
+
+    @classmethod
+    def load(cls, row: Row, data: DataConfig) -> Self:
+        """The clip of a row as validation shows it.
+
+        Raises:
+            ValueError, OSError, av.FFmpegError: If it does not decode.
+        """
+        (video, *controls), num_valid = load_videos(row, data.shape, data, torch.Generator())
+        return cls(prompt=row.prompts[0], video=video, controls=controls, num_valid_frames=num_valid)
+
+    def control_latents(self, vae: AutoencoderKLWan, device: torch.device) -> torch.Tensor | None:
+        """Latents of the controls `(1, C', F, H, W)`; None if there are none."""
+        if not self.controls:
+            return None
+        latents = [encode_videos(vae, normalize_videos(video[None].to(device))) for video in self.controls]
+        return torch.cat(latents, dim=1)
+
+
 @torch.no_grad()
 def heldout_statistics(
     pipeline: CausalWanPipeline,
-    clips: Sequence[tuple[torch.Tensor, int]],
-    prompts: Sequence[str],
+    clips: Sequence[HeldOutClip],
     method: RegressionConfig,
     *,
     seed: int,
@@ -35,8 +72,7 @@ def heldout_statistics(
 
     Args:
         pipeline: The student with its VAE and text encoder.
-        clips: uint8 videos `(3, T, height, width)`, and their frames before padding.
-        prompts: One a clip.
+        clips: What it is measured on.
         method: Of the run: levels and context.
         seed: Of the run: with it, draws are those of the validation while training.
         max_sequence_length: Tokens that prompts are padded to.
@@ -48,19 +84,21 @@ def heldout_statistics(
     device, dtype = transformer.device, transformer.dtype
     num_levels = len(method.levels())
     sums = torch.zeros(num_levels, NUM_STATISTICS, dtype=torch.float64)
-    pairs = show_progress(zip(clips, prompts, strict=True), total=len(clips), desc="held-out loss")
-    for number, ((clip, num_valid), prompt) in enumerate(pairs):
-        latents = encode_videos(pipeline.vae, normalize_videos(clip[None].to(device)))
+    for number, clip in enumerate(show_progress(clips, desc="held-out loss")):
+        latents = encode_videos(pipeline.vae, normalize_videos(clip.video[None].to(device)))
         noisy = draw_noisy_batch(
             latents,
             method,
             transformer.block_lengths(latents.shape[2]),
             seed=seed,
             sample_numbers=[number],
-            num_valid_frames=[geometry.num_latent_frames(num_valid)],
+            num_valid_frames=[geometry.num_latent_frames(clip.num_valid_frames)],
         )
-        embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [prompt], max_sequence_length)
-        conditions = Conditions(prompt_embeds=pad_prompt_embeds(embeds, max_sequence_length).to(device, dtype))
+        embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [clip.prompt], max_sequence_length)
+        conditions = Conditions(
+            prompt_embeds=pad_prompt_embeds(embeds, max_sequence_length).to(device, dtype),
+            control_latents=clip.control_latents(pipeline.vae, device),
+        )
         noisy_latents = noisy.noisy_latents.to(dtype)
         inputs = {**conditions.arguments(), **noisy.context}
         velocity = transformer(noisy_latents, noisy.timesteps, **inputs, return_dict=False)[0]

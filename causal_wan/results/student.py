@@ -19,7 +19,7 @@ from causal_wan.timesteps import Sampler, check_denoising_step_list
 from causal_wan.weights.kinds import check_base, read_index
 from causal_wan.weights.lora import load_lora
 from causal_wan.weights.parts import DTYPES, load_vae
-from causal_wan.weights.transformer import load_transformer
+from causal_wan.weights.transformer import load_transformer, load_transformer_config
 from causal_wan.weights.wan_names import readable
 
 
@@ -127,6 +127,16 @@ def check_student(student: str, run: RunRecord | None) -> LatentGeometry:
     """
     base, revision = base_of(student, run)
     return check_base(base, generator_ckpt=None if run is None else run.weights, revision=revision)
+
+
+def find_control_names(student: str, run: RunRecord | None) -> tuple[str, ...]:
+    """The names of the controls that a student was trained with, before it is loaded."""
+    if run is not None and (run.has_lora or run.has_transformer):
+        return run.data.control_column
+    base, revision = base_of(student, run)
+    generator_ckpt = None if run is None else run.model.generator_ckpt
+    config = load_transformer_config(base, generator_ckpt=generator_ckpt, revision=revision)
+    return tuple(config.get("control_names") or ())
 
 
 def load_student(

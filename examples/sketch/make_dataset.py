@@ -12,6 +12,9 @@ clip, and no choice of words in `heldout.csv` occurs in `train.csv`.
 With `--ambiguous` a prompt names colour, line and proportion alone, and many clips have the same prompt: kind, size
 and place are anyone's guess. A squared error then has its least at the mean of all of them, which is no drawing. Each
 held-out prompt has `--num_targets` rows in `heldout.csv`, the prompts in turn; all its drawings are in `targets.csv`.
+
+With `--controls outline,pen` the tables get columns of such videos, for `--control_column outline pen`: the finished
+drawing in thin black lines, in every frame, and the place of the pen, a dot on white.
 """
 
 import csv
@@ -20,7 +23,7 @@ import math
 import random
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -42,6 +45,7 @@ FRAME_RATE = 16
 NUM_FRAMES, HEIGHT, WIDTH = 81, 64, 112
 SUPERSAMPLING = 4  # the pen draws on a canvas so many times larger
 DRAWING_TIME = 75 / 81  # share of the clip after which the drawing is complete
+PEN_RADIUS = 3  # of the dot that shows the pen's place, in pixels of a picture 64 pixels high
 MARGIN = 0.05  # of the picture's height, kept free on every side
 
 COLOURS = {
@@ -225,13 +229,43 @@ def draw(
     ink = np.empty((num_frames, height, width, 1), dtype=np.float32)
     drawn = 0
     for frame in range(num_frames):
-        end = round(min(1.0, (frame + 1) / (DRAWING_TIME * num_frames)) * len(dots))
+        end = _num_drawn(frame, num_frames, len(dots))
         for x, y in dots[drawn:end]:
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
         drawn = end
         ink[frame, ..., 0] = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32) / 255
     colour = np.array(COLOURS[sketch.colour], dtype=np.float32)
     return np.rint(255 - ink * (255 - colour)).astype(np.uint8)
+
+
+def draw_outline(
+    sketch: Sketch, num_frames: int = NUM_FRAMES, height: int = HEIGHT, width: int = WIDTH
+) -> np.ndarray:  # (T, H, W, 3) uint8
+    """The finished drawing in thin black lines, the same in every frame: its kind, size and place, and no colour."""
+    picture = draw(replace(sketch, line="thin", colour="black"), 1, height, width)
+    return np.broadcast_to(picture, (num_frames, height, width, 3))
+
+
+def draw_pen(
+    sketch: Sketch, num_frames: int = NUM_FRAMES, height: int = HEIGHT, width: int = WIDTH
+) -> np.ndarray:  # (T, H, W, 3) uint8
+    """A black dot on white where the pen is; it rests where the drawing ends."""
+    dots, radius = _dots(sketch, height, width), PEN_RADIUS * height / 64 * SUPERSAMPLING
+    frames = np.empty((num_frames, height, width, 3), dtype=np.uint8)
+    for frame in range(num_frames):
+        canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING), 255)
+        x, y = dots[max(_num_drawn(frame, num_frames, len(dots)) - 1, 0)]
+        ImageDraw.Draw(canvas).ellipse((x - radius, y - radius, x + radius, y + radius), fill=0)
+        frames[frame] = np.asarray(canvas.reduce(SUPERSAMPLING))[..., None]
+    return frames
+
+
+CONTROLS = {"outline": draw_outline, "pen": draw_pen}
+
+
+def _num_drawn(frame: int, num_frames: int, num_dots: int) -> int:
+    """How many dots are on the paper at the end of a frame."""
+    return round(min(1.0, (frame + 1) / (DRAWING_TIME * num_frames)) * num_dots)
 
 
 def _dots(sketch: Sketch, height: int, width: int) -> np.ndarray:
@@ -334,6 +368,8 @@ class Config:
     """Prompts say less than a clip shows: many clips have the same prompt."""
     num_targets: PositiveInt = 4
     """Clips of each prompt in heldout.csv, if prompts are ambiguous."""
+    controls: str = ""
+    """Comma-separated, of outline and pen: columns with such videos."""
     seed: Seed = 0
     """Chooses which sketches are drawn; the same seed gives the same files."""
     num_frames: PositiveInt = NUM_FRAMES
@@ -364,8 +400,19 @@ def _file_name(sketch: Sketch) -> str:
 
 
 def _write_clip(sketch: Sketch, config: Config) -> None:
-    frames = draw(sketch, config.num_frames, config.height, config.width)
-    write_mp4(frames, Path(config.output_dir) / "videos" / _file_name(sketch))
+    shape, folder = (config.num_frames, config.height, config.width), Path(config.output_dir) / "videos"
+    write_mp4(draw(sketch, *shape), folder / _file_name(sketch))
+    for name in controls_of(config):
+        write_mp4(CONTROLS[name](sketch, *shape), folder / name / _file_name(sketch))
+
+
+def controls_of(config: Config) -> tuple[str, ...]:
+    """The controls that are drawn.
+
+    Raises:
+        ValueError: a name is not known.
+    """
+    return chosen(config.controls, tuple(CONTROLS)) if config.controls else ()
 
 
 def split_tables(config: Config) -> dict[str, list[Sketch]]:
@@ -395,11 +442,12 @@ def split_tables(config: Config) -> dict[str, list[Sketch]]:
 def main(config: Config) -> None:
     folder = Path(config.output_dir)
     try:
-        tables = split_tables(config)
+        tables, controls = split_tables(config), controls_of(config)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     everything = list(dict.fromkeys(sketch for rows in tables.values() for sketch in rows))
-    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    for name in ("", *controls):
+        (folder / "videos" / name).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(config.num_workers) as workers:
         clips = workers.map(partial(_write_clip, config=config), everything, chunksize=8)
         for _ in tqdm(clips, total=len(everything), desc="drawing", unit="clip"):
@@ -408,8 +456,10 @@ def main(config: Config) -> None:
     for name, rows in tables.items():
         with open(folder / name, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["video", "prompt"])
-            writer.writerows((_file_name(sketch), say(sketch)) for sketch in rows)
+            writer.writerow(["video", "prompt", *controls])
+            for sketch in rows:
+                clip = _file_name(sketch)
+                writer.writerow([clip, say(sketch), *(f"{control}/{clip}" for control in controls)])
     num_train, num_heldout = len(tables["train.csv"]), len(tables["heldout.csv"])
     print(f"{num_train} training and {num_heldout} held-out clips are in {folder}")
 
