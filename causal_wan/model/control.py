@@ -63,9 +63,9 @@ def widen_for_controls(transformer: Any, names: Sequence[str]) -> None:
         dtype=narrow.weight.dtype,
     )
     zeros = narrow.weight.new_zeros(narrow.out_channels, num_new, *narrow.kernel_size)
-    wide.weight = torch.nn.Parameter(torch.cat([narrow.weight.detach(), zeros], dim=1))
-    wide.bias = narrow.bias
-    wide.weight.requires_grad_(narrow.weight.requires_grad)
+    is_trained = narrow.weight.requires_grad
+    wide.weight = torch.nn.Parameter(torch.cat([narrow.weight.detach(), zeros], dim=1), requires_grad=is_trained)
+    wide.bias = torch.nn.Parameter(narrow.bias.detach(), requires_grad=is_trained)
     transformer.patch_embedding = wide
     transformer.register_to_config(in_channels=wide.in_channels, control_names=list(names))
 
