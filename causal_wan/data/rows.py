@@ -232,7 +232,7 @@ def check_row(
     controls = []
     for name, video in zip(config.control_column, row.controls, strict=True):
         try:
-            if not video:
+            if video is None or (isinstance(video, str) and not video.strip()):
                 raise ValueError("the cell is empty; give each clip a video, or leave the row out")
             of_control = replace(row, video=video, prompts=(), controls=())
             control = _check_video(of_control, config, source=source, manifest=manifest, as_shown=as_shown)

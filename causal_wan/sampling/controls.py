@@ -40,11 +40,11 @@ def prepare_controls(
             f"control must have names of controls that the student was trained with, {', '.join(names) or 'none'}, "
             f"got {', '.join(unknown)}."
         )
-    sources = {name: _frames(pipeline, video, name, shape, num_frames) for name, video in control.items()}
-    return _encode(pipeline, sources, names, shape)
+    sources = {name: _frames_of(pipeline, video, name, shape, num_frames) for name, video in control.items()}
+    return _encode_controls(pipeline, sources, names, shape)
 
 
-def _frames(
+def _frames_of(
     pipeline: WanPipeline, video: Any, name: str, shape: tuple[int, int, int], num_frames: int | None
 ) -> Iterator[torch.Tensor]:
     """The frames of a control in [-1, 1], `(1 or B, 3, 1, height, width)` each."""
@@ -75,7 +75,7 @@ def as_pixels(pipeline: WanPipeline, video: Any, height: int, width: int) -> tor
     return pipeline.video_processor.preprocess_video(video, height=height, width=width)
 
 
-def _encode(
+def _encode_controls(
     pipeline: WanPipeline, sources: Mapping[str, Iterator[torch.Tensor]], names: tuple[str, ...], shape: tuple
 ) -> Iterator[torch.Tensor]:
     batch_size, height, width = shape

@@ -195,4 +195,4 @@ def test_the_pipeline_file_has_each_name_once():
     assert max(names.values()) == 1
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not any(module.startswith("causal_wan") for module in imported)
-    assert len(SAMPLING_MODULES) == 18
+    assert len(SAMPLING_MODULES) == 20

@@ -145,6 +145,28 @@ def test_controls_of_other_frames_are_refused(inputs, controls):
         make_base(num_frame_per_block=2)(**inputs, control_latents=controls)
 
 
+def test_a_control_that_says_the_clip_lowers_the_loss_and_a_wrong_one_does_not():
+    """From pure noise, of latents that are new at every step: nothing else says what they are."""
+    losses = {}
+    for kind in ("own", "wrong"):
+        transformer = make_base(num_frame_per_block=1)
+        widen_for_controls(transformer, NAMES[:1])
+        optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-2)
+        generator, embeds, recent = torch.Generator().manual_seed(4), torch.zeros(8, 3, 16), []
+        for _ in range(150):
+            latents, noise = (torch.randn(8, C, 1, H, W, generator=generator) for _ in range(2))
+            control = latents if kind == "own" else latents.roll(1, dims=0)
+            timestep = torch.full((8,), 1000.0)
+            predicted = transformer(noise, timestep, embeds, control_latents=control).sample
+            loss = (noise - predicted - latents).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recent.append(loss.item())
+        losses[kind] = sum(recent[-20:]) / 20
+    assert losses["own"] < 0.5 < 0.9 < losses["wrong"]
+
+
 # --- block by block --------------------------------------------------------------------------------------------------
 
 
