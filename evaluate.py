@@ -183,6 +183,7 @@ def main(config: Config) -> None:
         prompts = [row.prompts[0] for row in rows]
         export = open_export(config, settings, prompts)
         judges, notes = load_judges(config, settings, device)
+        note_controls(data, config, notes)
         student = load_student(config.checkpoint, run, dtype, num_frame_per_block=config.num_frame_per_block)
         shape = ClipShape(settings.num_frames, settings.height, settings.width)
         check_video_size(*shape, vae=student.vae, transformer=student.transformer)
@@ -194,9 +195,8 @@ def main(config: Config) -> None:
         clips = [HeldOutClip.load(row, data) for row in show_progress(rows, desc="clips")]
     targets = [clip.video.movedim(0, 1) / 255 for clip in clips]
 
-    gives_frames = gives_first_frames(config, run, notes)
-    note_controls(data, config, notes)
-    sample = partial(sample_student, settings, config, config.seed, clips=clips, gives_first_frames=gives_frames)
+    given = {"clips": clips, "gives_first_frames": gives_first_frames(config, run, notes)}
+    sample = partial(sample_student, settings, config, config.seed, **given)
     results = {"student": sample_all(student, prompts, sample, device)}
     seed = config.seed if run is None or run.seed is None else run.seed
     heldout_loss = measure_loss(student, clips, method_to_measure(config, run), settings, seed=seed)

@@ -1,6 +1,7 @@
 """Control videos, from tables and streams to students, and from students to videos."""
 
 import csv
+import importlib.util
 import io
 import json
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import launch, run_here, write_clip
-from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from run_outputs import metrics, weights
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -343,12 +344,11 @@ def test_a_run_follows_its_controls_from_training_to_a_pipeline_of_its_own(
     frames = [PIL.Image.fromarray(frame) for frame in decode(videos / "6.mp4")]
     call = {"num_frames": 17, "height": 32, "width": 48, "output_type": "np", "num_inference_steps": 2}
     results = []
-    for pipeline in (
-        CausalWanPipeline.from_pretrained(tmp_path / "pipeline"),
-        DiffusionPipeline.from_pretrained(
-            tmp_path / "pipeline", custom_pipeline=str(tmp_path / "pipeline"), trust_remote_code=True
-        ),
-    ):
+    spec = importlib.util.spec_from_file_location("exported", tmp_path / "pipeline" / "pipeline.py")
+    exported = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(exported)
+    for pipeline_class in (CausalWanPipeline, exported.CausalWanPipeline):
+        pipeline = pipeline_class.from_pretrained(tmp_path / "pipeline")
         pipeline.set_progress_bar_config(disable=True)
         parts = pipeline.stream("a ball", control={"copy": frames}, generator=torch.Generator().manual_seed(0), **call)
         results.append(np.concatenate(list(parts), axis=1))
