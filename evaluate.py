@@ -183,7 +183,6 @@ def main(config: Config) -> None:
         prompts = [row.prompts[0] for row in rows]
         export = open_export(config, settings, prompts)
         judges, notes = load_judges(config, settings, device)
-        note_controls(data, config, notes)
         student = load_student(config.checkpoint, run, dtype, num_frame_per_block=config.num_frame_per_block)
         shape = ClipShape(settings.num_frames, settings.height, settings.width)
         check_video_size(*shape, vae=student.vae, transformer=student.transformer)
@@ -195,7 +194,7 @@ def main(config: Config) -> None:
         clips = [HeldOutClip.load(row, data) for row in show_progress(rows, desc="clips")]
     targets = [clip.video.movedim(0, 1) / 255 for clip in clips]
 
-    given = {"clips": clips, "gives_first_frames": gives_first_frames(config, run, notes)}
+    given = {"clips": clips, "gives_first_frames": note_conditions(config, run, data, notes)}
     sample = partial(sample_student, settings, config, config.seed, **given)
     results = {"student": sample_all(student, prompts, sample, device)}
     seed = config.seed if run is None or run.seed is None else run.seed
@@ -239,8 +238,6 @@ def load_judges(config: Config, settings: SamplingSettings, device: str) -> tupl
     if config.lpips_net is None:
         return Judges(clip=clip), []
     lpips, note = load_lpips(config.lpips_net, device, height=settings.height, width=settings.width)
-    if note:
-        print(f"note      {note}")
     return Judges(lpips, clip), [note] if note else []
 
 
@@ -295,16 +292,6 @@ def control_columns(config: Config, run: RunRecord | None) -> tuple[str, ...]:
     return () if config.control == "none" else config.control_column or names
 
 
-def note_controls(data: DataConfig, config: Config, notes: list[str]) -> None:
-    """Notes that the student is given controls, or that it is not."""
-    if data.control_column:
-        notes.append(f"the student follows the videos of {' and '.join(data.control_column)}")
-    elif config.control == "none":
-        notes.append("the student is given no controls")
-    if data.control_column or config.control == "none":
-        print(f"note      {notes[-1]}")
-
-
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
@@ -314,13 +301,18 @@ def sample_all(pipeline: WanPipeline, prompts: list[str], sample: Callable[..., 
     return [sample(pipeline, number, prompt) for number, prompt in enumerate(tqdm(prompts, desc="videos"))]
 
 
-def gives_first_frames(config: Config, run: RunRecord | None, notes: list[str]) -> bool:
-    """Whether the student's videos begin with the first frame of their clips; if so, it is noted."""
+def note_conditions(config: Config, run: RunRecord | None, data: DataConfig, notes: list[str]) -> bool:
+    """Notes what the student is given beside prompts; returns whether videos begin with first frames of clips."""
+    if data.control_column:
+        notes.append(f"the student follows the videos of {' and '.join(data.control_column)}")
+    elif config.control == "none":
+        notes.append("the student is given no controls")
     was_trained_so = run is not None and run.method.first_frame_probability > 0
     is_given = config.first_frame == "given" or (config.first_frame == "auto" and was_trained_so)
     if is_given:
         notes.append("the student's videos begin with the first frame of their clips, which is in the figures")
-        print(f"note      {notes[-1]}")
+    for note in notes:
+        print(f"note      {note}")
     return is_given
 
 

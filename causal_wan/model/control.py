@@ -7,10 +7,18 @@ Shapes: B = batch, C = latent channels, C' = K C those of K controls, F = latent
 width.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+PATCH_EMBEDDING = "patch_embedding."  # names of its weights in a transformer begin so
+PATCH_EMBEDDING_NAME = "patch_embedding.safetensors"
 
 
 def with_controls(latents: torch.Tensor, control_latents: torch.Tensor | None, in_channels: int) -> torch.Tensor:
@@ -68,6 +76,31 @@ def widen_for_controls(transformer: Any, names: Sequence[str]) -> None:
     wide.bias = torch.nn.Parameter(narrow.bias.detach(), requires_grad=is_trained)
     transformer.patch_embedding = wide
     transformer.register_to_config(in_channels=wide.in_channels, control_names=list(names))
+
+
+def save_patch_embedding(weights: dict[str, torch.Tensor], names: Sequence[str], folder: str | Path) -> None:
+    """Writes `patch_embedding.safetensors`: what a LoRA cannot hold of a student with controls.
+
+    Args:
+        weights: Of the patch embedding, by their names in the transformer.
+        names: Of the controls.
+        folder: Is made if it is not there.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    metadata = {"control_names": json.dumps(list(names))}
+    save_file(weights, Path(folder) / PATCH_EMBEDDING_NAME, metadata=metadata)
+
+
+def load_patch_embedding(transformer: Any, path: str | Path) -> None:
+    """Gives a transformer the controls and the weights of a `patch_embedding.safetensors`.
+
+    Raises:
+        ValueError: If it takes other controls.
+    """
+    with safe_open(path, "pt") as file:
+        names = json.loads((file.metadata() or {}).get("control_names", "[]"))
+    widen_for_controls(transformer, names)
+    transformer.load_state_dict(load_file(path), strict=False)
 
 
 def with_control_names(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.parsing import write_recipe
 from causal_wan.config.settings import HubConfig
+from causal_wan.model.control import PATCH_EMBEDDING_NAME
 from causal_wan.records.checkpoints import check_is_no_checkpoint
 from causal_wan.records.metrics import METRICS_NAME
 from causal_wan.results.export import PIPELINE_NAME
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_FOLDER = "last-checkpoint"
 # What of an output folder goes up as it is. Of a whole pipeline, all its parts.
-RESULT = ("transformer/*", LORA_WEIGHTS_NAME, PIPELINE_NAME, METRICS_NAME, DATA_SUMMARY_NAME)
+RESULT = ("transformer/*", LORA_WEIGHTS_NAME, PATCH_EMBEDDING_NAME, PIPELINE_NAME, METRICS_NAME, DATA_SUMMARY_NAME)
 PIPELINE = ("model_index.json", "scheduler/*", "text_encoder/*", "tokenizer/*", "vae/*")
 WAITS = (5, 30)  # seconds before the second and the third attempt
 

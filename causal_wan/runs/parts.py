@@ -22,6 +22,7 @@ from causal_wan.memory.levers import (
     store_in_fp8,
 )
 from causal_wan.model.compiling import compile_layers
+from causal_wan.model.control import PATCH_EMBEDDING
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.results.export import write_pipeline_file
 from causal_wan.runs.settings import RunConfig
@@ -37,7 +38,7 @@ from causal_wan.training.strategies import (
     takes_over_checkpointing,
 )
 from causal_wan.weights.kinds import check_base
-from causal_wan.weights.lora import PATCH_EMBEDDING, add_lora, save_lora
+from causal_wan.weights.lora import add_lora, save_lora
 from causal_wan.weights.parts import DTYPES, load_vae, load_vae_config
 from causal_wan.weights.transformer import load_transformer, save_transformer
 

@@ -103,14 +103,7 @@ def run_regression(
         prepare_held_out: Like prepare_batch, of held-out clips; None is the same.
     """
     with user_errors():
-        if config.model.generator_ckpt is not None and not Path(config.model.generator_ckpt, "transformer").is_dir():
-            check_is_no_checkpoint("generator_ckpt", config.model.generator_ckpt)
-        check_generator_ckpt(config.model.generator_ckpt)
-        clips = fit_to_checkpoint(config.data, config.model, config.model.generator_ckpt)
-        config = replace(config, data=clips)
-        check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
-        resolve_trackers(config.training.report_to)
-        check_precision(config.training.mixed_precision)
+        config = check_settings(config)
         data = load_data(config)
     if config.dry_run:
         print_plan(config, data)
@@ -166,6 +159,23 @@ def run_regression(
             save_result=partial(save_result, begun, run),
         )
     finish_run(begun, complete=complete)
+
+
+def check_settings(config: RunConfig) -> RunConfig:
+    """Checks what needs neither clips nor weights; gives the settings with what is left to the checkpoint.
+
+    Raises:
+        ValueError: If a setting cannot be used.
+    """
+    generator_ckpt = config.model.generator_ckpt
+    if generator_ckpt is not None and not Path(generator_ckpt, "transformer").is_dir():
+        check_is_no_checkpoint("generator_ckpt", generator_ckpt)
+    check_generator_ckpt(generator_ckpt)
+    clips = fit_to_checkpoint(config.data, config.model, generator_ckpt)
+    check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
+    resolve_trackers(config.training.report_to)
+    check_precision(config.training.mixed_precision)
+    return replace(config, data=clips)
 
 
 def print_plan(config: RunConfig, data: TrainingData) -> None:

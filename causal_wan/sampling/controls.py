@@ -5,14 +5,42 @@ Shapes: B = batch, C' = channels of all controls, H, W = latent height and width
 
 import itertools
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import PIL.ImageOps
 import torch
 from diffusers import WanPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
+from causal_wan.model.control import PATCH_EMBEDDING_NAME
 from causal_wan.model.streaming_vae import StreamingEncoder
+
+
+def find_patch_embedding(lora: Any, *, revision: str | None = None) -> Path | None:
+    """The patch embedding that lies beside a LoRA; None if there is none, or it cannot be asked for.
+
+    Args:
+        lora: Folder, hub id, file or weights.
+        revision: Of a hub repository.
+    """
+    if not isinstance(lora, str | Path):
+        return None
+    folder = Path(lora)
+    if folder.exists():
+        path = (folder if folder.is_dir() else folder.parent) / PATCH_EMBEDDING_NAME
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(str(lora), PATCH_EMBEDDING_NAME, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return None
 
 
 def prepare_controls(

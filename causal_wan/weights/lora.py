@@ -1,10 +1,9 @@
-"""LoRA adapters: added to a transformer, saved, and loaded.
+"""LoRA adapters: added to a transformer, and saved.
 
 A student with controls has a patch embedding of its own beside them: new input channels are nothing that a LoRA could
 add to. It is trained whole, and lies in a file of its own, since files of LoRAs may hold nothing else.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,16 +11,12 @@ import torch
 from diffusers import WanPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from causal_wan.model.control import widen_for_controls
+from causal_wan.model.control import PATCH_EMBEDDING, save_patch_embedding
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 
 
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-PATCH_EMBEDDING_NAME = "patch_embedding.safetensors"
-PATCH_EMBEDDING = "patch_embedding."  # names in a transformer begin so
 
 
 def add_lora(
@@ -54,7 +49,7 @@ def add_lora(
 def save_lora(transformer: CausalWanTransformer3DModel, weights: dict[str, torch.Tensor], folder: str | Path) -> None:
     """Writes `pytorch_lora_weights.safetensors`, which stock `WanPipeline.load_lora_weights` takes.
 
-    Of a student with controls, `patch_embedding.safetensors` is written before; see `load_lora`.
+    Of a student with controls, `patch_embedding.safetensors` is written before; `CausalWanPipeline` loads both.
 
     Args:
         transformer: With adapters.
@@ -63,9 +58,7 @@ def save_lora(transformer: CausalWanTransformer3DModel, weights: dict[str, torch
     """
     patches = {name: weight for name, weight in weights.items() if name.startswith(PATCH_EMBEDDING)}
     if patches:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        names = json.dumps(list(transformer.config.control_names))
-        save_file(patches, Path(folder) / PATCH_EMBEDDING_NAME, metadata={"control_names": names})
+        save_patch_embedding(patches, transformer.config.control_names, folder)
     WanPipeline.save_lora_weights(
         str(folder),
         # What peft does, but for names within the wrappers of a sharded model, which peft does not know.
@@ -74,22 +67,3 @@ def save_lora(transformer: CausalWanTransformer3DModel, weights: dict[str, torch
         },
         transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
     )
-
-
-def load_lora(pipeline: WanPipeline, folder: str | Path) -> None:
-    """Gives the transformer of a pipeline what `save_lora` has written: adapters, and perhaps a patch embedding.
-
-    Args:
-        pipeline: With a `CausalWanTransformer3DModel`, changed in place.
-        folder: With the files in it.
-
-    Raises:
-        ValueError: If the transformer takes other controls.
-    """
-    path, transformer = Path(folder) / PATCH_EMBEDDING_NAME, pipeline.transformer
-    if path.is_file():
-        with safe_open(path, "pt") as file:
-            names = json.loads((file.metadata() or {}).get("control_names", "[]"))
-        widen_for_controls(transformer, names)
-        transformer.load_state_dict(load_file(path), strict=False)
-    pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME)

@@ -10,7 +10,7 @@ from causal_wan.model.control import widen_for_controls, with_control_names
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.sampling.rollout import SamplingSchedule, roll_out
 from causal_wan.weights.kinds import check_kind
-from causal_wan.weights.lora import add_lora, load_lora, save_lora
+from causal_wan.weights.lora import add_lora, save_lora
 from causal_wan.weights.transformer import load_transformer, save_transformer
 
 
@@ -117,7 +117,7 @@ def test_a_lora_has_the_patch_embedding_beside_it_in_float32(inputs, controls, t
         weight.copy_(torch.randn(weight.shape))
     save_lora(transformer, trainable, tmp_path)
     again = make_base(num_frame_per_block=2)
-    load_lora(pipeline_of(again), tmp_path)
+    pipeline_of(again).load_lora_weights(str(tmp_path))
     assert list(again.config.control_names) == NAMES
     given = {**inputs, "control_latents": controls}
     expected = transformer.to(torch.float32)(**given).sample

@@ -189,6 +189,20 @@ def test_the_card_of_a_student_of_trajectories_follows_the_flow_at_its_list(card
     assert 'denoising_step_list=[1000.0, 757.0, 522.0], sampler="euler",' in card.text
 
 
+@pytest.mark.parametrize("is_lora", [False, True])
+def test_the_card_shows_pictures_and_controls_of_a_student_that_takes_them(card_of, is_lora):
+    card = card_of(is_lora, first_frame_probability=0.3, control_column=["depth", "outline"])
+    assert 'image=picture,\n    control={"depth": frames, "outline": other_frames}' in card.text
+    assert "`image` is a PIL picture" in card.text
+    assert "frame for frame, as lists of PIL pictures: depth, outline." in card.text
+
+
+def test_the_card_of_a_student_without_conditions_says_nothing_of_them(card_of):
+    card = card_of()
+    assert "control" not in card.text
+    assert "image=" not in card.text
+
+
 def test_a_lora_is_said_to_be_an_adapter(card_of):
     card = card_of(is_lora=True)
     assert card.data.to_dict()["base_model_relation"] == "adapter"
