@@ -59,6 +59,8 @@ class Config:
     """One prompt."""
     prompts_file: LocalPath | None = None
     """Text file with one prompt a line, or a CSV or JSON lines file with a `prompt` column."""
+    dataset_base_path: LocalPath | None = None
+    """Folder that pictures and controls in prompts_file are relative to; None is that of the file."""
     negative_prompt: str = ""
     """What guidance leads away from."""
     guidance_scale: GuidanceScale = 1.0
@@ -124,6 +126,8 @@ class Config:
             raise ValueError(
                 f"lora_scale must have one weight for each of {len(self.lora)} LoRAs, got {self.lora_scale}."
             )
+        if self.dataset_base_path is not None and self.prompts_file is None:
+            raise ValueError("dataset_base_path is about the paths in prompts_file, which is missing; name one.")
         if self.image is not None and self.video is not None:
             raise ValueError("a video has one beginning; give either --image or --video, and not both.")
         if self.num_video_frames is not None and self.video is None:
@@ -483,7 +487,7 @@ def read_prompts(config: Config, names: Sequence[str]) -> list[PromptRow]:
         raise ValueError(
             f"a video has one beginning, but {config.prompts_file} has a column image; leave out --image and --video."
         )
-    folder = Path(config.prompts_file).parent
+    folder = Path(config.prompts_file).parent if config.dataset_base_path is None else Path(config.dataset_base_path)
     return [
         replace(
             row,

@@ -315,6 +315,11 @@ def test_a_run_follows_its_controls_from_training_to_a_pipeline_of_its_own(
     run_here("generate.py", "--checkpoint", run, "--prompts_file", table, "--output", tmp_path / "videos")
     for number, video in enumerate(validated):
         assert np.abs(frames_by_path(tmp_path / "videos" / f"{number:02d}.mp4").astype(int) - video).max() <= 1
+    # and so does the table of the held-out clips, as in training
+    base = ["--prompts_file", controlled / "heldout.csv", "--dataset_base_path", controlled / "videos"]
+    run_here("generate.py", "--checkpoint", run, *base, "--num_prompts", 1, "--output", tmp_path / "heldout")
+    first = frames_by_path(tmp_path / "heldout" / "00.mp4")
+    assert np.abs(first.astype(int) - validated[0]).max() <= 1
     flags = ["--checkpoint", run, "--prompt", "a ball", "--control"]
     videos = controlled / "videos"
     for name, control in {"same": (videos / "6.mp4", videos / "7.mp4"), "one": ("none", videos / "7.mp4")}.items():
