@@ -14,7 +14,8 @@ and place are anyone's guess. A squared error then has its least at the mean of 
 held-out prompt has `--num_targets` rows in `heldout.csv`, the prompts in turn; all its drawings are in `targets.csv`.
 
 With `--controls outline,pen` the tables get columns of such videos, for `--control_column outline pen`: the finished
-drawing in thin black lines, in every frame, and the place of the pen, a dot on white.
+drawing in thin black lines, in every frame, and the place of the pen, a dot on white. With `--drawn_at_start 0.4` the
+first frame shows so much of the drawing already, as a picture to go on from does.
 """
 
 import csv
@@ -38,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to f
 
 from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config
-from causal_wan.config.ranges import NonNegativeInt, PositiveInt, Seed, checked_dataclass
+from causal_wan.config.ranges import NonNegativeInt, PositiveInt, Seed, Share, checked_dataclass
 
 
 FRAME_RATE = 16
@@ -219,9 +220,17 @@ def ambiguous_prompt(sketch: Sketch) -> str:
 
 
 def draw(
-    sketch: Sketch, num_frames: int = NUM_FRAMES, height: int = HEIGHT, width: int = WIDTH
+    sketch: Sketch,
+    num_frames: int = NUM_FRAMES,
+    height: int = HEIGHT,
+    width: int = WIDTH,
+    *,
+    drawn_at_start: float = 0.0,
 ) -> np.ndarray:  # (T, H, W, 3) uint8
-    """The clip of a sketch on white: frame t shows the first (t + 1) / (DRAWING_TIME num_frames) of the line."""
+    """The clip of a sketch on white: frame t shows the first (t + 1) / (DRAWING_TIME num_frames) of the line.
+
+    That is of what is not `drawn_at_start`, a share of the line.
+    """
     radius = LINES[sketch.line] * height / 64 / 2 * SUPERSAMPLING
     dots = _dots(sketch, height, width)
     canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING), 0)
@@ -229,7 +238,7 @@ def draw(
     ink = np.empty((num_frames, height, width, 1), dtype=np.float32)
     drawn = 0
     for frame in range(num_frames):
-        end = _num_drawn(frame, num_frames, len(dots))
+        end = _num_drawn(frame, num_frames, len(dots), drawn_at_start)
         for x, y in dots[drawn:end]:
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
         drawn = end
@@ -263,9 +272,10 @@ def draw_pen(
 CONTROLS = {"outline": draw_outline, "pen": draw_pen}
 
 
-def _num_drawn(frame: int, num_frames: int, num_dots: int) -> int:
+def _num_drawn(frame: int, num_frames: int, num_dots: int, drawn_at_start: float = 0.0) -> int:
     """How many dots are on the paper at the end of a frame."""
-    return round(min(1.0, (frame + 1) / (DRAWING_TIME * num_frames)) * num_dots)
+    share = min(1.0, (frame + 1) / (DRAWING_TIME * num_frames))
+    return round((drawn_at_start + (1 - drawn_at_start) * share) * num_dots)
 
 
 def _dots(sketch: Sketch, height: int, width: int) -> np.ndarray:
@@ -368,6 +378,8 @@ class Config:
     """Prompts say less than a clip shows: many clips have the same prompt."""
     num_targets: PositiveInt = 4
     """Clips of each prompt in heldout.csv, if prompts are ambiguous."""
+    drawn_at_start: Share = 0.0
+    """Share of the line that the first frame shows already."""
     controls: str = ""
     """Comma-separated, of outline and pen: columns with such videos."""
     seed: Seed = 0
@@ -401,7 +413,7 @@ def _file_name(sketch: Sketch) -> str:
 
 def _write_clip(sketch: Sketch, config: Config) -> None:
     shape, folder = (config.num_frames, config.height, config.width), Path(config.output_dir) / "videos"
-    write_mp4(draw(sketch, *shape), folder / _file_name(sketch))
+    write_mp4(draw(sketch, *shape, drawn_at_start=config.drawn_at_start), folder / _file_name(sketch))
     for name in controls_of(config):
         write_mp4(CONTROLS[name](sketch, *shape), folder / name / _file_name(sketch))
 
@@ -443,6 +455,8 @@ def main(config: Config) -> None:
     folder = Path(config.output_dir)
     try:
         tables, controls = split_tables(config), controls_of(config)
+        if config.drawn_at_start and "pen" in controls:
+            raise ValueError("the pen begins with the drawing; leave out drawn_at_start, or pen of controls.")
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     everything = list(dict.fromkeys(sketch for rows in tables.values() for sketch in rows))
