@@ -51,8 +51,8 @@ def check_columns(names: Iterable[str], source: Source) -> None:
     if not set(wanted) <= set(names):
         raise ValueError(
             f"{source.metadata_path} must have the columns {source.video_column} and "
-            f"{' and '.join(source.caption_column)}, but has {', '.join(names)}; name yours with --video_column and "
-            "--caption_column."
+            f"{' and '.join(source.caption_column)}, but has {', '.join(names) or 'none'}; name yours with "
+            "--video_column and --caption_column."
         )
 
 

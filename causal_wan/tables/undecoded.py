@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import (
     BuilderConfig,
     Dataset,
@@ -24,12 +25,14 @@ from datasets.data_files import DataFilesDict
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from datasets.utils.file_utils import xopen
+from huggingface_hub.errors import HTTPError
 
 from causal_wan.tables.sources import Source, check_columns
 from causal_wan.tables.tars import DAMAGES, ERROR, find_endings, read_clips
 
 
-LOADING_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, *DAMAGES)
+LOADING_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, HTTPError, pa.ArrowException, *DAMAGES)
+READING = 2  # how tars are read; 1 took those for whole that were cut between members
 SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
@@ -74,7 +77,7 @@ class Tars(GeneratorBasedBuilder):
         for number, name in enumerate(files):
             with open_tar(name) as file:
                 try:
-                    clips = read_clips(file, self.config.video_column, self.config.caption_column)
+                    clips = read_clips(file, self.config.video_column, self.config.caption_column, name=name)
                     for row, clip in enumerate(clips):
                         yield Key(number, row), clip
                 except ValueError as error:
@@ -108,11 +111,11 @@ def load_undecoded(arguments: dict[str, Any], source: Source, *, streaming: bool
     else:
         data_files = {split: arguments["data_files"]}
     columns = {"video_column": source.video_column, "caption_column": tuple(source.caption_column)}
-    tars = Tars(hash="1", data_files=data_files, **columns)
+    tars = Tars(hash=f"{READING}", data_files=data_files, **columns)
     first = tars.config.data_files[split][0]
     try:
         with open_tar(first) as file:
-            endings = find_endings(file, [source.video_column, *source.caption_column])
+            endings = find_endings(file, [source.video_column, *source.caption_column], name=first)
     except ValueError as error:
         raise ValueError(f"{first}: {error}") from error
     check_columns(endings, source)
