@@ -21,6 +21,18 @@ from causal_wan.video.structure import check_has_index, is_cut, is_motion_jpeg, 
 
 # FFmpeg may also read playlists and lists of files; containers that hold their own pictures are all a clip needs.
 CONTAINERS = "matroska,webm,avi,mpeg,mpegts,flv,ogg,gif,asf,m4v,h264,hevc"
+VIDEO_SUFFIXES = {
+    *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".flv", ".wmv", ".asf"),
+    *(".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".ogv", ".ogm", ".gif"),
+    *(".mjpeg", ".mjpg", ".h264", ".264", ".avc", ".h265", ".265", ".hevc"),
+}
+"""Of files that are taken for videos where nobody names them; what a table names is read whatever its suffix."""
+OTHER_MEDIA_SUFFIXES = {
+    *(".mxf", ".y4m", ".yuv", ".dv", ".ivf", ".nut", ".rm", ".rmvb", ".swf", ".wtv", ".mj2", ".braw", ".r3d", ".ogg"),
+    *(".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl"),
+    *(".wav", ".mp3", ".m4a", ".aac", ".flac", ".opus"),
+}
+"""Of files that are not, though they hold pictures or sound."""
 MP4_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2"
 MP4_SAMPLE_TABLES = re.compile(rb"stsz.{4}(.{4})(.{4})|trun.(.{3})(.{4})|cmov", re.DOTALL)
 CHUNK_BYTES = 1 << 20
