@@ -39,6 +39,14 @@ SENTENCES = {
 }
 
 
+class DataError(ValueError):
+    """What is wrong with data that are read while a run goes on: their fault and not ours."""
+
+    def __init__(self, message: str) -> None:
+        # Of one that comes from a data loader's worker, torch gives the traceback, which ends with the message.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
 REFUSALS = (ValueError, OSError, SafetensorError, HTTPError)
 """What ends a command with one line; any other exception is a fault of ours."""
 

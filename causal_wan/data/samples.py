@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from causal_wan.config.refusals import DataError
 from causal_wan.data.clips import Loadable
 from causal_wan.data.sample_order import SampleOrder
 from causal_wan.data.settings import DataConfig
@@ -56,7 +57,7 @@ class SampleStream(Dataset):
             prompt = choose_prompt(sample.pop("prompts"), self.config, seed=self.order.seed, number=number)
             drop_controls(sample, self.config, seed=self.order.seed, number=number)
             return {**sample, "prompt": prompt, "sample_number": number, "errors": errors}
-        raise ValueError(f"{len(errors)} clips in a row did not decode; the last: {errors[-1]}")
+        raise DataError(f"{len(errors)} clips in a row did not decode; the last: {errors[-1]}")
 
 
 def choose_prompt(prompts: Sequence[str], config: DataConfig, *, seed: int, number: int) -> str:
@@ -156,7 +157,7 @@ class BadClips:
         """Notes those of a batch, and reports each once, though it comes back every epoch.
 
         Raises:
-            ValueError: Above the limit.
+            DataError: Above the limit.
         """
         for error in errors:
             if error not in self.errors:
@@ -173,10 +174,10 @@ def check_bad_clips(errors: Sequence[str], limit: int) -> None:
         limit: `max_bad_samples`.
 
     Raises:
-        ValueError: If there are more.
+        DataError: If there are more.
     """
     if len(errors) > limit:
-        raise ValueError(
+        raise DataError(
             f"at most max_bad_samples={limit} clips may fail to decode, but {len(errors)} did, last: {errors[-1]}. "
-            "Repair or remove them, or raise --max_bad_samples; what was done is kept."
+            "Repair or remove them, or raise --max_bad_samples."
         )

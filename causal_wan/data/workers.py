@@ -5,9 +5,10 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from causal_wan.config.refusals import DataError
 from causal_wan.data.clips import Loadable, VideoDataset
 from causal_wan.data.shared_memory import GIB, PREFETCH_FACTOR, SharedMemoryError, advice
 
@@ -52,20 +53,28 @@ def _wait_for_parents_signal(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def name_clips_of_dead_workers(dataset: Loadable) -> Iterator[None]:
+def name_clips_of_dead_workers(
+    dataset: Loadable, go_on: Callable[[], str] = lambda: "Then run the same command again."
+) -> Iterator[None]:
     """Says which clip a worker of a data loader was at when it died or hung, which torch does not know.
 
+    Args:
+        dataset: What they load from.
+        go_on: Says how to go on once the cause is mended.
+
     Raises:
+        DataError: One of theirs, with how to go on.
         RuntimeError: In the place of torch's.
     """
     try:
         yield
+    except DataError as error:
+        raise DataError(f"{error} {go_on()}") from error
     except RuntimeError as error:
         message = _describe_dead_workers(getattr(dataset, "videos", dataset), error)  # behind a cache
         if message is None:
             raise
-        again = "Then run the same command again; training goes on with --resume_from_checkpoint latest."
-        raise RuntimeError(f"{message} {again}") from error
+        raise RuntimeError(f"{message} {go_on()}") from error
 
 
 def _describe_dead_workers(dataset: Loadable, error: RuntimeError) -> str | None:

@@ -104,6 +104,14 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(filter(Path.is_dir, named), key=step_of)
 
 
+def say_how_to_go_on(output_dir: str | Path) -> str:
+    """How a run that was ended is continued once the cause is mended."""
+    again, checkpoints = "Then run the same command again", list_checkpoints(output_dir)
+    if not checkpoints:
+        return f"{again}."
+    return f"{again} with --resume_from_checkpoint latest, which goes on from {checkpoints[-1].name}."
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint of a run, whatever it is called: it has the state of a schedule."""
     return folder.is_dir() and (folder.resolve().name.startswith("checkpoint-") or (folder / SCHEDULER_NAME).is_file())

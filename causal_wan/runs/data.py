@@ -158,10 +158,7 @@ class RunData:
         """
         for stream in self.streams:
             path = stream.source.metadata_path
-            try:
-                row = next(iter(stream.read_file(0, 0)), None)
-            except RuntimeError as error:
-                raise ValueError(str(error)) from error
+            row = next(iter(stream.read_file(0, 0)), None)
             if row is None:
                 raise ValueError(f"{path} must hold at least one row in its first file, but has none.")
             try:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.parsing import flat_dict, user_errors, write_recipe
-from causal_wan.config.refusals import describe_refusal
+from causal_wan.config.refusals import DataError, describe_refusal
 from causal_wan.data.samples import BadClips, ClipBatch
 from causal_wan.data.shared_memory import check_shared_memory, shared_memory_here
 from causal_wan.data.workers import name_clips_of_dead_workers
@@ -29,7 +29,13 @@ from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import check_video_size
 from causal_wan.processes import gather_lists, wait_for_all
 from causal_wan.progress import announced
-from causal_wan.records.checkpoints import check_is_no_checkpoint, check_output_dir, list_checkpoints, step_of
+from causal_wan.records.checkpoints import (
+    check_is_no_checkpoint,
+    check_output_dir,
+    list_checkpoints,
+    say_how_to_go_on,
+    step_of,
+)
 from causal_wan.records.metrics import STUDENT
 from causal_wan.records.tracker_libraries import resolve_trackers
 from causal_wan.records.trackers import Trackers
@@ -146,7 +152,8 @@ def run_regression(
             data.lane_states.update(batch.lane_states)
         return prepare_batch(inputs, batch)
 
-    with name_clips_of_dead_workers(dataset), data.keeper or contextlib.nullcontext():
+    go_on = partial(say_how_to_go_on, config.training.output_dir)
+    with user_errors(DataError), name_clips_of_dead_workers(dataset, go_on), data.keeper or contextlib.nullcontext():
         complete = train(
             run,
             make_dataloader=partial(make_loader, data, dataset, loader_settings(config, run)),
@@ -307,10 +314,9 @@ def finish_run(begun: BegunRun, *, complete: bool) -> None:
     begun.accelerator.end_training()
     if not complete and begun.accelerator.is_main_process:
         kept = list_checkpoints(output_dir := begun.inputs.config.training.output_dir)
-        print(
-            f"stopped: {kept[-1] if kept else f'no checkpoint could be written to {output_dir}'}. To go on, run the "
-            "same command with --resume_from_checkpoint latest."
-        )
+        again = "To go on, run the same command with --resume_from_checkpoint latest."
+        none = f"no checkpoint could be written to {output_dir}. Make room, and run the same command again."
+        print(f"stopped: {kept[-1]}. {again}" if kept else f"stopped: {none}")
     if not complete:
         sys.exit(EXIT_STOPPED)
     if begun.uploads:

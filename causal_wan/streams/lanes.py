@@ -16,6 +16,7 @@ import av
 import torch
 from torch.utils.data import Dataset
 
+from causal_wan.config.refusals import DataError
 from causal_wan.data.sample_order import Interleaving
 from causal_wan.seeds import RandomPurpose, seeded_generator
 from causal_wan.streams.sources import Stream, StreamedRow
@@ -77,8 +78,7 @@ class Lane:
         """The next row, and the place after it.
 
         Raises:
-            ValueError: If there are no rows.
-            RuntimeError: If a file cannot be read.
+            DataError: If there are no rows, or a file cannot be read.
         """
         if not self._window:
             self._taken = 0
@@ -107,7 +107,7 @@ class Lane:
                 order = torch.randperm(len(rows), generator=seeded_generator(seed, *key))
                 return start, [rows[i] for i in order.tolist()], end
             start = end
-        raise ValueError(
+        raise DataError(
             f"{self.stream.source.metadata_path} must hold rows for each of {self.num_lanes} workers, but has none "
             f"for worker {self.lane + 1}; use fewer --dataloader_num_workers."
         )
@@ -257,8 +257,7 @@ class StreamedClips(Dataset):
             What `decode` gives; row_index: a number for the row; sample_number; errors; lane_state, for `LaneStates`.
 
         Raises:
-            ValueError: If too many clips in a row cannot be used.
-            RuntimeError: If a file cannot be read.
+            DataError: If too many clips in a row cannot be used, or a file cannot be read.
         """
         if not 0 <= item < len(self):
             raise IndexError(item)
@@ -286,7 +285,7 @@ class StreamedClips(Dataset):
                     "lane_state": (lane, source, *place),
                 }
         reason = f"{len(errors)} clips in a row cannot be used" if errors else "all clips of a worker were left out"
-        raise ValueError(f"{stream.metadata_path}: {reason}" + (f"; the last: {errors[-1]}" if errors else "."))
+        raise DataError(f"{stream.metadata_path}: {reason}" + (f"; the last: {errors[-1]}" if errors else "."))
 
     def _choose_source(self, lane: int, position: int) -> int:
         if len(self.streams) == 1:

@@ -7,8 +7,9 @@ A clip comes with its bytes, or with a path below `dataset_base_path`. Nothing i
 import glob
 import io
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,7 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfFileSystem
 
+from causal_wan.config.refusals import DataError
 from causal_wan.tables.prompts import prompts_of
 from causal_wan.tables.sources import Source, check_captions, check_columns, find_files, is_text
 from causal_wan.tables.tars import ERROR
@@ -113,10 +115,12 @@ class Stream:
     Args:
         source: What was asked for.
         dataset: Its columns and no others, undecoded.
+        files: Names of its files, where they are known.
     """
 
     source: Source
     dataset: IterableDataset
+    files: tuple[str, ...] = ()
 
     @property
     def num_files(self) -> int:
@@ -124,13 +128,13 @@ class Stream:
 
     def split_further(self) -> "Stream":
         """The same rows in more files, if the format allows it: Parquet by groups of rows."""
-        return Stream(self.source, self.dataset.reshard())
+        return replace(self, dataset=self.dataset.reshard())
 
     def read_file(self, file: int, start: int = 0) -> Iterator[StreamedRow]:
         """The rows of a file in order, from a row on.
 
         Raises:
-            RuntimeError: If the file cannot be read to its end.
+            DataError: If the file cannot be read to its end.
         """
         row = -1
         # `iter` reads all that it is given; going through a data set itself takes another share in each worker.
@@ -139,12 +143,19 @@ class Stream:
             for row, columns in enumerate(rows):
                 if row >= start:
                     yield self._make_row(file, row, {name: values[0] for name, values in columns.items()})
-        except (*LOADING_ERRORS, pa.ArrowException) as error:
-            raise RuntimeError(
-                f"file {file + 1} of {self.num_files} of {self.source.metadata_path} cannot be read after row "
-                f"{row + 1} ({type(error).__name__}: {error}). Repair or remove it, or see to the connection, then go "
-                "on with --resume_from_checkpoint latest."
+        except LOADING_ERRORS as error:
+            name = self._name_of(file)
+            cause = " ".join(str(error).removeprefix(f"{name}: ").split()) or type(error).__name__
+            raise DataError(
+                f"{name} cannot be read after row {row + 1}: {cause.removesuffix('.')}. Repair or remove it, or see "
+                "to the connection."
             ) from error
+
+    def _name_of(self, file: int) -> str:
+        """A file by its name, or else by its number."""
+        if len(self.files) == 1 or len(self.files) == self.num_files:
+            return self.files[min(file, len(self.files) - 1)]
+        return f"file {file + 1} of {self.num_files} of {self.source.metadata_path}"
 
     def _make_row(self, file: int, row: int, columns: dict[str, Any]) -> StreamedRow:
         (video, path), *controls = (self._read(columns[name]) for name in self.source.video_columns)
@@ -192,7 +203,9 @@ def open_stream(source: Source) -> Stream:
     arguments = {} if is_saved else _loading_arguments(source)
     try:
         dataset = _load_saved(source) if is_saved else load_undecoded(arguments, source, streaming=True)
-    except LOADING_ERRORS as error:
+        if dataset.features is None:  # its first rows could not be read: that says why
+            next(iter(dataset), None)
+    except (*LOADING_ERRORS, ImportError) as error:
         cause = error.__cause__ if isinstance(error, DatasetsError) else None
         causes = f"{error} {cause or ''}".strip()
         raise ValueError(f"{source.metadata_path} could not be opened as a stream: {causes}") from error
@@ -203,7 +216,7 @@ def open_stream(source: Source) -> Stream:
         _check_video(dataset.features.arrow_schema.field(name).type, name, source)
     check_captions(dataset.features.arrow_schema, source)
     errors = [ERROR] if ERROR in dataset.features else []
-    return Stream(source, dataset.select_columns([*source.columns, *errors]))
+    return Stream(source, dataset.select_columns([*source.columns, *errors]), _name_files(arguments))
 
 
 def _check_video(kind: pa.DataType, name: str, source: Source) -> None:
@@ -222,6 +235,14 @@ def _load_saved(source: Source) -> IterableDataset:
             raise ValueError(f"it has no split {source.split}, but {', '.join(dataset)}.")
         dataset = dataset[source.split]
     return dataset.to_iterable_dataset(num_shards=max(1, min(len(dataset.cache_files), len(dataset))))
+
+
+def _name_files(arguments: dict[str, Any]) -> tuple[str, ...]:
+    """The files that `load_dataset` is told of by their names; none if it finds them itself."""
+    given = arguments.get("data_files", [])
+    if isinstance(given, str):
+        given = [] if "://" in given and glob.has_magic(given) else [given]
+    return tuple(re.sub(r"\[([*?[])\]", r"\1", name) for name in given)  # what `glob.escape` did
 
 
 def _loading_arguments(source: Source) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from causal_wan.video.limits import VideoLimits
 from causal_wan.video.opening import Video, describe_error
 
 
-VERSION = 2  # of the records; those of another version are made anew
+VERSION = 3  # of the records; those of another version are made anew
 NUM_LOOKS = 8  # frames of a clip that are looked at, evenly spread
 LOOK_SIZE = 32  # pixels, both ways
 WHOLE_FILE_BYTES = 64 << 20  # larger files are told apart by their size, beginning and end

@@ -5,7 +5,9 @@ Values stay text, whatever they look like: a prompt may be 123, None or a date.
 
 import itertools
 import json
+import logging
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,10 +19,12 @@ import pyarrow.parquet as pq
 from causal_wan.tables.delimited import read_delimited
 from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
 from causal_wan.tables.text_files import MAX_TEXT_BYTES, decode_text, text_lines
+from causal_wan.video.opening import OTHER_MEDIA_SUFFIXES, VIDEO_SUFFIXES
 from causal_wan.video.paths import resolve_path, visible_files
 
 
-VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+logger = logging.getLogger(__name__)
+
 CHUNK_ROWS = 1024
 MAX_SHOWN = 5
 
@@ -150,6 +154,9 @@ def read_parquet(path: Path, source: Source) -> pa.Table:
 def read_pairs(folder: Path, *, follow_links: bool = False) -> pa.Table:
     """`name.mp4` with `name.txt`, at any depth, in the order of their names; columns video and prompt.
 
+    A GIF beside a video of its name is a preview. It is left out, and so are pictures and sounds; it is said of how
+    many.
+
     Args:
         folder: Of both.
         follow_links: Whether links in it may lead out of it.
@@ -158,16 +165,15 @@ def read_pairs(folder: Path, *, follow_links: bool = False) -> pa.Table:
         ValueError: If there are none, or one of two is missing; names them. If a text or folder is a link that leads
             out of the folder, and must not.
     """
-    videos, texts = [], {}
-    for name in sorted(visible_files(folder, follow_links=follow_links)):
-        if Path(name).suffix.lower() in VIDEO_SUFFIXES:
-            videos.append(name)
-        elif Path(name).suffix.lower() == ".txt":
-            texts.setdefault(_stem(name), []).append(name)
+    videos, texts, others = _sort_files(folder, follow_links=follow_links)
+    if others:
+        logger.warning("%s: left out %s", folder, _count_suffixes(others))
     partner = {name: texts[_stem(name)][0] for name in videos if _stem(name) in texts}
     alone = [f"{name} has no {Path(name).with_suffix('.txt')}" for name in videos if name not in partner]
-    lost = {name for names in texts.values() for name in names} - set(partner.values())
-    alone += [f"{name} has no video" for name in sorted(lost)]
+    unread = {_stem(name): name for name in others}
+    for name in sorted({name for names in texts.values() for name in names} - set(partner.values())):
+        there = f", only {unread[_stem(name)]}, which is not read" if _stem(name) in unread else ""
+        alone.append(f"{name} has no video{there}")
     if alone:
         more = f", and {len(alone) - MAX_SHOWN} more" if len(alone) > MAX_SHOWN else ""
         raise ValueError(
@@ -175,12 +181,38 @@ def read_pairs(folder: Path, *, follow_links: bool = False) -> pa.Table:
             f"{', '.join(alone[:MAX_SHOWN])}{more}."
         )
     if not videos:
+        there = f", only {_count_suffixes(others)}" if others else ""
         raise ValueError(
             f"{folder} must hold videos with texts beside them, such as a.mp4 and a.txt, or a `datasets` data set, "
-            "but has no video; name a table in it by its file."
+            f"but has no video{there}; name a table in it by its file."
         )
     prompts = [_read_text(text, folder, follow_links=follow_links) for text in partner.values()]
     return pa.table({"video": pa.array(videos, pa.string()), "prompt": pa.array(prompts, pa.string())})
+
+
+def _sort_files(folder: Path, *, follow_links: bool) -> tuple[list[str], dict[str, list[str]], list[str]]:
+    """Videos, texts by what they have in common with their video, and media that are left out, by their names."""
+    kinds: dict[str, list[str]] = {"video": [], "gif": [], "text": [], "other": []}
+    for name in sorted(visible_files(folder, follow_links=follow_links)):
+        suffix = Path(name).suffix.lower()
+        if suffix in VIDEO_SUFFIXES:
+            kinds["gif" if suffix == ".gif" else "video"].append(name)
+        elif suffix == ".txt" or suffix in OTHER_MEDIA_SUFFIXES:
+            kinds["text" if suffix == ".txt" else "other"].append(name)
+    stems = {_stem(name) for name in kinds["video"]}
+    previews = [name for name in kinds["gif"] if _stem(name) in stems]
+    videos = sorted({*kinds["video"], *kinds["gif"]} - set(previews))
+    texts: dict[str, list[str]] = {}
+    for name in kinds["text"]:
+        texts.setdefault(_stem(name), []).append(name)
+    return videos, texts, sorted([*kinds["other"], *previews])
+
+
+def _count_suffixes(names: Sequence[str]) -> str:
+    """4 file(s) that are not read as videos: 3 .jpg, 1 .mxf."""
+    counts = Counter(Path(name).suffix.lower() for name in names).most_common()
+    listed = ", ".join(f"{count} {suffix}" for suffix, count in counts)
+    return f"{len(names)} file(s) that are not read as videos: {listed}"
 
 
 def _stem(name: str) -> str:

@@ -64,8 +64,8 @@ def check_columns(names: Iterable[str], source: Source) -> None:
         if source.control_column:
             flags = "--video_column, --caption_column and --control_column"
         raise ValueError(
-            f"{source.metadata_path} must have the columns {' and '.join(wanted)}, but has {', '.join(names)}; name "
-            f"yours with {flags}."
+            f"{source.metadata_path} must have the columns {' and '.join(wanted)}, but has "
+            f"{', '.join(names) or 'none'}; name yours with {flags}."
         )
 
 

@@ -239,7 +239,7 @@ def _read_hub(source: Source) -> Table:
     try:
         arguments = {"path": name, "split": source.split, "revision": source.revision}
         loaded = load_undecoded(arguments, source, streaming=False)
-    except (*LOADING_ERRORS, pa.ArrowException) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(
             f"metadata_path must be a file or folder that is there, or a data set on the hub, but {name} is not here, "
             f"and loading the split {source.split} of it from the hub failed: {error}"

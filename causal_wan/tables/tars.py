@@ -6,18 +6,22 @@ and what a tar may take is limited, whatever its headers say.
 """
 
 import bz2
+import functools
 import gzip
 import json
+import logging
 import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from causal_wan.tables.text_files import MAX_TEXT_BYTES, decode_text
 
+
+logger = logging.getLogger(__name__)
 
 MAX_MEMBER_BYTES = 1 << 30
 MAX_PENDING = 16  # clips whose members do not come one after another
@@ -84,23 +88,55 @@ def _unpack(file: BinaryIO) -> _Counted:
     return packed
 
 
-def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+class _Header(tarfile.TarInfo):
+    """A member's header; one that is cut or damaged is no end of the tar, for which `tarfile` takes it."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
+        """Called by `tarfile` for the next header."""
+        if buf and not buf.strip(b"\0"):
+            raise tarfile.EOFHeaderError("end of file header")  # also of a part of the last blocks
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
+            raise tarfile.ReadError(f"the next header is cut or damaged ({error})") from error
+
+
+@functools.cache
+def _say_has_no_end(name: str, count: int) -> None:
+    """Says it once, however often a tar is read."""
+    logger.warning(
+        "%s ends after %d member(s) without the two empty blocks that end a tar: it was cut between members, or "
+        "written by a tool that leaves them out. See that none is missing",
+        name,
+        count,
+    )
+
+
+def _members(file: BinaryIO, name: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """All members but folders and hidden files.
+
+    Args:
+        file: The tar.
+        name: Of it, for people.
 
     Raises:
         ValueError: If the file is no whole tar; names the last member that came.
     """
-    last = None
+    last, count = None, 0
     try:
-        with tarfile.open(fileobj=_unpack(file), mode="r|") as tar:
+        content = _unpack(file)
+        with tarfile.open(fileobj=content, mode="r|", tarinfo=_Header) as tar:
             for member in tar:
-                last = member.name
+                last, count = member.name, count + 1
                 if not member.isdir() and not PurePosixPath(member.name).name.startswith((".", "__")):
                     yield tar, member
                 tar.members = []  # else all are kept
             while rest := tar.fileobj.read(1 << 20):
                 if rest.count(0) < len(rest):
                     raise tarfile.ReadError("something follows its end, as in tars that were put together with `cat`")
+            if content.count == tar.offset:
+                _say_has_no_end(name, count)
     except (*DAMAGES, ValueError) as error:
         raise _damage(error, "" if last is None else f" after its member {last!r:.100}") from error
 
@@ -109,18 +145,25 @@ def _damage(error: Exception, place: str) -> ValueError:
     return ValueError(f"it cannot be read as a tar{place}: {str(error) or type(error).__name__}")
 
 
-def find_endings(file: BinaryIO, wanted: Sequence[str]) -> list[str]:
+def find_endings(file: BinaryIO, wanted: Sequence[str], *, name: str = "the tar") -> list[str]:
     """Those of the wanted endings that the first members of a tar have, and what others end in.
 
+    Args:
+        file: The tar.
+        wanted: Endings without the first dot.
+        name: Of the tar, for people.
+
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, or has no members.
     """
     found: dict[str, None] = {}
-    for number, (_, member) in enumerate(_members(file)):
+    for number, (_, member) in enumerate(_members(file, name)):
         ending = _ending(member.name, wanted) or PurePosixPath(member.name).suffix.removeprefix(".")
         found[ending or member.name] = None
         if set(wanted) <= set(found) or number == MAX_PEEKED:
             break
+    if not found:
+        raise ValueError("it has no members; pack videos and their texts into it")
     return list(found)
 
 
@@ -130,7 +173,7 @@ def _ending(name: str, wanted: Sequence[str]) -> str | None:
 
 
 def read_clips(
-    file: BinaryIO, video: str, captions: Sequence[str], controls: Sequence[str] = ()
+    file: BinaryIO, video: str, captions: Sequence[str], controls: Sequence[str] = (), *, name: str = "the tar"
 ) -> Iterator[dict[str, Any]]:
     """The clips of a tar, in its order.
 
@@ -139,6 +182,7 @@ def read_clips(
         video: What the names of clips end in, without the first dot,
         captions: those of prompts: texts, or JSON with a text or a list of texts,
         controls: and those of the videos that control clips.
+        name: Of the tar, for people.
 
     Yields:
         For each of the videos bytes and path, the name in the tar; for each of the captions a list of texts; `ERROR`,
@@ -151,16 +195,16 @@ def read_clips(
     wanted = list(dict.fromkeys([*videos, *captions]))
     pending: dict[str, Clip] = {}
     whole: set[str] = set()  # groups with a clip that WebDataset would see: what else is in them may be other parts
-    for tar, member in _members(file):
+    for tar, member in _members(file, name):
         ending = _ending(member.name, wanted)
         group = _group(member.name)
         for clip in [clip for clip in pending.values() if clip.group != group]:
             yield from _finish(pending.pop(clip.name), videos, captions, whole)
         if ending is None:
             continue
-        name = member.name[: -len(ending) - 1]
-        whole = {group} & (whole | ({name} if ending == video else set()))
-        clip = pending.setdefault(name, Clip(name, group))
+        stem = member.name[: -len(ending) - 1]
+        whole = {group} & (whole | ({stem} if ending == video else set()))
+        clip = pending.setdefault(stem, Clip(stem, group))
         _take(clip, ending, tar, member, is_video=ending in videos)
         if len(clip.parts) == len(wanted) or len(pending) > MAX_PENDING:
             oldest = clip if len(clip.parts) == len(wanted) else next(iter(pending.values()))

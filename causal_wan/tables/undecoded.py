@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import (
     BuilderConfig,
     Dataset,
@@ -24,12 +25,14 @@ from datasets.data_files import DataFilesDict
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from datasets.utils.file_utils import xopen
+from huggingface_hub.errors import HTTPError
 
 from causal_wan.tables.sources import Source, check_columns
 from causal_wan.tables.tars import DAMAGES, ERROR, find_endings, read_clips
 
 
-LOADING_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, *DAMAGES)
+LOADING_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, HTTPError, pa.ArrowException, *DAMAGES)
+READING = 2  # how tars are read; 1 took those for whole that were cut between members
 SAVED_DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
@@ -76,8 +79,9 @@ class Tars(GeneratorBasedBuilder):
         for number, name in enumerate(files):
             with open_tar(name) as file:
                 try:
-                    endings = self.config
-                    clips = read_clips(file, endings.video_column, endings.caption_column, endings.control_column)
+                    named = self.config
+                    columns = (named.video_column, named.caption_column, named.control_column)
+                    clips = read_clips(file, *columns, name=name)
                     for row, clip in enumerate(clips):
                         yield Key(number, row), clip
                 except ValueError as error:
@@ -111,11 +115,11 @@ def load_undecoded(arguments: dict[str, Any], source: Source, *, streaming: bool
     else:
         data_files = {split: arguments["data_files"]}
     columns = {name: vars(source)[name] for name in ("video_column", "caption_column", "control_column")}
-    tars = Tars(hash="1", data_files=data_files, **columns)
+    tars = Tars(hash=f"{READING}", data_files=data_files, **columns)
     first = tars.config.data_files[split][0]
     try:
         with open_tar(first) as file:
-            endings = find_endings(file, source.columns)
+            endings = find_endings(file, source.columns, name=first)
     except ValueError as error:
         raise ValueError(f"{first}: {error}") from error
     check_columns(endings, source)

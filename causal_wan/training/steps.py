@@ -11,7 +11,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from causal_wan.records.checkpoints import list_checkpoints
+from causal_wan.records.checkpoints import list_checkpoints, say_how_to_go_on
 from causal_wan.records.metrics import MetricSums, StepLog, Sums, sum_name
 from causal_wan.training.profiling import StepProfiler
 from causal_wan.training.run import Run, Trainee
@@ -214,5 +214,5 @@ def note_step(
         raise RuntimeError(
             f"the loss must be finite, but {limit} steps in a row up to step {step} were not; nothing was "
             f"saved over earlier checkpoints ({kept}). Lower --learning_rate, use --mixed_precision bf16 instead of "
-            "fp16, or check the data, then go on with --resume_from_checkpoint latest."
+            f"fp16, or check the data. {say_how_to_go_on(run.config.output_dir)}"
         )

@@ -10,6 +10,7 @@ import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import av
 import torch
@@ -18,7 +19,7 @@ from av.video.reformatter import ColorTrc
 from causal_wan.video.facts import NO_TRAITS, Traits, VideoFacts
 from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
 from causal_wan.video.opening import PictureError, Video, open_video
-from causal_wan.video.packets import read_frames
+from causal_wan.video.packets import end_error, read_frames
 from causal_wan.video.pictures import read_picture
 from causal_wan.video.showing import display_matrix, is_mirrored, pixel_aspect, show_frame, shown_size
 from causal_wan.video.timing import UNKNOWN_RATE, read_timing
@@ -77,7 +78,7 @@ def _look_at_first_frame(video: Video, limits: VideoLimits) -> tuple[tuple[int, 
         aspect = pixel_aspect(stream)
         frame = next(read_frames(container, stream, limits), None)
         if frame is None:
-            raise _end_error(video, 0)
+            raise end_error(video, 0)
         traits = Traits.MIRRORED if is_mirrored(display_matrix(frame)) else NO_TRAITS
         traits |= Traits.INTERLACED if frame.interlaced_frame else NO_TRAITS
         traits |= Traits.HIGH_DYNAMIC_RANGE if frame.color_trc in HDR_TRANSFERS else NO_TRAITS
@@ -103,7 +104,7 @@ def decode_frames(
         uint8 `(T, 3, H, W)`.
 
     Raises:
-        ValueError: If the file ends before the last index, is damaged, or asks for more than the limits.
+        ValueError: If the file ends before the last index, is damaged there, or asks for more than the limits.
         av.FFmpegError: If it is no video.
     """
     wanted = Counter(indices.tolist())
@@ -115,19 +116,26 @@ def decode_frames(
                 frames += [transform(show()).movedim(0, -1)] * wanted[index]
             if len(frames) == len(indices):
                 return torch.stack(frames).movedim(-1, 1)
-    raise _end_error(video, int(indices[-1]))
+    raise end_error(video, int(indices[-1]))
+
+
+def _refuse_damaged(index: int) -> NoReturn:
+    raise ValueError(
+        f"frame {index} is damaged: the decoder makes up what is missing of it, or of one that it leans on; copy or "
+        "download the video again, or encode it anew"
+    )
 
 
 def _shown_frames(video: Video, limits: VideoLimits) -> Iterator[Callable[[], torch.Tensor]]:
     """What gives each frame, uint8 `(3, H, W)`, for those that are wanted."""
     try:
         with open_video(video, limits) as (container, stream):
-            aspect = pixel_aspect(stream)
-            for frame in read_frames(container, stream, limits):
-                yield functools.partial(show_frame, frame, aspect, limits)
+            aspect, is_damaged = pixel_aspect(stream), False
+            for index, frame in enumerate(read_frames(container, stream, limits)):
+                is_damaged = frame.is_corrupt or (is_damaged and not frame.key_frame)
+                if is_damaged:
+                    yield functools.partial(_refuse_damaged, index)
+                else:
+                    yield functools.partial(show_frame, frame, aspect, limits)
     except PictureError:
         yield functools.partial(read_picture, video, limits)
-
-
-def _end_error(video: Video, index: int) -> ValueError:
-    return ValueError(f"{video} ends before frame {index}, which its header promises; encode it anew.")

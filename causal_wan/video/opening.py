@@ -16,12 +16,24 @@ from typing import Any, BinaryIO, NoReturn
 import av
 
 from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
+from causal_wan.video.structure import check_has_index, is_cut, is_motion_jpeg, is_mp4, mp4_boxes
 
 
 # FFmpeg may also read playlists and lists of files; containers that hold their own pictures are all a clip needs.
 CONTAINERS = "matroska,webm,avi,mpeg,mpegts,flv,ogg,gif,asf,m4v,h264,hevc"
+VIDEO_SUFFIXES = {
+    *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".flv", ".wmv", ".asf"),
+    *(".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".ogv", ".ogm", ".gif"),
+    *(".mjpeg", ".mjpg", ".h264", ".264", ".avc", ".h265", ".265", ".hevc"),
+}
+"""Of files that are taken for videos where nobody names them; what a table names is read whatever its suffix."""
+OTHER_MEDIA_SUFFIXES = {
+    *(".mxf", ".y4m", ".yuv", ".dv", ".ivf", ".nut", ".rm", ".rmvb", ".swf", ".wtv", ".mj2", ".braw", ".r3d", ".ogg"),
+    *(".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl"),
+    *(".wav", ".mp3", ".m4a", ".aac", ".flac", ".opus"),
+}
+"""Of files that are not, though they hold pictures or sound."""
 MP4_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2"
-MP4_BOXES = b"ftyp moov mdat free skip wide pnot styp uuid junk sidx moof".split()  # that an mp4 or mov begins with
 MP4_SAMPLE_TABLES = re.compile(rb"stsz.{4}(.{4})(.{4})|trun.(.{3})(.{4})|cmov", re.DOTALL)
 CHUNK_BYTES = 1 << 20
 PICTURES = (
@@ -109,11 +121,14 @@ def open_video(
             raise PictureError(f"a {kind} picture and not a video that can be read")
         check_is_no_other(file)
         containers = f"{MP4_CONTAINERS},{CONTAINERS}" if is_mp4(file) else CONTAINERS
+        only = "mjpeg" if _kind_of(file) == "JPEG" else None  # of several pictures, as one alone is no video
+        check_has_index(file)
         check_sample_counts(file)
+        file.seek(0)
         pixels = {"max_pixels": str(limits.max_video_pixels)}
-        options = {"format_whitelist": containers, "protocol_whitelist": "", "enable_drefs": "0", **pixels}
+        options = {"format_whitelist": only or containers, "protocol_whitelist": "", "enable_drefs": "0", **pixels}
         try:
-            with _open_container(file, options, limits) as container:
+            with _open_container(file, only, options, limits) as container:
                 stream = choose_stream(container)
                 if stream.codec_context is None:
                     raise ValueError("the video's codec is not known to FFmpeg")
@@ -125,28 +140,44 @@ def open_video(
             raise limits.timeout_error() from None
 
 
-def _open_container(file: BinaryIO, options: dict[str, str], limits: VideoLimits) -> av.container.InputContainer:
+def _open_container(
+    file: BinaryIO, only: str | None, options: dict[str, str], limits: VideoLimits
+) -> av.container.InputContainer:
     try:
-        return av.open(file, options=options, io_open=_refuse_to_open, timeout=limits.decode_timeout)
+        return av.open(file, format=only, options=options, io_open=_refuse_to_open, timeout=limits.decode_timeout)
     except av.error.ArgumentError as error:  # all that FFmpeg says of a format that is not among those allowed
         raise ValueError(f"not a video that can be read: its format is not {FORMATS}") from error
+    except av.FFmpegError as error:
+        if isinstance(error, av.error.ExitError) or not is_cut(file):
+            raise
+        raise ValueError("the file was cut: too little is left to be read; copy or download it again") from error
 
 
 def picture_kind(file: BinaryIO) -> str | None:
-    """What kind of picture a file is, by its first bytes; None if it is none, or a GIF or AVIF, which FFmpeg reads."""
+    """What kind of picture a file is, by its first bytes; None if it is none, or a GIF or AVIF, which FFmpeg reads.
+
+    JPEGs in a row are none: they are Motion JPEG.
+    """
+    kind = _kind_of(file)
+    return None if kind == "JPEG" and is_motion_jpeg(file) else kind
+
+
+def _kind_of(file: BinaryIO) -> str | None:
     file.seek(0)
     head = file.read(16)
     return next((kind for pattern, kind in PICTURES if pattern.match(head)), None)
 
 
 def check_is_no_other(file: BinaryIO) -> None:
-    """Checks that a file is not something that often lies in the place of a video.
+    """Checks that a file is not empty, or something that often lies in the place of a video.
 
     Raises:
         ValueError: If it is; says what.
     """
     file.seek(0)
     head = file.read(512)
+    if not head:
+        raise ValueError("the file is empty")
     for pattern, what in OTHERS:
         if pattern.match(head):
             raise ValueError(what)
@@ -155,7 +186,7 @@ def check_is_no_other(file: BinaryIO) -> None:
 def choose_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
     """The video stream that a player takes: the default one if one is marked so, of these the one of most pixels.
 
-    Cover art, thumbnails and layers on top of other streams are none.
+    Cover art, thumbnails and layers on top of other streams are none; nor is the still of an animated picture.
 
     Raises:
         ValueError: If there is none.
@@ -167,20 +198,15 @@ def choose_stream(container: av.container.InputContainer) -> av.video.stream.Vid
     return max(streams, key=_rank)
 
 
-def _rank(stream: av.video.stream.VideoStream) -> tuple[bool, bool, int]:
+def _rank(stream: av.video.stream.VideoStream) -> tuple[bool, bool, bool, int]:
     if stream.codec_context is None:
-        return False, False, 0
-    return True, bool(stream.disposition & DISPOSITION.default), stream.height * stream.width
+        return False, False, False, 0
+    is_default = bool(stream.disposition & DISPOSITION.default)
+    return True, stream.frames != 1, is_default, stream.height * stream.width
 
 
 def _refuse_to_open(url: str, flags: int, options: dict[str, str]) -> NoReturn:
     raise ValueError(f"the file refers to another file or address, {url}")
-
-
-def is_mp4(file: BinaryIO) -> bool:
-    """Whether a file begins as an mp4 or mov does; others are not read as one, so that their tables are checked."""
-    file.seek(0)
-    return file.read(8)[4:] in MP4_BOXES
 
 
 def check_sample_counts(file: BinaryIO) -> None:
@@ -201,26 +227,18 @@ def check_sample_counts(file: BinaryIO) -> None:
             raise ValueError("the header of the mov is compressed; encode it anew")
         elif not int.from_bytes(fields) & 0xF00:  # samples without durations, sizes, flags and offsets of their own
             stated += int.from_bytes(run_count)
-    file.seek(0)
     if stated > size:
         raise ValueError(f"the header states {stated} bytes of samples, but the file has {size}; encode it anew")
 
 
 def _find_sample_tables(file: BinaryIO, size: int) -> Iterator[re.Match[bytes]]:
     """Goes through all of an mp4 or mov but its pictures and sound."""
-    position = 0 if is_mp4(file) else size
-    while position < size:
-        file.seek(position)
-        head = file.read(16)
-        length, kind = int.from_bytes(head[:4]), head[4:8]
-        if length == 1:
-            length = int.from_bytes(head[8:16])
-        end = min(position + length, size) if length >= 8 else size
-        for start in range(position, end, CHUNK_BYTES) if kind != b"mdat" else ():
+    for kind, first, stated_end in mp4_boxes(file) if is_mp4(file) else ():
+        end = min(stated_end, size)
+        for start in range(first, end, CHUNK_BYTES) if kind != b"mdat" else ():
             file.seek(start)
             chunk = file.read(min(CHUNK_BYTES + 16, end - start))  # a table may lie across the end
             yield from (found for found in MP4_SAMPLE_TABLES.finditer(chunk) if found.start() < CHUNK_BYTES)
-        position = end
 
 
 def _check_header(stream: av.video.stream.VideoStream, limits: VideoLimits) -> None:

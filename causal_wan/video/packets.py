@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import av
 
 from causal_wan.video.limits import VideoLimits
+from causal_wan.video.opening import Video
 
 
 def read_packets(
@@ -50,3 +51,10 @@ def read_frames(
             yield frame
     if num_skipped and not has_begun:
         raise ValueError("the video has no key frame, without which no frame can be decoded; encode it anew")
+
+
+def end_error(video: Video, index: int) -> ValueError:
+    """What is wrong with a file that was cut."""
+    return ValueError(
+        f"{video} ends before frame {index}, which its header promises; copy or download it again, or encode it anew."
+    )

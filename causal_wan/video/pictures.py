@@ -10,13 +10,16 @@ import torch
 
 from causal_wan.video.limits import VideoLimits
 from causal_wan.video.opening import Video, picture_kind
+from causal_wan.video.showing import lay_on_white
 
 
 READ_AS_CLIPS = ("PNG", "JPEG", "WebP")
 
 
 def read_picture(video: Video, limits: VideoLimits) -> torch.Tensor:
-    """A picture as a viewer shows it, turned as its EXIF says, uint8 `(3, height, width)`, channels last in memory.
+    """A picture as a viewer shows it, turned as its EXIF says, on white, uint8 `(3, height, width)`.
+
+    The channels are last in memory.
 
     Raises:
         ValueError: If it is of a kind that is not read, moves, is damaged, or has more pixels than the limits allow.
@@ -43,5 +46,6 @@ def _read(file: BinaryIO, kind: str, limits: VideoLimits) -> torch.Tensor:
             raise ValueError(f"a {kind} picture that moves and not a video that can be read; save it as mp4")
         if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
             return torch.from_numpy(np.asarray(picture) >> 8).to(torch.uint8).expand(3, -1, -1)
-        shown = np.array(PIL.ImageOps.exif_transpose(picture).convert("RGB"))
-    return torch.from_numpy(shown).movedim(-1, 0)
+        upright = PIL.ImageOps.exif_transpose(picture)
+        shown = np.array(upright.convert("RGBA" if upright.has_transparency_data else "RGB"))
+    return torch.from_numpy(lay_on_white(shown)).movedim(-1, 0)

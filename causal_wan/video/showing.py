@@ -59,8 +59,19 @@ def show_frame(frame: av.VideoFrame, aspect: Fraction, limits: VideoLimits) -> t
     if width != frame.width:
         limits.check_pixels(frame.height, width)
         scaling = {"width": width, "height": frame.height, "interpolation": "BICUBIC"}
-    picture = torch.from_numpy(frame.to_ndarray(format="rgb24", **scaling)).movedim(-1, 0)
-    return _turn(picture, display_matrix(frame))
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    pixels = lay_on_white(frame.to_ndarray(format="rgba" if has_alpha else "rgb24", **scaling))
+    return _turn(torch.from_numpy(pixels).movedim(-1, 0), display_matrix(frame))
+
+
+def lay_on_white(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (height, width, 3 or 4) in uint8, the fourth how opaque they are -> (height, width, 3) before white."""
+    if pixels.shape[-1] == 3:
+        return pixels
+    colours, opacity = pixels[..., :3], pixels[..., 3:].astype(np.uint16)
+    if opacity.min() == 255:
+        return np.ascontiguousarray(colours)
+    return ((colours * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
 
 
 def _turn(picture: torch.Tensor, matrix: np.ndarray) -> torch.Tensor:

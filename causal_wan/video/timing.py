@@ -12,14 +12,19 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.index import IndexEntry
 
 from causal_wan.video.facts import NO_TRAITS, Traits
 from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
 from causal_wan.video.opening import Video, open_video
-from causal_wan.video.packets import read_frames, read_packets
+from causal_wan.video.packets import end_error, read_frames, read_packets
+from causal_wan.video.structure import is_cut, is_whole_frame
 
 
 UNKNOWN_RATE = 16.0  # of files that neither state one nor have timestamps
+STATING_SIZES = ("matroska,webm", "avi", "asf", "flv", "ogg")  # containers of which `is_cut` knows; and mp4
+STREAMED = ("mpegts", "mpeg")  # containers that state decoding times, and nothing of their end
+MAX_DELAY = 16  # frames that a decoder holds back at most, until those to be shown before them have come
 SLACK = 0.25  # of an interval: how far a frame may be off its place at a constant rate
 
 
@@ -68,7 +73,11 @@ def read_timing(
     Clips that were cut without encoding anew hold frames that an edit list hides; they are none of these. Nor are
     frames that cannot be decoded, because the first key frame comes after them: players begin there, too. Only such
     files are decoded to be counted.
+
+    Raises:
+        ValueError: If the file was cut, so that frames are missing, or asks for more than the limits.
     """
+    _check_index(video, container, stream)
     rate, end = float(stream.average_rate or 0), _end_by_header(container, stream)
     packets = (packet for packet in read_packets(container, stream, limits) if packet.size)
     first = list(itertools.islice(packets, 2))
@@ -83,9 +92,62 @@ def read_timing(
             if not packet.is_discard:
                 stamps.append(Stamp(packet.pts, packet.dts, packet.duration))
                 limits.check_frames(len(stamps))
+        if stamps and (packet.is_corrupt or not is_whole_frame(bytes(packet), container.format.name)):
+            raise end_error(video, len(stamps) - 1)
     timing = time_frames(stamps, rate or UNKNOWN_RATE, float(stream.time_base), end=end)
+    if _lacks_late_frames(container, stamps) or not _is_complete(
+        container, stream, timing, _last_time(stamps, stream)
+    ):
+        with video.open("rb") as file:
+            if is_cut(file) or container.format.name in STREAMED:
+                raise end_error(video, len(stamps))
     limits.check_seconds((timing.num_frames - 1) / timing.frame_rate)
     return replace(timing, traits=timing.traits | traits)
+
+
+def _check_index(video: Video, container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> None:
+    """Checks that the frames of an mp4 or mov lie in the file, as its index says."""
+    index, size = stream.index_entries, container.size
+    if "mp4" not in container.format.name or not len(index) or _end_of(index[len(index) - 1]) <= size:
+        return
+    raise end_error(video, sum(_end_of(entry) <= size for entry in index))
+
+
+def _end_of(entry: IndexEntry) -> int:
+    return entry.pos + entry.size
+
+
+def _is_complete(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, timing: Timing, last: float
+) -> bool:
+    """Whether no frame is missing before the end that the header states; also where nothing can be said of that.
+
+    Args:
+        container: Of the file.
+        stream: That is read.
+        timing: Of its frames. Where the rate varies, some may be missing anywhere.
+        last: Timestamp of the last, in seconds.
+    """
+    name, rate = container.format.name, float(stream.average_rate or timing.frame_rate)
+    if name not in STATING_SIZES and ("mp4" not in name or stream.frames):
+        return True
+    stated = stream.frames / rate if name == "avi" else (container.duration or 0) / av.time_base
+    return "mp4" not in name and name != "ogg" and timing.times is None and 0 < stated <= last + 1.5 / rate
+
+
+def _last_time(stamps: Sequence[Stamp], stream: av.video.stream.VideoStream) -> float:
+    times = (stamp.dts if stamp.pts is None else stamp.pts for stamp in stamps)
+    return float(max((time for time in times if time is not None), default=0) * stream.time_base)
+
+
+def _lacks_late_frames(container: av.container.InputContainer, stamps: Sequence[Stamp]) -> bool:
+    """Whether frames are decoded at even steps, but some to be shown before the last one have not come."""
+    decoded = [stamp.dts for stamp in stamps]
+    shown = [stamp.pts for stamp in stamps]
+    if container.format.name not in STREAMED or len(stamps) < 2 or None in decoded or None in shown:
+        return False
+    steps, late_steps = np.diff(decoded), np.diff(sorted(shown)[-MAX_DELAY:])
+    return steps.min() > 0 and steps.max() < 1.5 * steps.min() and late_steps.max() >= 1.5 * steps.max()
 
 
 def _has_leading_frames(first: Sequence[av.Packet]) -> bool:

@@ -201,6 +201,14 @@ def test_what_is_no_video_is_not_continued(tmp_path, name):
         given_frames(tmp_path / name, 5)
 
 
+@pytest.mark.parametrize(("size", "said"), [(0, "the file is empty"), (900, r"was cut: its index \(moov\)")])
+def test_a_video_that_is_empty_or_was_cut_is_not_continued(tmp_path, size, said):
+    path = write_timed_video(tmp_path / "clip.mp4", range(0, 1000, 40), size=(64, 32))
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=f"video must be a file that decodes, got .*clip.mp4: .*{said}"):
+        given_frames(path, 5)
+
+
 @pytest.mark.parametrize("name", ["first.jpg", "first.png", "first.webp", "first.mp4"])
 def test_a_picture_is_a_video_of_one_frame_to_continue(checkpoint, generate, tmp_path, name):
     picture = np.full((64, 96, 3), (200, 60, 30), np.uint8)

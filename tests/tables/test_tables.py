@@ -8,6 +8,7 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -217,6 +218,52 @@ def test_videos_and_texts_without_partner_are_named(folder):
     (folder / "videos" / "lost.txt").write_text("a")
     with pytest.raises(ValueError, match=r"0.mp4 has no 0.txt, lost.txt has no video\."):
         read_table(Source(metadata_path=str(folder / "videos")))
+
+
+ENDINGS = ["ts", "m2ts", "mts", "mpg", "mpeg", "3gp", "flv", "ogv", "wmv", "gif", "m4v", "MOV", "h264", "mjpeg"]
+
+
+def test_a_folder_may_hold_videos_of_every_kind_that_is_read(tmp_path, caplog):
+    for ending in ENDINGS:
+        (tmp_path / f"of {ending}.{ending}").write_bytes(b"1")
+        (tmp_path / f"of {ending}.txt").write_text(f"prompt of {ending}")
+    table = read_table(Source(metadata_path=str(tmp_path)))
+    found = {row.video: row.prompts for row in table}
+    assert found == {f"of {ending}.{ending}": (f"prompt of {ending}",) for ending in ENDINGS}
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(("ending", "codec"), [("ts", "mpeg2video"), ("wmv", "wmv2"), ("gif", "gif"), ("flv", "flv")])
+def test_videos_of_a_folder_are_opened_whatever_their_kind(tmp_path, ending, codec):
+    with av.open(str(tmp_path / f"a.{ending}"), "w") as container:
+        stream = container.add_stream(codec, rate=25, height=32, width=48)
+        stream.pix_fmt = "rgb8" if ending == "gif" else "yuv420p"
+        for _ in range(9):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    (tmp_path / "a.txt").write_text("a")
+    (row,) = load_rows(DataConfig(metadata_path=str(tmp_path), **SHAPE))
+    assert (row.num_frames, row.height, row.width) == (9, 32, 48)
+
+
+def test_media_of_a_folder_that_are_not_read_are_counted(tmp_path, caplog):
+    for name in ("a.mp4", "a.gif", "a.jpg", "a.wav", "b.gif", "c/d.mkv", "c/e.mxf", "c/f.JPG", "notes.md", "a.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    for name in ("a.txt", "b.txt", "c/d.txt"):
+        (tmp_path / name).write_text("a")
+    assert [row.video for row in read_table(Source(metadata_path=str(tmp_path)))] == ["a.mp4", "b.gif", "c/d.mkv"]
+    said = "left out 5 file(s) that are not read as videos: 2 .jpg, 1 .gif, 1 .wav, 1 .mxf"
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: {said}"]
+    (tmp_path / "c" / "e.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"c/e\.txt has no video, only c/e\.mxf, which is not read\."):
+        read_table(Source(metadata_path=str(tmp_path)))
+
+
+def test_a_folder_of_media_that_are_not_read_says_what_it_holds(tmp_path):
+    (tmp_path / "a.mxf").write_bytes(b"1")
+    with pytest.raises(ValueError, match=r"has no video, only 1 file\(s\) that are not read as videos: 1 \.mxf; name"):
+        read_table(Source(metadata_path=str(tmp_path)))
 
 
 def test_a_folder_without_videos_is_refused(tmp_path):

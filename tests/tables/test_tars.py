@@ -235,6 +235,47 @@ def test_a_damaged_tar_is_refused_with_the_last_member_that_came(content, messag
         clips(content)
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_tar_that_is_cut_anywhere_is_refused_or_said_to_have_no_end(pack, caplog):
+    members = [*pair("a"), *pair("b", 1), ("c" * 150 + ".txt", b"long")]
+    content = tar_of(members)
+    ends = []
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        for member in tar:
+            ends.append(member.offset_data + 512)
+    for size in [*range(1, ends[-1], 100), *ends]:
+        tars._say_has_no_end.cache_clear()
+        caplog.clear()
+        file = io.BytesIO(pack(content[:size]))
+        if size not in ends:
+            with pytest.raises(ValueError, match="cannot be read as a tar"):
+                list(read_clips(file, "mp4", ["txt"], name="my.tar"))
+            continue
+        list(read_clips(file, "mp4", ["txt"], name="my.tar"))
+        count = ends.index(size) + 1
+        assert (
+            f"my.tar ends after {count} member(s) without the two empty blocks that end a tar: it was" in caplog.text
+        )
+    for size in (ends[-1] + 100, ends[-1] + 512, ends[-1] + 1024, len(content)):
+        caplog.clear()
+        assert len(list(read_clips(io.BytesIO(pack(content[:size])), "mp4", ["txt"]))) == 3
+        assert not caplog.text
+
+
+def test_a_tar_without_an_end_is_said_once_however_often_it_is_read(caplog):
+    tars._say_has_no_end.cache_clear()
+    for _ in range(3):
+        list(read_clips(io.BytesIO(tar_of(pair("a"))[:2048]), "mp4", ["txt"], name="my.tar"))
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("read", [read_table, open_stream])
+def test_a_tar_without_members_is_refused_by_name(tmp_path, read):
+    (tmp_path / "empty.tar").write_bytes(tar_of([]))
+    with pytest.raises(ValueError, match=r"empty\.tar: it has no members; pack videos and their texts into it"):
+        read(Source(metadata_path=str(tmp_path / "empty.tar"), **COLUMNS))
+
+
 def test_the_endings_of_the_first_members_say_whether_columns_are_there():
     file = io.BytesIO(tar_of([("a.json", b"{}"), *pair("a"), ("README", b"")]))
     assert find_endings(file, ["mp4", "txt"]) == ["json", "mp4", "txt"]

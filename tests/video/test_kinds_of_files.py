@@ -1,5 +1,6 @@
 """Files with several streams, pictures in the place of videos, HDR and interlaced clips."""
 
+import io
 import struct
 import zlib
 
@@ -93,6 +94,113 @@ def test_cover_art_is_no_clip(tmp_path):
     assert decode_frames(path, torch.tensor([0])).float().mean() == pytest.approx(50, abs=3)
     with pytest.raises(ValueError, match="no video stream, only cover art"):
         probe_video(write_with_cover(tmp_path / "song.mp4", sound=True))
+
+
+# --- animated pictures -----------------------------------------------------------------------------------------------
+
+
+def write_avif(path, num_frames, brand=b"avis"):
+    """AVIF of greys; FFmpeg adds a still of the first to several, as a stream of its own."""
+    with av.open(str(path), "w", format="avif") as container:
+        stream = container.add_stream("libsvtav1", rate=16, height=64, width=96, options={"svtav1-params": "lp=1"})
+        stream.pix_fmt = "yuv420p"
+        for index in range(num_frames):
+            picture = np.full((64, 96, 3), 20 * index, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"ftypavis", b"ftyp" + brand))
+    return path
+
+
+@pytest.mark.parametrize("brand", [b"avis", b"msf1"])
+def test_of_an_animated_picture_the_frames_are_read_and_not_its_still(tmp_path, brand):
+    path = write_avif(tmp_path / "a.avif", 8, brand)
+    facts = probe_video(path)
+    assert facts[:4] == (8, pytest.approx(16, rel=0.02), 64, 96)
+    greys = decode_frames(path, torch.arange(8)).float().mean(dim=(1, 2, 3))
+    assert greys == pytest.approx(20 * np.arange(8), abs=4)
+    assert probe_video(write_avif(tmp_path / "b.avif", 1)).num_frames == 1
+
+
+def jpeg(seed, size=(48, 80), **options):
+    noise = np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(noise).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpegs_in_a_row_are_a_video(tmp_path, progressive):
+    path = tmp_path / "a.mjpeg"
+    pictures = [jpeg(seed, progressive=progressive) for seed in range(5)]
+    path.write_bytes(b"".join(pictures))
+    facts = probe_video(path)
+    assert facts[:4] == (5, 25, 48, 80)
+    assert not facts.traits & Traits.PICTURE
+    (tmp_path / "b.jpg").write_bytes(pictures[3])
+    alone = decode_frames(tmp_path / "b.jpg", torch.tensor([0]))
+    decoded = decode_frames(path, torch.arange(5))
+    assert (decoded[3].float() - alone.float()).abs().mean() < 20  # colours are smoothed by another rule
+    assert (decoded[2].float() - alone.float()).abs().mean() > 50
+
+
+def test_a_jpeg_with_pictures_behind_it_is_one_picture(tmp_path):
+    """Cameras append previews, and the parts of a depth or bright picture, which the first announces."""
+    path = tmp_path / "a.jpg"
+    big = jpeg(0, (1000, 1000), quality=100)
+    assert len(big) > 1 << 20
+    behind = {
+        "preview": jpeg(1, (24, 40)),
+        "film": b"\0\0\0\x14ftypmp42" + bytes(40),
+        "nothing": b"",
+        "zeros": bytes(9),
+    }
+    for content in behind.values():
+        for first, size in ((jpeg(0), (48, 80)), (big, (1000, 1000))):
+            path.write_bytes(first + content)
+            assert probe_video(path) == (1, 16.0, *size, Traits.PICTURE)
+    PIL.Image.open(io.BytesIO(jpeg(0))).save(
+        path, format="MPO", save_all=True, append_images=[PIL.Image.open(io.BytesIO(jpeg(1)))]
+    )
+    assert probe_video(path).traits == Traits.PICTURE
+
+
+# --- what can be seen through ----------------------------------------------------------------------------------------
+
+
+def see_through():
+    """Red, of which the left half is invisible and a quarter half so."""
+    pixels = np.full((48, 80, 4), (255, 0, 0, 255), np.uint8)
+    pixels[:, :40, 3] = 0
+    pixels[:, 40:60, 3] = 128
+    return pixels
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "mov", "mkv"])
+def test_what_can_be_seen_through_lies_on_white(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    if ending in ("png", "webp"):
+        PIL.Image.fromarray(see_through()).save(path, lossless=True)
+    else:
+        with av.open(str(path), "w") as container:
+            codec, pixels = ("qtrle", "argb") if ending == "mov" else ("ffv1", "bgra")
+            stream = container.add_stream(codec, rate=16, height=48, width=80)
+            stream.pix_fmt = pixels
+            for _ in range(2):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(see_through(), format="rgba")))
+            container.mux(stream.encode())
+    (frame,) = decode_frames(path, torch.tensor([0]))
+    assert [frame[:, 24, x].tolist() for x in (10, 50, 70)] == [[255, 255, 255], [255, 127, 127], [255, 0, 0]]
+
+
+@pytest.mark.parametrize("ending", ["png", "gif"])
+def test_palettes_with_an_invisible_colour_lie_on_white(tmp_path, ending):
+    picture = PIL.Image.new("P", (80, 48), 0)
+    picture.putpalette([0, 0, 255, 0, 255, 0])
+    picture.paste(1, (40, 0, 80, 48))
+    picture.save(tmp_path / f"a.{ending}", transparency=0)
+    (frame,) = decode_frames(tmp_path / f"a.{ending}", torch.tensor([0]))
+    assert [frame[:, 24, x].tolist() for x in (10, 70)] == [[255, 255, 255], [0, 255, 0]]
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
