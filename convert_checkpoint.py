@@ -64,7 +64,7 @@ from causal_wan.records.checkpoint_weights import read_weights
 from causal_wan.records.checkpoints import check_is_no_checkpoint, is_checkpoint
 from causal_wan.results.export import export_pipeline
 from causal_wan.results.run_record import RunRecord, base_of, find_run
-from causal_wan.results.student import resolve_settings
+from causal_wan.results.student import find_layout, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.weights.kinds import check_base, check_weights
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, save_lora
@@ -165,13 +165,13 @@ def save_torch(content: dict[str, dict[str, torch.Tensor]], path: Path) -> None:
         raise OSError(f"{path} could not be written: {error}") from error
 
 
-def check_output(config: Config, suffixes: tuple[str, ...]) -> Path:
-    """The output: a new folder of diffusers' names, or a new file with one of the suffixes.
+def check_output(config: Config, suffixes: tuple[str, ...] = ()) -> Path:
+    """The output: a new folder of diffusers' names or of a pipeline, or a new file with one of the suffixes.
 
     Raises:
         ValueError: If it is not.
     """
-    output, in_folder = Path(config.output), config.to == "diffusers"
+    output, in_folder = Path(config.output), config.to in ("diffusers", "pipeline")
     is_fit = output.suffix not in (".safetensors", ".pt", ".pth") if in_folder else output.suffix in suffixes
     if output.exists() or not is_fit:
         wanted = "folder" if in_folder else f"file that ends in {' or '.join(suffixes)}"
@@ -215,11 +215,9 @@ def make_pipeline(config: Config) -> None:
     Raises:
         ValueError: If input or output cannot be used.
     """
-    run, output = find_run(config.input, config.pretrained_model_name_or_path), Path(config.output)
+    output, run = check_output(config), find_run(config.input, config.pretrained_model_name_or_path)
     base, revision = base_of(config.input, run)
-    if output.exists():
-        raise ValueError(f"output must be a new folder, but {output} exists.")
-    check_output_folder("output", output)
+    find_layout(config.input, run)  # refuses other kinds of models
     settings, student = resolve_settings(run, student=config.input), Path(config.input)
     if (student / "transformer").is_dir():
         check_weights_in(student / "transformer", config=True)
@@ -238,6 +236,8 @@ def make_pipeline(config: Config) -> None:
         max_sequence_length=settings.max_sequence_length,
         revision=revision,
     )
+    if run is not None:  # for generate.py and the model card: the size of its videos, and how it was trained
+        write_recipe(run.public_settings(), output / SETTINGS_NAME)
     print(f"saved: generate.py --checkpoint {output} --prompt '...'")
 
 
@@ -259,7 +259,7 @@ def convert_checkpoint(config: Config) -> None:
     if config.to != "diffusers":
         raise ValueError("a checkpoint of a run goes to diffusers first; convert the result with --to after that.")
     checkpoint, run = Path(config.input), RunRecord.of_checkpoint(Path(config.input))
-    output = check_output(config, ())
+    output = check_output(config)
     if damage := find_damage_of_weights(checkpoint):
         raise ValueError(f"{checkpoint} must be a whole checkpoint of a run, but {damage}; use another one.")
     transformer = make_empty_student(run)

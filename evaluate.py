@@ -46,7 +46,7 @@ from causal_wan.config.ranges import (
     TimestepShift,
     checked_dataclass,
 )
-from causal_wan.data.settings import ClipShape, DataConfig
+from causal_wan.data.settings import DataConfig
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.timesteps import Sampler
 
@@ -109,7 +109,8 @@ class Config:
     vbench_export: LocalPath | None = None
     """Folder to write videos to for VBench."""
     vbench_prompts: LocalPath | None = None
-    """Text file of the prompts of these videos, one a line; None is the prompts of the clips."""
+    """Text file of the prompts of these videos, one a line, or a table, as generate.py takes them; None is the prompts
+    of the clips."""
     num_vbench_samples: Annotated[int, Range(ge=1, le=MAX_VBENCH_SAMPLES)] = 5
     """Videos of each of these prompts, seeded seed, seed + 1, ...; VBench wants 25 for temporal_flickering."""
     seed: Seed = 0
@@ -137,24 +138,25 @@ from causal_wan.evaluation.figures import Judges, Sample, measure, measure_clips
 from causal_wan.evaluation.heldout_loss import HeldOutClip, heldout_statistics, summarize_heldout_loss
 from causal_wan.evaluation.learned_metrics import ClipScore, load_lpips
 from causal_wan.evaluation.report import write_metrics, write_report, write_videos
-from causal_wan.evaluation.vbench_export import VBenchExport, read_vbench_prompts
+from causal_wan.evaluation.vbench_export import VBenchExport
 from causal_wan.evaluation.video_metrics import first_frames_of_blocks
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
-from causal_wan.model.vae import check_video_size, encode_videos
+from causal_wan.model.vae import encode_videos
 from causal_wan.progress import PATIENCE, announced, show_progress
 from causal_wan.results.run_record import RunRecord, base_of, find_run
 from causal_wan.results.student import (
     SamplingSettings,
     choose_device,
-    find_control_names,
+    find_layout,
     load_student,
     resolve_settings,
 )
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.rollout import Rollout
 from causal_wan.seeds import noise_generator
+from causal_wan.tables.prompts import read_prompts_file
 from causal_wan.weights.parts import load_vae
 
 
@@ -167,34 +169,26 @@ def main(config: Config) -> None:
             if vars(config)[name] is not None:
                 check_output_folder(name, vars(config)[name])
         run = find_run(config.checkpoint)
-        settings = resolve_settings(
-            run,
-            student=config.checkpoint,
-            num_frames=config.num_frames,
-            height=config.height,
-            width=config.width,
-            denoising_step_list=config.denoising_step_list,
-            num_inference_steps=config.num_inference_steps,
-            timestep_shift=config.timestep_shift,
-            sampler=config.sampler,
-        )
-        data = data_config(config, run, settings)
+        settings = choose_settings(config, run)
+        layout = find_layout(config.checkpoint, run, num_frame_per_block=config.num_frame_per_block)
+        layout.check_size(settings)
+        starts = first_frames_of_blocks(layout.block_lengths(settings), layout.geometry)
+        data = data_config(config, run, settings, layout.control_names)
         rows = load_rows(data)[: config.num_samples]
         prompts = [row.prompts[0] for row in rows]
         export = open_export(config, settings, prompts)
         judges, notes = load_judges(config, settings, device)
+        gives_first_frame = note_conditions(config, run, data, notes)
+        if gives_first_frame:
+            layout.check_first_frame(settings)
         student = load_student(config.checkpoint, run, dtype, num_frame_per_block=config.num_frame_per_block)
-        shape = ClipShape(settings.num_frames, settings.height, settings.width)
-        check_video_size(*shape, vae=student.vae, transformer=student.transformer)
     texts = prompts if export is None else [*prompts, *export.prompts]
     warn_of_cut_prompts(student.tokenizer, texts, settings.max_sequence_length)
-    lengths = student.transformer.block_lengths(student.geometry.num_latent_frames(shape.num_frames))
-    starts = first_frames_of_blocks(lengths, student.geometry)
     with user_errors():
         clips = [HeldOutClip.load(row, data) for row in show_progress(rows, desc="clips")]
     targets = [clip.video.movedim(0, 1) / 255 for clip in clips]
 
-    given = {"clips": clips, "gives_first_frames": note_conditions(config, run, data, notes)}
+    given = {"clips": clips, "gives_first_frames": gives_first_frame}
     sample = partial(sample_student, settings, config, config.seed, **given)
     results = {"student": sample_all(student, prompts, sample, device)}
     seed = config.seed if run is None or run.seed is None else run.seed
@@ -223,6 +217,21 @@ def main(config: Config) -> None:
         print(f"vbench    {export.folder / 'videos'}")
 
 
+def choose_settings(config: Config, run: RunRecord | None) -> SamplingSettings:
+    """What is given, else the run's settings, else WAN's own."""
+    return resolve_settings(
+        run,
+        student=config.checkpoint,
+        num_frames=config.num_frames,
+        height=config.height,
+        width=config.width,
+        denoising_step_list=config.denoising_step_list,
+        num_inference_steps=config.num_inference_steps,
+        timestep_shift=config.timestep_shift,
+        sampler=config.sampler,
+    )
+
+
 def print_figures(measured: dict[str, Any], heldout_loss: dict[str, Any]) -> None:
     """A line for each kind of video, and one for the loss."""
     lines = {name: figures["mean"] for name, figures in measured.items()}
@@ -246,7 +255,7 @@ def open_export(config: Config, settings: SamplingSettings, prompts: list[str]) 
     if config.vbench_export is None:
         return None
     if config.vbench_prompts is not None:
-        prompts = read_vbench_prompts(config.vbench_prompts)
+        prompts = read_prompts_file(config.vbench_prompts, "vbench_prompts")
     made_with = {"checkpoint": config.checkpoint, "num_frame_per_block": config.num_frame_per_block}
     made_with |= {"seed_of_index_0": config.seed, "dtype": config.dtype, **asdict(settings)}
     export = VBenchExport(config.vbench_export, prompts, config.num_vbench_samples, made_with)
@@ -259,7 +268,9 @@ def open_export(config: Config, settings: SamplingSettings, prompts: list[str]) 
     return export
 
 
-def data_config(config: Config, run: RunRecord | None, settings: SamplingSettings) -> DataConfig:
+def data_config(
+    config: Config, run: RunRecord | None, settings: SamplingSettings, control_names: tuple[str, ...]
+) -> DataConfig:
     """The clips as the run was shown them."""
     data = replace(
         DataConfig() if run is None else run.data,
@@ -271,19 +282,18 @@ def data_config(config: Config, run: RunRecord | None, settings: SamplingSetting
         num_frames=settings.num_frames,
         height=settings.height,
         width=settings.width,
-        control_column=control_columns(config, run),
+        control_column=control_columns(config, control_names),
         control_dropout=0.0,
     )
     return data.for_validation()
 
 
-def control_columns(config: Config, run: RunRecord | None) -> tuple[str, ...]:
-    """The columns with the videos that the student is to follow.
+def control_columns(config: Config, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns with the videos that the student is to follow, of the names of its controls.
 
     Raises:
         ValueError: If they are not as many as it has controls.
     """
-    names = find_control_names(config.checkpoint, run)
     if config.control_column is not None and len(config.control_column) != len(names):
         raise ValueError(
             f"control_column must name a column for each control of the student, {' '.join(names) or 'which has none'}"

@@ -18,6 +18,7 @@ import itertools
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,7 @@ class Config:
     prompt: str | None = None
     """One prompt."""
     prompts_file: LocalPath | None = None
-    """Text file with one prompt a line, or a CSV or JSON lines file with a `prompt` column."""
+    """Text file (.txt) with one prompt a line, or a CSV, TSV or JSON lines file with a `prompt` column."""
     dataset_base_path: LocalPath | None = None
     """Folder that pictures and controls in prompts_file are relative to; None is that of the file."""
     negative_prompt: str = ""
@@ -78,13 +79,14 @@ class Config:
     num_video_frames: PositiveInt | None = None
     """How many of its frames; None is as many as make whole blocks, and at most half of the clip."""
     output: LocalPath = "out.mp4"
-    """The mp4 of one prompt; with prompts_file a folder, which gets 00.mp4, 01.mp4, ..."""
+    """The mp4 of one prompt; with prompts_file a folder, which gets 00.mp4, 01.mp4, ... of its first row (of a text,
+    line), the second, and so on. Blank rows count; of several prompts in a row, the second is 00-2.mp4."""
     stream: bool = False
     """Write files that can be played while they are written."""
     num_prompts: PositiveInt | None = None
     """Take only the first so many prompts of prompts_file."""
     seed: Seed = 0
-    """Seeds the noise; the same seed, prompt number and checkpoint give the same video."""
+    """Seeds the noise; the same seed, row of the prompt and checkpoint give the same video."""
     num_frames: PositiveInt | None = None
     """Video frames, 4k + 1, a continued video's included; None is what the run was trained on, or 81."""
     height: PositiveInt | None = None
@@ -148,20 +150,20 @@ from causal_wan.data.frames import last_frame_indices
 from causal_wan.data.rows import Row, check_length
 from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
-from causal_wan.model.vae import check_video_size
 from causal_wan.processes import wait_for_all
 from causal_wan.progress import announced
 from causal_wan.results.run_record import RunRecord, find_run
 from causal_wan.results.student import (
+    Layout,
     SamplingSettings,
     choose_device,
-    find_control_names,
+    find_layout,
     load_student,
     resolve_settings,
 )
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.seeds import noise_generator
-from causal_wan.tables.prompts import PromptRow, read_prompt_rows
+from causal_wan.tables.prompts import PromptRow, count_blank, read_prompt_rows
 from causal_wan.video.decoding import decode_frames, probe_video
 from causal_wan.video.facts import Traits
 from causal_wan.video.opening import describe_error
@@ -177,41 +179,32 @@ def main(config: Config) -> None:
     with user_errors():
         device, dtype = choose_device(config.device or str(state.device), config.dtype)
         run = find_run(config.checkpoint, config.pretrained_model_name_or_path)
-        wanted = read_prompts(config, find_control_names(config.checkpoint, run))
+        layout = find_layout(config.checkpoint, run, **causal_settings(config))
+        wanted = read_prompts(config, layout.control_names)
         check_output(config)
-        settings = resolve_settings(
-            run,
-            student=config.checkpoint,
-            num_frames=config.num_frames,
-            height=config.height,
-            width=config.width,
-            denoising_step_list=config.denoising_step_list,
-            num_inference_steps=config.num_inference_steps,
-            timestep_shift=config.timestep_shift,
-            sampler=config.sampler,
-            kv_cache_dtype=config.kv_cache_dtype,
-        )
-        check_images(wanted, run, settings)
+        check_loras(config.lora)
+        settings = choose_settings(config, run)
+        layout.check_size(settings)
+        num_blocks = len(layout.block_lengths(settings))
         data = clips_of(run, settings)
-        for row in wanted:
-            find_controls(row, data)
+        check_conditions(wanted, settings, layout, data)
+        beginning = read_frames_to_continue(config, settings, layout)
+        if state.is_main_process:
+            print("".join(f"note: {note}\n" for note in notes_on(config, wanted, run)), end="", file=sys.stderr)
         pipeline = load_pipeline(config, run, settings, dtype)
-        beginning = read_frames_to_continue(config, settings, pipeline)
     if state.is_main_process:
         texts = [row.prompt for row in wanted] + [config.negative_prompt] * (config.guidance_scale > 1)
         warn_of_cut_prompts(pipeline.tokenizer, texts, settings.max_sequence_length)
     pipeline.to(device)
-    config = replace(config, frame_rate=config.frame_rate or pipeline.geometry.frame_rate)
-    work = list(enumerate(zip(wanted, output_paths(config, len(wanted)), strict=True)))
+    config = replace(config, frame_rate=config.frame_rate or layout.geometry.frame_rate)
+    work = list(zip(wanted, output_paths(config, wanted), strict=True))
     own = work[state.process_index :: state.num_processes]
-    num_latent_frames = pipeline.geometry.num_latent_frames(settings.num_frames)
-    num_blocks = len(own) * len(pipeline.transformer.block_lengths(num_latent_frames))
-    total = num_blocks * count_parts(settings)
+    total = len(own) * num_blocks * count_parts(settings)
     with tqdm(total=total, desc="steps", dynamic_ncols=True, disable=not state.is_main_process) as progress:
-        for count, (number, (row, path)) in enumerate(own):
-            given = beginning if row.image is None else {"image": read_image(row.image, settings)}
+        for count, (row, path) in enumerate(own):
+            given = dict(beginning) if row.image is None else {"image": read_image(row.image, settings)}
             given |= {"control": read_controls(row, data)} if row.controls else {}
-            blocks = sample(pipeline, row.prompt, number, settings, config, given, progress)
+            blocks = sample(pipeline, row.prompt, row.row - 1, settings, config, given, progress)
             with saying_what_is_kept(path, count):
                 first, rate = write_blocks(blocks, path, config, progress, count_parts(settings))
             progress.write(f"{path}: first frames after {first:.2f} s, {rate:.1f} frames a second")
@@ -221,13 +214,34 @@ def main(config: Config) -> None:
     state.destroy_process_group()
 
 
+def choose_settings(config: Config, run: RunRecord | None) -> SamplingSettings:
+    """What is given, else the run's settings, else WAN's own."""
+    return resolve_settings(
+        run,
+        student=config.checkpoint,
+        num_frames=config.num_frames,
+        height=config.height,
+        width=config.width,
+        denoising_step_list=config.denoising_step_list,
+        num_inference_steps=config.num_inference_steps,
+        timestep_shift=config.timestep_shift,
+        sampler=config.sampler,
+        kv_cache_dtype=config.kv_cache_dtype,
+    )
+
+
+def causal_settings(config: Config) -> dict[str, int | None]:
+    """What is given of blocks and of what they see."""
+    return {name: vars(config)[name] for name in ("num_frame_per_block", "local_attn_size", "sink_size")}
+
+
 def load_pipeline(
     config: Config, run: RunRecord | None, settings: SamplingSettings, dtype: torch.dtype
 ) -> CausalWanPipeline:
     """The student, ready to sample.
 
     Raises:
-        ValueError: If weights, LoRAs or sizes do not fit.
+        ValueError: If weights or LoRAs do not fit.
     """
     pipeline = load_student(
         config.checkpoint,
@@ -236,17 +250,9 @@ def load_pipeline(
         denoising_step_list=settings.timesteps,
         sampler=settings.sampler,
         max_sequence_length=settings.max_sequence_length,
-        num_frame_per_block=config.num_frame_per_block,
-        local_attn_size=config.local_attn_size,
-        sink_size=config.sink_size,
+        **causal_settings(config),
     )
-    size = (settings.num_frames, settings.height, settings.width)
-    check_video_size(*size, vae=pipeline.vae, transformer=pipeline.transformer)
     for number, path in enumerate(config.lora):
-        if not Path(path).exists() and Path(path).suffix:
-            raise ValueError(f"lora must be files, folders or hub ids, but {path} does not exist.")
-        if Path(path).is_file() and find_lora(path) is None:
-            raise ValueError(f"lora must be files, folders or hub ids, but {path} holds no LoRA.")
         pipeline.load_lora_weights(path, adapter_name=f"lora_{number}")
     if config.lora:
         names = pipeline.get_list_adapters()["transformer"]  # that of the run, if it has one, comes first
@@ -340,7 +346,7 @@ def write_blocks(
 
 
 def read_frames_to_continue(
-    config: Config, settings: SamplingSettings, pipeline: CausalWanPipeline
+    config: Config, settings: SamplingSettings, layout: Layout
 ) -> dict[str, list[PIL.Image.Image]]:
     """The last frames of the video to continue, read and cut to the size of the clip as training does.
 
@@ -356,11 +362,10 @@ def read_frames_to_continue(
     with naming_video(path):
         facts = probe_video(path)
         times = read_frame_times(path) if facts.traits & Traits.VARIABLE_RATE else None
-    geometry = pipeline.geometry
+    geometry = layout.geometry
     rate = config.frame_rate or geometry.frame_rate
     last = last_frame_indices(facts.num_frames, facts.frame_rate, settings.num_frames, rate, times)
-    lengths = pipeline.transformer.block_lengths(geometry.num_latent_frames(settings.num_frames))
-    whole_blocks = [geometry.num_frames(end) for end in itertools.accumulate(lengths)]
+    whole_blocks = [geometry.num_frames(end) for end in itertools.accumulate(layout.block_lengths(settings))]
     most = min(len(last), settings.num_frames // 2)
     count = config.num_video_frames or max([end for end in whole_blocks if end <= most], default=whole_blocks[0])
     if count not in whole_blocks[:-1]:
@@ -387,8 +392,8 @@ def naming_video(path: str | Path, name: str = "video") -> Iterator[None]:
         raise ValueError(f"{name} must be a file that decodes, got {path}: {describe_error(error)}") from None
 
 
-def check_images(rows: Sequence[PromptRow], run: RunRecord | None, settings: SamplingSettings) -> None:
-    """Checks that the pictures that videos begin with decode; notes if the student was trained without.
+def check_conditions(rows: Sequence[PromptRow], settings: SamplingSettings, layout: Layout, data: DataConfig) -> None:
+    """Checks that pictures decode and leave something to sample, and that controls are long enough.
 
     Raises:
         ValueError: If not.
@@ -396,14 +401,37 @@ def check_images(rows: Sequence[PromptRow], run: RunRecord | None, settings: Sam
     for row in rows:
         if row.image is not None:
             read_image(row.image, settings)
+            layout.check_first_frame(settings)
+        find_controls(row, data)
+
+
+def check_loras(paths: Sequence[str]) -> None:
+    """Checks that those on this machine are there, and are LoRAs.
+
+    Raises:
+        ValueError: If not.
+    """
+    for path in paths:
+        if not Path(path).exists() and Path(path).suffix:
+            raise ValueError(f"lora must be files, folders or hub ids, but {path} does not exist.")
+        if Path(path).is_file() and find_lora(path) is None:
+            raise ValueError(f"lora must be files, folders or hub ids, but {path} holds no LoRA.")
+
+
+def notes_on(config: Config, rows: Sequence[PromptRow], run: RunRecord | None) -> Iterator[str]:
+    """What is to be known of the prompts: which are left out, and pictures that the student was not trained with."""
+    if num_blank := count_blank(rows):
+        yield (
+            f"{num_blank} of the first {rows[-1].row} rows of {config.prompts_file} have no prompt and are left out; "
+            "the others keep their numbers."
+        )
     if run is None or not any(row.image for row in rows):
         return
     knows_first_frames = run.method.has_clean_context and run.method.independent_first_frame
     if not run.method.first_frame_probability and not knows_first_frames:
-        print(
-            "note: the student was trained without given first frames (--first_frame_probability), so it may not go "
-            "on from a picture.",
-            file=sys.stderr,
+        yield (
+            "the student was trained without given first frames (--first_frame_probability), so it may not go on from "
+            "a picture."
         )
 
 
@@ -482,7 +510,7 @@ def read_prompts(config: Config, names: Sequence[str]) -> list[PromptRow]:
         if not config.prompt.strip():
             raise ValueError("at least one prompt must not be empty; got none.")
         return [PromptRow(prompt=config.prompt.strip(), image=config.image, controls=controls)]
-    rows = read_prompt_rows(config.prompts_file, names)[: config.num_prompts]
+    rows = read_prompt_rows(config.prompts_file, controls=names)[: config.num_prompts]
     if any(row.image for row in rows) and (config.image or config.video):
         raise ValueError(
             f"a video has one beginning, but {config.prompts_file} has a column image; leave out --image and --video."
@@ -514,11 +542,15 @@ def check_output(config: Config) -> None:
         check_output_file("output", config.output, (".mp4",))
 
 
-def output_paths(config: Config, count: int) -> list[Path]:
-    """One mp4 a prompt."""
+def output_paths(config: Config, rows: Sequence[PromptRow]) -> list[Path]:
+    """One mp4 a prompt, by the number of its row; of several in a row, the others have a number of their own."""
     if config.prompt is not None:
         return [Path(config.output)]
-    return [Path(config.output) / f"{number:02d}.mp4" for number in range(count)]
+    names, counts = [], Counter()
+    for row in rows:
+        counts[row.row] += 1
+        names.append(f"{row.row - 1:02d}" + (f"-{counts[row.row]}" if counts[row.row] > 1 else ""))
+    return [Path(config.output) / f"{name}.mp4" for name in names]
 
 
 if __name__ == "__main__":

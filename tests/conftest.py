@@ -326,6 +326,22 @@ def frames_by_path(monkeypatch):
     return lambda path: np.concatenate(written[path])
 
 
+@pytest.fixture
+def loads_nothing(monkeypatch):
+    """Weights, text encoders and VAEs are out of reach: what is refused with it is refused before they are loaded."""
+
+    from causal_wan.model.transformer import CausalWanTransformer3DModel
+    from causal_wan.sampling.pipeline import CausalWanPipeline
+
+    def refuse(*arguments, **settings):
+        raise AssertionError("something is loaded")
+
+    for name in ("load_vae", "load_transformer"):
+        monkeypatch.setattr(f"causal_wan.results.student.{name}", refuse)
+    for model_class in (CausalWanPipeline, CausalWanTransformer3DModel):
+        monkeypatch.setattr(model_class, "from_pretrained", refuse)
+
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 

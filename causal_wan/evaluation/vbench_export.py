@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from causal_wan.config.choices import MAX_VBENCH_SAMPLES
 from causal_wan.geometry import FRAME_RATE
-from causal_wan.tables.text_files import text_lines
 from causal_wan.video.writing import write_video
 
 
@@ -39,20 +38,6 @@ def file_stem(prompt: str) -> str:
     digest = hashlib.sha256(prompt.encode()).hexdigest()[:DIGEST_LENGTH]
     kept = UNSAFE.sub("_", prompt).encode()[: limit - len(digest) - 1].decode(errors="ignore")
     return f"{kept} {digest}"
-
-
-def read_vbench_prompts(path: str) -> list[str]:
-    """The prompts in a text file, one a line, such as VBench's `all_dimension.txt`.
-
-    Raises:
-        ValueError: If there are none, or it is no text.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"vbench_prompts must be a text file with a prompt a line, but {path} does not exist.")
-    prompts = [line.strip() for _, line in text_lines(Path(path))]
-    if not prompts:
-        raise ValueError(f"vbench_prompts must hold a prompt a line, but {path} is empty.")
-    return prompts
 
 
 class VBenchExport:

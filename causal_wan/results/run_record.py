@@ -1,7 +1,7 @@
 """What a run was: its settings, read again from the config.yaml that it left, for whatever is made of its result."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -176,6 +176,8 @@ class RunRecord:
 def find_run(result: str, base: str | None = None) -> RunRecord | None:
     """The record of what a student, or a teacher, is given as; None for a plain diffusers folder or hub id.
 
+    A pipeline that was made of a run has the run's config.yaml in it, and is its own base model.
+
     Args:
         result: Output folder of a run, diffusers folder, hub id, or file of weights.
         base: Diffusers folder or hub id in the place of the run's base model; of a file of weights, None is WAN's own
@@ -189,8 +191,10 @@ def find_run(result: str, base: str | None = None) -> RunRecord | None:
         return RunRecord.of_weights(path, base)
     if path.is_file():
         raise ValueError(f"a file of weights must end in {', '.join(WEIGHTS_SUFFIXES)}, got {result}.")
-    if not path.is_dir() or (path / "model_index.json").is_file():
+    if not path.is_dir():
         return None
+    if (path / "model_index.json").is_file():
+        return _run_of_pipeline(path, base)
     has_result = (path / "transformer").is_dir() or (path / LORA_WEIGHTS_NAME).is_file()
     run = RunRecord.of_folder(path) if has_result else None
     if run is None:
@@ -204,6 +208,17 @@ def find_run(result: str, base: str | None = None) -> RunRecord | None:
     if base is None:
         return run
     return RunRecord.from_settings(run.settings | {"pretrained_model_name_or_path": base}, path)
+
+
+def _run_of_pipeline(folder: Path, base: str | None) -> RunRecord | None:
+    """The record that a pipeline's folder keeps; None if it keeps none."""
+    path = folder / SETTINGS_NAME
+    settings = read_yaml(path, SETTINGS_NAME) if path.is_file() else None
+    if not isinstance(settings, dict) or "pretrained_model_name_or_path" not in settings:
+        return None
+    run = RunRecord.from_settings(settings, folder)
+    own = {"pretrained_model_name_or_path": base or str(folder), "generator_ckpt": None, "revision": None}
+    return replace(run, model=replace(run.model, **own))
 
 
 def base_of(result: str, run: RunRecord | None) -> tuple[str, str | None]:

@@ -1,10 +1,11 @@
 """A student on disk -> a pipeline to sample with, and the settings that it was trained with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from causal_wan.blocks import CausalConfig
 from causal_wan.config.settings import BaseModelConfig, KVCacheDtype, MemoryConfig
 from causal_wan.data.settings import DataConfig
 from causal_wan.flow import choose_sampling
@@ -39,6 +40,41 @@ class SamplingSettings:
     def cache_dtype(self) -> torch.dtype | None:
         """Of remembered keys and values; None is that of the passes."""
         return CACHE_DTYPES[self.kv_cache_dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the videos of a student fall into latents and blocks, and which videos they follow."""
+
+    geometry: LatentGeometry
+    causal: CausalConfig
+    control_names: tuple[str, ...] = ()
+
+    def check_size(self, settings: SamplingSettings) -> None:
+        """Checks that videos fit the VAE and the patches.
+
+        Raises:
+            ValueError: If not; names the nearest sizes that do.
+        """
+        self.geometry.check_num_frames(settings.num_frames)
+        self.geometry.check_size(settings.height, settings.width, of=" for this checkpoint")
+
+    def block_lengths(self, settings: SamplingSettings) -> list[int]:
+        """Latent frames of each block of a video.
+
+        Raises:
+            ValueError: If it does not divide into blocks.
+        """
+        return self.causal.block_lengths(self.geometry.num_latent_frames(settings.num_frames))
+
+    def check_first_frame(self, settings: SamplingSettings) -> None:
+        """Checks that there is something to sample after a first frame that is given.
+
+        Raises:
+            ValueError: If not.
+        """
+        num_latent_frames = self.geometry.num_latent_frames(settings.num_frames)
+        self.causal.check_continues(1, num_latent_frames, self.geometry)
 
 
 def choose_device(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
@@ -82,14 +118,13 @@ def resolve_settings(
         kv_cache_dtype: See `causal_wan.config.settings.MemoryConfig`.
 
     Raises:
-        ValueError: If ways of sampling are given that exclude each other; if the student is of another kind than WAN's
-            text-to-video, or the size does not fit it.
+        ValueError: If ways of sampling are given that exclude each other, or a pipeline's folder cannot be read.
     """
     method = RegressionConfig() if run is None else run.method
     data = DataConfig() if run is None else run.data
     max_sequence_length = BaseModelConfig.max_sequence_length if run is None else run.model.max_sequence_length
     own = method.inference_timesteps() if method.is_continuous else method.levels()
-    stated = read_index(Path(student)) if student and run is None else {}
+    stated = read_index(Path(student)) if student else {}
     if run is not None and num_inference_steps is not None and timestep_shift is None:
         timestep_shift = method.timestep_shift
     if method.is_continuous and timestep_shift is not None and denoising_step_list is None:
@@ -103,7 +138,7 @@ def resolve_settings(
         sampler=sampler,
     )
     check_denoising_step_list(timesteps)
-    settings = SamplingSettings(
+    return SamplingSettings(
         num_frames=num_frames or data.num_frames,
         height=height or data.height,
         width=width or data.width,
@@ -112,31 +147,29 @@ def resolve_settings(
         sampler=sampler,
         kv_cache_dtype=kv_cache_dtype or (MemoryConfig.kv_cache_dtype if run is None else run.kv_cache_dtype),
     )
-    if student is not None:
-        geometry = check_student(student, run)
-        geometry.check_num_frames(settings.num_frames)
-        geometry.check_size(settings.height, settings.width, of=" for this checkpoint")
-    return settings
 
 
-def check_student(student: str, run: RunRecord | None) -> LatentGeometry:
-    """Checks, before anything is loaded, that a student can be sampled here.
+def find_layout(student: str, run: RunRecord | None, **causal: int | None) -> Layout:
+    """How the videos of a student fall into latents and blocks, by configs alone: before anything is loaded.
+
+    Args:
+        student: Output folder of a run, a diffusers WAN folder or hub id, or a file of weights.
+        run: From `find_run`.
+        causal: `num_frame_per_block`, `local_attn_size`, `sink_size`; None is the student's own setting.
 
     Raises:
-        ValueError: If it is of another kind of models than WAN's text-to-video; see `causal_wan.weights.kinds`.
+        ValueError: If it is of another kind of models than WAN's text-to-video (see `causal_wan.weights.kinds`), or
+            the causal settings do not go together.
     """
     base, revision = base_of(student, run)
-    return check_base(base, generator_ckpt=None if run is None else run.weights, revision=revision)
-
-
-def find_control_names(student: str, run: RunRecord | None) -> tuple[str, ...]:
-    """The names of the controls that a student was trained with, before it is loaded."""
-    if run is not None and (run.has_lora or run.has_transformer):
-        return run.data.control_column
-    base, revision = base_of(student, run)
-    generator_ckpt = None if run is None else run.model.generator_ckpt
-    config = load_transformer_config(base, generator_ckpt=generator_ckpt, revision=revision)
-    return tuple(config.get("control_names") or ())
+    weights = None if run is None else run.weights
+    geometry = check_base(base, generator_ckpt=weights, revision=revision)
+    config = load_transformer_config(base, generator_ckpt=weights, revision=revision)
+    own, names = CausalConfig.of(config), tuple(config.get("control_names") or ())
+    if run is not None and not run.has_transformer:
+        own, names = run.causal, run.data.control_column or names
+    given = {name: size for name, size in causal.items() if size is not None}
+    return Layout(geometry=geometry, causal=replace(own, **given), control_names=names)
 
 
 def load_student(

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from causal_wan.tables.delimited import read_delimited
+from causal_wan.tables.delimited import ROW, read_delimited
 from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
 from causal_wan.tables.text_files import MAX_TEXT_BYTES, decode_text, text_lines
 from causal_wan.video.opening import OTHER_MEDIA_SUFFIXES, VIDEO_SUFFIXES
@@ -58,20 +58,23 @@ def read_json_lines(
         lists: Keys of texts or lists of them, which become lists.
         check: Is given all keys, and raises a ValueError if others are wanted.
 
+    Returns:
+        What the keys have, and `ROW`, the number of the line.
+
     Raises:
         ValueError: If a line is no object, or holds something else; names it.
     """
     names, chunks = {}, []
-    schema = pa.schema(dict.fromkeys(texts, pa.string()) | dict.fromkeys(lists, pa.list_(pa.string())))
+    wanted = dict.fromkeys(texts, pa.string()) | dict.fromkeys(lists, pa.list_(pa.string()))
+    schema = pa.schema({**wanted, ROW: pa.int64()})
     lines = text_lines(path)
     while batch := list(itertools.islice(lines, CHUNK_ROWS)):
         rows = []
         for number, line in batch:
             values = _parse_line(line, number, path)
             names.update(dict.fromkeys(values))
-            rows.append(
-                {name: _pick_value(values, name, number, path, is_list=name in lists) for name in schema.names}
-            )
+            picked = {name: _pick_value(values, name, number, path, is_list=name in lists) for name in wanted}
+            rows.append({**picked, ROW: number})
         chunks.append(pa.Table.from_pylist(rows, schema))
     if chunks:
         check(list(names))

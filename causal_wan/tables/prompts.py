@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from causal_wan.tables.delimited import read_delimited
+from causal_wan.tables.delimited import ROW, read_delimited
 from causal_wan.tables.files import read_json_lines
+from causal_wan.tables.sources import check_suffix
 from causal_wan.tables.text_files import text_lines
 
 
 COLUMN = "prompt"
 IMAGE_COLUMN = "image"
+DELIMITED = (".csv", ".tsv", ".tab")
+JSON_LINES = (".jsonl", ".ndjson")
+LINES = (".txt", "")  # a prompt a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +24,14 @@ class PromptRow:
     """What a video is to show.
 
     Attributes:
+        row: In the file, as people count: of a text or JSON lines the line, of others the row below the header; 1 is
+            the first.
         prompt: Not blank, without white space around it.
         image: Path of its first frame, as the file has it; None is none.
         controls: Paths of the videos that it follows, by the names of the controls, likewise.
     """
 
+    row: int = 1
     prompt: str
     image: str | None = None
     controls: dict[str, str] = field(default_factory=dict)
@@ -49,45 +56,53 @@ def prompts_of(cell: str | Sequence[str | None] | None, *, has_json: bool = Fals
             yield text.strip()
 
 
-def read_prompts_file(path: str) -> list[str]:
+def read_prompts_file(path: str, name: str = "prompts_file") -> list[str]:
     """The prompts of a file; see `read_prompt_rows`."""
-    return [row.prompt for row in read_prompt_rows(path)]
+    return [row.prompt for row in read_prompt_rows(path, name)]
 
 
-def read_prompt_rows(path: str, controls: Sequence[str] = ()) -> list[PromptRow]:
+def read_prompt_rows(path: str, name: str = "prompts_file", *, controls: Sequence[str] = ()) -> list[PromptRow]:
     """The prompts of a file, and what the videos begin with and follow; blank prompts are left out.
 
     Args:
         path: Of a CSV, TSV or JSON lines file with a column `prompt`, and perhaps one `image`, by the rules of tables;
-            any other file is a text with a prompt a line.
+            or of a text with a prompt a line.
+        name: Of the setting, for the error.
         controls: Names of the student's controls: of such columns, too, if they are there.
 
     Raises:
-        ValueError: If the file is not there or no text, has no `prompt` column, or has no prompt.
+        ValueError: If the file is not there or of another kind, has no `prompt` column, or has no prompt.
     """
     file = Path(path)
     if not file.is_file():
         there = "is none" if file.exists() else "does not exist"
-        raise ValueError(f"prompts_file must be a text or CSV file, but {path} {there}.")
+        raise ValueError(f"{name} must be a text or CSV file, but {path} {there}.")
+    check_suffix(file, (*LINES, *DELIMITED, *JSON_LINES), name)
     check, kind, optional = partial(_check_names, path, controls), file.suffix.lower(), [IMAGE_COLUMN, *controls]
-    if kind in (".csv", ".tsv", ".tab"):
+    if kind in DELIMITED:
         cells = read_delimited(file, [COLUMN], check, optional=optional).to_pylist()
-    elif kind in (".jsonl", ".ndjson"):
+    elif kind in JSON_LINES:
         cells = read_json_lines(file, texts=optional, lists=[COLUMN], check=check).to_pylist()
     else:
-        cells = [{COLUMN: line} for _, line in text_lines(file)]
+        cells = [{COLUMN: line, ROW: number} for number, line in text_lines(file)]
     rows = [
         PromptRow(
+            row=cell[ROW],
             prompt=prompt,
             image=(cell.get(IMAGE_COLUMN) or "").strip() or None,
             controls={name: cell[name].strip() for name in controls if (cell.get(name) or "").strip()},
         )
         for cell in cells
-        for prompt in prompts_of(cell[COLUMN], has_json=kind == ".csv")
+        for prompt in prompts_of(cell[COLUMN], has_json=kind in DELIMITED)
     ]
     if not rows:
         raise ValueError(f"at least one prompt must not be empty; {path} has none.")
     return rows
+
+
+def count_blank(rows: Sequence[PromptRow]) -> int:
+    """How many rows of a file are blank before the last of some of its rows."""
+    return rows[-1].row - len({row.row for row in rows})
 
 
 def _check_names(path: str, controls: Sequence[str], names: Sequence[str]) -> None:

@@ -46,6 +46,22 @@ class Source:
         return list(dict.fromkeys([*self.video_columns, *self.caption_column]))
 
 
+def check_suffix(path: Path, suffixes: Iterable[str], what: str = "a table") -> None:
+    """Checks that a file is of a kind that is read, by its name.
+
+    Args:
+        path: Of the file.
+        suffixes: Of these kinds, in lower case, with the dot; an empty one stands for names without.
+        what: The file is to be.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if path.suffix.lower() not in suffixes:
+        listed = ", ".join(filter(None, suffixes))
+        raise ValueError(f"{what} must end in {listed}, got {path.name}; rename or convert it.")
+
+
 def check_columns(names: Iterable[str], source: Source) -> None:
     """Checks that a table has the columns that its source names.
 

@@ -18,10 +18,18 @@ from datasets import Dataset, DatasetDict, Value
 from datasets.exceptions import DatasetsError
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from causal_wan.tables.delimited import SUFFIXES
+from causal_wan.tables.delimited import ROW, SUFFIXES
 from causal_wan.tables.files import read_csv, read_jsonl, read_pairs, read_parquet
 from causal_wan.tables.prompts import prompts_of
-from causal_wan.tables.sources import Source, check_captions, check_columns, find_files, is_hub_name, is_text
+from causal_wan.tables.sources import (
+    Source,
+    check_captions,
+    check_columns,
+    check_suffix,
+    find_files,
+    is_hub_name,
+    is_text,
+)
 from causal_wan.tables.tars import ERROR
 from causal_wan.tables.undecoded import LOADING_ERRORS, is_saved_dataset, load_undecoded
 from causal_wan.video.opening import EmbeddedVideo
@@ -35,7 +43,7 @@ class TableRow:
     """A row, as the table has it.
 
     Args:
-        number: 1 is the first.
+        number: In its file, as people count; 1 is the first.
         video: A path, or the video itself.
         prompts: Those that are not blank, without white space around them.
         controls: The videos that control it, like `video`.
@@ -94,8 +102,9 @@ class Table(Sequence[TableRow]):
         videos, *controls = (self._videos(cells[name], name, start) for name in self.source.video_columns)
         controls = zip(*controls, strict=True) if controls else [()] * len(cells)
         errors = cells[ERROR].to_pylist() if ERROR in cells.column_names else [None] * len(cells)
-        columns = zip(videos, captions, errors, controls, strict=True)
-        for number, (video, texts, error, own) in enumerate(columns, start + 1):
+        numbers = cells[ROW].to_pylist() if ROW in cells.column_names else range(start + 1, end + 1)
+        rows = zip(numbers, videos, captions, errors, controls, strict=True)
+        for number, video, texts, error, own in rows:
             prompts = tuple(prompt for text in texts for prompt in prompts_of(text, has_json=self.has_json))
             yield TableRow(number, video, prompts, self._base(video), self.source.follow_links, error, own)
 
@@ -193,9 +202,8 @@ def _read_file(source: Source) -> Table:
     path = Path(source.metadata_path)
     readers = dict.fromkeys(SUFFIXES, read_csv)
     readers |= {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(f"a table must end in {', '.join(readers)}, got {path.name}; rename or convert it.")
+    check_suffix(path, readers)
+    reader = readers[path.suffix.lower()]
     if source.dataset_base_path is None:
         raise ValueError(f"dataset_base_path must name the folder that the paths in {path} are relative to.")
     cells = reader(path, source)

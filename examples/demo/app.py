@@ -31,7 +31,7 @@ from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import AttentionWindow, NonNegativeInt, PositiveInt, Range, checked_dataclass
 from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.results.run_record import find_run
-from causal_wan.results.student import SamplingSettings, choose_device, load_student, resolve_settings
+from causal_wan.results.student import SamplingSettings, choose_device, find_layout, load_student, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.video.writing import VideoWriter, as_frames
 
@@ -268,6 +268,8 @@ def make_studio(config: Config) -> Studio:
     settings = resolve_settings(
         run, student=config.checkpoint, height=config.height or height, width=config.width or width
     )
+    causal = {name: vars(config)[name] for name in ("num_frame_per_block", "local_attn_size", "sink_size")}
+    find_layout(config.checkpoint, run, **causal).check_size(settings)
     pipeline = load_student(
         config.checkpoint,
         run,
@@ -275,9 +277,7 @@ def make_studio(config: Config) -> Studio:
         denoising_step_list=settings.timesteps,
         sampler=settings.sampler,
         max_sequence_length=settings.max_sequence_length,
-        num_frame_per_block=config.num_frame_per_block,
-        local_attn_size=config.local_attn_size,
-        sink_size=config.sink_size,
+        **causal,
     )
     if pipeline.transformer.config.num_frame_per_block is None:
         causal = pipeline.transformer.causal_config

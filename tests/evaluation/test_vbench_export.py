@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from causal_wan.evaluation.vbench_export import VBenchExport, file_stem, read_vbench_prompts
+from causal_wan.evaluation.vbench_export import VBenchExport, file_stem
 
 
 LONG = "a ball that crosses a field, " * 20
@@ -77,11 +77,3 @@ def test_an_interrupted_export_goes_on_and_other_settings_are_refused(tmp_path):
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="holds something else"):
         export(tmp_path / "mine", ["a ball"])
-
-
-def test_prompts_are_the_lines_of_a_text_file(tmp_path):
-    (tmp_path / "prompts.txt").write_text("  a ball \n\nein Fuß\n", encoding="utf-8")
-    assert read_vbench_prompts(str(tmp_path / "prompts.txt")) == ["a ball", "ein Fuß"]
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ValueError, match="is empty"):
-        read_vbench_prompts(str(tmp_path / "empty.txt"))

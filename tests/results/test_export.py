@@ -154,6 +154,50 @@ def test_prompts_of_an_exported_student_are_padded_as_in_its_training(run_folder
     assert resolve_settings(find_run(str(folder)), student=str(folder)).max_sequence_length == 16
 
 
+def test_a_pipeline_generates_and_is_evaluated_as_the_run_that_it_was_made_of(
+    run_folder, clips, tmp_path, frames_by_path
+):
+    source, folder = tmp_path / "run", tmp_path / "exported"
+    shutil.copytree(run_folder, source)
+    run = yaml.safe_load((source / "config.yaml").read_text()) | {"num_frames": 9, "height": 48, "width": 32}
+    run |= {"timestep_sampling": "uniform", "timestep_shift": 3.0, "num_inference_steps": 3, "seed": 7}
+    run |= {"kv_cache_dtype": "int8", "first_frame_probability": 0.5, "output_dir": "/home/me/secret/run"}
+    (source / "config.yaml").write_text(yaml.safe_dump(run))
+    run_here("convert_checkpoint.py", "--input", source, "--output", folder, "--to", "pipeline")
+    assert "secret" not in (folder / "config.yaml").read_text()
+    records = [find_run(str(path)) for path in (source, folder)]
+    resolved = [
+        resolve_settings(record, student=str(path)) for record, path in zip(records, (source, folder), strict=True)
+    ]
+    assert resolved[0] == resolved[1]
+    assert (resolved[1].num_frames, resolved[1].height, resolved[1].width) == (9, 48, 32)
+    assert (records[0].method, records[0].seed) == (records[1].method, records[1].seed)
+    for more in ((), ("--num_inference_steps", 2)):  # along the run's shift
+        for path in (source, folder):
+            output = tmp_path / f"{path.name}.mp4"
+            run_here("generate.py", "--checkpoint", path, "--prompt", "a ball", "--output", output, *more)
+        videos = [frames_by_path(tmp_path / name) for name in ("run.mp4", "exported.mp4")]
+        assert videos[1].shape == (9, 48, 32, 3)
+        assert np.array_equal(*videos)
+    again = tmp_path / "again"  # a pipeline of a pipeline knows the same
+    run_here("convert_checkpoint.py", "--input", folder, "--output", again, "--to", "pipeline")
+    assert (again / "config.yaml").read_text() == (folder / "config.yaml").read_text()
+    assert resolve_settings(find_run(str(again)), student=str(again)) == resolved[0]
+    assert type(DiffusionPipeline.from_pretrained(folder)) is WanPipeline
+
+
+def test_a_pipeline_that_keeps_no_settings_of_a_run_is_none(exported, tmp_path):
+    folder = tmp_path / "before"
+    shutil.copytree(exported, folder)
+    assert find_run(str(folder)) is not None
+    (folder / "config.yaml").write_text("theme: dark\n")
+    assert find_run(str(folder)) is None
+    (folder / "config.yaml").unlink()
+    assert find_run(str(folder)) is None
+    settings = resolve_settings(None, student=str(folder))
+    assert (settings.num_frames, settings.height, settings.timesteps) == (81, 480, [1000, 600, 0])
+
+
 def test_parts_of_another_checkpoint_join_an_exported_pipeline_file(run_folder, exported, checkpoint):
     from diffusers import WanTransformer3DModel
 

@@ -225,6 +225,16 @@ def test_a_base_model_on_this_disk_is_named_without_its_path_and_gives_its_licen
     assert str(tmp_path) not in card.text
 
 
+def test_the_card_of_a_pipeline_streams_in_the_size_of_its_run(hub, run_folder):
+    (run_folder / "model_index.json").write_text('{"denoising_step_list": [1000, 600, 0], "sampler": "renoise"}')
+    run = yaml.safe_load((run_folder / "config.yaml").read_text()) | {"num_frames": 17, "height": 64, "width": 112}
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(run))
+    push(run_folder)
+    card = hub.repos["me/my-wan"]["README.md"].decode()
+    assert 'pipeline.stream("a prompt", num_frames=17, height=64, width=112):' in card
+    assert "Stock `WanPipeline` loads it as well." in card
+
+
 def test_private_repositories_are_private(hub, run_folder):
     push(run_folder, "--hub_private_repo", "True")
     assert hub.private == {"me/my-wan": True}

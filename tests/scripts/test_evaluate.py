@@ -176,3 +176,18 @@ def test_bad_input_ends_with_one_message(flags, changes, message, capsys):
     assert exit_info.value.code == 2
     captured = capsys.readouterr()
     assert message in " ".join((captured.out + captured.err).replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--num_frame_per_block", 2], "must be a multiple of num_frame_per_block=2, got 5; use 4 or 6 latent frames"),
+        (["--width", 40], "width must be a multiple of 16 for this checkpoint, got 40"),
+        (["--num_frames", 1, "--first_frame", "given"], "must end with a block and before the clip does"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(flags, loads_nothing, changes, message, capsys):
+    with pytest.raises(SystemExit) as refused:
+        run_here(SCRIPT, *flags, *changes)
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err

@@ -16,9 +16,11 @@ from conftest import launch, run_here, run_python
 from grey_videos import write_playlists, write_timed_video
 from peft import LoraConfig, get_peft_model_state_dict
 
+from causal_wan.blocks import CausalConfig
 from causal_wan.geometry import WAN
 from causal_wan.model.text import encode_prompts
 from causal_wan.model.vae import decode_latents, encode_videos
+from causal_wan.results.student import Layout
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.video.writing import VideoWriter
 from causal_wan.weights.parts import load_text_encoder, load_vae
@@ -98,7 +100,7 @@ def test_a_student_of_continuous_levels_generates_in_the_many_steps_of_its_run(c
 def test_prompts_come_from_text_files_and_csv_files_and_those_that_are_cut_are_said(
     checkpoint, clips, tmp_path, caplog
 ):
-    (tmp_path / "prompts.txt").write_text("a ball\n\na box" + " rolls" * 600 + "\n")
+    (tmp_path / "prompts.txt").write_text("a ball\na box" + " rolls" * 600 + "\n")
     flags = ["--checkpoint", checkpoint, "--num_frame_per_block", 5, *SIZE, "--denoising_step_list", 1000]
     run_here(SCRIPT, *flags, "--prompts_file", tmp_path / "prompts.txt", "--output", tmp_path / "text")
     assert {path.name for path in (tmp_path / "text").iterdir()} == {"00.mp4", "01.mp4"}
@@ -106,6 +108,53 @@ def test_prompts_come_from_text_files_and_csv_files_and_those_that_are_cut_are_s
     csv_flags = ["--prompts_file", clips / "train.csv", "--num_prompts", 1, "--output", tmp_path / "csv"]
     run_python(SCRIPT, *flags, *csv_flags)
     assert {path.name for path in (tmp_path / "csv").iterdir()} == {"00.mp4"}
+
+
+def test_videos_have_the_numbers_and_the_noise_of_their_rows_and_blank_rows_are_said_once(
+    checkpoint, tmp_path, frames_by_path, capsys
+):
+    flags = ["--checkpoint", checkpoint, "--num_frame_per_block", 5, *SIZE, "--denoising_step_list", 1000]
+    whole = 'prompt,note\na ball,x\na cone,x\na box,x\n"[""a bird"", ""a hat""]",x\n'
+    for name, content in (("whole", whole), ("gaps", whole.replace("a ball,x", "").replace("a cone", ""))):
+        (tmp_path / f"{name}.csv").write_text(content)
+        capsys.readouterr()
+        run_here(SCRIPT, *flags, "--prompts_file", tmp_path / f"{name}.csv", "--output", tmp_path / name)
+        said = capsys.readouterr().err
+        assert ("2 of the first 4 rows of" in said and said.count("have no prompt") == 1) == (name == "gaps")
+    kept = ["02.mp4", "03-2.mp4", "03.mp4"]
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["00.mp4", "01.mp4", *kept]
+    assert sorted(path.name for path in (tmp_path / "gaps").iterdir()) == kept
+    for name in kept:
+        assert np.array_equal(frames_by_path(tmp_path / "whole" / name), frames_by_path(tmp_path / "gaps" / name))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_frame_per_block", 2], "must be a multiple of num_frame_per_block=2, got 5; use 4 or 6 latent frames"),
+        (["--local_attn_size", 3, "--sink_size", 3], "local_attn_size must hold one block and the sink, 4 latent"),
+        (["--num_frame_per_block", 5, "--local_attn_size", 3], "one block and the sink, 5 latent frames or more"),
+        (["--num_frames", 16], "num_frames must be 4k + 1 for the WAN VAE, got 16"),
+        (["--height", 40], "height must be a multiple of 16 for this checkpoint, got 40"),
+        (["--lora", "nowhere.safetensors"], "lora must be files, folders or hub ids, but nowhere.safetensors does"),
+        (["--lora", "CLIP"], "holds no LoRA"),
+        (["--num_frame_per_block", 1, "--video", "CLIP", "--num_video_frames", 6], "num_video_frames must end with"),
+        (["--video", "requirements.txt"], "video must be a file that decodes"),
+        (["--num_frames", 1, "--image", "CLIP"], "a video to continue must end with a block and before the clip"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(
+    checkpoint, clips, tmp_path, loads_nothing, flags, message, capsys
+):
+    clip = clips / "videos" / "0.mp4"
+    if "--lora" in flags and "CLIP" in flags:
+        clip = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
+    flags = [clip if flag == "CLIP" else flag for flag in flags]
+    output = ["--output", tmp_path / "a.mp4"]
+    with pytest.raises(SystemExit) as refused:
+        run_here(SCRIPT, "--checkpoint", checkpoint, "--prompt", "a", *SIZE, *output, *flags)
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_weights_of_the_lineage_generate_as_the_folder_does_that_they_were_made_of(checkpoint, generate, tmp_path):
@@ -160,9 +209,8 @@ def given_frames(path, count, **changes):
     """The frames of a video that are continued, as an array."""
     config = Config(checkpoint="x", prompt="a", video=str(path), num_video_frames=count, **changes)
     settings = SimpleNamespace(num_frames=17, height=64, width=32)
-    transformer = SimpleNamespace(block_lengths=lambda length: [1] * length)
-    pipeline = SimpleNamespace(geometry=WAN, transformer=transformer)
-    return np.stack([np.asarray(frame) for frame in read_frames_to_continue(config, settings, pipeline)["video"]])
+    layout = Layout(geometry=WAN, causal=CausalConfig(num_frame_per_block=1))
+    return np.stack([np.asarray(frame) for frame in read_frames_to_continue(config, settings, layout)["video"]])
 
 
 def test_a_video_is_continued_as_a_player_shows_it_and_at_the_rate_of_the_clip(tmp_path):
@@ -244,8 +292,11 @@ def test_adapters_and_guidance_change_the_video(checkpoint, generate, tmp_path):
         (["--checkpoint", "x"], "give either --prompt or --prompts_file"),
         (["--checkpoint", "x", "--prompts_file", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--checkpoint", "tests", "--prompt", "a"], "got tests, which has neither"),
-        (["--checkpoint", "x", "--prompts_file", "README.md", "--output", "a.mp4"], "output must be a folder for the"),
-        (["--checkpoint", "x", "--prompts_file", "README.md"], "got out.mp4; name one with --output"),
+        (
+            ["--checkpoint", "x", "--prompts_file", "requirements.txt", "--output", "a.mp4"],
+            "output must be a folder for the",
+        ),
+        (["--checkpoint", "x", "--prompts_file", "requirements.txt"], "got out.mp4; name one with --output"),
         (["--checkpoint", "x", "--prompt", " "], "must not be empty"),
         (["--checkpoint", "x.pt", "--prompt", "a"], "which does not exist"),
         (["--checkpoint", "x", "--prompt", "a", "--num_video_frames", "5"], "name it with --video"),

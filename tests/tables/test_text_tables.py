@@ -41,6 +41,10 @@ READ = {
     "a line in quotes for Excel": '"sep=\t"\r\nvideo\tprompt\r\n0.mp4\ta dog\r\n1.mp4\tcafé\r\n',
     "spaces round names": " video , prompt \n0.mp4,a dog\n1.mp4, café \n",
     "spaces before quotes": 'video, prompt\n0.mp4, "a dog"\n1.mp4,  "café"\n',
+    "spaces before quotes of the header": '"video",  "prompt"\n"0.mp4", "a dog"\n1.mp4, café\n',
+    "spaces after quotes": 'video,prompt\n"0.mp4" ,"a dog"\n"1.mp4"  ,"café" \n',
+    "spaces after quotes of the header": '"video" ;"prompt" \r\n0.mp4;"a dog"\r\n"1.mp4" ;café\r\n',
+    "spaces on both sides of quotes": '"video" , "prompt" ,n\n0.mp4 , "a dog" ,\n"1.mp4", "café"  ,""" ,"\n',
     "quotes round all": '"video","prompt"\n"0.mp4","a dog"\n"1.mp4","café"\n',
     "a mark of UTF-8": "\ufeffvideo,prompt\n0.mp4,a dog\n1.mp4,café\n",
     "a mark, and quotes": '\ufeff"video";"prompt"\n0.mp4;a dog\n1.mp4;café\n',
@@ -72,6 +76,40 @@ def test_prompts_keep_their_separators_quotes_and_line_ends(tmp_path):
     assert [found for _, (found,) in read(tmp_path, (tmp_path / "rows.csv").read_bytes())] == prompts
 
 
+def test_spaces_after_quotes_leave_prompts_as_they_are(tmp_path):
+    prompts = ['"go" , she says, "', "one \ntwo ,\n three", ' "', 'a "" , b', "plain"]
+    lines = [f'{n}.mp4 ,"{text.replace(chr(34), chr(34) * 2)}"  ,x' for n, text in enumerate(prompts)]
+    found = read(tmp_path, "\n".join(["video,prompt,note", *lines]))
+    assert [prompt for _, (prompt,) in found] == [prompt.strip() for prompt in prompts]
+
+
+def test_a_quote_closed_by_a_space_and_words_is_refused_with_its_row(tmp_path):
+    with pytest.raises(ValueError, match=r"row 2 \(line 3\) has a quote out of place"):
+        read(tmp_path, 'video,prompt\n"0.mp4" ,a\n"1.mp4" or so,b\n')
+
+
+def test_rows_have_the_numbers_that_people_count(tmp_path):
+    for name, content, numbers in (
+        ("rows.csv", "\nvideo,prompt\n0.mp4,a\n\n,\n3.mp4,b\n\n", [1, 4]),
+        ("rows.tsv", "sep=\t\nvideo\tprompt\n\t\n1.mp4\ta\n", [2]),
+        ("rows.jsonl", '\n{"video": "1.mp4", "prompt": "a"}\n\n{"video": "3.mp4", "prompt": "b"}\n', [2, 4]),
+    ):
+        (tmp_path / name).write_text(content)
+        table = read_table(Source(metadata_path=str(tmp_path / name), dataset_base_path=str(tmp_path)))
+        assert [row.number for row in table] == numbers
+        assert table[len(table) - 1].number == numbers[-1]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.tab", "rows.txt"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_a_cell_may_have_a_list_of_prompts_in_any_delimited_table(tmp_path, name, separator):
+    with (tmp_path / "table").open("w", newline="") as file:
+        writer = csv.writer(file, delimiter=separator)
+        writer.writerows([("video", "prompt"), ("0.mp4", '["a, b", "c"]'), ("1.mp4", "[wide] d")])
+    found = read(tmp_path, (tmp_path / "table").read_bytes(), name)
+    assert found == [("0.mp4", ("a, b", "c")), ("1.mp4", ("[wide] d",))]
+
+
 def test_a_name_that_begins_with_a_space_keeps_it(tmp_path):
     assert read(tmp_path, "video,prompt\n a.mp4,a\n")[0][0] == " a.mp4"
 
@@ -92,7 +130,7 @@ REFUSED = {
     "a quote that closes late": ('video,prompt\n0.mp4,"a\n1.mp4,"b"\n', r"row 1 \(line 2\) has a quote out of place"),
     "a quote that closes early": (
         'video,prompt\n\n0.mp4,"Go" she says\n',
-        r"row 1 \(line 3\) has a quote out of place",
+        r"row 2 \(line 3\) has a quote out of place",
     ),
     "too many fields": ('video,prompt\n0.mp4,"a\nb"\n1.mp4,a, b\n', r"row 2 \(line 4\) has 3; .* put quotes around"),
     "a wanted column twice": ("video,prompt,prompt\n0.mp4,a,b\n", "must have one column prompt, but has 2"),
