@@ -178,12 +178,13 @@ def main(config: Config) -> None:
     state = PartialState(cpu=config.device == "cpu" or not torch.accelerator.is_available())
     with user_errors():
         device, dtype = choose_device(config.device or str(state.device), config.dtype)
-        run = find_run(config.checkpoint, config.pretrained_model_name_or_path)
-        layout = find_layout(config.checkpoint, run, **causal_settings(config))
-        wanted = read_prompts(config, layout.control_names)
+        wanted = read_prompts(config)
         check_output(config)
         check_loras(config.lora)
+        run = find_run(config.checkpoint, config.pretrained_model_name_or_path)
         settings = choose_settings(config, run)
+        layout = find_layout(config.checkpoint, run, **causal_settings(config))
+        wanted = with_controls(wanted, config, layout.control_names)
         layout.check_size(settings)
         num_blocks = len(layout.block_lengths(settings))
         data = clips_of(run, settings)
@@ -480,50 +481,54 @@ def read_controls(row: PromptRow, data: DataConfig) -> dict[str, list[PIL.Image.
     return frames
 
 
-def name_controls(config: Config, names: Sequence[str]) -> dict[str, str]:
-    """The videos of `--control` by the names of the student's controls.
+def with_controls(rows: list[PromptRow], config: Config, names: Sequence[str]) -> list[PromptRow]:
+    """The prompts with the videos that theirs follow: of `--control`, or of the columns of prompts_file.
+
+    Args:
+        rows: From `read_prompts`.
+        config: Of the script.
+        names: Of the student's controls.
 
     Raises:
-        ValueError: If there are more of them.
+        ValueError: If there are more videos than the student has controls.
     """
     if len(config.control) > len(names):
         raise ValueError(
             f"control must be a video for each control of the student, {' '.join(names) or 'which has none'}, got "
             f"{len(config.control)}."
         )
-    return {name: path for name, path in zip(names, config.control, strict=False) if path != "none"}
+    shared = {name: path for name, path in zip(names, config.control, strict=False) if path != "none"}
+    own: list[dict[str, str]] = [{} for _ in rows]
+    if names and config.prompts_file is not None:  # now it is known which columns are controls
+        own = [row.controls for row in read_prompt_rows(config.prompts_file, controls=names)[: len(rows)]]
+    return [
+        replace(row, controls=shared | {name: str(base_folder(config) / path) for name, path in controls.items()})
+        for row, controls in zip(rows, own, strict=True)
+    ]
 
 
-def read_prompts(config: Config, names: Sequence[str]) -> list[PromptRow]:
-    """The prompts to sample, and what their videos begin with and follow.
+def base_folder(config: Config) -> Path:
+    """What the paths in prompts_file are relative to."""
+    return Path(config.prompts_file).parent if config.dataset_base_path is None else Path(config.dataset_base_path)
 
-    Args:
-        config: Of the script.
-        names: Of the student's controls.
+
+def read_prompts(config: Config) -> list[PromptRow]:
+    """The prompts to sample, and the pictures that their videos begin with.
 
     Raises:
-        ValueError: If the file is not there or has no prompt; if there are two pictures, or a picture and a video; if
-            there are more controls than the student has.
+        ValueError: If the file is not there or has no prompt; if there are two pictures, or a picture and a video.
     """
-    controls = name_controls(config, names)
     if config.prompt is not None:
         if not config.prompt.strip():
             raise ValueError("at least one prompt must not be empty; got none.")
-        return [PromptRow(prompt=config.prompt.strip(), image=config.image, controls=controls)]
-    rows = read_prompt_rows(config.prompts_file, controls=names)[: config.num_prompts]
+        return [PromptRow(prompt=config.prompt.strip(), image=config.image)]
+    rows = read_prompt_rows(config.prompts_file)[: config.num_prompts]
     if any(row.image for row in rows) and (config.image or config.video):
         raise ValueError(
             f"a video has one beginning, but {config.prompts_file} has a column image; leave out --image and --video."
         )
-    folder = Path(config.prompts_file).parent if config.dataset_base_path is None else Path(config.dataset_base_path)
-    return [
-        replace(
-            row,
-            image=config.image if row.image is None else str(folder / row.image),
-            controls=controls | {name: str(folder / path) for name, path in row.controls.items()},
-        )
-        for row in rows
-    ]
+    images = [config.image if row.image is None else str(base_folder(config) / row.image) for row in rows]
+    return [replace(row, image=image) for row, image in zip(rows, images, strict=True)]
 
 
 def check_output(config: Config) -> None:

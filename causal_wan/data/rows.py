@@ -12,14 +12,13 @@ import av
 from tqdm.auto import tqdm
 
 from causal_wan.data.file_manifest import FileFacts, FileManifest
-from causal_wan.data.frames import min_num_frames, num_sampleable_frames
+from causal_wan.data.frames import check_same_frames, min_num_frames, num_sampleable_frames
 from causal_wan.data.settings import DataConfig
 from causal_wan.tables.sources import FILE_SUFFIXES, Source, read_sources
 from causal_wan.tables.table import Table, TableRow, read_table
 from causal_wan.video.decoding import probe_video
 from causal_wan.video.facts import NO_TRAITS, Traits, VideoFacts
 from causal_wan.video.limits import VideoLimits
-from causal_wan.video.matching import check_same_frames
 from causal_wan.video.opening import EmbeddedVideo, describe_error
 from causal_wan.video.paths import NO_BASE, resolve_path
 
