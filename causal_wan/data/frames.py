@@ -113,7 +113,7 @@ def nearest_frames(places: torch.Tensor, file_frame_rate: float, times: np.ndarr
     return torch.searchsorted(starts, places / file_frame_rate, right=True)
 
 
-# --- a clip, and videos that were made of it --------------------------------------------------------------------------
+# --- a clip, and videos that were made of it -------------------------------------------------------------------------
 
 
 def check_same_frames(
