@@ -159,8 +159,8 @@ def fold_prompts(
     timestep: torch.Tensor,
     prompt_of_frame: torch.Tensor | None,
     num_frames: int,
-    *,
     num_context: int,
+    *,
     is_whole: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What a pass takes of prompts that change along clips.

@@ -231,15 +231,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             hidden_states, timestep = _prepend_context(
                 hidden_states, timestep, context_latents[:, :, :num_context], context_timestep
             )
+        given = (encoder_hidden_states, timestep, prompt_of_frame, latent_shape[1], num_context)
         is_whole = cache is None and encoder_hidden_states_image is None
-        encoder_hidden_states, timestep, places = fold_prompts(
-            encoder_hidden_states,
-            timestep,
-            prompt_of_frame,
-            latent_shape[1],
-            num_context=num_context,
-            is_whole=is_whole,
-        )
+        encoder_hidden_states, timestep, places = fold_prompts(*given, is_whole=is_whole)
         if cache is not None and cache.keep_prompt(encoder_hidden_states) and encoder_hidden_states_image is None:
             encoder_hidden_states = encoder_hidden_states[:, :0]  # only their number is asked for
 
