@@ -18,6 +18,7 @@ import torch
 
 from causal_wan.cache.tensor_cache import CacheWriter, TensorCache, describe_differences, settings_key
 from causal_wan.config.settings import LatentsDtype
+from causal_wan.data.clips import shown_prompts
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached
 from causal_wan.devices import LateCopy
 from causal_wan.weights.parts import DTYPES
@@ -231,7 +232,8 @@ class CachedClips:
             try:
                 with self.videos.noted(index):
                     latents, facts = cache.read(key)
-                return {"latents": latents, "prompts": row.prompts, "row_index": index, **facts}
+                prompts = shown_prompts(row, shape, self.cached.data, generator)
+                return {"latents": latents, "prompts": prompts, "row_index": index, **facts}
             except ValueError:
                 if not self.fills:
                     raise

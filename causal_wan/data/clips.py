@@ -13,9 +13,10 @@ import torch
 from torch.utils.data import get_worker_info
 from torchvision.transforms import v2
 
-from causal_wan.data.frames import sample_frame_indices
+from causal_wan.data.frames import sample_frame_indices, sample_frame_seconds
 from causal_wan.data.rows import Row
 from causal_wan.data.settings import ClipShape, DataConfig
+from causal_wan.tables.prompt_schedules import FramePrompts, PromptSchedule
 from causal_wan.video.decoding import decode_frames
 from causal_wan.video.facts import Traits
 from causal_wan.video.opening import describe_error
@@ -90,18 +91,20 @@ class VideoDataset:
         """One clip.
 
         Returns:
-            video: uint8 `(3, T, height, width)`; prompts; row_index; num_valid_frames: frames before padding.
+            video: uint8 `(3, T, height, width)`; prompts, see `shown_prompts`; row_index; num_valid_frames: frames
+            before padding.
 
         Raises:
             ValueError: If the clip does not decode; names row and file.
         """
         row = self.rows[index]
+        prompts = shown_prompts(row, shape, self.config, generator)
         try:
             with self.noted(index):
                 video, num_valid = load_video(row, shape, self.config, generator)
         except (ValueError, OSError, av.FFmpegError) as error:
             raise ValueError(f"row {row.number}, {row.video}: {describe_error(error)}") from error
-        return {"video": video, "prompts": row.prompts, "row_index": index, "num_valid_frames": num_valid}
+        return {"video": video, "prompts": prompts, "row_index": index, "num_valid_frames": num_valid}
 
     @contextlib.contextmanager
     def noted(self, index: int) -> Iterator[None]:
@@ -129,3 +132,22 @@ def load_video(row: Row, shape: ClipShape, config: DataConfig, generator: torch.
     indices, num_valid = sample_frame_indices(*timing, config, generator, times=times)
     frames = decode_frames(row.video, indices, build_video_transform(shape.height, shape.width), limits=config.limits)
     return augment_video(frames.movedim(0, 1), config, generator), num_valid
+
+
+def shown_prompts(
+    row: Row, shape: ClipShape, config: DataConfig, generator: torch.Generator
+) -> tuple[str | FramePrompts, ...]:
+    """The prompts of a row for a clip of a shape: of a schedule, that of each frame which `load_video` shows.
+
+    Args:
+        row: Its prompts, and the facts of its file.
+        shape: Of the clip.
+        config: Says which frames are shown.
+        generator: That `load_video` is about to be given; it is left as it is.
+    """
+    if not any(isinstance(prompt, PromptSchedule) for prompt in row.prompts):
+        return row.prompts
+    timing = (row.num_frames, row.frame_rate, shape.num_frames)
+    is_even = not row.traits & Traits.VARIABLE_RATE
+    seconds = sample_frame_seconds(*timing, config, generator.clone_state(), is_even=is_even).tolist()
+    return tuple(prompt.by_frame(seconds) if isinstance(prompt, PromptSchedule) else prompt for prompt in row.prompts)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from causal_wan.data.file_manifest import FileFacts, FileManifest
 from causal_wan.data.frames import min_num_frames, num_sampleable_frames
 from causal_wan.data.settings import DataConfig
+from causal_wan.tables.prompt_schedules import Prompt, PromptSchedule
 from causal_wan.tables.sources import FILE_SUFFIXES, Source, read_sources
 from causal_wan.tables.table import Table, TableRow, read_table
 from causal_wan.video.decoding import probe_video
@@ -40,7 +41,7 @@ class Row:
 
     number: int  # 1 is the first
     video: Path | EmbeddedVideo
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     num_frames: int  # in the file
     frame_rate: float  # the mean where it varies
     height: int
@@ -216,7 +217,19 @@ def check_row(
     content = known.shown if known is not None else ""
     checked = Row(row.number, video, row.prompts, *facts, source=source, name=str(row.video), content=content)
     check_length(checked, min_num_frames(config), config)
+    check_schedules(checked)
     return checked
+
+
+def check_schedules(row: Row) -> None:
+    """Checks that prompts along a clip begin before it ends.
+
+    Raises:
+        ValueError: If not.
+    """
+    for prompt in row.prompts:
+        if isinstance(prompt, PromptSchedule):
+            prompt.check_ends_before(row.num_frames / row.frame_rate)
 
 
 def check_length(row: Row, wanted: int, config: DataConfig) -> None:

@@ -28,6 +28,7 @@ from causal_wan.runs.training_data import DataDescription, LoaderSettings
 from causal_wan.streams.clips import StreamDecoder
 from causal_wan.streams.lanes import LaneStates, StreamedClips
 from causal_wan.streams.sources import Stream, open_stream
+from causal_wan.tables.prompt_schedules import texts_of
 from causal_wan.video.opening import describe_error
 
 
@@ -58,14 +59,14 @@ class RunData:
     @property
     def prompts(self) -> list[str]:
         """All prompts that are known, held-out ones and the empty one, if it is used, included."""
-        prompts = [prompt for row in [*self.rows, *self.validation_rows] for prompt in row.prompts]
+        prompts = texts_of(prompt for row in [*self.rows, *self.validation_rows] for prompt in row.prompts)
         return prompts + ([""] if self.config.caption_dropout else [])
 
     def count(self) -> dict[str, int]:
         """How much there is of it, for a model card."""
         if self.streams:
             return {"streams": len(self.streams)}
-        prompts = {prompt for row in self.rows for prompt in row.prompts}
+        prompts = texts_of(prompt for row in self.rows for prompt in row.prompts)
         return {"clips": len(self.rows), "distinct prompts": len(prompts), "held-out clips": len(self.validation_rows)}
 
     def wanted_shapes(self) -> list[list[ClipShape]]:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from causal_wan.data.clips import load_video
-from causal_wan.data.rows import Row, ShortClipError, check_length
+from causal_wan.data.clips import load_video, shown_prompts
+from causal_wan.data.rows import Row, ShortClipError, check_length, check_schedules
 from causal_wan.data.samples import choose_prompt
 from causal_wan.data.settings import DataConfig
 from causal_wan.seeds import RandomPurpose, seeded_generator
+from causal_wan.tables.prompt_schedules import Prompt
 from causal_wan.video.decoding import probe_video
 
 
@@ -29,7 +30,7 @@ class StreamDecoder:
     start_sample: int = 0
     start_step: int = 0
 
-    def __call__(self, video: Any, prompts: tuple[str, ...], number: int) -> dict[str, Any] | None:
+    def __call__(self, video: Any, prompts: tuple[Prompt, ...], number: int) -> dict[str, Any] | None:
         """One clip; None if it is short and to be left out.
 
         Raises:
@@ -45,6 +46,9 @@ class StreamDecoder:
             if self.config.short_clips == "skip":
                 return None
             raise
-        clip, num_valid = load_video(row, shape, self.config, seeded_generator(self.seed, RandomPurpose.CLIP, number))
-        prompt = choose_prompt(prompts, self.config, seed=self.seed, number=number)
+        check_schedules(row)
+        generator = seeded_generator(self.seed, RandomPurpose.CLIP, number)
+        shown = shown_prompts(row, shape, self.config, generator)
+        clip, num_valid = load_video(row, shape, self.config, generator)
+        prompt = choose_prompt(shown, self.config, seed=self.seed, number=number)
         return {"video": clip, "prompt": prompt, "num_valid_frames": num_valid}

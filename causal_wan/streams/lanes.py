@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from causal_wan.data.sample_order import Interleaving
 from causal_wan.seeds import RandomPurpose, seeded_generator
 from causal_wan.streams.sources import Stream, StreamedRow, StreamedVideo
+from causal_wan.tables.prompt_schedules import Prompt
 from causal_wan.video.opening import describe_error
 
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 MAX_REPLACEMENTS = 10
 MAX_EMPTY_PASSES = 100
 
-Decode = Callable[[Path | StreamedVideo, tuple[str, ...], int], dict[str, Any] | None]
+Decode = Callable[[Path | StreamedVideo, tuple[Prompt, ...], int], dict[str, Any] | None]
 
 
 class Place(NamedTuple):

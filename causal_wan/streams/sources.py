@@ -23,8 +23,9 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfFileSystem
 
-from causal_wan.tables.prompts import prompts_of
-from causal_wan.tables.sources import Source, check_captions, check_columns, find_files, is_text
+from causal_wan.tables.prompt_schedules import Prompt, schedule_column
+from causal_wan.tables.prompts import prompts_of, prompts_or_schedule
+from causal_wan.tables.sources import Source, caption_columns, check_captions, check_columns, find_files, is_text
 from causal_wan.tables.tars import ERROR
 from causal_wan.tables.text_files import check_is_utf_8
 from causal_wan.tables.undecoded import LOADING_ERRORS, is_saved_dataset, load_undecoded
@@ -68,7 +69,7 @@ class StreamedRow:
     row: int  # in the file, from 0
     name: str  # for people
     video: bytes | str | None
-    prompts: tuple[str, ...]  # those that are not blank, without white space around them
+    prompts: tuple[Prompt, ...]  # those that are not blank, without white space around them; or a schedule alone
     follow_links: bool = False  # whether those in the folder of its file may lead out of it
     error: str | None = None  # why it cannot be used, if that is known already
 
@@ -147,9 +148,11 @@ class Stream:
         name = f"row {row + 1} of file {file + 1} of {self.source.metadata_path}"
         if path:
             name += f" ({os.path.basename(path)})"
-        prompts = tuple(prompt for column in self.source.caption_column for prompt in prompts_of(columns[column]))
-        video = path if video is None else video
-        return StreamedRow(file, row, name, video, prompts, self.source.follow_links, columns.get(ERROR))
+        captions = caption_columns(columns, self.source)
+        texts = tuple(prompt for column in captions for prompt in prompts_of(columns[column]))
+        prompts, bad_schedule = prompts_or_schedule(texts, columns.get(schedule_column(columns)))
+        video, error = path if video is None else video, columns.get(ERROR) or bad_schedule
+        return StreamedRow(file, row, name, video, prompts, self.source.follow_links, error)
 
     def _is_own_file(self, path: str) -> bool:
         """Whether a path is a file in the hub's repository of this data set; no other address is opened."""
@@ -185,7 +188,9 @@ def open_stream(source: Source) -> Stream:
     _check_video(dataset.features.arrow_schema.field(source.video_column).type, source)
     check_captions(dataset.features.arrow_schema, source)
     errors = [ERROR] if ERROR in dataset.features else []
-    columns = dict.fromkeys([source.video_column, *source.caption_column, *errors])
+    names = list(dataset.features)
+    schedules = [] if schedule_column(names) is None else [schedule_column(names)]
+    columns = dict.fromkeys([source.video_column, *caption_columns(names, source), *schedules, *errors])
     return Stream(source, dataset.select_columns(list(columns)))
 
 

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from causal_wan.tables.delimited import read_delimited
-from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
+from causal_wan.tables.prompt_schedules import COLUMN as SCHEDULES
+from causal_wan.tables.sources import Source, caption_columns, check_captions, check_columns, is_text
 from causal_wan.tables.text_files import MAX_TEXT_BYTES, decode_text, text_lines
 from causal_wan.video.paths import resolve_path, visible_files
 
@@ -35,17 +36,24 @@ def read_csv(path: Path, source: Source) -> pa.Table:
         ValueError: If the file is empty, no CSV, or lacks a column; names row and line.
     """
     wanted = [source.video_column, *source.caption_column]
-    return read_delimited(path, list(dict.fromkeys(wanted)), partial(check_columns, source=source))
+    check = partial(check_columns, source=source)
+    return read_delimited(path, list(dict.fromkeys(wanted)), check, optional=[SCHEDULES])
 
 
 def read_jsonl(path: Path, source: Source) -> pa.Table:
     """The columns of a JSON lines file that a source names."""
     check = partial(check_columns, source=source)
-    return read_json_lines(path, texts=[source.video_column], lists=source.caption_column, check=check)
+    texts, lists = [source.video_column], source.caption_column
+    return read_json_lines(path, texts=texts, lists=lists, others=[SCHEDULES], check=check)
 
 
 def read_json_lines(
-    path: Path, *, texts: Sequence[str], lists: Sequence[str], check: Callable[[list[str]], None]
+    path: Path,
+    *,
+    texts: Sequence[str],
+    lists: Sequence[str],
+    check: Callable[[list[str]], None],
+    others: Sequence[str] = (),
 ) -> pa.Table:
     """One object a line; Arrow's own reader would take texts that look like times for times.
 
@@ -54,17 +62,22 @@ def read_json_lines(
         texts: Keys of texts.
         lists: Keys of texts or lists of them, which become lists.
         check: Is given all keys, and raises a ValueError if others are wanted.
+        others: Keys of anything; texts stay as they are, the rest becomes JSON.
 
     Raises:
         ValueError: If a line is no object, or holds something else; names it.
     """
     names, chunks = {}, []
-    schema = pa.schema(dict.fromkeys(texts, pa.string()) | dict.fromkeys(lists, pa.list_(pa.string())))
+    as_text = dict.fromkeys([*texts, *others], pa.string())
+    schema = pa.schema(as_text | dict.fromkeys(lists, pa.list_(pa.string())))
     lines = text_lines(path)
     while batch := list(itertools.islice(lines, CHUNK_ROWS)):
         rows = []
         for number, line in batch:
             values = _parse_line(line, number, path)
+            for name in set(others) & values.keys():
+                if not isinstance(values[name], str | None):
+                    values[name] = json.dumps(values[name], ensure_ascii=False)
             names.update(dict.fromkeys(values))
             rows.append(
                 {name: _pick_value(values, name, number, path, is_list=name in lists) for name in schema.names}
@@ -140,7 +153,9 @@ def read_parquet(path: Path, source: Source) -> pa.Table:
                     "that with save_to_disk, and name its folder."
                 )
             check_captions(schema, source)
-            return file.read(columns=[source.video_column, *source.caption_column]).combine_chunks()
+            schedules = [SCHEDULES] if SCHEDULES in schema.names else []
+            columns = [source.video_column, *caption_columns(schema.names, source), *schedules]
+            return file.read(columns=columns).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no Parquet file that can be read ({error}).") from None
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 
 COLUMN = "prompt_schedule"
+ENDING = COLUMN + ".json"  # of members of tars, where --caption_column names it
 EXAMPLE = '[[0, "a cat sits"], [2.5, "the cat jumps"]]'
 FramePrompts = tuple[str, ...]
 """The prompt that is in force at each frame of a clip."""
@@ -71,6 +72,11 @@ class PromptSchedule:
         return " | ".join(f"{second:g} s: {prompt}" for second, prompt in zip(self.seconds, self.prompts, strict=True))
 
 
+def schedule_column(names: Iterable[str]) -> str | None:
+    """The column of schedules among those of a table, if it has one."""
+    return next((name for name in names if name in (COLUMN, ENDING)), None)
+
+
 Prompt = str | PromptSchedule
 """What a video is to show."""
 
@@ -99,6 +105,8 @@ def parse_prompt_schedule(cell: Any) -> Prompt | None:
     Raises:
         ValueError: If it is anything else, or the schedule is not valid.
     """
+    if isinstance(cell, list) and len(cell) == 1 and isinstance(cell[0], str):  # a text of a tar
+        (cell,) = cell
     value = cell
     if isinstance(cell, str):
         if not cell.strip():

@@ -5,9 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from causal_wan.tables.delimited import read_delimited
 from causal_wan.tables.files import read_json_lines
+from causal_wan.tables.prompt_schedules import COLUMN as SCHEDULE_COLUMN
+from causal_wan.tables.prompt_schedules import Prompt, parse_prompt_schedule
 from causal_wan.tables.text_files import text_lines
 
 
@@ -20,11 +23,11 @@ class PromptRow:
     """What a video is to show.
 
     Attributes:
-        prompt: Not blank, without white space around it.
+        prompt: Not blank, without white space around it; or a schedule of such.
         image: Path of its first frame, as the file has it; None is none.
     """
 
-    prompt: str
+    prompt: Prompt
     image: str | None = None
 
 
@@ -47,7 +50,21 @@ def prompts_of(cell: str | Sequence[str | None] | None, *, has_json: bool = Fals
             yield text.strip()
 
 
-def read_prompts_file(path: str) -> list[str]:
+def prompts_or_schedule(texts: Sequence[str], cell: Any) -> tuple[tuple[Prompt, ...], str | None]:
+    """What a row shows, and what is wrong with its schedule: the schedule where its cell is filled, else the prompts.
+
+    Args:
+        texts: The prompts.
+        cell: Of the column of schedules, see `parse_prompt_schedule`.
+    """
+    try:
+        schedule = parse_prompt_schedule(cell)
+    except ValueError as error:
+        return tuple(texts), str(error).removesuffix(".")
+    return (tuple(texts) if schedule is None else (schedule,)), None
+
+
+def read_prompts_file(path: str) -> list[Prompt]:
     """The prompts of a file; see `read_prompt_rows`."""
     return [row.prompt for row in read_prompt_rows(path)]
 
@@ -56,11 +73,11 @@ def read_prompt_rows(path: str) -> list[PromptRow]:
     """The prompts of a file, and the pictures that the videos begin with; blank prompts are left out.
 
     Args:
-        path: Of a CSV, TSV or JSON lines file with a column `prompt`, and perhaps one `image`, by the rules of tables;
-            any other file is a text with a prompt a line.
+        path: Of a CSV, TSV or JSON lines file with a column `prompt`, or `prompt_schedule`, or both, and perhaps one
+            `image`, by the rules of tables; any other file is a text with a prompt a line.
 
     Raises:
-        ValueError: If the file is not there or no text, has no `prompt` column, or has no prompt.
+        ValueError: If the file is not there or no text, has no column of prompts, or has no prompt or a bad schedule.
     """
     file = Path(path)
     if not file.is_file():
@@ -68,23 +85,32 @@ def read_prompt_rows(path: str) -> list[PromptRow]:
         raise ValueError(f"prompts_file must be a text or CSV file, but {path} {there}.")
     check, kind = partial(_check_names, path), file.suffix.lower()
     if kind in (".csv", ".tsv", ".tab"):
-        cells = read_delimited(file, [COLUMN], check, optional=[IMAGE_COLUMN]).to_pylist()
+        cells = read_delimited(file, [COLUMN], check, optional=[IMAGE_COLUMN, SCHEDULE_COLUMN]).to_pylist()
     elif kind in (".jsonl", ".ndjson"):
-        cells = read_json_lines(file, texts=[IMAGE_COLUMN], lists=[COLUMN], check=check).to_pylist()
+        columns = {"texts": [IMAGE_COLUMN], "lists": [COLUMN], "others": [SCHEDULE_COLUMN]}
+        cells = read_json_lines(file, check=check, **columns).to_pylist()
     else:
         cells = [{COLUMN: line} for _, line in text_lines(file)]
     rows = [
         PromptRow(prompt=prompt, image=(cell.get(IMAGE_COLUMN) or "").strip() or None)
-        for cell in cells
-        for prompt in prompts_of(cell[COLUMN], has_json=kind == ".csv")
+        for number, cell in enumerate(cells, 1)
+        for prompt in _prompts_of_row(cell, f"{path}, row {number}", has_json=kind == ".csv")
     ]
     if not rows:
         raise ValueError(f"at least one prompt must not be empty; {path} has none.")
     return rows
 
 
+def _prompts_of_row(cell: dict[str, Any], place: str, *, has_json: bool) -> tuple[Prompt, ...]:
+    texts = tuple(prompts_of(cell.get(COLUMN), has_json=has_json))
+    prompts, error = prompts_or_schedule(texts, cell.get(SCHEDULE_COLUMN))
+    if error is not None:
+        raise ValueError(f"{place}: {error}.")
+    return prompts
+
+
 def _check_names(path: str, names: Sequence[str]) -> None:
-    for name, least in ((COLUMN, 1), (IMAGE_COLUMN, 0)):
+    for name, least in ((COLUMN, SCHEDULE_COLUMN not in names), (IMAGE_COLUMN, 0), (SCHEDULE_COLUMN, 0)):
         if not least <= names.count(name) <= 1:
             count = f"{names.count(name)} of them" if name in names else ", ".join(names)
             raise ValueError(f"{path} must have a column named {name}, got {count}.")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -20,8 +21,17 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from causal_wan.tables.delimited import SUFFIXES
 from causal_wan.tables.files import read_csv, read_jsonl, read_pairs, read_parquet
-from causal_wan.tables.prompts import prompts_of
-from causal_wan.tables.sources import Source, check_captions, check_columns, find_files, is_hub_name, is_text
+from causal_wan.tables.prompt_schedules import Prompt, schedule_column
+from causal_wan.tables.prompts import prompts_of, prompts_or_schedule
+from causal_wan.tables.sources import (
+    Source,
+    caption_columns,
+    check_captions,
+    check_columns,
+    find_files,
+    is_hub_name,
+    is_text,
+)
 from causal_wan.tables.tars import ERROR
 from causal_wan.tables.undecoded import LOADING_ERRORS, is_saved_dataset, load_undecoded
 from causal_wan.video.opening import EmbeddedVideo
@@ -37,7 +47,7 @@ class TableRow:
     Args:
         number: 1 is the first.
         video: A path, or the video itself.
-        prompts: Those that are not blank, without white space around them.
+        prompts: Those that are not blank, without white space around them; of a row with a schedule, that alone.
         base: Folder that a path is relative to and must not leave; None where no path is allowed.
         follow_links: Whether links in that folder may lead out of it.
         error: Why the row cannot be used, if that is known already.
@@ -45,7 +55,7 @@ class TableRow:
 
     number: int
     video: str | EmbeddedVideo | None
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     base: str | None = None
     follow_links: bool = False
     error: str | None = None
@@ -59,6 +69,7 @@ class Table(Sequence[TableRow]):
         source: Names the columns.
         bases: Folders that paths may lie in; with several, the first that a path is written below is that of its row.
         videos: The data set again, giving Python's values, where it may hold the bytes of videos.
+        schedules: The data set again, giving Python's values, where it has a column of schedules.
         has_json: Whether a text that is a JSON list of texts stands for these.
     """
 
@@ -69,9 +80,11 @@ class Table(Sequence[TableRow]):
         bases: Sequence[str],
         *,
         videos: Dataset | None = None,
+        schedules: Dataset | None = None,
         has_json: bool = False,
     ) -> None:
         self.cells, self.source, self.bases, self.videos, self.has_json = cells, source, bases, videos, has_json
+        self.schedules = cells if schedules is None else schedules
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -88,13 +101,22 @@ class Table(Sequence[TableRow]):
 
     def _rows(self, start: int, end: int) -> Iterator[TableRow]:
         cells = self.cells[start:end]
-        captions = zip(*(cells[name].to_pylist() for name in self.source.caption_column), strict=True)
+        columns = [cells[name].to_pylist() for name in caption_columns(cells.column_names, self.source)]
+        captions = zip(*columns, strict=True) if columns else [()] * len(cells)
         videos = self._videos(cells[self.source.video_column], start)
         errors = cells[ERROR].to_pylist() if ERROR in cells.column_names else [None] * len(cells)
-        columns = zip(videos, captions, errors, strict=True)
-        for number, (video, texts, error) in enumerate(columns, start + 1):
-            prompts = tuple(prompt for text in texts for prompt in prompts_of(text, has_json=self.has_json))
-            yield TableRow(number, video, prompts, self._base(video), self.source.follow_links, error)
+        columns = zip(videos, captions, self._schedules(start, end), errors, strict=True)
+        for number, (video, texts, schedule, error) in enumerate(columns, start + 1):
+            texts = tuple(prompt for text in texts for prompt in prompts_of(text, has_json=self.has_json))
+            prompts, bad_schedule = prompts_or_schedule(texts, schedule)
+            yield TableRow(number, video, prompts, self._base(video), self.source.follow_links, error or bad_schedule)
+
+    def _schedules(self, start: int, end: int) -> list[Any]:
+        name = schedule_column(self.schedules.column_names)
+        if name is None:
+            return [None] * (end - start)
+        column = self.schedules[start:end][name]
+        return column.to_pylist() if isinstance(column, pa.ChunkedArray) else list(column)
 
     def _videos(self, column: pa.ChunkedArray, start: int) -> list[str | EmbeddedVideo | None]:
         if self.videos is None or is_text(column.type):
@@ -264,7 +286,10 @@ def _read_data_set(dataset: Dataset, source: Source, downloads: Sequence[str]) -
             f"{feature}; name another with --video_column."
         )
     errors = [ERROR] if ERROR in dataset.column_names else []
-    cells = dataset.select_columns([column, *source.caption_column, *errors]).with_format("arrow")
+    captions, name = caption_columns(dataset.column_names, source), schedule_column(dataset.column_names)
+    schedules = None if name is None else dataset.select_columns([name]).with_format(None)
+    cells = dataset.select_columns([column, *captions, *errors]).with_format("arrow")
     check_captions(dataset.features.arrow_schema, source)
     bases = downloads if source.dataset_base_path is None else [source.dataset_base_path]
-    return Table(cells, source, bases, videos=dataset.select_columns([column]).with_format(None))
+    videos = dataset.select_columns([column]).with_format(None)
+    return Table(cells, source, bases, videos=videos, schedules=schedules)

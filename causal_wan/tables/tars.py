@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
+from causal_wan.tables.prompt_schedules import ENDING
 from causal_wan.tables.text_files import MAX_TEXT_BYTES, decode_text
 
 
@@ -135,7 +136,7 @@ def read_clips(file: BinaryIO, video: str, captions: Sequence[str]) -> Iterator[
     Args:
         file: Need not be seekable.
         video: What the names of videos end in, without the first dot,
-        captions: and those of prompts: texts, or JSON with a text or a list of texts.
+        captions: and those of prompts: texts, or JSON with a text or a list of texts, but `prompt_schedule.json`.
 
     Yields:
         video: bytes and path, the name in the tar; for each of the captions a list of texts; `ERROR`, why the clip
@@ -212,6 +213,8 @@ def _finish(clip: Clip, video: str, captions: Sequence[str], whole: set[str]) ->
 
 def _texts(content: bytes, ending: str, name: str) -> list[str]:
     text = decode_text(content, name)
+    if ending == ENDING:
+        return [text]
     if ending.rpartition(".")[2].lower() not in ("json", "jsn"):
         return [text]
     try:
