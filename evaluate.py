@@ -127,7 +127,7 @@ import torch
 from diffusers import WanPipeline
 from tqdm.auto import tqdm
 
-from causal_wan.data.clips import load_video, normalize_videos
+from causal_wan.data.clips import load_video, normalize_videos, shown_prompts
 from causal_wan.data.rows import load_rows
 from causal_wan.evaluation.figures import Judges, Sample, measure, measure_clips
 from causal_wan.evaluation.heldout_loss import heldout_statistics, summarize_heldout_loss
@@ -135,16 +135,17 @@ from causal_wan.evaluation.learned_metrics import ClipScore, load_lpips
 from causal_wan.evaluation.report import write_metrics, write_report, write_videos
 from causal_wan.evaluation.vbench_export import VBenchExport, read_vbench_prompts
 from causal_wan.evaluation.video_metrics import first_frames_of_blocks
-from causal_wan.model.conditions import Conditions
 from causal_wan.model.streaming_vae import decode_in_parts
-from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
+from causal_wan.model.text import warn_of_cut_prompts
 from causal_wan.model.vae import check_video_size, encode_videos
 from causal_wan.progress import PATIENCE, announced, show_progress
 from causal_wan.results.run_record import RunRecord, base_of, find_run
 from causal_wan.results.student import SamplingSettings, choose_device, load_student, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.sampling.prompt_changes import embed_frame_prompts
 from causal_wan.sampling.rollout import Rollout
 from causal_wan.seeds import noise_generator
+from causal_wan.tables.prompt_schedules import FramePrompts, caption_of, texts_of
 from causal_wan.weights.parts import load_vae
 
 
@@ -170,13 +171,13 @@ def main(config: Config) -> None:
         )
         data = data_config(config, run, settings)
         rows = load_rows(data)[: config.num_samples]
-        prompts = [row.prompts[0] for row in rows]
-        export = open_export(config, settings, prompts)
+        shape = ClipShape(settings.num_frames, settings.height, settings.width)
+        prompts = [shown_prompts(row, shape, data, torch.Generator())[0] for row in rows]
+        export = open_export(config, settings, texts_of(prompts))
         judges, notes = load_judges(config, settings, device)
         student = load_student(config.checkpoint, run, dtype, num_frame_per_block=config.num_frame_per_block)
-        shape = ClipShape(settings.num_frames, settings.height, settings.width)
         check_video_size(*shape, vae=student.vae, transformer=student.transformer)
-    texts = prompts if export is None else [*prompts, *export.prompts]
+    texts = texts_of(prompts) if export is None else [*texts_of(prompts), *export.prompts]
     warn_of_cut_prompts(student.tokenizer, texts, settings.max_sequence_length)
     lengths = student.transformer.block_lengths(student.geometry.num_latent_frames(shape.num_frames))
     starts = first_frames_of_blocks(lengths, student.geometry)
@@ -191,8 +192,8 @@ def main(config: Config) -> None:
     heldout_loss = measure_loss(student, clips, prompts, method_to_measure(config, run), settings, seed=seed)
     if config.num_base_steps:
         student.to("cpu")
-        base = partial(sample_base, settings, config)
-        results["base"] = sample_all(load_base(config.checkpoint, run, dtype), prompts, base, device)
+        base, first = partial(sample_base, settings, config), first_prompts(prompts, notes)
+        results["base"] = sample_all(load_base(config.checkpoint, run, dtype), first, base, device)
     measured = {name: measure(samples, targets, prompts, starts, judges) for name, samples in results.items()}
     measured["clips"] = measure_clips(targets, prompts, starts, judges)
 
@@ -203,7 +204,7 @@ def main(config: Config) -> None:
     write_metrics(folder / "metrics.json", content)
     columns = {"clip": targets, **{name: [video for video, _ in samples] for name, samples in results.items()}}
     with announced("writing videos and report"):
-        numbered = list(zip([row.number for row in rows], prompts, strict=True))
+        numbered = list(zip([row.number for row in rows], map(caption_of, prompts), strict=True))
         shown = write_videos(folder, columns, numbered, student.geometry.frame_rate)
     write_report(folder / "report.html", content, measured, shown)
     print_figures(measured, heldout_loss)
@@ -270,7 +271,9 @@ def data_config(config: Config, run: RunRecord | None, settings: SamplingSetting
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
-def sample_all(pipeline: WanPipeline, prompts: list[str], sample: Callable[..., Sample], device: str) -> list[Sample]:
+def sample_all(
+    pipeline: WanPipeline, prompts: list[str | FramePrompts], sample: Callable[..., Sample], device: str
+) -> list[Sample]:
     """A sample of each prompt."""
     pipeline.to(device)
     return [sample(pipeline, number, prompt) for number, prompt in enumerate(tqdm(prompts, desc="videos"))]
@@ -292,7 +295,7 @@ def sample_student(
     seed: int,
     pipeline: CausalWanPipeline,
     number: int,
-    prompt: str,
+    prompt: str | FramePrompts,
     *,
     first_frames: Sequence[torch.Tensor] | None = None,
 ) -> Sample:
@@ -304,17 +307,19 @@ def sample_student(
         seed: Of the noise.
         pipeline: The student.
         number: Of the prompt.
-        prompt: What to show.
+        prompt: What to show, or what at each frame.
         first_frames: What the videos begin with, by number, uint8 `(3, 1, height, width)`; None is nothing.
     """
     device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
-    texts = [prompt, ""] if config.student_guidance_scale > 1 else [prompt]
-    with announced(f"embedding {len(texts)} prompt(s)"):
-        embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
     size, steps = (settings.num_frames, settings.height, settings.width), (settings.timesteps,)
     generator = noise_generator(seed, number)
     noise = pipeline.draw_noise(1, *size, *steps, sampler=settings.sampler, generator=generator).to(device)
-    prompt_embeds = pad_prompt_embeds(embeds, settings.max_sequence_length).to(device, dtype)
+    shown = [prompt, ""] if config.student_guidance_scale > 1 else [prompt]
+    with announced(f"embedding {len(texts_of(shown))} prompt(s)"):
+        told = [
+            embed_frame_prompts(pipeline, each, noise.shape[3], settings.max_sequence_length).to(device, dtype)
+            for each in shown
+        ]
     ends: list[float] = []
     num_frames, num_steps = noise.shape[3], sum(level > 0 for level in settings.timesteps)
     num_parts = len(pipeline.transformer.block_lengths(num_frames)) * num_steps + num_frames
@@ -334,11 +339,11 @@ def sample_student(
     if first_frames is not None:
         given = encode_videos(pipeline.vae, normalize_videos(first_frames[number][None].to(device)))
     latents = pipeline.sample_latents(
-        Conditions(prompt_embeds=prompt_embeds[:1]),
+        told[0],
         noise,
         *steps,
         sampler=settings.sampler,
-        negative_conditions=Conditions(prompt_embeds=prompt_embeds[1:]) if len(texts) > 1 else None,
+        negative_conditions=told[1] if len(told) > 1 else None,
         guidance_scale=config.student_guidance_scale,
         on_block_end=note_time,
         on_step_end=note_step,
@@ -374,6 +379,14 @@ def load_base(checkpoint: str, run: RunRecord | None, dtype: torch.dtype) -> Wan
         )
     pipeline.set_progress_bar_config(desc="steps", delay=PATIENCE, leave=False)
     return pipeline
+
+
+def first_prompts(prompts: list[str | FramePrompts], notes: list[str]) -> list[str]:
+    """What the base model is given, which knows one prompt a video; noted where prompts change."""
+    if any(isinstance(prompt, tuple) for prompt in prompts):
+        notes.append("prompts change along clips, and the base model's videos have the first one alone")
+        print(f"note      {notes[-1]}")
+    return [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts]
 
 
 def sample_base(settings: SamplingSettings, config: Config, pipeline: WanPipeline, number: int, prompt: str) -> Sample:
@@ -433,7 +446,7 @@ def method_to_measure(config: Config, run: RunRecord | None) -> RegressionConfig
 def measure_loss(
     student: CausalWanPipeline,
     clips: list[tuple[torch.Tensor, int]],
-    prompts: list[str],
+    prompts: list[str | FramePrompts],
     method: RegressionConfig,
     settings: SamplingSettings,
     *,

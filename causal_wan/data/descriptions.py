@@ -2,12 +2,13 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 from causal_wan.data.rows import Row
 from causal_wan.data.settings import DataConfig
 from causal_wan.tables.prompt_schedules import PromptSchedule, texts_of
+from causal_wan.tables.table import TableRow
 
 
 def describe_rows(rows: Sequence[Row]) -> str:
@@ -27,7 +28,7 @@ def describe_rows(rows: Sequence[Row]) -> str:
     )
 
 
-def count_schedules(rows: Sequence[Row]) -> int:
+def count_schedules(rows: Iterable[Row | TableRow]) -> int:
     """Rows along whose clips the prompt changes."""
     return sum(isinstance(prompt, PromptSchedule) for row in rows for prompt in row.prompts[:1])
 

@@ -14,18 +14,18 @@ from causal_wan.flow import latents_from_velocity
 from causal_wan.methods.losses import NUM_STATISTICS, level_metrics, level_statistics
 from causal_wan.methods.noising import draw_noisy_batch
 from causal_wan.methods.settings import RegressionConfig
-from causal_wan.model.conditions import Conditions
-from causal_wan.model.text import encode_prompts, pad_prompt_embeds
 from causal_wan.model.vae import encode_videos
 from causal_wan.progress import show_progress
 from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.sampling.prompt_changes import embed_frame_prompts
+from causal_wan.tables.prompt_schedules import FramePrompts
 
 
 @torch.no_grad()
 def heldout_statistics(
     pipeline: CausalWanPipeline,
     clips: Sequence[tuple[torch.Tensor, int]],
-    prompts: Sequence[str],
+    prompts: Sequence[str | FramePrompts],
     method: RegressionConfig,
     *,
     seed: int,
@@ -36,7 +36,7 @@ def heldout_statistics(
     Args:
         pipeline: The student with its VAE and text encoder.
         clips: uint8 videos `(3, T, height, width)`, and their frames before padding.
-        prompts: One a clip.
+        prompts: One a clip, or that of each of its frames.
         method: Of the run: levels and context.
         seed: Of the run: with it, draws are those of the validation while training.
         max_sequence_length: Tokens that prompts are padded to.
@@ -59,8 +59,7 @@ def heldout_statistics(
             sample_numbers=[number],
             num_valid_frames=[geometry.num_latent_frames(num_valid)],
         )
-        embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [prompt], max_sequence_length)
-        conditions = Conditions(prompt_embeds=pad_prompt_embeds(embeds, max_sequence_length).to(device, dtype))
+        conditions = embed_frame_prompts(pipeline, prompt, latents.shape[2], max_sequence_length).to(device, dtype)
         noisy_latents = noisy.noisy_latents.to(dtype)
         inputs = {**conditions.arguments(), **noisy.context}
         velocity = transformer(noisy_latents, noisy.timesteps, **inputs, return_dict=False)[0]
