@@ -66,7 +66,9 @@ def embedded(
     block_lengths: Sequence[int],
     max_sequence_length: int,
 ) -> Conditions:
-    """Conditions of prompts; of clips that all have one prompt, without a frame of their own for each.
+    """Conditions of prompts; of clips that all have one prompt, `prompt_of_frame` is None.
+
+    Else there is room for 2, 4, 8, ... prompts a clip: layers are compiled for each number anew.
 
     Args:
         prompts: One a clip, or one for each block of it.
@@ -75,7 +77,7 @@ def embedded(
         max_sequence_length: Tokens that prompts are padded to.
     """
     distinct = [[each] if isinstance(each, str) else list(dict.fromkeys(each)) for each in prompts]
-    most = max(map(len, distinct))
+    most = 1 << (max(map(len, distinct)) - 1).bit_length()
     filled = [text for texts in distinct for text in texts + texts[:1] * (most - len(texts))]
     padded = pad_prompt_embeds([embeds[text] for text in filled], max_sequence_length)
     if most == 1:

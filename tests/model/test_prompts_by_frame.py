@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import TINY_TRANSFORMER
 from test_kv_cache import make_cache, write
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from causal_wan.blocks import frame_block_lengths, middle_frames
 from causal_wan.config.settings import MemoryConfig
 from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.levers import enable_gradient_checkpointing
+from causal_wan.model.compiling import compile_layers
 from causal_wan.model.conditions import Conditions, embedded
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.sampling.rollout import Rollout, SamplingSchedule, roll_out
@@ -115,6 +117,33 @@ def test_gradients_reach_each_prompt_and_no_other_of_its_clip(is_checkpointed, i
     transformer.zero_grad()
     transformer(*inputs, plain).sample[1].square().sum().backward()
     assert_close(prompts.grad[1, 2], plain.grad[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_compiled_layers_compute_what_eager_ones_do(is_checkpointed):
+    """Batches with and without changes in turn, and with more prompts: a graph each, and no break in one."""
+    torch.compiler.reset()
+    eager, compiled = (make(num_frame_per_block=2).train() for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    if is_checkpointed:
+        enable_gradient_checkpointing(compiled, MemoryConfig(gradient_checkpointing=True))
+    compile_layers(compiled, 4, backend=counter)
+    inputs = (random(B, C, 6, H, W), torch.full((B, 6), 500.0))
+    for numbers in (None, [0, 0, 1], [0, 1, 0], [0, 1, 2], None, [0, 0, 1]):
+        found = []
+        for model in (eager, compiled):
+            if numbers is None:
+                velocity = model(*inputs, random(B, S, D, seed=1)).sample
+            else:
+                of_frame, count = by_frame([numbers, [0, 0, 0]], [2, 2, 2]), max(numbers) + 1
+                velocity = model(*inputs, random(B, count, S, D, seed=1), prompt_of_frame=of_frame).sample
+            velocity.square().sum().backward()
+            found.append([velocity.detach(), *(each.grad.clone() for each in model.parameters())])
+            model.zero_grad()
+        for one, other in zip(*found, strict=True):
+            assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert counter.frame_count <= 3
+    torch.compiler.reset()
 
 
 def test_prompts_that_do_not_fit_their_frames_are_refused():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import run_here
-from run_outputs import metrics, weights
+from conftest import launch, run_here
+from run_outputs import flat, metrics, result, weights
 from torch.testing import assert_close
 
 import evaluate
@@ -375,3 +375,23 @@ def test_the_check_of_a_data_set_counts_schedules_and_names_rows_with_bad_ones(c
     (tmp_path / "t.csv").write_text(text)
     run_here("check_dataset.py", *flags)
     assert "3 of 4 rows can be used, 1 are bad" in capsys.readouterr().out
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_that_share_each_clip_and_shard_the_weights_learn_what_one_does(write_recipe, tables):
+    """FSDP2 with context parallelism: the gradients of all prompts are there before those of weights are summed."""
+    settings = {**tables, "num_frame_per_block": 2, "independent_first_frame": True, "context": "clean"}
+    settings |= {"validation_steps": 2, "mixed_precision": "no", "max_grad_norm": 0.01, "adam_epsilon": 1e-4}
+    path, alone = write_recipe("alone", **settings)
+    run_here(TRAIN, "--config", path)
+    path, together = write_recipe("together", **settings)
+    sizes = {"dp_shard_size": 1, "cp_size": 2}
+    flags = [f"--parallelism_config_{name}={size}" for name, size in sizes.items()]
+    launch(TRAIN, path, strategy="fsdp2_context_parallel", num_processes=2, launch_flags=flags)
+    for name in ("generator_loss", "generator_grad_norm", "validation_loss"):
+        expected = [entry[name] for entry in metrics(alone) if name in entry]
+        assert [entry[name] for entry in metrics(together) if name in entry] == pytest.approx(expected, rel=1e-3)
+    expected, learned = flat(result(alone)), flat(result(together))
+    assert (learned - expected).norm() < 1e-3 * expected.norm()
