@@ -19,7 +19,7 @@ from causal_wan.cache.tensor_cache import CorruptTensorError
 from causal_wan.config.settings import BaseModelConfig, CacheConfig
 from causal_wan.data.buckets import clip_shapes, describe_shapes, order_samples
 from causal_wan.data.clips import Loadable, VideoDataset
-from causal_wan.data.descriptions import describe_flip, describe_rows, describe_speed_up
+from causal_wan.data.descriptions import count_schedules, describe_flip, describe_rows, describe_speed_up
 from causal_wan.data.file_manifest import FileManifest
 from causal_wan.data.rows import Row, load_rows, source_weights, sources_of
 from causal_wan.data.samples import SampleStream
@@ -180,6 +180,7 @@ class RunData:
             summary=self._summarize(),
             shapes=describe_shapes(self.rows, self.config),
             notes=[note for note in (speed_up, describe_flip(self.rows, self.config)) if note],
+            num_scheduled=count_schedules(self.rows),
         )
 
     def _summarize(self) -> str:

@@ -10,15 +10,16 @@ means are listed with their spread. For each clip, its frames are told apart by 
     first block  from half a block after it on, for one block: the change itself may be half a block off
     later        after that
 
-    colour       share of the frames whose ink is nearest to the clip's colour there, of all colours
+    colour       share of the frames whose ink has the hue of the clip's there: of all hues it is the nearest
     ink F1       of the frames with those of the clip, see examples/sketch/ink.py: whether the drawing goes on
 """
 
+import colorsys
 import csv
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import av
@@ -58,13 +59,24 @@ def read_video(path: Path) -> np.ndarray:  # (T, H, W, 3) uint8
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def hue(colour: Sequence[float]) -> float:
+    """In [0, 1), round a circle."""
+    return colorsys.rgb_to_hsv(*colour)[0]
+
+
 def nearest_colours(video: np.ndarray) -> np.ndarray:  # (T,)
-    """Which of `KNOWN_COLOURS` the mean ink of each frame is nearest to; -1 without ink."""
-    palette = torch.tensor([COLOURS[name] for name in KNOWN_COLOURS], dtype=torch.float32)
+    """Which of `KNOWN_COLOURS` the mean ink of each frame is nearest to in hue; -1 without ink.
+
+    Lightness says little: thin lines are light, and the VAE makes them lighter.
+    """
+    palette = [hue(COLOURS[name]) for name in KNOWN_COLOURS]
     ink, pixels = ink_mask(video), torch.as_tensor(video).float()
     means = (pixels * ink[..., None]).sum(dim=(1, 2)) / ink.sum(dim=(1, 2)).clamp(min=1)[:, None]
-    nearest = torch.cdist(means, palette).argmin(dim=1)
-    return torch.where(ink.flatten(1).any(dim=1), nearest, -1).numpy()
+    found = []
+    for mean, has_ink in zip(means.tolist(), ink.flatten(1).any(dim=1).tolist(), strict=True):
+        apart = [abs(hue(mean) - each) for each in palette]
+        found.append(int(np.argmin([min(each, 1 - each) for each in apart])) if has_ink else -1)
+    return np.array(found)
 
 
 def parts_of(num_frames: int, second: float) -> list[np.ndarray]:
