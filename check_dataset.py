@@ -64,6 +64,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from causal_wan.data.buckets import clip_shapes
 from causal_wan.data.clips import load_video
+from causal_wan.data.descriptions import count_schedules
 from causal_wan.data.frames import min_num_frames, num_sampleable_frames
 from causal_wan.data.rows import Row, describe_short_picture, find_video, read_tables
 from causal_wan.runs.parts import fit_to_checkpoint
@@ -79,6 +80,7 @@ from causal_wan.survey.row_checks import (
     hash_bytes,
 )
 from causal_wan.survey.survey import BLACK_LUMA, STATIC_MOTION, Survey, count_reason
+from causal_wan.tables.prompt_schedules import texts_of
 from causal_wan.tables.table import Tables
 from causal_wan.video.facts import Traits
 from causal_wan.video.opening import describe_error
@@ -104,8 +106,9 @@ def main(config: Config) -> int:
     records = RecordFile(folder / "records.jsonl")
     facts = collect_facts(table, records, config)
     hashes, lengths, unit = measure_prompts(table, config)
+    is_short, num_scheduled = find_short(facts, config.data), count_schedules(table)
     survey = Survey(
-        config.data, facts, find_short(facts, config.data), hashes, lengths, unit, config.max_sequence_length
+        config.data, facts, is_short, hashes, lengths, unit, config.max_sequence_length, num_scheduled=num_scheduled
     )
     bad_entries = write_bad_rows(table, survey, records, folder / "bad_rows.csv")
     sheet = contact_sheet(table, survey, config)
@@ -123,6 +126,8 @@ def main(config: Config) -> int:
     report = folder / "dataset_report.html"
     report.write_text(page, encoding="utf-8", errors="replace")
     num_bad = int(survey.bad.sum())
+    if num_scheduled:
+        print(f"prompts change along the clips of {num_scheduled} rows (prompt_schedule)")
     print(f"{int(survey.usable.sum())} of {len(table)} rows can be used, {num_bad} are bad; see {report}")
     return 1 if num_bad or not survey.usable.any() else 0
 
@@ -168,7 +173,7 @@ def measure_prompts(table: Tables, config: Config) -> tuple[np.ndarray, np.ndarr
     hashes, lengths = np.zeros(len(table), np.uint64), np.zeros(len(table), np.int64)
     for start in range(0, len(table), PROMPTS_AT_ONCE):
         end = min(start + PROMPTS_AT_ONCE, len(table))
-        rows = [table[index].prompts for index in range(start, end)]
+        rows = [texts_of(table[index].prompts) for index in range(start, end)]
         counts = iter(count_tokens([prompt for prompts in rows for prompt in prompts], tokenizer))
         for index, prompts in enumerate(rows, start):
             if prompts:
@@ -206,7 +211,7 @@ def entry(table: Tables, index: int, **more: Any) -> Entry:
     """A row as it is shown."""
     row = table[index]
     name = f"{table.name(index)}: " if len(table.tables) > 1 else ""
-    return Entry(row.number, f"{name}{row.video or ''}", shorten(" | ".join(row.prompts)), **more)
+    return Entry(row.number, f"{name}{row.video or ''}", shorten(" | ".join(map(str, row.prompts))), **more)
 
 
 def write_bad_rows(table: Tables, survey: Survey, records: RecordFile, path: Path) -> list[Entry]:

@@ -132,7 +132,7 @@ import torch
 from diffusers import WanPipeline
 from tqdm.auto import tqdm
 
-from causal_wan.data.clips import normalize_videos
+from causal_wan.data.clips import normalize_videos, shown_prompts
 from causal_wan.data.rows import load_rows
 from causal_wan.evaluation.figures import Judges, Sample, measure, measure_clips
 from causal_wan.evaluation.heldout_loss import HeldOutClip, heldout_statistics, summarize_heldout_loss
@@ -140,9 +140,8 @@ from causal_wan.evaluation.learned_metrics import ClipScore, load_lpips
 from causal_wan.evaluation.report import write_metrics, write_report, write_videos
 from causal_wan.evaluation.vbench_export import VBenchExport
 from causal_wan.evaluation.video_metrics import first_frames_of_blocks
-from causal_wan.model.conditions import Conditions
 from causal_wan.model.streaming_vae import decode_in_parts
-from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
+from causal_wan.model.text import warn_of_cut_prompts
 from causal_wan.model.vae import encode_videos
 from causal_wan.progress import PATIENCE, announced, show_progress
 from causal_wan.results.run_record import RunRecord, base_of, find_run
@@ -154,8 +153,10 @@ from causal_wan.results.student import (
     resolve_settings,
 )
 from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.sampling.prompt_changes import embed_frame_prompts
 from causal_wan.sampling.rollout import Rollout
 from causal_wan.seeds import noise_generator
+from causal_wan.tables.prompt_schedules import FramePrompts, caption_of, texts_of
 from causal_wan.tables.prompts import read_prompts_file
 from causal_wan.weights.parts import load_vae
 
@@ -175,14 +176,14 @@ def main(config: Config) -> None:
         starts = first_frames_of_blocks(layout.block_lengths(settings), layout.geometry)
         data = data_config(config, run, settings, layout.control_names)
         rows = load_rows(data)[: config.num_samples]
-        prompts = [row.prompts[0] for row in rows]
-        export = open_export(config, settings, prompts)
+        prompts = [shown_prompts(row, data.shape, data, torch.Generator())[0] for row in rows]
+        export = open_export(config, settings, texts_of(prompts))
         judges, notes = load_judges(config, settings, device)
         gives_first_frame = note_conditions(config, run, data, notes)
         if gives_first_frame:
             layout.check_first_frame(settings)
         student = load_student(config.checkpoint, run, dtype, num_frame_per_block=config.num_frame_per_block)
-    texts = prompts if export is None else [*prompts, *export.prompts]
+    texts = texts_of(prompts) if export is None else [*texts_of(prompts), *export.prompts]
     warn_of_cut_prompts(student.tokenizer, texts, settings.max_sequence_length)
     with user_errors():
         clips = [HeldOutClip.load(row, data) for row in show_progress(rows, desc="clips")]
@@ -195,8 +196,8 @@ def main(config: Config) -> None:
     heldout_loss = measure_loss(student, clips, method_to_measure(config, run), settings, seed=seed)
     if config.num_base_steps:
         student.to("cpu")
-        base = partial(sample_base, settings, config)
-        results["base"] = sample_all(load_base(config.checkpoint, run, dtype), prompts, base, device)
+        base, first = partial(sample_base, settings, config), first_prompts(prompts, notes)
+        results["base"] = sample_all(load_base(config.checkpoint, run, dtype), first, base, device)
     measured = {name: measure(samples, targets, prompts, starts, judges) for name, samples in results.items()}
     measured["clips"] = measure_clips(targets, prompts, starts, judges)
 
@@ -207,7 +208,7 @@ def main(config: Config) -> None:
     write_metrics(folder / "metrics.json", content)
     columns = {"clip": targets, **{name: [video for video, _ in samples] for name, samples in results.items()}}
     with announced("writing videos and report"):
-        numbered = list(zip([row.number for row in rows], prompts, strict=True))
+        numbered = list(zip([row.number for row in rows], map(caption_of, prompts), strict=True))
         shown = write_videos(folder, columns, numbered, student.geometry.frame_rate)
     write_report(folder / "report.html", content, measured, shown)
     print_figures(measured, heldout_loss)
@@ -305,7 +306,9 @@ def control_columns(config: Config, names: tuple[str, ...]) -> tuple[str, ...]:
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
-def sample_all(pipeline: WanPipeline, prompts: list[str], sample: Callable[..., Sample], device: str) -> list[Sample]:
+def sample_all(
+    pipeline: WanPipeline, prompts: list[str | FramePrompts], sample: Callable[..., Sample], device: str
+) -> list[Sample]:
     """A sample of each prompt."""
     pipeline.to(device)
     return [sample(pipeline, number, prompt) for number, prompt in enumerate(tqdm(prompts, desc="videos"))]
@@ -332,7 +335,7 @@ def sample_student(
     seed: int,
     pipeline: CausalWanPipeline,
     number: int,
-    prompt: str,
+    prompt: str | FramePrompts,
     *,
     clips: Sequence[HeldOutClip] | None = None,
     gives_first_frames: bool = False,
@@ -345,18 +348,20 @@ def sample_student(
         seed: Of the noise.
         pipeline: The student.
         number: Of the prompt.
-        prompt: What to show.
+        prompt: What to show, or what at each frame.
         clips: Whose controls the videos follow, by number; None is none.
         gives_first_frames: Whether the videos begin with the first frames of these clips.
     """
     device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
-    texts = [prompt, ""] if config.student_guidance_scale > 1 else [prompt]
-    with announced(f"embedding {len(texts)} prompt(s)"):
-        embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
     size, steps = (settings.num_frames, settings.height, settings.width), (settings.timesteps,)
     generator = noise_generator(seed, number)
     noise = pipeline.draw_noise(1, *size, *steps, sampler=settings.sampler, generator=generator).to(device)
-    prompt_embeds = pad_prompt_embeds(embeds, settings.max_sequence_length).to(device, dtype)
+    shown = [prompt, ""] if config.student_guidance_scale > 1 else [prompt]
+    with announced(f"embedding {len(texts_of(shown))} prompt(s)"):
+        told = [
+            embed_frame_prompts(pipeline, each, noise.shape[3], settings.max_sequence_length).to(device, dtype)
+            for each in shown
+        ]
     ends: list[float] = []
     num_frames, num_steps = noise.shape[3], sum(level > 0 for level in settings.timesteps)
     num_parts = len(pipeline.transformer.block_lengths(num_frames)) * num_steps + num_frames
@@ -378,11 +383,11 @@ def sample_student(
     if clips is not None:
         controls = clips[number].control_latents(pipeline.vae, device)
     latents = pipeline.sample_latents(
-        Conditions(prompt_embeds=prompt_embeds[:1], control_latents=controls),
+        replace(told[0], control_latents=controls),
         noise,
         *steps,
         sampler=settings.sampler,
-        negative_conditions=Conditions(prompt_embeds=prompt_embeds[1:]) if len(texts) > 1 else None,
+        negative_conditions=told[1] if len(told) > 1 else None,
         guidance_scale=config.student_guidance_scale,
         on_block_end=note_time,
         on_step_end=note_step,
@@ -418,6 +423,14 @@ def load_base(checkpoint: str, run: RunRecord | None, dtype: torch.dtype) -> Wan
         )
     pipeline.set_progress_bar_config(desc="steps", delay=PATIENCE, leave=False)
     return pipeline
+
+
+def first_prompts(prompts: list[str | FramePrompts], notes: list[str]) -> list[str]:
+    """What the base model is given, which knows one prompt a video; noted where prompts change."""
+    if any(isinstance(prompt, tuple) for prompt in prompts):
+        notes.append("prompts change along clips, and the base model's videos have the first one alone")
+        print(f"note      {notes[-1]}")
+    return [prompt if isinstance(prompt, str) else prompt[0] for prompt in prompts]
 
 
 def sample_base(settings: SamplingSettings, config: Config, pipeline: WanPipeline, number: int, prompt: str) -> Sample:

@@ -6,6 +6,8 @@
     accelerate launch generate.py --checkpoint outputs/my-wan --prompts_file prompts.txt --output videos/
     python generate.py --checkpoint outputs/my-wan --prompt "A bird" --output bird.mp4 --num_inference_steps 50 \\
         --timestep_shift 5 --guidance_scale 5
+    python generate.py --checkpoint outputs/my-wan --prompt "A cat sits" --prompt_at 2.5 "The cat jumps" \\
+        --output cat.mp4
 
 `--checkpoint` is the output folder of a run (full fine-tune or LoRA), any diffusers WAN folder or hub id, or a file of
 weights, such as those of CausVid and Self Forcing. All other settings default to those of the run. Frames are decoded
@@ -33,6 +35,7 @@ from causal_wan.config.ranges import (
     FrameRate,
     GuidanceScale,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Seed,
     Timestep,
@@ -41,6 +44,7 @@ from causal_wan.config.ranges import (
 )
 from causal_wan.config.settings import KVCacheDtype
 from causal_wan.data.settings import DataConfig
+from causal_wan.tables.prompt_schedules import Prompt, PromptSchedule
 from causal_wan.timesteps import Sampler
 
 
@@ -58,6 +62,11 @@ class Config:
     """Weight of each; 1 if there are none."""
     prompt: str | None = None
     """One prompt."""
+    prompt_at: tuple[tuple[PositiveFloat, str], ...] = ()
+    """Seconds, and the prompt from there on: `--prompt_at 2.5 "..."`, any number of times; in a recipe a list of
+    pairs. A change falls on the nearest start of a block. A prompts_file may have a column `prompt_schedule`."""
+    recache: bool = False
+    """Where the prompt changes, compute the keys and values of what is remembered anew, under the new prompt."""
     prompts_file: LocalPath | None = None
     """Text file (.txt) with one prompt a line, or a CSV, TSV or JSON lines file with a `prompt` column."""
     dataset_base_path: LocalPath | None = None
@@ -130,6 +139,13 @@ class Config:
             )
         if self.dataset_base_path is not None and self.prompts_file is None:
             raise ValueError("dataset_base_path is about the paths in prompts_file, which is missing; name one.")
+        if self.prompt_at and self.prompt is None:
+            raise ValueError("prompt_at goes on from --prompt; of a prompts_file, use a column prompt_schedule.")
+        if self.prompt_at and self.prompt.strip():
+            try:
+                PromptSchedule.of([(0, self.prompt), *self.prompt_at])
+            except ValueError as error:
+                raise ValueError(f"prompt_at cannot be followed: {error}") from None
         if self.image is not None and self.video is not None:
             raise ValueError("a video has one beginning; give either --image or --video, and not both.")
         if self.num_video_frames is not None and self.video is None:
@@ -162,7 +178,9 @@ from causal_wan.results.student import (
     resolve_settings,
 )
 from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.sampling.prompt_changes import check_has_blocks
 from causal_wan.seeds import noise_generator
+from causal_wan.tables.prompt_schedules import texts_of
 from causal_wan.tables.prompts import PromptRow, count_blank, read_prompt_rows
 from causal_wan.video.decoding import decode_frames, probe_video
 from causal_wan.video.facts import Traits
@@ -189,12 +207,13 @@ def main(config: Config) -> None:
         num_blocks = len(layout.block_lengths(settings))
         data = clips_of(run, settings)
         check_conditions(wanted, settings, layout, data)
+        check_schedules(wanted, config, settings, layout)
         beginning = read_frames_to_continue(config, settings, layout)
         if state.is_main_process:
             print("".join(f"note: {note}\n" for note in notes_on(config, wanted, run)), end="", file=sys.stderr)
         pipeline = load_pipeline(config, run, settings, dtype)
     if state.is_main_process:
-        texts = [row.prompt for row in wanted] + [config.negative_prompt] * (config.guidance_scale > 1)
+        texts = texts_of(row.prompt for row in wanted) + [config.negative_prompt] * (config.guidance_scale > 1)
         warn_of_cut_prompts(pipeline.tokenizer, texts, settings.max_sequence_length)
     pipeline.to(device)
     config = replace(config, frame_rate=config.frame_rate or layout.geometry.frame_rate)
@@ -267,7 +286,7 @@ def load_pipeline(
 
 def sample(
     pipeline: CausalWanPipeline,
-    prompt: str,
+    prompt: Prompt,
     number: int,
     settings: SamplingSettings,
     config: Config,
@@ -290,13 +309,18 @@ def sample(
         progress.update()
         return {}
 
-    texts = [prompt, config.negative_prompt] if config.guidance_scale > 1 else [prompt]
-    with announced(f"embedding {len(texts)} prompt(s)"):
-        embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
-    padded = pad_prompt_embeds(embeds, settings.max_sequence_length)
+    if isinstance(prompt, PromptSchedule):
+        shown = {"prompt_schedule": schedule_of(prompt, config, pipeline), "negative_prompt": config.negative_prompt}
+    else:
+        texts = [prompt, config.negative_prompt] if config.guidance_scale > 1 else [prompt]
+        with announced(f"embedding {len(texts)} prompt(s)"):
+            embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, settings.max_sequence_length)
+        padded = pad_prompt_embeds(embeds, settings.max_sequence_length)
+        negative = padded[1:] if config.guidance_scale > 1 else None
+        shown = {"prompt_embeds": padded[:1], "negative_prompt_embeds": negative}
     blocks = pipeline.stream(
-        prompt_embeds=padded[:1],
-        negative_prompt_embeds=padded[1:] if config.guidance_scale > 1 else None,
+        **shown,
+        recache=config.recache,
         guidance_scale=config.guidance_scale,
         num_frames=settings.num_frames,
         height=settings.height,
@@ -310,6 +334,25 @@ def sample(
     decoder = StreamingDecoder(pipeline.vae)
     for block in blocks:
         yield decoder.decode(block)[0]
+
+
+def schedule_of(prompt: PromptSchedule, config: Config, pipeline: CausalWanPipeline) -> PromptSchedule:
+    """A schedule in the seconds of the pipeline, whose videos are written at another rate if one is asked for."""
+    rate = pipeline.geometry.frame_rate
+    factor = (config.frame_rate or rate) / rate
+    return replace(prompt, seconds=tuple(factor * second for second in prompt.seconds))
+
+
+def check_schedules(rows: Sequence[PromptRow], config: Config, settings: SamplingSettings, layout: Layout) -> None:
+    """Checks that prompts along a video begin before it ends, and that it has blocks at which they can change.
+
+    Raises:
+        ValueError: If not.
+    """
+    for row in rows:
+        if isinstance(row.prompt, PromptSchedule):
+            row.prompt.check_ends_before(settings.num_frames / (config.frame_rate or layout.geometry.frame_rate))
+            check_has_blocks(layout.block_lengths(settings))
 
 
 @contextlib.contextmanager
@@ -521,7 +564,10 @@ def read_prompts(config: Config) -> list[PromptRow]:
     if config.prompt is not None:
         if not config.prompt.strip():
             raise ValueError("at least one prompt must not be empty; got none.")
-        return [PromptRow(prompt=config.prompt.strip(), image=config.image)]
+        prompt = (
+            PromptSchedule.of([(0, config.prompt), *config.prompt_at]) if config.prompt_at else config.prompt.strip()
+        )
+        return [PromptRow(prompt=prompt, image=config.image)]
     rows = read_prompt_rows(config.prompts_file)[: config.num_prompts]
     if any(row.image for row in rows) and (config.image or config.video):
         raise ValueError(

@@ -112,6 +112,7 @@ from causal_wan.results.teacher import Teacher, find_teacher, identify_teacher, 
 from causal_wan.runs.parts import fit_to_checkpoint, weight_dtype
 from causal_wan.runs.prompt_embeddings import embed_prompts
 from causal_wan.sampling.trajectories import sample_trajectories, trajectory_timesteps
+from causal_wan.tables.prompt_schedules import PromptSchedule
 from causal_wan.tables.prompts import read_prompts_file
 from causal_wan.training.stopping import EXIT_STOPPED, StopRequest
 from causal_wan.training.strategies import beside_fp8
@@ -200,12 +201,20 @@ def find_prompts(config: Config) -> list[str]:
     """The distinct prompts of the file or of the tables, in their order.
 
     Raises:
-        ValueError: If they cannot be read.
+        ValueError: If they cannot be read, or some change along a video.
     """
     if config.prompts_file is not None:
-        return list(dict.fromkeys(read_prompts_file(config.prompts_file)))
-    tables = read_tables(config.data, need_files=False)
-    return list(dict.fromkeys(prompt for table in tables for row in table for prompt in row.prompts))
+        prompts, where = list(dict.fromkeys(read_prompts_file(config.prompts_file))), config.prompts_file
+    else:
+        tables, where = read_tables(config.data, need_files=False), "the table"
+        prompts = list(dict.fromkeys(prompt for table in tables for row in table for prompt in row.prompts))
+    scheduled = [prompt for prompt in prompts if isinstance(prompt, PromptSchedule)]
+    if scheduled:
+        raise ValueError(
+            f"a trajectory has one prompt, but {where} has {len(scheduled)} along which it changes, first "
+            f"{scheduled[0]}; list plain prompts in a --prompts_file."
+        )
+    return prompts
 
 
 def find_missing(

@@ -1,7 +1,7 @@
 """How the latent frames of a clip fall into blocks, and what a block sees. Imports no library."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -134,3 +134,19 @@ def frame_block_lengths(
             f"num_frame_per_block{', or independent_first_frame' if is_alone_too_many else ''}."
         )
     return first + [num_frame_per_block] * (rest // num_frame_per_block)
+
+
+def middle_frames(block_lengths: Sequence[int], geometry: LatentGeometry = WAN) -> list[int]:
+    """The video frame in the middle of each block, by which what changes along a video falls to blocks.
+
+    Of an even number of frames, the later one of the two: so a change falls on the nearest start of a block.
+
+    Args:
+        block_lengths: Latent frames of each block.
+        geometry: Of the checkpoint.
+    """
+    ends = list(itertools.accumulate(block_lengths))
+    starts = [0, *ends][: len(ends)]
+    return [
+        (geometry.num_frames(start) + geometry.num_frames(end)) // 2 for start, end in zip(starts, ends, strict=True)
+    ]

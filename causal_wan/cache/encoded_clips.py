@@ -18,6 +18,7 @@ import torch
 
 from causal_wan.cache.tensor_cache import CacheWriter, TensorCache, describe_differences, settings_key
 from causal_wan.config.settings import LatentsDtype
+from causal_wan.data.clips import shown_prompts
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached
 from causal_wan.devices import LateCopy
 from causal_wan.weights.parts import DTYPES
@@ -230,7 +231,8 @@ class CachedClips:
         with self.videos.noted(index):
             found = [self._find(key) for key in keys]
         if all(latents is not None for latents, _ in found):
-            facts = {"prompts": row.prompts, "row_index": index, **found[0][1]}
+            prompts = shown_prompts(row, shape, self.cached.data, generator)
+            facts = {"prompts": prompts, "row_index": index, **found[0][1]}
             latents, *controls = (latents for latents, _ in found)
             return {"latents": latents, "controls": controls, **facts}
         loaded = self.videos.load(index, generator, shape)

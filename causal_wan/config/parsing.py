@@ -36,6 +36,7 @@ ALIASES = {
 }
 
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)  # a dash or two, and a name without spaces
+NUMBER = re.compile(r"-?[\d.]+(e-?\d+)?")
 TEXT = "\0"  # before a text that begins with a dash, on its way through tyro; no argument of a process can hold it
 
 
@@ -285,10 +286,12 @@ def _canonical_flags(argv: list[str], config_class: type) -> list[str]:
     """
     fields, rooms = dict(flat_fields(config_class)), _rooms_for_text(config_class)
     switches = {name for name, hint in fields.items() if hint is bool}
+    pairs = {name for name, hint in fields.items() if _are_pairs(hint)}
     canonical: list[str] = []
     name, room = "", 0.0  # of the last flag: its name, and how many texts may still follow
     for token in argv:
         is_flag = FLAG.fullmatch(token) is not None
+        is_number = name in pairs and NUMBER.fullmatch(token) is not None
         if is_flag and token.startswith("--"):
             name, equals, value = token.removeprefix("--").partition("=")
             name = _canonical_name(name, fields)
@@ -301,9 +304,30 @@ def _canonical_flags(argv: list[str], config_class: type) -> list[str]:
                 canonical[-1] = f"--no_{name}"
             name = ""
         else:
-            canonical.append(_protect(token) if room > 0 and not is_flag else token)
-            name, room = "", room - 1
-    return canonical
+            canonical.append(_protect(token) if room > 0 and not is_flag and not is_number else token)
+            name, room = (name if name in pairs else ""), room - 1
+    return _join_pairs(canonical, pairs)
+
+
+def _join_pairs(argv: list[str], pairs: Collection[str]) -> list[str]:
+    """Flags of pairs, which may be given again and again, once with the values of all, at the end.
+
+    Raises:
+        ValueError: If values are no pairs.
+    """
+    rest: list[str] = []
+    joined: dict[str, list[str]] = {}
+    of_flag = rest
+    for token in argv:
+        if token.startswith("--"):
+            of_flag = joined.setdefault(token, [token]) if _flag_name(token) in pairs else rest
+            if of_flag is not rest:
+                continue
+        of_flag.append(token)
+    for flag, *values in joined.values():
+        if len(values) % 2:
+            raise ValueError(f"{flag.removeprefix('--')} must be pairs, got {' '.join(values)!r:.100}.")
+    return rest + [token for tokens in joined.values() for token in tokens]
 
 
 def _rooms_for_text(config_class: type) -> dict[str, float]:
@@ -314,10 +338,15 @@ def _rooms_for_text(config_class: type) -> dict[str, float]:
 
 def _room_for_text(hint: Any) -> float:
     if typing.get_origin(hint) is tuple:
-        return math.inf if str in typing.get_args(hint) else 0
+        return math.inf if any(map(_room_for_text, typing.get_args(hint))) else 0
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return max(map(_room_for_text, typing.get_args(hint)))
     return float(hint is str)
+
+
+def _are_pairs(hint: Any) -> bool:
+    """Whether a setting is a tuple of tuples."""
+    return typing.get_origin(hint) is tuple and typing.get_origin(typing.get_args(hint)[0]) is tuple
 
 
 def _protect(text: str) -> str:
@@ -362,5 +391,9 @@ def _pop_config_flag(argv: list[str]) -> tuple[list[str], str | None]:
 def _to_flags(key: str, value: Any, *, is_text: bool) -> list[str]:
     if isinstance(value, bool):
         return [f"--{key}" if value else f"--no_{key}"]
-    items = [str(item) for item in (value if isinstance(value, list) else [value])]
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, list) for item in items):  # pairs
+        items = [part for item in items for part in (item if isinstance(item, list) else [item])]
+        return [f"--{key}", *(_protect(part) if isinstance(part, str) else str(part) for part in items)]
+    items = [str(item) for item in items]
     return [f"--{key}", *(map(_protect, items) if is_text else items)]

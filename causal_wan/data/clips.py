@@ -14,9 +14,10 @@ import torch
 from torch.utils.data import get_worker_info
 from torchvision.transforms import v2
 
-from causal_wan.data.frames import sample_frame_indices
+from causal_wan.data.frames import sample_frame_indices, sample_frame_seconds
 from causal_wan.data.rows import Row
 from causal_wan.data.settings import ClipShape, DataConfig
+from causal_wan.tables.prompt_schedules import FramePrompts, PromptSchedule
 from causal_wan.video.decoding import decode_frames
 from causal_wan.video.facts import Traits
 from causal_wan.video.opening import describe_error
@@ -100,19 +101,20 @@ class VideoDataset:
         """One clip.
 
         Returns:
-            video: uint8 `(3, T, height, width)`; controls: a list of such; prompts; row_index; num_valid_frames:
-            frames before padding.
+            video: uint8 `(3, T, height, width)`; controls: a list of such; prompts, see `shown_prompts`; row_index;
+            num_valid_frames: frames before padding.
 
         Raises:
             ValueError: If the clip does not decode; names row and file.
         """
         row = self.rows[index]
+        prompts = shown_prompts(row, shape, self.config, generator)
         try:
             with self.noted(index):
                 (video, *controls), num_valid = load_videos(row, shape, self.config, generator)
         except (ValueError, OSError, av.FFmpegError) as error:
             raise ValueError(f"row {row.number}, {row.video}: {describe_error(error)}") from error
-        facts = {"prompts": row.prompts, "row_index": index, "num_valid_frames": num_valid}
+        facts = {"prompts": prompts, "row_index": index, "num_valid_frames": num_valid}
         return {"video": video, "controls": controls, **facts}
 
     @contextlib.contextmanager
@@ -157,3 +159,22 @@ def load_video(row: Row, shape: ClipShape, config: DataConfig, generator: torch.
     """
     (video,), num_valid = load_videos(replace(row, controls=()), shape, config, generator)
     return video, num_valid
+
+
+def shown_prompts(
+    row: Row, shape: ClipShape, config: DataConfig, generator: torch.Generator
+) -> tuple[str | FramePrompts, ...]:
+    """The prompts of a row for a clip of a shape: of a schedule, that of each frame which `load_video` shows.
+
+    Args:
+        row: Its prompts, and the facts of its file.
+        shape: Of the clip.
+        config: Says which frames are shown.
+        generator: That `load_video` is about to be given; it is left as it is.
+    """
+    if not any(isinstance(prompt, PromptSchedule) for prompt in row.prompts):
+        return row.prompts
+    timing = (row.num_frames, row.frame_rate, shape.num_frames)
+    is_even = not row.traits & Traits.VARIABLE_RATE
+    seconds = sample_frame_seconds(*timing, config, generator.clone_state(), is_even=is_even).tolist()
+    return tuple(prompt.by_frame(seconds) if isinstance(prompt, PromptSchedule) else prompt for prompt in row.prompts)

@@ -2,11 +2,13 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 from causal_wan.data.rows import Row
 from causal_wan.data.settings import DataConfig
+from causal_wan.tables.prompt_schedules import PromptSchedule, texts_of
+from causal_wan.tables.table import TableRow
 
 
 def describe_rows(rows: Sequence[Row]) -> str:
@@ -14,20 +16,29 @@ def describe_rows(rows: Sequence[Row]) -> str:
     frames = [row.num_frames for row in rows]
     (height, width), _ = Counter((row.height, row.width) for row in rows).most_common(1)[0]
     sizes = len({(row.height, row.width) for row in rows})
-    num_prompts = len({prompt for row in rows for prompt in row.prompts})
+    num_prompts = len(texts_of(prompt for row in rows for prompt in row.prompts))
+    num_scheduled = count_schedules(rows)
     return (
-        f"{len(rows)} clips, {num_prompts} prompts; {min(frames)} to {max(frames)} frames "
+        f"{len(rows)} clips, {num_prompts} prompts"
+        + (f", which change along {num_scheduled} clips" if num_scheduled else "")
+        + f"; {min(frames)} to {max(frames)} frames "
         f"(median {median(frames):g}) at {median(row.frame_rate for row in rows):g} a second, {height} x {width}"
         + (f" and {sizes - 1} other sizes" if sizes > 1 else "")
         + f"; {sum(row.num_frames / row.frame_rate for row in rows) / 60:.1f} minutes in all"
     )
 
 
+def count_schedules(rows: Iterable[Row | TableRow]) -> int:
+    """Rows along whose clips the prompt changes."""
+    return sum(isinstance(prompt, PromptSchedule) for row in rows for prompt in row.prompts[:1])
+
+
 def describe_flip(rows: Sequence[Row], config: DataConfig) -> str | None:
     """A warning when clips are mirrored, which their prompts or writing in them may not survive."""
     if not config.horizontal_flip:
         return None
-    sided = sum(bool(re.search(r"\b(left|right)\b", prompt, re.I)) for row in rows for prompt in row.prompts)
+    texts = [text for row in rows for prompt in row.prompts for text in texts_of([prompt])]
+    sided = sum(bool(re.search(r"\b(left|right)\b", text, re.I)) for text in texts)
     said = f"; {sided} prompts here say left or right" if sided else ""
     return f"--horizontal_flip mirrors writing, and what prompts call left and right{said}."
 

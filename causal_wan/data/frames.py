@@ -51,6 +51,15 @@ def sample_frame_indices(
     Returns:
         Indices, non-decreasing, int64 `(num_frames,)`, and how many of them come before padding.
     """
+    places, num_valid = _sample_places(num_file_frames, file_frame_rate, num_frames, config, generator)
+    indices = nearest_frames(places, file_frame_rate, times).clamp(max=num_file_frames - 1)
+    return torch.cat([indices, indices[-1:].expand(num_frames - num_valid)]), num_valid
+
+
+def _sample_places(
+    num_file_frames: int, file_frame_rate: float, num_frames: int, config: DataConfig, generator: torch.Generator
+) -> tuple[torch.Tensor, int]:
+    """Where the frames before padding lie in the file, in frames at its rate, float64, and how many they are."""
     num_valid = min(num_frames, num_sampleable_frames(num_file_frames, file_frame_rate, config))
     last = num_file_frames - 1
     if config.frame_sampling == "uniform":
@@ -60,14 +69,40 @@ def sample_frame_indices(
             shortest = max(config.temporal_crop * last, num_valid - 1)  # no frame twice
             window = shortest + share * (last - shortest)
             start = place * (last - window)
-        indices = torch.linspace(start, start + window, num_valid, dtype=torch.float64)
-    else:
-        indices = torch.arange(num_valid, dtype=torch.float64) * file_frame_rate / config.sampling_rate
-        if config.frame_sampling == "random":
-            slack = last - float(indices[-1])
-            indices += slack * torch.rand((), generator=generator, dtype=torch.float64)
-    indices = nearest_frames(indices, file_frame_rate, times).clamp(max=last)
-    return torch.cat([indices, indices[-1:].expand(num_frames - num_valid)]), num_valid
+        return torch.linspace(start, start + window, num_valid, dtype=torch.float64), num_valid
+    places = torch.arange(num_valid, dtype=torch.float64) * file_frame_rate / config.sampling_rate
+    if config.frame_sampling == "random":
+        slack = last - float(places[-1])
+        places += slack * torch.rand((), generator=generator, dtype=torch.float64)
+    return places, num_valid
+
+
+def sample_frame_seconds(
+    num_file_frames: int,
+    file_frame_rate: float,
+    num_frames: int,
+    config: DataConfig,
+    generator: torch.Generator,
+    *,
+    is_even: bool,
+) -> torch.Tensor:
+    """When the frames of `sample_frame_indices` are shown in the file, without reading it.
+
+    Args:
+        num_file_frames: As there,
+        file_frame_rate: as there,
+        num_frames: as there,
+        config: as there,
+        generator: in the state that it has there.
+        is_even: Whether the file has a constant rate. Where it varies, these are the moments that are sampled: at each
+            the file shows the frame that is taken.
+
+    Returns:
+        Seconds from the first frame of the file, non-decreasing, float64 `(num_frames,)`.
+    """
+    places, num_valid = _sample_places(num_file_frames, file_frame_rate, num_frames, config, generator)
+    places = (places.round() if is_even else places).clamp(max=num_file_frames - 1)
+    return torch.cat([places, places[-1:].expand(num_frames - num_valid)]) / file_frame_rate
 
 
 def last_frame_indices(

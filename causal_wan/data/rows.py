@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from causal_wan.data.file_manifest import FileFacts, FileManifest
 from causal_wan.data.frames import check_same_frames, min_num_frames, num_sampleable_frames
 from causal_wan.data.settings import DataConfig
+from causal_wan.tables.prompt_schedules import Prompt, PromptSchedule
 from causal_wan.tables.sources import FILE_SUFFIXES, Source, read_sources
 from causal_wan.tables.table import Table, TableRow, read_table
 from causal_wan.video.decoding import probe_video
@@ -41,7 +42,7 @@ class Row:
 
     number: int  # 1 is the first
     video: Path | EmbeddedVideo
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     num_frames: int  # in the file
     frame_rate: float  # the mean where it varies
     height: int
@@ -228,6 +229,7 @@ def check_row(
         raise ValueError("the prompt is empty")
     checked = _check_video(row, config, source=source, manifest=manifest, as_shown=as_shown)
     check_length(checked, min_num_frames(config), config)
+    check_schedules(checked)
     controls = []
     for name, video in zip(config.control_column, row.controls, strict=True):
         try:
@@ -268,6 +270,17 @@ def match_control(control: Row, clip: Row, limits: VideoLimits) -> Row:
     """
     facts = check_same_frames((control.video, control.facts), (clip.video, clip.facts), limits)
     return replace(control, frame_rate=facts.frame_rate, traits=facts.traits)
+
+
+def check_schedules(row: Row) -> None:
+    """Checks that prompts along a clip begin before it ends.
+
+    Raises:
+        ValueError: If not.
+    """
+    for prompt in row.prompts:
+        if isinstance(prompt, PromptSchedule):
+            prompt.check_ends_before(row.num_frames / row.frame_rate)
 
 
 def check_length(row: Row, wanted: int, config: DataConfig) -> None:

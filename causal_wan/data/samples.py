@@ -14,6 +14,7 @@ from causal_wan.data.clips import Loadable
 from causal_wan.data.sample_order import SampleOrder
 from causal_wan.data.settings import DataConfig
 from causal_wan.seeds import RandomPurpose, seeded_generator
+from causal_wan.tables.prompt_schedules import FramePrompts
 
 
 MAX_REPLACEMENTS = 10
@@ -60,8 +61,10 @@ class SampleStream(Dataset):
         raise DataError(f"{len(errors)} clips in a row did not decode; the last: {errors[-1]}")
 
 
-def choose_prompt(prompts: Sequence[str], config: DataConfig, *, seed: int, number: int) -> str:
-    """The prompt of a sample, one of several, or the empty one."""
+def choose_prompt(
+    prompts: Sequence[str | FramePrompts], config: DataConfig, *, seed: int, number: int
+) -> str | FramePrompts:
+    """The prompt of a sample, one of several, or the empty one; a schedule is dropped whole."""
     if len(prompts) == 1 and not config.caption_dropout:
         return prompts[0]
     drop, choice = torch.rand(
@@ -95,7 +98,7 @@ class ClipBatch:
             `(K, C, F, H, W)`.
         is_latents: Which of them are latents.
         cache_keys: Of videos whose latents are to be kept, else None.
-        prompts: One each.
+        prompts: One each, or that of each of its video frames.
         controls: The videos, or latents, that control each clip, like `clips`; None is a control that is left out.
         control_keys: Of them, like `cache_keys`.
         row_indices: Rows of the data set.
@@ -108,7 +111,7 @@ class ClipBatch:
     clips: list[torch.Tensor]
     is_latents: list[bool]
     cache_keys: list[bytes | None]
-    prompts: list[str]
+    prompts: list[str | FramePrompts]
     row_indices: list[int]
     sample_numbers: list[int]
     num_valid_frames: list[int]

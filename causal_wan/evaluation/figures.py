@@ -17,6 +17,7 @@ from causal_wan.evaluation.video_metrics import (
     frame_ssim,
 )
 from causal_wan.progress import show_progress
+from causal_wan.tables.prompt_schedules import FramePrompts
 
 
 Sample = tuple[torch.Tensor, dict[str, float]]  # video in [0, 1], (T, 3, height, width); what was timed
@@ -39,7 +40,7 @@ def mean(values: list[float]) -> float:
 def measure(
     samples: list[Sample],
     targets: list[torch.Tensor],
-    prompts: list[str],
+    prompts: list[str | FramePrompts],
     starts: list[int],
     judges: Judges = Judges(),
 ) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def measure(
 
 
 def measure_clips(
-    targets: list[torch.Tensor], prompts: list[str], starts: list[int], judges: Judges
+    targets: list[torch.Tensor], prompts: list[str | FramePrompts], starts: list[int], judges: Judges
 ) -> dict[str, Any]:
     """Figures of the clips themselves, to compare with."""
     pairs = zip(targets, prompts, strict=True)

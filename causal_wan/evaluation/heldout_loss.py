@@ -5,24 +5,24 @@ video frames, K = levels of a step list or bins of continuous ones.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKLWan
 
-from causal_wan.data.clips import load_videos, normalize_videos
+from causal_wan.data.clips import load_videos, normalize_videos, shown_prompts
 from causal_wan.data.rows import Row
 from causal_wan.data.settings import DataConfig
 from causal_wan.flow import latents_from_velocity
 from causal_wan.methods.losses import NUM_STATISTICS, level_metrics, level_statistics
 from causal_wan.methods.noising import draw_noisy_batch
 from causal_wan.methods.settings import RegressionConfig
-from causal_wan.model.conditions import Conditions
-from causal_wan.model.text import encode_prompts, pad_prompt_embeds
 from causal_wan.model.vae import encode_videos
 from causal_wan.progress import show_progress
 from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.sampling.prompt_changes import embed_frame_prompts
+from causal_wan.tables.prompt_schedules import FramePrompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class HeldOutClip:
     """A clip that a student is measured on.
 
     Attributes:
-        prompt: Of the clip.
+        prompt: Of the clip, or that of each of its frames.
         video: uint8 `(3, T, height, width)`.
         controls: Videos that the student follows, like `video`, in the order of its controls.
         num_valid_frames: Video frames before padding.
     """
 
-    prompt: str
+    prompt: str | FramePrompts
     video: torch.Tensor
     controls: list[torch.Tensor]
     num_valid_frames: int
@@ -49,7 +49,8 @@ class HeldOutClip:
             ValueError, OSError, av.FFmpegError: If it does not decode.
         """
         (video, *controls), num_valid = load_videos(row, data.shape, data, torch.Generator())
-        return cls(prompt=row.prompts[0], video=video, controls=controls, num_valid_frames=num_valid)
+        prompt = shown_prompts(row, data.shape, data, torch.Generator())[0]
+        return cls(prompt=prompt, video=video, controls=controls, num_valid_frames=num_valid)
 
     def control_latents(self, vae: AutoencoderKLWan, device: torch.device) -> torch.Tensor | None:
         """Latents of the controls `(1, C', F, H, W)`; None if there are none."""
@@ -94,11 +95,8 @@ def heldout_statistics(
             sample_numbers=[number],
             num_valid_frames=[geometry.num_latent_frames(clip.num_valid_frames)],
         )
-        embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [clip.prompt], max_sequence_length)
-        conditions = Conditions(
-            prompt_embeds=pad_prompt_embeds(embeds, max_sequence_length).to(device, dtype),
-            control_latents=clip.control_latents(pipeline.vae, device),
-        )
+        told = embed_frame_prompts(pipeline, clip.prompt, latents.shape[2], max_sequence_length).to(device, dtype)
+        conditions = replace(told, control_latents=clip.control_latents(pipeline.vae, device))
         noisy_latents = noisy.noisy_latents.to(dtype)
         inputs = {**conditions.arguments(), **noisy.context}
         velocity = transformer(noisy_latents, noisy.timesteps, **inputs, return_dict=False)[0]

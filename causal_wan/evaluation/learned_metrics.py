@@ -14,6 +14,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from transformers import AutoModel, AutoProcessor
 
 from causal_wan.config.choices import LpipsNet
+from causal_wan.tables.prompt_schedules import FramePrompts
 
 
 BACKBONES = {
@@ -109,12 +110,12 @@ class ClipScore:
         self.num_frames = num_frames
 
     @torch.no_grad()
-    def __call__(self, video: torch.Tensor, prompt: str) -> float:
+    def __call__(self, video: torch.Tensor, prompt: str | FramePrompts) -> float:
         indices = torch.linspace(0, len(video) - 1, min(self.num_frames, len(video))).round().long()
         frames = (video[indices].clamp(0, 1) * 255).round().to(torch.uint8)
         images = self.processor(images=list(frames), return_tensors="pt").to(self.model.device)
         text = self.processor(
-            text=[prompt],
+            text=[prompt] if isinstance(prompt, str) else [prompt[index] for index in indices.tolist()],
             padding="max_length",  # as SigLIP was trained; CLIP does not see it
             truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings,

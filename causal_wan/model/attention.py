@@ -13,6 +13,7 @@ from causal_wan.model.block_attention import (
 )
 from causal_wan.model.context_parallel import ContextParallel
 from causal_wan.model.kv_cache import LayerCache
+from causal_wan.model.text import TextByFrame
 
 
 @dataclass
@@ -93,29 +94,37 @@ class CausalWanSelfAttnProcessor:
 class FoldedCrossAttnProcessor(WanAttnProcessor):
     """The stock processor (text, image, fused projections) over tokens whose frames are folded into the batch.
 
-    In a rollout the prompt's keys and values are computed once.
+    In a rollout the prompt's keys and values are computed once; where prompts change along a clip, once a prompt.
     """
 
     def __call__(
         self,
         attn: torch.nn.Module,
         hidden_states: torch.Tensor,  # (B G, L / G, D)
-        encoder_hidden_states: torch.Tensor | KeptText,  # (B, S, D)
+        encoder_hidden_states: torch.Tensor | KeptText | TextByFrame,  # (B, S, D)
         attention_mask: None = None,
         rotary_emb: None = None,
     ) -> torch.Tensor:
-        kept = isinstance(encoder_hidden_states, KeptText)
-        text = encoder_hidden_states.states if kept else encoder_hidden_states
-        unfolded = hidden_states.reshape(text.shape[0], -1, hidden_states.shape[-1])
-        if not kept:
+        text = encoder_hidden_states
+        if isinstance(text, torch.Tensor):
+            unfolded = hidden_states.reshape(text.shape[0], -1, hidden_states.shape[-1])
             return super().__call__(attn, unfolded, text).reshape(hidden_states.shape)
-        cache = encoder_hidden_states.cache
-        if cache.text is None:
-            key, value = (
-                attn.to_kv(text).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(text), attn.to_v(text))
-            )
-            key = attn.norm_k(key).type_as(value)  # as attention takes it
-            cache.text = tuple(states.unflatten(2, (attn.heads, -1)) for states in (key, value))
-        query = attn.norm_q(attn.to_q(unfolded)).type_as(cache.text[1]).unflatten(2, (attn.heads, -1))
-        out = dispatch_attention_fn(query, *cache.text, backend=self._attention_backend)
+        if isinstance(text, TextByFrame):
+            states = [each.index_select(0, text.places) for each in self._keys_and_values(attn, text.states)]
+        else:
+            if text.cache.text is None:
+                text.cache.text = self._keys_and_values(attn, text.states)
+            states = text.cache.text
+        unfolded = hidden_states.reshape(len(states[0]), -1, hidden_states.shape[-1])
+        query = attn.norm_q(attn.to_q(unfolded)).type_as(states[1]).unflatten(2, (attn.heads, -1))
+        out = dispatch_attention_fn(query, *states, backend=self._attention_backend)
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query))).reshape(hidden_states.shape)
+
+    @staticmethod
+    def _keys_and_values(attn: torch.nn.Module, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a text `(B, S, D)`, each `(B, S, N, E)`."""
+        key, value = (
+            attn.to_kv(text).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(text), attn.to_v(text))
+        )
+        key = attn.norm_k(key).type_as(value)  # as attention takes it
+        return key.unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))

@@ -105,6 +105,7 @@ class KVCache:
         self.layers, self.frame_tokens, self.sink_size, self.device = layers, frame_tokens, sink_size, device
         self.capacity = layers[0].keys.shape[1] // frame_tokens
         self.num_frames = 0
+        self._num_left_out = 0  # frames between the sink and those that came after a `restart`
         self.places = torch.empty(0, dtype=torch.int64)
         self._block = (0, 0)  # first frame and length of the current block
         self._prompt: torch.Tensor | None = None
@@ -117,7 +118,20 @@ class KVCache:
     @property
     def num_held(self) -> int:
         """Tokens of the buffers that are in use, always the first ones."""
-        return min(self.num_frames, self.capacity) * self.frame_tokens
+        return min(self.num_frames - self._num_left_out, self.capacity) * self.frame_tokens
+
+    def is_kept(self, start_frame: int, num_frames: int, end: int) -> bool:
+        """Whether frames of a block are among those that the cache holds of a clip of `end` frames."""
+        return start_frame < self.sink_size or start_frame + num_frames > end - (self.capacity - self.sink_size)
+
+    def restart(self) -> None:
+        """Forgets all frames, so that they may be written anew from the first on; the buffers stay."""
+        self.num_frames, self._num_left_out, self._block = 0, 0, (0, 0)
+
+    def leave_out(self, num_frames: int) -> None:
+        """Has the next block begin so many frames later, as if those between had left the cache already."""
+        self.num_frames += num_frames
+        self._num_left_out += num_frames
 
     def reserve(self, start_frame: int, num_frames: int) -> None:
         """Makes room for a block.
@@ -145,7 +159,7 @@ class KVCache:
         self._block = (start_frame, num_frames)
         self.num_frames = start_frame + num_frames
         frames = torch.arange(start_frame, self.num_frames)
-        in_turn = self.sink_size + (frames - self.sink_size) % (self.capacity - self.sink_size)
+        in_turn = self.sink_size + (frames - self._num_left_out - self.sink_size) % (self.capacity - self.sink_size)
         frame_places = torch.where(frames < self.sink_size, frames, in_turn)
         tokens = frame_places[:, None] * self.frame_tokens + torch.arange(self.frame_tokens)
         self.places = to_device(tokens.flatten(), self.device or tokens.device)

@@ -1,10 +1,12 @@
-"""Prompts -> embeddings.
+"""Prompts -> embeddings, and which of them the frames of a clip see.
 
-Shapes: B = batch, S = prompt tokens, D = text dimension."""
+Shapes: B = batch, F = latent frames, P = prompts of a clip, S = prompt tokens, D = text dimension.
+"""
 
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -133,3 +135,63 @@ def pad_prompt_embeds(embeds: Sequence[torch.Tensor], max_sequence_length: int =
     for row, embed in zip(batch, embeds, strict=True):
         row[: len(embed)] = embed
     return batch
+
+
+# --- prompts along a clip --------------------------------------------------------------------------------------------
+
+
+class TextByFrame(NamedTuple):
+    """Embedded prompts of clips in which the prompt changes.
+
+    A tuple, so that a wrapper that looks for the tensors among the inputs of a layer, as FSDP does, finds these.
+
+    Attributes:
+        states: `(B P, S, D)`.
+        places: The entry of `states` that each latent frame sees, `(B F,)`.
+    """
+
+    states: torch.Tensor
+    places: torch.Tensor
+
+
+def fold_prompts(
+    prompts: torch.Tensor,
+    timestep: torch.Tensor,
+    prompt_of_frame: torch.Tensor | None,
+    num_frames: int,
+    num_context: int,
+    *,
+    is_whole: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What a pass takes of prompts that change along clips.
+
+    Args:
+        prompts: P of each clip, `(B, P, S, D)`.
+        timestep: `(B,)`, or of another shape.
+        prompt_of_frame: Number of each frame's prompt among the P, `(B, F)`; None changes nothing.
+        num_frames: F.
+        num_context: F' first frames that lie before the others once more, as the context of teacher forcing.
+        is_whole: Whether the pass is over whole clips, and without image embeddings.
+
+    Returns:
+        The prompts as a batch `(B P, S, D)`; the timestep, one a frame if it was one a clip; and the place in the
+        batch of the prompt of each frame, context first, `(B (F' + F),)`.
+
+    Raises:
+        ValueError: If that does not go together.
+    """
+    if prompt_of_frame is None:
+        return prompts, timestep, None
+    if not is_whole:
+        raise ValueError(
+            "prompt_of_frame is for whole clips without images; with a cache give the block's one prompt."
+        )
+    if prompts.ndim != 4 or prompt_of_frame.shape != (len(prompts), num_frames):
+        raise ValueError(
+            f"prompt_of_frame must have shape (B, F) with F={num_frames} latent frames, and the prompts (B, P, S, "
+            f"text_dim), got {tuple(prompt_of_frame.shape)} and {tuple(prompts.shape)}."
+        )
+    first = prompts.shape[1] * torch.arange(len(prompts), device=prompts.device)[:, None]
+    places = torch.cat([prompt_of_frame[:, :num_context], prompt_of_frame], dim=1) + first
+    timestep = timestep[:, None].expand(places.shape) if timestep.ndim == 1 else timestep
+    return prompts.flatten(0, 1), timestep, places.flatten()

@@ -32,13 +32,11 @@ from causal_wan.blocks import CausalConfig
 from causal_wan.devices import to_device
 from causal_wan.geometry import LatentGeometry
 from causal_wan.model.attention import AttentionContext, CausalWanSelfAttnProcessor, FoldedCrossAttnProcessor, KeptText
-from causal_wan.model.block_attention import (
-    block_causal_spans,
-    teacher_forcing_spans,
-)
+from causal_wan.model.block_attention import block_causal_spans, teacher_forcing_spans
 from causal_wan.model.context_parallel import ContextParallel, check_divides_by_group
 from causal_wan.model.control import with_controls
 from causal_wan.model.kv_cache import KeptStates, KVCache, LayerCache
+from causal_wan.model.text import TextByFrame, fold_prompts
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -201,6 +199,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         start_frame: int = 0,
         context_latents: torch.Tensor | None = None,
         context_timestep: torch.Tensor | None = None,
+        prompt_of_frame: torch.Tensor | None = None,
         control_latents: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predicts the velocity of noisy latents.
@@ -208,7 +207,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         Args:
             hidden_states: Noisy latents `(B, C, F, H, W)`; with a cache, those of one block.
             timestep: 1000 sigma, in [0, 1000]: `(B,)`, one a frame `(B, F)`, or one a token `(B, L)`.
-            encoder_hidden_states: Prompt embeddings `(B, S, text_dim)`.
+            encoder_hidden_states: Prompt embeddings `(B, S, text_dim)`, or P of each clip `(B, P, S, text_dim)`.
             encoder_hidden_states_image: Image embeddings of image-to-video models.
             return_dict: False returns a tuple.
             attention_kwargs: May hold `scale`, the LoRA scale, as in diffusers.
@@ -218,6 +217,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             context_latents: The clip itself `(B, C, F, H, W)`, for teacher forcing: a block then sees these latents of
                 the blocks before it in the place of the noisy ones. Without a cache only.
             context_timestep: Their noise level, `(B,)` or `(B, F)`; None is 0, clean.
+            prompt_of_frame: Which of the P prompts each latent frame sees, `(B, F)`, int64. Without a cache only.
             control_latents: Latents of the control videos `(B, C', F, H, W)`, one after the other in C'; zeros are no
                 control. None is all zeros.
 
@@ -226,7 +226,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         Raises:
             ValueError: If F does not divide into blocks, the timestep's shape fits none of the above, the tokens with
-                a common timestep do not divide among the processes of a clip, or the context does not fit.
+                a common timestep do not divide among the processes of a clip, or the context or prompts do not fit.
         """
         is_teacher_forced = context_latents is not None
         if is_teacher_forced:
@@ -242,6 +242,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 control_latents = torch.cat([control_latents[:, :, :num_context], control_latents], dim=2)
         if self.config.control_names or control_latents is not None:
             hidden_states = with_controls(hidden_states, control_latents, self.config.in_channels)
+        given = (encoder_hidden_states, timestep, prompt_of_frame, latent_shape[1], num_context)
+        is_whole = cache is None and encoder_hidden_states_image is None
+        encoder_hidden_states, timestep, places = fold_prompts(*given, is_whole=is_whole)
         if cache is not None and cache.keep_prompt(encoder_hidden_states) and encoder_hidden_states_image is None:
             encoder_hidden_states = encoder_hidden_states[:, :0]  # only their number is asked for
 
@@ -257,6 +260,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         )
         if image is not None:
             text = torch.cat([image, text], dim=1)
+        text = text if places is None else TextByFrame(text, places)
 
         temb = temb.reshape(batch_size * num_groups, 1, -1)  # (B G, 1, D)
         timestep_proj = timestep_proj.reshape(batch_size * num_groups, 6, -1)  # (B G, 6, D)

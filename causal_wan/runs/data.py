@@ -20,7 +20,7 @@ from causal_wan.cache.tensor_cache import CorruptTensorError
 from causal_wan.config.settings import BaseModelConfig, CacheConfig
 from causal_wan.data.buckets import clip_shapes, describe_shapes, order_samples
 from causal_wan.data.clips import Loadable, VideoDataset
-from causal_wan.data.descriptions import describe_flip, describe_rows, describe_speed_up
+from causal_wan.data.descriptions import count_schedules, describe_flip, describe_rows, describe_speed_up
 from causal_wan.data.file_manifest import FileManifest
 from causal_wan.data.rows import Row, load_rows, source_weights, sources_of, with_controls
 from causal_wan.data.samples import SampleStream
@@ -29,6 +29,7 @@ from causal_wan.runs.training_data import DataDescription, LoaderSettings
 from causal_wan.streams.clips import StreamDecoder
 from causal_wan.streams.lanes import LaneStates, StreamedClips
 from causal_wan.streams.sources import Stream, open_stream
+from causal_wan.tables.prompt_schedules import texts_of
 from causal_wan.video.opening import describe_error
 
 
@@ -59,14 +60,14 @@ class RunData:
     @property
     def prompts(self) -> list[str]:
         """All prompts that are known, held-out ones and the empty one, if it is used, included."""
-        prompts = [prompt for row in [*self.rows, *self.validation_rows] for prompt in row.prompts]
+        prompts = texts_of(prompt for row in [*self.rows, *self.validation_rows] for prompt in row.prompts)
         return prompts + ([""] if self.config.caption_dropout else [])
 
     def count(self) -> dict[str, int]:
         """How much there is of it, for a model card."""
         if self.streams:
             return {"streams": len(self.streams)}
-        prompts = {prompt for row in self.rows for prompt in row.prompts}
+        prompts = texts_of(prompt for row in self.rows for prompt in row.prompts)
         return {"clips": len(self.rows), "distinct prompts": len(prompts), "held-out clips": len(self.validation_rows)}
 
     @property
@@ -188,6 +189,7 @@ class RunData:
             summary=self._summarize(),
             shapes=describe_shapes(self.rows, self.config),
             notes=[note for note in (speed_up, describe_flip(self.rows, self.config)) if note],
+            num_scheduled=count_schedules(self.rows),
         )
 
     def _summarize(self) -> str:

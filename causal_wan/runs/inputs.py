@@ -4,12 +4,13 @@ Shapes: B = batch, C = latent channels, C' = those of the controls, F = latent f
 S = prompt tokens, D = text dimension, T = video frames.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import AutoencoderKLWan
 
+from causal_wan.blocks import middle_frames
 from causal_wan.cache.encoded_clips import LatentKeeper
 from causal_wan.data.clips import normalize_videos
 from causal_wan.data.samples import ClipBatch
@@ -18,10 +19,10 @@ from causal_wan.devices import to_device
 from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.levers import on_device
 from causal_wan.methods.noising import NoisyBatch
-from causal_wan.model.conditions import Conditions
-from causal_wan.model.text import pad_prompt_embeds
+from causal_wan.model.conditions import Conditions, embedded
 from causal_wan.model.vae import encode_videos
 from causal_wan.runs.settings import RunConfig
+from causal_wan.tables.prompt_schedules import FramePrompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +123,16 @@ class Inputs:
         with on_device(self.vae, self.device):
             return encode_videos(self.vae, normalize_videos(videos))
 
-    def embed(self, prompts: list[str]) -> torch.Tensor:
-        """Padded embeddings `(B, S, D)` of prompts that were embedded before training."""
-        embeds = [self.prompt_embeds[prompt] for prompt in prompts]
-        return to_device(pad_prompt_embeds(embeds, self.config.model.max_sequence_length), self.device)
+    def tell(self, prompts: Sequence[str | FramePrompts], num_latent_frames: int) -> Conditions:
+        """Conditions of prompts that were embedded before training, one a clip or one for each of its video frames.
+
+        A block has the prompt of the frame in its middle.
+        """
+        lengths = self.config.method.block_lengths(num_latent_frames)
+        middles = middle_frames(lengths, self.geometry)
+        of_blocks = [each if isinstance(each, str) else [each[frame] for frame in middles] for each in prompts]
+        told = embedded(of_blocks, self.prompt_embeds, lengths, self.config.model.max_sequence_length)
+        return told.to(self.device)
 
     def count_valid_frames(self, batch: ClipBatch) -> list[int]:
         """Latent frames before padding, of each clip of a batch."""
@@ -135,8 +142,8 @@ class Inputs:
         """What `compute_loss` gets: the noisy latents of a batch, and all else that it needs of it."""
         return RegressionBatch(
             noisy=noisy,
-            conditions=Conditions(
-                prompt_embeds=self.embed(batch.prompts),
+            conditions=replace(
+                self.tell(batch.prompts, noisy.latents.shape[2]),
                 control_latents=self.find_control_latents(batch, noisy.latents),
             ),
             num_bad_samples=len(batch.errors),

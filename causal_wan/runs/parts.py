@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLWan
 
 from causal_wan.config.parsing import paths_of
 from causal_wan.config.settings import BaseModelConfig, ModelConfig
+from causal_wan.data.clips import shown_prompts
 from causal_wan.data.settings import DataConfig
 from causal_wan.memory.levers import (
     check_can_quantize,
@@ -27,6 +28,7 @@ from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.results.export import write_pipeline_file
 from causal_wan.runs.settings import RunConfig
 from causal_wan.runs.training_data import TrainingData
+from causal_wan.tables.prompt_schedules import FramePrompts
 from causal_wan.training.setup import check_optimizer, check_strategy_can
 from causal_wan.training.strategies import (
     beside_fp8,
@@ -178,8 +180,13 @@ def save_student(
         shutil.rmtree(written, ignore_errors=True)
 
 
-def validation_prompts(config: RunConfig, data: TrainingData) -> list[str]:
-    """The prompts that are sampled at each validation: of the held-out clips, then those that are given."""
+def validation_prompts(config: RunConfig, data: TrainingData) -> list[str | FramePrompts]:
+    """The prompts that are sampled at each validation: of the held-out clips, then those that are given.
+
+    Of clips along which the prompt changes, that of each frame.
+    """
     if not config.validates:
         return []
-    return [row.prompts[0] for row in data.validation_rows] + list(config.validation.validation_prompts)
+    shown = (config.data.shape, config.data.for_validation(), torch.Generator())
+    held_out = [shown_prompts(row, *shown)[0] for row in data.validation_rows]
+    return held_out + list(config.validation.validation_prompts)

@@ -46,7 +46,12 @@ def describe_plan(config: RunConfig, run_data: TrainingData, num_replicas: int) 
         f"validation  {describe_validation(config, run_data)}",
         f"result      {training.output_dir}",
     ]
-    return "\n".join(lines + [f"note        {note}" for note in described.notes])
+    notes = list(described.notes)
+    if described.num_scheduled and len(lengths) == 1:
+        notes.append(
+            "prompts change from block to block; these clips are one block, and have the prompt in their middle alone"
+        )
+    return "\n".join(lines + [f"note        {note}" for note in notes])
 
 
 def describe_validation(config: RunConfig, run_data: TrainingData) -> str:

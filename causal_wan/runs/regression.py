@@ -62,6 +62,7 @@ from causal_wan.runs.settings import RunConfig
 from causal_wan.runs.training_data import LoaderSettings, TrainingData, make_loader
 from causal_wan.runs.validation import Validation, validation_batches
 from causal_wan.streams.lanes import LaneStates
+from causal_wan.tables.prompt_schedules import texts_of
 from causal_wan.training.loop import Sums, train
 from causal_wan.training.run import Run
 from causal_wan.training.setup import check_precision, make_accelerator, prepare_run, start_trackers
@@ -232,7 +233,7 @@ def begin_run(config: RunConfig, data: TrainingData) -> BegunRun:
         print("\n".join([describe_plan(config, data, count_replicas(accelerator)), *resumption]))
         print_memory(config, data, accelerator)
     held_out = validation_prompts(config, data)
-    prompts = [*data.prompts, *held_out, *(config.validation.negative_prompts if held_out else [])]
+    prompts = [*data.prompts, *texts_of(held_out), *(config.validation.negative_prompts if held_out else [])]
     with user_errors():
         trackers = start_trackers(accelerator, config.training, flat_dict(config))
         uploads = start_uploads(config.hub, config.training.output_dir) if accelerator.is_main_process else None

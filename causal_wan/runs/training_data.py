@@ -48,11 +48,13 @@ class DataDescription:
         summary: How much there is, in one line.
         shapes: Lines on the shapes in which it is shown, if there is more than one.
         notes: What it goes through that may surprise, a sentence each.
+        num_scheduled: Clips along which the prompt changes, as far as that is known.
     """
 
     summary: str
     shapes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    num_scheduled: int = 0
 
 
 class TrainingData(Protocol):

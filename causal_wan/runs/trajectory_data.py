@@ -27,6 +27,7 @@ from causal_wan.data.samples import SampleStream
 from causal_wan.data.settings import ClipShape, DataConfig
 from causal_wan.runs.data import RunData
 from causal_wan.runs.training_data import DataDescription, LoaderSettings
+from causal_wan.tables.prompt_schedules import texts_of
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class TrajectoryData:
         Raises:
             ValueError: If they cannot be used.
         """
-        held_out = [row.prompts[0] for row in self.validation_rows]
+        held_out = texts_of(row.prompts[0] for row in self.validation_rows)
         self.clips.open_cache(cache, model, held_out, **encoding)
         own = CacheConfig(latents_dir=str(self.folder))
         manifest = FileManifest(self.folder)

@@ -31,6 +31,7 @@ from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
 from causal_wan.sampling.noise import draw_noise
 from causal_wan.sampling.rollout import Rollout, SamplingSchedule, roll_out
 from causal_wan.seeds import noise_generator
+from causal_wan.tables.prompt_schedules import FramePrompts, caption_of
 from causal_wan.training.strategies import is_sharded
 from causal_wan.video.writing import VideoWriter, as_frames
 
@@ -76,7 +77,7 @@ class Validation:
         compute_loss: Of a transformer, a batch and the number of its items.
         summarize: Sums over processes and batches -> metrics.
         output_dir: Videos go to `validation/step-N` in it.
-        prompts: All prompts, of all processes.
+        prompts: All prompts, of all processes; one a video, or one for each of its frames.
         batches: This process's prepared batches, and whether each counts.
         latent_shape: (C, F, H, W) of the videos to sample.
 
@@ -92,7 +93,7 @@ class Validation:
         *,
         summarize: Callable[[Sums], dict[str, float]],
         output_dir: str,
-        prompts: list[str],
+        prompts: list[str | FramePrompts],
         batches: list[tuple[RegressionBatch, bool]],
         latent_shape: tuple[int, int, int, int],
     ) -> None:
@@ -125,7 +126,7 @@ class Validation:
         transformer.eval()
         folder = self.output_dir / "validation" / f"step-{step:06d}"
         videos = {
-            f"validation/{number:02d}": CaptionedVideo(folder / f"{number:02d}.mp4", prompt)
+            f"validation/{number:02d}": CaptionedVideo(folder / f"{number:02d}.mp4", caption_of(prompt))
             for number, prompt in enumerate(self.prompts)
         }
         own = share(len(self.prompts), self.accelerator.process_index, self.accelerator.num_processes)
@@ -218,8 +219,8 @@ class Validation:
             progress.update()
             return latents
 
-        def tell(prompt: str) -> Conditions:
-            return Conditions(prompt_embeds=self.inputs.embed([prompt]))
+        def tell(prompt: str | FramePrompts) -> Conditions:
+            return self.inputs.tell([prompt], self.latent_shape[1])
 
         blocks = roll_out(
             transformer,

@@ -18,6 +18,7 @@ from diffusers.image_processor import PipelineImageInput
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
 from causal_wan.model.vae import check_video_size, encode_videos
+from causal_wan.sampling.prompt_changes import PromptChanges, as_schedules, embed_schedules
 from causal_wan.sampling.rollout import Rollout
 
 
@@ -46,13 +47,21 @@ def prepare_conditions(
     is_guided: bool,
     num_videos_per_prompt: int,
     max_sequence_length: int,
+    prompt_schedule: PromptChanges | None = None,
+    num_frames: int | None = None,
 ) -> tuple[Conditions, Conditions | None]:
     """What the videos are to show, and what guidance leads away from, for each video of a call.
 
     Raises:
-        ValueError: If there is no prompt, or there are two, or negative prompts are not one or as many.
+        ValueError: If there is no prompt, or there are two, or negative prompts are not one or as many, or a schedule
+            is not valid.
     """
-    if (prompt is None) == (prompt_embeds is None):
+    schedules = None
+    if prompt_schedule is not None and prompt_embeds is not None:
+        raise ValueError("a prompt_schedule goes with prompt, not with prompt_embeds; give the texts.")
+    if prompt_schedule is not None and not callable(prompt_schedule):
+        schedules = as_schedules(prompt, prompt_schedule)
+    elif (prompt is None) == (prompt_embeds is None):
         raise ValueError("give either prompt or prompt_embeds, and not both.")
 
     def embed(texts: str | list[str] | None, embeds: torch.Tensor | None) -> torch.Tensor:
@@ -64,17 +73,20 @@ def prepare_conditions(
         embeds = embeds.to(pipeline._execution_device, pipeline.transformer.dtype)
         return embeds.repeat_interleave(num_videos_per_prompt, dim=0)
 
-    positive = embed(prompt, prompt_embeds)
+    if schedules is None:
+        told = Conditions(prompt_embeds=embed(prompt, prompt_embeds))
+    else:
+        told = embed_schedules(pipeline, schedules, num_frames, max_sequence_length, num_videos_per_prompt)
     if not is_guided:
-        return Conditions(prompt_embeds=positive), None
-    negative = embed(negative_prompt or "", negative_prompt_embeds)
+        return told, None
+    positive, negative = told.at_frame(0).prompt_embeds, embed(negative_prompt or "", negative_prompt_embeds)
     negative = negative.expand(len(positive), -1, -1) if len(negative) == 1 else negative
     if negative.shape != positive.shape:
         raise ValueError(
             f"there must be one negative prompt, or one for each prompt, got {len(negative)} for {len(positive)} "
             "videos."
         )
-    return Conditions(prompt_embeds=positive), Conditions(prompt_embeds=negative)
+    return told, Conditions(prompt_embeds=negative)
 
 
 def prepare_beginning(

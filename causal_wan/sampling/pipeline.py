@@ -30,6 +30,7 @@ from causal_wan.sampling.arguments import (
 )
 from causal_wan.sampling.controls import find_patch_embedding, prepare_controls
 from causal_wan.sampling.noise import Generators, draw_frame_noise, draw_noise
+from causal_wan.sampling.prompt_changes import PromptChanges, as_next_conditions
 from causal_wan.sampling.rollout import SamplingSchedule, roll_out
 from causal_wan.timesteps import Sampler
 
@@ -261,6 +262,8 @@ class CausalWanPipeline(WanPipeline):
         num_frames: int | None = 81,
         num_inference_steps: int | None = None,
         *,
+        prompt_schedule: PromptChanges | None = None,
+        recache: bool = False,
         denoising_step_list: Sequence[float] | None = None,
         timestep_shift: float | None = None,
         sampler: Sampler | None = None,
@@ -289,6 +292,7 @@ class CausalWanPipeline(WanPipeline):
         """
         parts = {"vae": self.vae, "transformer": self.transformer}
         check_video_size(num_frames or 1, height, width, **parts, in_blocks=num_frames is not None)
+        text_length = self.config.max_sequence_length if max_sequence_length is None else max_sequence_length
         conditions, negative_conditions = prepare_conditions(
             self,
             prompt,
@@ -297,9 +301,9 @@ class CausalWanPipeline(WanPipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             is_guided=guidance_scale > 1,
             num_videos_per_prompt=num_videos_per_prompt,
-            max_sequence_length=self.config.max_sequence_length
-            if max_sequence_length is None
-            else max_sequence_length,
+            max_sequence_length=text_length,
+            prompt_schedule=prompt_schedule,
+            num_frames=num_frames,
         )
         batch_size, device, geometry = conditions.batch_size, self._execution_device, self.geometry
         schedule = self.choose_schedule(denoising_step_list, num_inference_steps, timestep_shift, sampler)
@@ -327,6 +331,8 @@ class CausalWanPipeline(WanPipeline):
             guidance_scale=guidance_scale,
             attention_kwargs=attention_kwargs,
             on_step_end=as_on_step_end(self, callback_on_step_end, callback_on_step_end_tensor_inputs),
+            next_conditions=as_next_conditions(self, prompt, prompt_schedule, conditions, text_length),
+            recaches=recache,
         )
         decoder = StreamingDecoder(self.vae)
         num_blocks = num_latent_frames and len(self.transformer.block_lengths(num_latent_frames))
@@ -351,6 +357,11 @@ class CausalWanPipeline(WanPipeline):
             height: Pixels, a multiple of 16.
             width: Pixels, a multiple of 16.
             num_frames: 4k + 1 frames, such that the latent frames divide into blocks; a given video counts.
+            prompt_schedule: Prompts along the video, [(2.5, "..."), ...]: seconds from its start, and the prompt from
+                there on; a list of such lists for one a prompt. A change falls on the nearest start of a block. It
+                goes on from `prompt`, or begins at 0 in its place. Or a function from the seconds in the middle of
+                a block to its prompt, or None for no change: it is asked when the block is begun.
+            recache: Where the prompt changes, compute the keys and values in the window anew, under the new prompt.
             num_inference_steps: Samples in so many steps from 1000 to 0. None, and no list, is the student's own way.
             denoising_step_list: Timesteps in (0, 1000], falling, in its place; a trailing 0 is dropped.
             timestep_shift: Of num_inference_steps towards noise, 1000 k u / (1 + (k - 1) u); None is 5.
@@ -387,7 +398,8 @@ class CausalWanPipeline(WanPipeline):
             `.frames`.
 
         Raises:
-            ValueError: If sizes do not fit the VAE, the patches or the blocks, or there is no prompt.
+            ValueError: If sizes do not fit the VAE, the patches or the blocks, there is no prompt, or a schedule is
+                not valid.
         """
         frames = torch.cat(list(self.stream(*arguments, output_type="latent", **settings)), dim=2)
         if output_type != "latent":

@@ -60,6 +60,10 @@ class Rollout:
         on_step_end: Called with the rollout, the number of the step, its timestep and the block's latents after it,
             which it returns or replaces.
         cache: Keys and values of earlier blocks; None for a clip of one block.
+        next_conditions: Called before each block with its first latent frame and its length; what it returns is
+            what passes are told from then on, None changes nothing.
+        recaches: Whether the clean frames that the cache holds are passed through once more where it changes them, so
+            that their keys and values are those under the new ones.
         skips_given_blocks: Whether a block that is given whole is not passed through step by step; set it to False
             where processes that are given different things make each pass in common.
         is_stopped: Set it to have the clip end with the block of the current step.
@@ -74,12 +78,16 @@ class Rollout:
     attention_kwargs: dict[str, Any] | None = None
     on_step_end: Callable[["Rollout", int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     cache: KVCache | None = None
+    next_conditions: Callable[[int, int], Conditions | None] | None = None
+    recaches: bool = False
     skips_given_blocks: bool = True
     is_stopped: bool = False
 
     def __post_init__(self) -> None:
         self._num_steps = 0
         self._control_latents: torch.Tensor | None = None  # of the block that is passed through
+        # First frames, latents and controls of the blocks that are held.
+        self._past: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
         self.replace_conditions(self.conditions, self.negative_conditions)
 
     @property
@@ -114,6 +122,8 @@ class Rollout:
         num_given = 0 if initial_latents is None else initial_latents.shape[2]
         lengths = iter(block_lengths)
         length = next(lengths, None)
+        if self.next_conditions is not None and length is not None:
+            self._turn_to(self.next_conditions(0, length))
         while length is not None and not self.is_stopped:
             if controls is not None and not self._take_controls(controls, length):
                 return
@@ -126,7 +136,7 @@ class Rollout:
             yield block
             following = next(lengths, None)
             if self.cache is not None and following is not None:
-                self.predict(block, self.timesteps.new_zeros(()), start)
+                self._go_on(block, start, following)
             start, length = start + length, following
 
     def _take_controls(self, controls: Iterator[torch.Tensor], length: int) -> bool:
@@ -136,6 +146,28 @@ class Rollout:
             return False
         self._control_latents = torch.cat(found, dim=2)
         return True
+
+    def _turn_to(self, conditions: Conditions | None) -> None:
+        if conditions is not None:
+            self.replace_conditions(conditions, self.negative_conditions)
+
+    def _go_on(self, block: torch.Tensor, start: int, following: int) -> None:
+        """Writes a clean block to the cache, and turns to what the next, of `following` frames, is told."""
+        end = start + block.shape[2]
+        new = None if self.next_conditions is None else self.next_conditions(end, following)
+        if self.recaches:
+            self._past = [past for past in self._past if self.cache.is_kept(past[0], past[1].shape[2], end)]
+            self._past.append((start, block, self._control_latents))
+        if new is None or not self.recaches:
+            self.predict(block, self.timesteps.new_zeros(()), start)
+            self._turn_to(new)
+            return
+        self._turn_to(new)
+        self.cache.restart()
+        for at, past, controls in self._past:
+            self._control_latents = controls
+            self.cache.leave_out(at - self.cache.num_frames)
+            self.predict(past, self.timesteps.new_zeros(()), at)
 
     def sample_block(self, noise: torch.Tensor, start_frame: int, given: torch.Tensor | None = None) -> torch.Tensor:
         """Clean latents `(B, C, f, H, W)`, float32, of the block that begins at a frame of the clip.
@@ -220,7 +252,8 @@ def roll_out(
 
     Args:
         transformer: Says what the blocks are.
-        conditions: What the videos are to show, B of them; controls are those of the whole clip.
+        conditions: What the videos are to show, B of them; where prompts change along a clip, a block has that of its
+            first frame; controls are those of the whole clip.
         noise: Of a clip, `(M, B, C, F, H, W)`; or of one frame after the other, `(M, B, C, 1, H, W)`.
         schedule: Takes M draws of noise.
         num_latent_frames: F, for noise that comes frame by frame; None goes on for as long as blocks are asked for, in
@@ -231,8 +264,8 @@ def roll_out(
             taken when its block begins: where they end, the clip ends.
         cache_dtype: Of remembered keys and values: None is that of the passes, torch.int8 half of 16 bits.
         geometry: Of the checkpoint, for errors.
-        settings: `negative_conditions` with `guidance_scale`, `attention_kwargs`, `on_step_end`, `skips_given_blocks`;
-            see `Rollout`.
+        settings: `negative_conditions` with `guidance_scale`, `attention_kwargs`, `on_step_end`, `next_conditions`,
+            `recaches`, `skips_given_blocks`; see `Rollout`.
 
     Raises:
         ValueError: If the noise does not have the draws that the steps take; if F does not divide into blocks; if
@@ -253,6 +286,8 @@ def roll_out(
             )
     conditions = replace(conditions, control_latents=None)  # those of a pass are the block's
     timesteps = to_device(schedule.timesteps, first.device)
+    if conditions.prompt_of_frame is not None:
+        settings["next_conditions"], conditions = conditions_by_block(conditions), conditions.at_frame(0)
     rollout = Rollout(transformer, timesteps, conditions, schedule.sampler, **settings)
     # A one-block clip attends to itself alone: no cache, the stock computation.
     if num_latent_frames is None or len(causal.block_lengths(num_latent_frames)) > 1:
@@ -264,6 +299,19 @@ def roll_out(
             dtype=cache_dtype,
         )
     yield from rollout.run(frames, lengths, initial_latents, control_latents)
+
+
+def conditions_by_block(conditions: Conditions) -> Callable[[int, int], Conditions | None]:
+    """`Rollout.next_conditions` of clips along which the prompt changes."""
+    numbers = conditions.prompt_of_frame.T.tolist()
+    current = numbers[0]
+
+    def next_conditions(start: int, length: int) -> Conditions | None:
+        nonlocal current
+        before, current = current, numbers[min(start, len(numbers) - 1)]
+        return None if current == before else conditions.at_frame(start)
+
+    return next_conditions
 
 
 def _frames_of_noise(

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from causal_wan.data.clips import load_videos
-from causal_wan.data.rows import Row, ShortClipError, check_length, match_control
+from causal_wan.data.clips import load_videos, shown_prompts
+from causal_wan.data.rows import Row, ShortClipError, check_length, check_schedules, match_control
 from causal_wan.data.samples import choose_prompt, drop_controls
 from causal_wan.data.settings import DataConfig
 from causal_wan.seeds import RandomPurpose, seeded_generator
+from causal_wan.tables.prompt_schedules import Prompt
 from causal_wan.video.decoding import probe_video
 from causal_wan.video.opening import describe_error
 
@@ -31,7 +32,7 @@ class StreamDecoder:
     start_sample: int = 0
     start_step: int = 0
 
-    def __call__(self, video: Any, prompts: tuple[str, ...], number: int, *controls: Any) -> dict[str, Any] | None:
+    def __call__(self, video: Any, prompts: tuple[Prompt, ...], number: int, *controls: Any) -> dict[str, Any] | None:
         """One clip with its controls; None if it is short and to be left out.
 
         Args:
@@ -53,14 +54,16 @@ class StreamDecoder:
             if self.config.short_clips == "skip":
                 return None
             raise
+        check_schedules(row)
         generator = seeded_generator(self.seed, RandomPurpose.CLIP, number)
+        shown = shown_prompts(row, shape, self.config, generator)
         (clip, *controls), num_valid = load_videos(row, shape, self.config, generator)
-        prompt = choose_prompt(prompts, self.config, seed=self.seed, number=number)
+        prompt = choose_prompt(shown, self.config, seed=self.seed, number=number)
         sample = {"video": clip, "controls": controls, "prompt": prompt, "num_valid_frames": num_valid}
         drop_controls(sample, self.config, seed=self.seed, number=number)
         return sample
 
-    def _probe(self, videos: Sequence[Any], prompts: tuple[str, ...]) -> Row:
+    def _probe(self, videos: Sequence[Any], prompts: tuple[Prompt, ...]) -> Row:
         """The row of a clip, with those of its controls."""
         limits = self.config.limits
         clip, *controls = (Row(0, video, prompts, *probe_video(video, limits=limits)) for video in videos)

@@ -25,8 +25,17 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfFileSystem
 
 from causal_wan.config.refusals import DataError
-from causal_wan.tables.prompts import prompts_of
-from causal_wan.tables.sources import Source, check_captions, check_columns, find_files, is_text
+from causal_wan.tables.prompt_schedules import Prompt, schedule_column
+from causal_wan.tables.prompts import prompts_of, prompts_or_schedule
+from causal_wan.tables.sources import (
+    Source,
+    caption_columns,
+    check_captions,
+    check_columns,
+    find_files,
+    is_text,
+    read_columns,
+)
 from causal_wan.tables.tars import ERROR
 from causal_wan.tables.text_files import check_is_utf_8
 from causal_wan.tables.undecoded import LOADING_ERRORS, is_saved_dataset, load_undecoded
@@ -70,7 +79,7 @@ class StreamedRow:
     row: int  # in the file, from 0
     name: str  # for people
     video: bytes | str | None
-    prompts: tuple[str, ...]  # those that are not blank, without white space around them
+    prompts: tuple[Prompt, ...]  # those that are not blank, without white space around them; or a schedule alone
     follow_links: bool = False  # whether those in the folder of its file may lead out of it
     error: str | None = None  # why it cannot be used, if that is known already
     controls: tuple[bytes | str | None, ...] = ()  # the videos that control it, like `video`
@@ -162,11 +171,13 @@ class Stream:
         name = f"row {row + 1} of file {file + 1} of {self.source.metadata_path}"
         if path:
             name += f" ({os.path.basename(path)})"
-        prompts = tuple(prompt for column in self.source.caption_column for prompt in prompts_of(columns[column]))
+        captions = caption_columns(columns, self.source)
+        texts = tuple(prompt for column in captions for prompt in prompts_of(columns[column]))
+        prompts, bad_schedule = prompts_or_schedule(texts, columns.get(schedule_column(columns)))
         return StreamedRow(
             *(file, row, name, video, prompts),
             follow_links=self.source.follow_links,
-            error=columns.get(ERROR),
+            error=columns.get(ERROR) or bad_schedule,
             controls=tuple(control for control, _ in controls),
         )
 
@@ -216,7 +227,8 @@ def open_stream(source: Source) -> Stream:
         _check_video(dataset.features.arrow_schema.field(name).type, name, source)
     check_captions(dataset.features.arrow_schema, source)
     errors = [ERROR] if ERROR in dataset.features else []
-    return Stream(source, dataset.select_columns([*source.columns, *errors]), _name_files(arguments))
+    columns = [*read_columns(dataset.features, source), *errors]
+    return Stream(source, dataset.select_columns(columns), _name_files(arguments))
 
 
 def _check_video(kind: pa.DataType, name: str, source: Source) -> None:

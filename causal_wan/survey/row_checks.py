@@ -26,6 +26,7 @@ from torchvision.transforms import v2
 from causal_wan.data.file_manifest import stat_of
 from causal_wan.data.rows import check_row, find_video
 from causal_wan.data.settings import DataConfig
+from causal_wan.tables.prompt_schedules import PromptSchedule
 from causal_wan.tables.table import TableRow
 from causal_wan.video.decoding import decode_frames
 from causal_wan.video.limits import VideoLimits
@@ -85,12 +86,16 @@ class RowChecker:
         return records
 
     def key(self, row: TableRow) -> int:
-        """Identifies what a record depends on: the file with its size and time, and whether there is a prompt."""
+        """Identifies what a record depends on: the file with its size and time, and whether there is a prompt.
+
+        Of a schedule also when its last prompt begins, which the file must reach.
+        """
         try:
             state = stat_of(find_video(row)[0])
         except (ValueError, OSError) as error:
             state = [str(error)]
         facts = [VERSION, row.base, str(row.video), state, bool(row.prompts), vars(self.config.limits)]
+        facts += [prompt.seconds[-1] for prompt in row.prompts if isinstance(prompt, PromptSchedule)]
         return hash_bytes(json.dumps(facts).encode())
 
     def facts(self, row: TableRow) -> dict[str, Any]:

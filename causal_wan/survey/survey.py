@@ -35,6 +35,7 @@ class Survey:
         length_unit: "tokens" or "words".
         max_sequence_length: Tokens that prompts are cut at.
         reasons: Why rows cannot be used -> how many.
+        num_scheduled: Rows along whose clips the prompt changes.
     """
 
     config: DataConfig
@@ -45,6 +46,7 @@ class Survey:
     length_unit: str
     max_sequence_length: int
     reasons: Counter = field(default_factory=Counter)
+    num_scheduled: int = 0
 
     @property
     def bad(self) -> np.ndarray:
@@ -315,4 +317,5 @@ def summary(survey: Survey) -> dict[str, Any]:
         "hours": float(survey.seconds.sum()) / 3600,
         "gigabytes": float(survey.readable["bytes"].sum()) / 1e9,
         "prompts": len(np.unique(survey.prompt_hashes[survey.prompt_hashes != 0])),
+        "scheduled": survey.num_scheduled,
     }

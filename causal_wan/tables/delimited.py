@@ -54,7 +54,7 @@ def read_delimited(
     Args:
         path: Of the file.
         wanted: Names of the columns.
-        check: Is given the names of all columns, and raises a ValueError if the wanted ones are not there.
+        check: Is given the names of all columns, and raises a ValueError if wanted ones are not there that must be.
         optional: Names of columns that are read as well where they are there.
 
     Returns:
@@ -106,7 +106,7 @@ def _read(
         raise ValueError(f"{path} must have a header and at least one row, but is empty.")
     check_text("".join(header), path, "its header")
     check(header)
-    wanted = [*wanted, *(name for name in optional if name in header)]
+    wanted = [name for name in dict.fromkeys([*wanted, *optional]) if name in header]
     places = [header.index(name) for name in wanted]
     schema, chunks = pa.schema({**dict.fromkeys(wanted, pa.string()), ROW: pa.int64()}), []
     rows = ((*_pick(record, len(header), places, path), record[0]) for record in records)

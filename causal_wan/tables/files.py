@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from causal_wan.tables.delimited import ROW, read_delimited
-from causal_wan.tables.sources import Source, check_captions, check_columns, is_text
+from causal_wan.tables.prompt_schedules import COLUMN as SCHEDULES
+from causal_wan.tables.sources import Source, check_captions, check_columns, is_text, read_columns
 from causal_wan.tables.text_files import MAX_TEXT_BYTES, decode_text, text_lines
 from causal_wan.video.opening import OTHER_MEDIA_SUFFIXES, VIDEO_SUFFIXES
 from causal_wan.video.paths import resolve_path, visible_files
@@ -38,17 +39,24 @@ def read_csv(path: Path, source: Source) -> pa.Table:
     Raises:
         ValueError: If the file is empty, no CSV, or lacks a column; names row and line.
     """
-    return read_delimited(path, source.columns, partial(check_columns, source=source))
+    check = partial(check_columns, source=source)
+    return read_delimited(path, source.columns, check, optional=[SCHEDULES])
 
 
 def read_jsonl(path: Path, source: Source) -> pa.Table:
     """The columns of a JSON lines file that a source names."""
     check = partial(check_columns, source=source)
-    return read_json_lines(path, texts=source.video_columns, lists=source.caption_column, check=check)
+    texts, lists = source.video_columns, source.caption_column
+    return read_json_lines(path, texts=texts, lists=lists, others=[SCHEDULES], check=check)
 
 
 def read_json_lines(
-    path: Path, *, texts: Sequence[str], lists: Sequence[str], check: Callable[[list[str]], None]
+    path: Path,
+    *,
+    texts: Sequence[str],
+    lists: Sequence[str],
+    check: Callable[[list[str]], None],
+    others: Sequence[str] = (),
 ) -> pa.Table:
     """One object a line; Arrow's own reader would take texts that look like times for times.
 
@@ -57,6 +65,7 @@ def read_json_lines(
         texts: Keys of texts.
         lists: Keys of texts or lists of them, which become lists.
         check: Is given all keys, and raises a ValueError if others are wanted.
+        others: Keys of anything; texts stay as they are, the rest becomes JSON.
 
     Returns:
         What the keys have, and `ROW`, the number of the line.
@@ -65,13 +74,17 @@ def read_json_lines(
         ValueError: If a line is no object, or holds something else; names it.
     """
     names, chunks = {}, []
-    wanted = dict.fromkeys(texts, pa.string()) | dict.fromkeys(lists, pa.list_(pa.string()))
+    as_text = dict.fromkeys([*texts, *others], pa.string())
+    wanted = as_text | dict.fromkeys(lists, pa.list_(pa.string()))
     schema = pa.schema({**wanted, ROW: pa.int64()})
     lines = text_lines(path)
     while batch := list(itertools.islice(lines, CHUNK_ROWS)):
         rows = []
         for number, line in batch:
             values = _parse_line(line, number, path)
+            for name in set(others) & values.keys():
+                if not isinstance(values[name], str | None):
+                    values[name] = json.dumps(values[name], ensure_ascii=False)
             names.update(dict.fromkeys(values))
             picked = {name: _pick_value(values, name, number, path, is_list=name in lists) for name in wanted}
             rows.append({**picked, ROW: number})
@@ -146,7 +159,7 @@ def read_parquet(path: Path, source: Source) -> pa.Table:
                         "load it with `datasets`, save that with save_to_disk, and name its folder."
                     )
             check_captions(schema, source)
-            return file.read(columns=source.columns).combine_chunks()
+            return file.read(columns=read_columns(schema.names, source)).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no Parquet file that can be read ({error}).") from None
 

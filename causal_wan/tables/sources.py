@@ -5,7 +5,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import read_yaml
 from causal_wan.config.ranges import PositiveFloat, checked_dataclass
 from causal_wan.tables.delimited import SUFFIXES
+from causal_wan.tables.prompt_schedules import schedule_column
 from causal_wan.video.paths import resolve_path, visible_files
 
 
@@ -63,19 +64,21 @@ def check_suffix(path: Path, suffixes: Iterable[str], what: str = "a table") -> 
 
 
 def check_columns(names: Iterable[str], source: Source) -> None:
-    """Checks that a table has the columns that its source names.
+    """Checks that a table has the columns that its source names; one of schedules stands for those of prompts.
 
     Raises:
         ValueError: If not, or if one is there twice; names those there are.
     """
     names, wanted = list(names), source.columns
-    for name in wanted:
+    schedules = schedule_column(names)
+    for name in [*wanted, *([] if schedules is None else [schedules])]:
         if names.count(name) > 1:
             raise ValueError(
                 f"{source.metadata_path} must have one column {name}, but has {names.count(name)} of that name; "
                 "rename or remove the others."
             )
-    if not set(wanted) <= set(names):
+    needed = wanted if schedules is None else source.video_columns
+    if not set(needed) <= set(names):
         flags = "--video_column and --caption_column"
         if source.control_column:
             flags = "--video_column, --caption_column and --control_column"
@@ -98,13 +101,26 @@ def is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
+def caption_columns(names: Collection[str], source: Source) -> list[str]:
+    """The columns of prompts that a table has."""
+    names = set(names) - {schedule_column(names)}
+    return [name for name in source.caption_column if name in names]
+
+
+def read_columns(names: Iterable[str], source: Source) -> list[str]:
+    """The columns that are read of a table, of those that it has: videos, prompts, and schedules of prompts."""
+    names = list(names)
+    schedules = [name for name in [schedule_column(names)] if name is not None]
+    return list(dict.fromkeys([*source.video_columns, *caption_columns(names, source), *schedules]))
+
+
 def check_captions(schema: pa.Schema, source: Source) -> None:
     """Checks that the columns of prompts hold texts, or lists of them.
 
     Raises:
         ValueError: If not; names the column.
     """
-    for name in source.caption_column:
+    for name in caption_columns(schema.names, source):
         kind = schema.field(name).type
         if not is_text(kind) and not (is_list(kind) and is_text(kind.value_type)):
             raise ValueError(

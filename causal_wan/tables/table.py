@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -20,9 +21,11 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from causal_wan.tables.delimited import ROW, SUFFIXES
 from causal_wan.tables.files import read_csv, read_jsonl, read_pairs, read_parquet
-from causal_wan.tables.prompts import prompts_of
+from causal_wan.tables.prompt_schedules import Prompt, schedule_column
+from causal_wan.tables.prompts import prompts_of, prompts_or_schedule
 from causal_wan.tables.sources import (
     Source,
+    caption_columns,
     check_captions,
     check_columns,
     check_suffix,
@@ -45,7 +48,7 @@ class TableRow:
     Args:
         number: In its file, as people count; 1 is the first.
         video: A path, or the video itself.
-        prompts: Those that are not blank, without white space around them.
+        prompts: Those that are not blank, without white space around them; of a row with a schedule, that alone.
         controls: The videos that control it, like `video`.
         base: Folder that a path is relative to and must not leave; None where no path is allowed.
         follow_links: Whether links in that folder may lead out of it.
@@ -54,7 +57,7 @@ class TableRow:
 
     number: int
     video: str | EmbeddedVideo | None
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     base: str | None = None
     follow_links: bool = False
     error: str | None = None
@@ -69,6 +72,7 @@ class Table(Sequence[TableRow]):
         source: Names the columns.
         bases: Folders that paths may lie in; with several, the first that a path is written below is that of its row.
         videos: The data set again, giving Python's values, where it may hold the bytes of videos.
+        schedules: The data set again, giving Python's values, where it has a column of schedules.
         has_json: Whether a text that is a JSON list of texts stands for these.
     """
 
@@ -79,9 +83,11 @@ class Table(Sequence[TableRow]):
         bases: Sequence[str],
         *,
         videos: Dataset | None = None,
+        schedules: Dataset | None = None,
         has_json: bool = False,
     ) -> None:
         self.cells, self.source, self.bases, self.videos, self.has_json = cells, source, bases, videos, has_json
+        self.schedules = cells if schedules is None else schedules
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -98,15 +104,25 @@ class Table(Sequence[TableRow]):
 
     def _rows(self, start: int, end: int) -> Iterator[TableRow]:
         cells = self.cells[start:end]
-        captions = zip(*(cells[name].to_pylist() for name in self.source.caption_column), strict=True)
+        columns = [cells[name].to_pylist() for name in caption_columns(cells.column_names, self.source)]
+        captions = zip(*columns, strict=True) if columns else [()] * len(cells)
         videos, *controls = (self._videos(cells[name], name, start) for name in self.source.video_columns)
         controls = zip(*controls, strict=True) if controls else [()] * len(cells)
         errors = cells[ERROR].to_pylist() if ERROR in cells.column_names else [None] * len(cells)
         numbers = cells[ROW].to_pylist() if ROW in cells.column_names else range(start + 1, end + 1)
-        rows = zip(numbers, videos, captions, errors, controls, strict=True)
-        for number, video, texts, error, own in rows:
-            prompts = tuple(prompt for text in texts for prompt in prompts_of(text, has_json=self.has_json))
-            yield TableRow(number, video, prompts, self._base(video), self.source.follow_links, error, own)
+        rows = zip(numbers, videos, captions, self._schedules(start, end), errors, controls, strict=True)
+        for number, video, texts, schedule, error, own in rows:
+            texts = tuple(prompt for text in texts for prompt in prompts_of(text, has_json=self.has_json))
+            prompts, bad_schedule = prompts_or_schedule(texts, schedule)
+            facts = (self._base(video), self.source.follow_links, error or bad_schedule, own)
+            yield TableRow(number, video, prompts, *facts)
+
+    def _schedules(self, start: int, end: int) -> list[Any]:
+        name = schedule_column(self.schedules.column_names)
+        if name is None:
+            return [None] * (end - start)
+        column = self.schedules[start:end][name]
+        return column.to_pylist() if isinstance(column, pa.ChunkedArray) else list(column)
 
     def _videos(self, column: pa.ChunkedArray, name: str, start: int) -> list[str | EmbeddedVideo | None]:
         if self.videos is None or is_text(column.type):
@@ -281,7 +297,11 @@ def _read_data_set(dataset: Dataset, source: Source, downloads: Sequence[str]) -
                 f"{feature}; name another with {flag}."
             )
     errors = [ERROR] if ERROR in dataset.column_names else []
-    cells = dataset.select_columns([*source.columns, *errors]).with_format("arrow")
+    captions, name = caption_columns(dataset.column_names, source), schedule_column(dataset.column_names)
+    schedules = None if name is None else dataset.select_columns([name]).with_format(None)
+    texts = [*source.video_columns, *captions, *errors]
+    cells = dataset.select_columns(list(dict.fromkeys(texts))).with_format("arrow")
     check_captions(dataset.features.arrow_schema, source)
     bases = downloads if source.dataset_base_path is None else [source.dataset_base_path]
-    return Table(cells, source, bases, videos=dataset.select_columns(list(source.video_columns)).with_format(None))
+    videos = dataset.select_columns(list(source.video_columns)).with_format(None)
+    return Table(cells, source, bases, videos=videos, schedules=schedules)

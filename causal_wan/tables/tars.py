@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Self
 
+from causal_wan.tables.prompt_schedules import ENDING
 from causal_wan.tables.text_files import MAX_TEXT_BYTES, decode_text
 
 
@@ -180,7 +181,7 @@ def read_clips(
     Args:
         file: Need not be seekable.
         video: What the names of clips end in, without the first dot,
-        captions: those of prompts: texts, or JSON with a text or a list of texts,
+        captions: those of prompts: texts, or JSON with a text or a list of texts, but `prompt_schedule.json`,
         controls: and those of the videos that control clips.
         name: Of the tar, for people.
 
@@ -264,6 +265,8 @@ def _finish(clip: Clip, videos: Sequence[str], captions: Sequence[str], whole: s
 
 def _texts(content: bytes, ending: str, name: str) -> list[str]:
     text = decode_text(content, name)
+    if ending == ENDING:
+        return [text]
     if ending.rpartition(".")[2].lower() not in ("json", "jsn"):
         return [text]
     try:

@@ -5,7 +5,8 @@
     python examples/demo/app.py --checkpoint outputs/my-wan --local_attn_size 21 --sink_size 3
 
 Blocks are sampled, decoded, coded and sent one after the other, as fragments of one mp4, which the browser plays as
-they arrive. Closing the page or asking for another video ends the sampling.
+they arrive. A prompt that is changed meanwhile counts from the next block on. Closing the page or asking for another
+video ends the sampling.
 """
 
 import secrets
@@ -85,6 +86,8 @@ class Config:
     """Address to listen at; 0.0.0.0 lets other machines in."""
     port: Annotated[int, Range(ge=1, le=65535)] = 7860
     """Port to listen at."""
+    recache: bool = False
+    """Where the prompt is changed, compute the keys and values of what is remembered anew, under the new prompt."""
     compile: bool = False
     """Compile the layers: the first video takes a minute longer."""
 
@@ -93,6 +96,7 @@ class Video:
     """One that was asked for: a file that is read while it is written, by any number of readers.
 
     Attributes:
+        prompt: That of the next block; may be changed.
         state: "waiting", "playing" while it is generated, "done" or "stopped".
         num_made: Frames so far.
         first_seconds: From the start of sampling to the first frames.
@@ -156,8 +160,8 @@ class Video:
 class Studio:
     """Makes one video at a time."""
 
-    def __init__(self, pipeline: CausalWanPipeline, settings: SamplingSettings) -> None:
-        self.pipeline, self.settings = pipeline, settings
+    def __init__(self, pipeline: CausalWanPipeline, settings: SamplingSettings, *, recache: bool = False) -> None:
+        self.pipeline, self.settings, self.recache = pipeline, settings, recache
         self.videos: dict[str, Video] = {}
         self._free = threading.Lock()
 
@@ -192,6 +196,8 @@ class Studio:
         decoder = StreamingDecoder(self.pipeline.vae)
         blocks = self.pipeline.stream(
             video.prompt,
+            prompt_schedule=lambda seconds: video.prompt,
+            recache=self.recache,
             num_frames=video.num_frames,
             height=self.settings.height,
             width=self.settings.width,
@@ -218,6 +224,13 @@ def make_app(studio: Studio, config: Config) -> FastAPI:
             raise gr.Error("A prompt is wanted.")
         return studio.order(prompt, int(num_frames), int(seed))
 
+    def change(name: str, prompt: str) -> None:
+        if not prompt.strip():
+            raise gr.Error("A prompt is wanted.")
+        if name not in studio.videos or studio.videos[name].is_over:
+            raise gr.Error("No video is being made; begin one.")
+        studio.videos[name].prompt = prompt
+
     def describe(name: str) -> str:
         return studio.videos[name].describe() if name in studio.videos else ""
 
@@ -240,9 +253,13 @@ def make_app(studio: Studio, config: Config) -> FastAPI:
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Column(scale=2):
                 gr.HTML(PLAYER, elem_id="player")
+                with gr.Row():
+                    next_prompt = gr.Textbox(label="Go on with", scale=4, elem_id="next-prompt")
+                    change_button = gr.Button("Change", scale=1, elem_id="change")
                 status = gr.Textbox(label="Status", interactive=False, elem_id="status")
         name = gr.Textbox(visible="hidden")
         button.click(order, [prompt, length, seed], name, show_progress="hidden")
+        gr.on([change_button.click, next_prompt.submit], change, [name, next_prompt], None, show_progress="hidden")
         name.change(None, name, js=PLAY)
         gr.Timer(0.5).tick(describe, name, status, show_progress="hidden")
     return gr.mount_gradio_app(app, page, path="/")
@@ -286,7 +303,7 @@ def make_studio(config: Config) -> Studio:
     pipeline.set_progress_bar_config(disable=True)
     if config.compile:
         pipeline.transformer.compile_repeated_blocks(fullgraph=True)
-    return Studio(pipeline, settings)
+    return Studio(pipeline, settings, recache=config.recache)
 
 
 def main(config: Config) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
+import torch
 
 
 pytest.importorskip("gradio")
@@ -44,6 +45,33 @@ def test_all_readers_get_the_whole_file_whenever_they_come(studio):
     assert b"".join(video.read()) == content
     assert video.state == "done"
     assert video.describe().startswith("done: 33 of 33 frames, the first after 0.")
+
+
+def test_a_prompt_that_is_changed_while_the_video_plays_counts_from_the_next_block_on(studio, monkeypatch):
+    sample = studio.pipeline.stream
+    found = {}
+
+    def play(change):
+        """Latents of a video whose prompt is changed after its second block."""
+        blocks = []
+
+        def note(*prompts, **settings):
+            for block in sample(*prompts, **settings):
+                blocks.append(block.clone())
+                if change and len(blocks) == 2:
+                    video.prompt = change
+                yield block
+
+        monkeypatch.setattr(studio.pipeline, "stream", note)
+        video = studio.videos[studio.order("Draw a sketch of a house step by step", 57, 0)]
+        assert b"".join(video.read())
+        assert video.state == "done"
+        return blocks
+
+    for change in (None, "Draw a sketch of a cat step by step"):
+        found[change] = play(change)
+    differs = [not torch.equal(one, other) for one, other in zip(*found.values(), strict=True)]
+    assert differs == [False, False, True, True, True]
 
 
 def test_a_video_that_nobody_looks_at_is_not_made_to_its_end(demo, studio, monkeypatch):
@@ -93,7 +121,7 @@ def address(demo, studio):
     thread.join(timeout=10)
 
 
-def test_a_prompt_starts_a_video_that_plays_while_it_is_generated(browser_page, address):
+def test_a_prompt_starts_a_video_that_plays_while_it_is_generated(browser_page, address, studio):
     page = browser_page.page
     page.goto(address)
     page.wait_for_selector("#generate")
@@ -108,6 +136,10 @@ def test_a_prompt_starts_a_video_that_plays_while_it_is_generated(browser_page, 
     page.wait_for_timeout(500)
     assert page.evaluate("document.querySelector('#player video').currentTime") > first
     assert page.input_value("#status textarea").startswith("playing"), "the whole video was there before it played"
+    page.fill("#next-prompt textarea, #next-prompt input", "Draw a sketch of a cat step by step")
+    page.click("#change")
+    page.wait_for_timeout(500)
+    assert [video.prompt for video in studio.videos.values()][-1] == "Draw a sketch of a cat step by step"
     page.fill("#frames input[type=number]", "33")
     page.click("#generate")  # another one takes its place
     page.wait_for_function(
