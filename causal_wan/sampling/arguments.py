@@ -129,9 +129,17 @@ def _pixels_of_image(pipeline: WanPipeline, image: PipelineImageInput, height: i
     """Pictures `(B, 3, height, width)` in [-1, 1]; PIL images are turned as they say, scaled and cut as clips are."""
     pictures = [image] if isinstance(image, PIL.Image.Image) else image
     if isinstance(pictures, list | tuple) and all(isinstance(each, PIL.Image.Image) for each in pictures):
-        upright = [PIL.ImageOps.exif_transpose(each).convert("RGB") for each in pictures]
+        upright = [_lay_on_white(PIL.ImageOps.exif_transpose(each)) for each in pictures]
         pictures = [PIL.ImageOps.fit(each, (width, height)) for each in upright]
     return pipeline.video_processor.preprocess(pictures, height=height, width=width)
+
+
+def _lay_on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture without what can be seen through, as clips are shown."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    white = PIL.Image.new("RGBA", picture.size, "white")
+    return PIL.Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
 
 
 def as_on_step_end(

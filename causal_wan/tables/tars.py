@@ -100,7 +100,7 @@ class _Header(tarfile.TarInfo):
         try:
             return super().frombuf(buf, encoding, errors)
         except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
-            raise tarfile.ReadError(f"the next header is cut or damaged ({error})") from error
+            raise tarfile.ReadError(f"a header is cut or damaged ({error})") from error
 
 
 @functools.cache

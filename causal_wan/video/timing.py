@@ -132,6 +132,8 @@ def _is_complete(
     if name not in STATING_SIZES and ("mp4" not in name or stream.frames):
         return True
     stated = stream.frames / rate if name == "avi" else (container.duration or 0) / av.time_base
+    if name == "flv" and not stated:  # a recording that was killed, also within sound
+        return True
     return "mp4" not in name and name != "ogg" and timing.times is None and 0 < stated <= last + 1.5 / rate
 
 

@@ -1,6 +1,7 @@
 """A first picture: given in training to a share of the clips, and to videos that are sampled."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_TRANSFORMER, run_here
+from diffusers.video_processor import VideoProcessor
 from torch.testing import assert_close
 
 from causal_wan.data.clips import normalize_videos
@@ -17,6 +19,7 @@ from causal_wan.methods.trajectories import take_noisy_batch
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import decode_latents, encode_videos
+from causal_wan.sampling.arguments import _pixels_of_image
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.rollout import SamplingSchedule, roll_out
 from causal_wan.video.decoding import decode_frames
@@ -168,6 +171,15 @@ def test_blocks_that_are_passed_through_though_they_are_given_come_out_the_same(
 CALL = {"num_frames": 13, "height": 32, "width": 48, "denoising_step_list": (1000, 500), "output_type": "pt"}
 ORANGE = np.full((60, 48, 3), (200, 120, 30), np.uint8)  # taller than the clip: above and below are cut off
 ORANGE[:14] = ORANGE[-14:] = 255
+
+
+def test_what_can_be_seen_through_of_a_picture_is_white():
+    pixels = np.full((32, 48, 4), (200, 120, 30, 255), np.uint8)
+    pixels[:, :24, 3] = 0
+    pipeline = SimpleNamespace(video_processor=VideoProcessor(vae_scale_factor=8))
+    (picture,) = _pixels_of_image(pipeline, PIL.Image.fromarray(pixels), 32, 48)
+    assert picture[:, 16, 10].tolist() == [1, 1, 1]
+    assert picture[:, 16, 40].tolist() == pytest.approx([200 / 127.5 - 1, 120 / 127.5 - 1, 30 / 127.5 - 1])
 
 
 @pytest.mark.parametrize("block", [2, 4])

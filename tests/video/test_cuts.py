@@ -119,6 +119,12 @@ def test_files_that_were_written_as_they_came_state_no_size_and_are_read(tmp_pat
     assert probe_video(write_noise(tmp_path / f"a.{ending}", piped=True))[:2] == (NUM_FRAMES, pytest.approx(25))
 
 
+def test_an_flv_of_a_recording_that_was_killed_is_read_as_far_as_it_goes(tmp_path):
+    path = write_noise(tmp_path / "a.flv", piped=True)
+    path.write_bytes(path.read_bytes()[:-2])  # within the length behind the last frame
+    assert probe_video(path).num_frames == NUM_FRAMES
+
+
 @pytest.mark.parametrize("ending", ["mkv", "webm", "flv", "mov"])
 def test_a_last_frame_may_be_shown_for_long(tmp_path, ending):
     codec = "libvpx-vp9" if ending == "webm" else "libx264"
