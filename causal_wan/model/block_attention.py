@@ -1,10 +1,12 @@
 """Block-causal attention as dense calls: which tokens each call sees, and the gradients of what they share.
 
-Shapes: B = batch, L = tokens, N = heads, E = head dim, D = N E.
+Shapes: B = batch, L = tokens, N = heads, E = head dim, D = N E, C = latent channels, F = latent frames, H, W = latent
+height and width.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -143,3 +145,51 @@ def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.
     x1, x2 = hidden_states.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).flatten(-2).type_as(hidden_states)
+
+
+# --- clean frames before the noisy ones ------------------------------------------------------------------------------
+
+
+def prepend_context(
+    hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    context_latents: torch.Tensor,
+    context_timestep: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[context | noisy] latents `(B, C, F' + F, H, W)` and timesteps `(B, F' + F)`, of a context of F' frames."""
+    num_context, num_frames = context_latents.shape[2], hidden_states.shape[2]
+    if context_timestep is None:
+        context_timestep = timestep.new_zeros(len(timestep))
+    by_frame = [
+        level[:, None].expand(-1, length) if level.ndim == 1 else level[:, :length]
+        for level, length in ((context_timestep, num_context), (timestep, num_frames))
+    ]
+    return torch.cat([context_latents, hidden_states], dim=2), torch.cat(by_frame, dim=1)
+
+
+def check_context(
+    hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    context_latents: torch.Tensor,
+    context_timestep: torch.Tensor | None,
+    cache: Any,
+) -> None:
+    """Checks what a pass under teacher forcing is given; arguments as in the transformer's forward.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    if cache is not None:
+        raise ValueError("context_latents are for training; with a cache the context is in it, so leave them out.")
+    if context_latents.shape != hidden_states.shape:
+        raise ValueError(
+            f"context_latents must have the shape of the noisy latents, {tuple(hidden_states.shape)}, got "
+            f"{tuple(context_latents.shape)}."
+        )
+    batch_size, num_frames = hidden_states.shape[0], hidden_states.shape[2]
+    for name, given in (("timestep", timestep), ("context_timestep", context_timestep)):
+        if given is not None and given.shape not in ((batch_size,), (batch_size, num_frames)):
+            raise ValueError(
+                f"with context_latents, {name} must have shape (B,) or (B, F) with F={num_frames} latent frames, got "
+                f"{tuple(given.shape)}."
+            )

@@ -44,7 +44,8 @@ class Conditions:
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
-        """Those of several batches as one batch, in their order."""
+        """Those of several batches as one batch, in their order; of frames one by one, see `at_frame`."""
+        assert all(part.prompt_of_frame is None for part in parts), "prompts of other frames would be lost"
         return cls(prompt_embeds=torch.cat([part.prompt_embeds for part in parts]))
 
     @property

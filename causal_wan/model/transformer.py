@@ -32,7 +32,12 @@ from causal_wan.blocks import CausalConfig
 from causal_wan.devices import to_device
 from causal_wan.geometry import LatentGeometry
 from causal_wan.model.attention import AttentionContext, CausalWanSelfAttnProcessor, FoldedCrossAttnProcessor, KeptText
-from causal_wan.model.block_attention import block_causal_spans, teacher_forcing_spans
+from causal_wan.model.block_attention import (
+    block_causal_spans,
+    check_context,
+    prepend_context,
+    teacher_forcing_spans,
+)
 from causal_wan.model.context_parallel import ContextParallel, check_divides_by_group
 from causal_wan.model.control import with_controls
 from causal_wan.model.kv_cache import KeptStates, KVCache, LayerCache
@@ -230,12 +235,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """
         is_teacher_forced = context_latents is not None
         if is_teacher_forced:
-            _check_context(hidden_states, timestep, context_latents, context_timestep, cache)
+            check_context(hidden_states, timestep, context_latents, context_timestep, cache)
         latent_shape, num_context = hidden_states.shape[1:], 0
         context = self._attention_context(latent_shape, cache, start_frame, is_teacher_forced=is_teacher_forced)
         if is_teacher_forced:
             num_context = latent_shape[1] - self.block_lengths(latent_shape[1])[-1]
-            hidden_states, timestep = _prepend_context(
+            hidden_states, timestep = prepend_context(
                 hidden_states, timestep, context_latents[:, :, :num_context], context_timestep
             )
             if control_latents is not None:
@@ -362,43 +367,3 @@ def _num_timestep_groups(timestep: torch.Tensor, num_frames: int, num_tokens: in
         f"timestep must have shape (B,), (B, F) with F={num_frames} latent frames, or (B, L) with L={num_tokens} "
         f"tokens, got {tuple(timestep.shape)}."
     )
-
-
-def _prepend_context(
-    hidden_states: torch.Tensor,
-    timestep: torch.Tensor,
-    context_latents: torch.Tensor,
-    context_timestep: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[context | noisy] latents `(B, C, F' + F, H, W)` and timesteps `(B, F' + F)`, of a context of F' frames."""
-    num_context, num_frames = context_latents.shape[2], hidden_states.shape[2]
-    if context_timestep is None:
-        context_timestep = timestep.new_zeros(len(timestep))
-    by_frame = [
-        level[:, None].expand(-1, length) if level.ndim == 1 else level[:, :length]
-        for level, length in ((context_timestep, num_context), (timestep, num_frames))
-    ]
-    return torch.cat([context_latents, hidden_states], dim=2), torch.cat(by_frame, dim=1)
-
-
-def _check_context(
-    hidden_states: torch.Tensor,
-    timestep: torch.Tensor,
-    context_latents: torch.Tensor,
-    context_timestep: torch.Tensor | None,
-    cache: KVCache | None,
-) -> None:
-    if cache is not None:
-        raise ValueError("context_latents are for training; with a cache the context is in it, so leave them out.")
-    if context_latents.shape != hidden_states.shape:
-        raise ValueError(
-            f"context_latents must have the shape of the noisy latents, {tuple(hidden_states.shape)}, got "
-            f"{tuple(context_latents.shape)}."
-        )
-    batch_size, num_frames = hidden_states.shape[0], hidden_states.shape[2]
-    for name, given in (("timestep", timestep), ("context_timestep", context_timestep)):
-        if given is not None and given.shape not in ((batch_size,), (batch_size, num_frames)):
-            raise ValueError(
-                f"with context_latents, {name} must have shape (B,) or (B, F) with F={num_frames} latent frames, got "
-                f"{tuple(given.shape)}."
-            )

@@ -18,10 +18,10 @@ from causal_wan.weights.wan_names import check_weights_in
 
 # In the order in which they build on each other.
 SAMPLING_MODULES = (
-    *("timesteps", "geometry", "blocks", "flow", "devices", "model.block_attention", "model.context_parallel"),
-    *("model.control", "model.kv_cache", "model.attention", "model.transformer", "model.conditions", "model.text"),
-    *("model.vae", "model.streaming_vae", "sampling.noise", "sampling.rollout", "sampling.controls"),
-    *("sampling.arguments", "sampling.pipeline"),
+    *("timesteps", "geometry", "blocks", "flow", "devices", "tables.prompt_schedules", "model.block_attention"),
+    *("model.context_parallel", "model.control", "model.kv_cache", "model.text", "model.attention"),
+    *("model.transformer", "model.conditions", "model.vae", "model.streaming_vae", "sampling.noise"),
+    *("sampling.rollout", "sampling.controls", "sampling.prompt_changes", "sampling.arguments", "sampling.pipeline"),
 )
 PIPELINE_NAME = "pipeline.py"
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")

@@ -20,17 +20,27 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from causal_wan.model.control import PATCH_EMBEDDING_NAME
+from causal_wan.model.control import PATCH_EMBEDDING_NAME, load_patch_embedding
 from causal_wan.model.streaming_vae import StreamingEncoder
+from causal_wan.model.transformer import CausalWanTransformer3DModel
 
 
-def find_patch_embedding(lora: Any, *, revision: str | None = None) -> Path | None:
-    """The patch embedding that lies beside a LoRA; None if there is none, or it cannot be asked for.
+def load_beside(lora: Any, transformer: CausalWanTransformer3DModel, revision: str | None) -> None:
+    """Gives a transformer the patch embedding that lies beside a LoRA, if there is one.
 
     Args:
         lora: Folder, hub id, file or weights.
+        transformer: Gets the controls of the patch embedding.
         revision: Of a hub repository.
+
+    Raises:
+        ValueError: If it takes other controls.
     """
+    if path := _find_beside(lora, revision):
+        load_patch_embedding(transformer, path)
+
+
+def _find_beside(lora: Any, revision: str | None) -> Path | None:
     if not isinstance(lora, str | Path):
         return None
     folder = Path(lora)

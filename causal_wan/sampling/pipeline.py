@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from causal_wan.flow import choose_sampling, sampling_timesteps
 from causal_wan.geometry import LatentGeometry
 from causal_wan.model.conditions import Conditions
-from causal_wan.model.control import load_patch_embedding
 from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import check_video_size, decode_latents
@@ -28,7 +27,7 @@ from causal_wan.sampling.arguments import (
     prepare_conditions,
     shown_with_arguments_of,
 )
-from causal_wan.sampling.controls import find_patch_embedding, prepare_controls
+from causal_wan.sampling.controls import load_beside, prepare_controls
 from causal_wan.sampling.noise import Generators, draw_frame_noise, draw_noise
 from causal_wan.sampling.prompt_changes import PromptChanges, as_next_conditions
 from causal_wan.sampling.rollout import SamplingSchedule, roll_out
@@ -128,19 +127,12 @@ class CausalWanPipeline(WanPipeline):
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict: Any, adapter_name: str | None = None, **kwargs: Any
     ) -> None:
-        """Loads a LoRA as diffusers does, and the patch embedding that lies beside that of a student with controls.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: Folder, hub id, file or weights.
-            adapter_name: What the adapter is called.
-            kwargs: As in diffusers.
+        """As in diffusers; loads the patch embedding, too, that lies beside the LoRA of a student with controls.
 
         Raises:
             ValueError: If the transformer takes other controls.
         """
-        path = find_patch_embedding(pretrained_model_name_or_path_or_dict, revision=kwargs.get("revision"))
-        if path is not None:
-            load_patch_embedding(self.transformer, path)
+        load_beside(pretrained_model_name_or_path_or_dict, self.transformer, kwargs.get("revision"))
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name=adapter_name, **kwargs)
 
     @property

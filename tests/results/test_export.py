@@ -34,7 +34,8 @@ from diffusers import DiffusionPipeline
 folder, output = sys.argv[1:]
 pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 generator = torch.Generator().manual_seed(0)
-blocks = list(pipeline.stream("a ball", num_frames=13, height=32, width=48, generator=generator))
+changes = {"prompt_schedule": [(0.4, "a box")], "recache": True}
+blocks = list(pipeline.stream("a ball", num_frames=13, height=32, width=48, generator=generator, **changes))
 assert [block.shape[1] for block in blocks] == [1, 4, 4, 4]
 assert not any(name.startswith("causal_wan") for name in sys.modules)
 np.save(output, np.concatenate(blocks, axis=1))
@@ -82,7 +83,7 @@ def test_an_exported_folder_streams_without_this_repository(exported, checkpoint
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     ours = CausalWanPipeline.from_pretrained(checkpoint, num_frame_per_block=1)
-    expected = sample(ours, denoising_step_list=(1000, 600))
+    expected = sample(ours, denoising_step_list=(1000, 600), prompt_schedule=[(0.4, "a box")], recache=True)
     np.testing.assert_allclose(np.load(tmp_path / "video.npy"), expected, atol=1e-4)
 
 
@@ -239,4 +240,4 @@ def test_the_pipeline_file_has_each_name_once():
     assert max(names.values()) == 1
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not any(module.startswith("causal_wan") for module in imported)
-    assert len(SAMPLING_MODULES) == 20
+    assert len(SAMPLING_MODULES) == 22
