@@ -21,19 +21,24 @@ PATCH_EMBEDDING = "patch_embedding."  # names of its weights in a transformer be
 PATCH_EMBEDDING_NAME = "patch_embedding.safetensors"
 
 
-def with_controls(latents: torch.Tensor, control_latents: torch.Tensor | None, in_channels: int) -> torch.Tensor:
-    """Latents `(B, C, F, H, W)` and those of their controls `(B, C', F, H, W)` -> `(B, C + C', F, H, W)`.
+def with_controls(
+    latents: torch.Tensor, control_latents: torch.Tensor | None, config: Any, *, num_context: int = 0
+) -> torch.Tensor:
+    """Latents and those of their controls, as the patch embedding takes them, `(B, C + C', F' + F, H, W)`.
 
     Args:
-        latents: Noisy or clean ones.
-        control_latents: None is no control.
-        in_channels: C + C'.
+        latents: `(B, C, F' + F, H, W)`, of F' frames of context, clean ones of the same clip, then of F noisy ones.
+        control_latents: Of the F frames, `(B, C', F, H, W)`; None is no control.
+        config: Of the transformer; without controls latents stay as they are.
+        num_context: F'.
 
     Raises:
         ValueError: If the controls are those of other frames, or not as many as the transformer takes.
     """
-    batch_size, channels, *size = latents.shape
-    shape = (batch_size, in_channels - channels, *size)
+    if not config.control_names and control_latents is None:
+        return latents
+    batch_size, channels, num_frames, *size = latents.shape
+    shape = (batch_size, config.in_channels - channels, num_frames - num_context, *size)
     if control_latents is None:
         control_latents = latents.new_zeros(shape)
     if control_latents.shape != shape:
@@ -41,6 +46,7 @@ def with_controls(latents: torch.Tensor, control_latents: torch.Tensor | None, i
             f"control_latents must have the shape {shape}, all controls of these frames, got "
             f"{tuple(control_latents.shape)}."
         )
+    control_latents = torch.cat([control_latents[:, :, :num_context], control_latents], dim=2)
     return torch.cat([latents, control_latents.to(latents.dtype)], dim=1)
 
 

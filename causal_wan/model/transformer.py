@@ -243,10 +243,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             hidden_states, timestep = prepend_context(
                 hidden_states, timestep, context_latents[:, :, :num_context], context_timestep
             )
-            if control_latents is not None:
-                control_latents = torch.cat([control_latents[:, :, :num_context], control_latents], dim=2)
-        if self.config.control_names or control_latents is not None:
-            hidden_states = with_controls(hidden_states, control_latents, self.config.in_channels)
+        hidden_states = with_controls(hidden_states, control_latents, self.config, num_context=num_context)
         given = (encoder_hidden_states, timestep, prompt_of_frame, latent_shape[1], num_context)
         is_whole = cache is None and encoder_hidden_states_image is None
         encoder_hidden_states, timestep, places = fold_prompts(*given, is_whole=is_whole)
