@@ -288,8 +288,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 for states in (tokens, temb)
             )
         shift, scale = (self.scale_shift_table + temb).chunk(2, dim=1)
-        tokens = (self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
-        tokens = self.proj_out(tokens)
+        tokens = self.proj_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
         if context.parallel is not None:
             tokens = context.parallel.join(tokens)
         output = self._unpatchify(tokens, latent_shape)
