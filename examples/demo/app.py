@@ -5,8 +5,8 @@
     python examples/demo/app.py --checkpoint outputs/my-wan --local_attn_size 21 --sink_size 3
 
 Blocks are sampled, decoded, coded and sent one after the other, as fragments of one mp4, which the browser plays as
-they arrive. A prompt that is changed meanwhile counts from the next block on. Closing the page or asking for another
-video ends the sampling.
+they arrive. A prompt that is changed meanwhile counts from the next block on. A video may begin with a picture, of a
+student that was trained so. Closing the page or asking for another video ends the sampling.
 """
 
 import secrets
@@ -26,6 +26,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
+from PIL.Image import Image
 
 from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config, user_errors
@@ -97,14 +98,15 @@ class Video:
 
     Attributes:
         prompt: That of the next block; may be changed.
+        image: Picture that it begins with; None is none.
         state: "waiting", "playing" while it is generated, "done" or "stopped".
         num_made: Frames so far.
         first_seconds: From the start of sampling to the first frames.
         seconds: Of sampling, decoding and coding so far.
     """
 
-    def __init__(self, prompt: str, num_frames: int, seed: int) -> None:
-        self.prompt, self.num_frames, self.seed = prompt, num_frames, seed
+    def __init__(self, prompt: str, num_frames: int, seed: int, image: Image | None = None) -> None:
+        self.prompt, self.num_frames, self.seed, self.image = prompt, num_frames, seed, image
         self.state = "waiting"
         self.num_made, self.first_seconds, self.seconds = 0, 0.0, 0.0
         self._parts: list[bytes] = []
@@ -165,12 +167,12 @@ class Studio:
         self.videos: dict[str, Video] = {}
         self._free = threading.Lock()
 
-    def order(self, prompt: str, num_frames: int, seed: int) -> str:
+    def order(self, prompt: str, num_frames: int, seed: int, image: Image | None = None) -> str:
         """Begins a video, or has it wait for its turn, and returns its name."""
         for old in [name for name, video in self.videos.items() if video.is_over][:-NUM_KEPT]:
             del self.videos[old]
         name = secrets.token_urlsafe(12)
-        self.videos[name] = video = Video(prompt, num_frames, seed)
+        self.videos[name] = video = Video(prompt, num_frames, seed, image)
         threading.Thread(target=self.make, args=[video], daemon=True).start()
         return name
 
@@ -198,6 +200,7 @@ class Studio:
             video.prompt,
             prompt_schedule=lambda seconds: video.prompt,
             recache=self.recache,
+            image=video.image,
             num_frames=video.num_frames,
             height=self.settings.height,
             width=self.settings.width,
@@ -219,10 +222,10 @@ def make_app(studio: Studio, config: Config) -> FastAPI:
             raise HTTPException(404, "there is no such video any more; ask for it again")
         return StreamingResponse(studio.videos[name].read(), media_type="video/mp4")
 
-    def order(prompt: str, num_frames: float, seed: float) -> str:
+    def order(prompt: str, num_frames: float, seed: float, image: Image | None) -> str:
         if not prompt.strip():
             raise gr.Error("A prompt is wanted.")
-        return studio.order(prompt, int(num_frames), int(seed))
+        return studio.order(prompt, int(num_frames), int(seed), image)
 
     def change(name: str, prompt: str) -> None:
         if not prompt.strip():
@@ -250,6 +253,7 @@ def make_app(studio: Studio, config: Config) -> FastAPI:
                     elem_id="frames",
                 )
                 seed = gr.Number(0, precision=0, label="Seed")
+                image = gr.Image(label="First picture, if there is to be one", type="pil", elem_id="image")
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Column(scale=2):
                 gr.HTML(PLAYER, elem_id="player")
@@ -258,7 +262,7 @@ def make_app(studio: Studio, config: Config) -> FastAPI:
                     change_button = gr.Button("Change", scale=1, elem_id="change")
                 status = gr.Textbox(label="Status", interactive=False, elem_id="status")
         name = gr.Textbox(visible="hidden")
-        button.click(order, [prompt, length, seed], name, show_progress="hidden")
+        button.click(order, [prompt, length, seed, image], name, show_progress="hidden")
         gr.on([change_button.click, next_prompt.submit], change, [name, next_prompt], None, show_progress="hidden")
         name.change(None, name, js=PLAY)
         gr.Timer(0.5).tick(describe, name, status, show_progress="hidden")

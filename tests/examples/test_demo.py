@@ -10,6 +10,9 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
+from PIL import Image
+
+from causal_wan.model.vae import decode_latents, encode_videos
 
 
 pytest.importorskip("gradio")
@@ -72,6 +75,25 @@ def test_a_prompt_that_is_changed_while_the_video_plays_counts_from_the_next_blo
         found[change] = play(change)
     differs = [not torch.equal(one, other) for one, other in zip(*found.values(), strict=True)]
     assert differs == [False, False, True, True, True]
+
+
+def test_a_video_may_begin_with_a_picture_that_was_uploaded(studio):
+    """Whose colours are those of its first frame, though the codec rounds them."""
+    video = studio.videos[studio.order("a house", 9, 0, Image.new("RGB", (300, 100), (40, 160, 60)))]
+    first = iio.imread(io.BytesIO(b"".join(video.read())), plugin="pyav")[0].reshape(-1, 3).mean(axis=0)
+    decoded = as_the_vae_gives_it_back(studio, (40, 160, 60))
+    assert first == pytest.approx(decoded, abs=6)
+    plain = studio.videos[studio.order("a house", 9, 0)]
+    white = iio.imread(io.BytesIO(b"".join(plain.read())), plugin="pyav")[0].reshape(-1, 3).mean(axis=0)
+    assert white.min() > 200
+
+
+def as_the_vae_gives_it_back(studio, colour):
+    """The mean colour of a picture of one colour, encoded and decoded."""
+    vae, size = studio.pipeline.vae, (studio.settings.height, studio.settings.width)
+    picture = torch.tensor(colour, dtype=torch.float32).view(1, 3, 1, 1, 1).expand(1, 3, 1, *size) / 127.5 - 1
+    decoded = decode_latents(vae, encode_videos(vae, picture)).clamp(-1, 1)
+    return ((decoded + 1) * 127.5).mean(dim=(0, 2, 3, 4)).numpy()
 
 
 def test_a_video_that_nobody_looks_at_is_not_made_to_its_end(demo, studio, monkeypatch):
