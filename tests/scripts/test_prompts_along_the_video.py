@@ -197,12 +197,12 @@ def test_what_a_run_validates_is_what_evaluation_measures_and_generation_writes(
 def test_the_plan_of_a_run_says_that_clips_of_one_block_have_one_prompt(
     write_recipe, tables, told, checkpoint, capsys, block, is_said
 ):
-    recipe, _ = write_recipe(**tables, num_frame_per_block=block, max_train_steps=1, validation_steps=0)
+    recipe, _ = write_recipe(**tables, num_frame_per_block=block, max_train_steps=3, validation_steps=0)
     run_here(TRAIN, "--config", recipe)
     assert (
         "these clips are one block, and have the prompt in their middle alone" in capsys.readouterr().out
     ) == is_said
-    assert {len(set(blocks)) == 1 for blocks in as_texts(told, checkpoint, TEXTS)} >= {is_said}
+    assert any(len(set(blocks)) > 1 for blocks in as_texts(told, checkpoint, TEXTS)) != is_said
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
