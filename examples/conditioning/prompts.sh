@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prompts along the video, on sketches whose colour changes while they are drawn: the table of docs/conditioning.md.
-#   ./examples/conditioning/prompts.sh              # one seed; about half an hour on two cores
+#   ./examples/conditioning/prompts.sh              # one seed; two trainings of about ten minutes
 #   SEEDS="0 1 2" ./examples/conditioning/prompts.sh
 # Trains two students: one on clips with a prompt_schedule, one on the same drawings without a change. Each is given the
 # held-out schedules, with and without recache, the first prompt alone, and a wrong second colour.
