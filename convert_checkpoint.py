@@ -57,6 +57,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
 from causal_wan.config.changed_settings import SETTINGS_NAME
+from causal_wan.model.control import PATCH_EMBEDDING_NAME
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.progress import announced
 from causal_wan.records.checkpoint_checks import find_damage_of_weights
@@ -113,6 +114,7 @@ def convert_lora(config: Config, path: Path) -> None:
     Raises:
         ValueError: If input or output cannot be used.
     """
+    check_has_no_controls(path.parent / PATCH_EMBEDDING_NAME)
     output = check_output(config, (".safetensors",))
     lora, kept = read_lora(path)
     state, metadata = lora_file(lora, config.to)
@@ -120,6 +122,23 @@ def convert_lora(config: Config, path: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, file, metadata={**kept, **metadata})
     print(f"saved: {file}")
+
+
+def check_has_no_controls(path: Path) -> None:
+    """Checks that a student follows no control videos, which have no place in the files of other tools.
+
+    Args:
+        path: Its patch embedding beside a LoRA, or its config.json; need not be there.
+
+    Raises:
+        ValueError: If it does.
+    """
+    has_controls = path.is_file() and (path.suffix != ".json" or json.loads(path.read_text()).get("control_names"))
+    if has_controls:
+        raise ValueError(
+            f"{path.parent} follows control videos, for which WAN's names and files of LoRAs have no place; keep it "
+            "in diffusers' format, or make a whole pipeline of it with --to pipeline."
+        )
 
 
 def convert_weights(config: Config) -> None:
@@ -130,6 +149,8 @@ def convert_weights(config: Config) -> None:
     """
     if config.to == "kohya":
         raise ValueError(f"--to kohya must be of a LoRA, but {config.input} is none; use --to original or comfyui.")
+    for place in ("config.json", "transformer/config.json"):
+        check_has_no_controls(Path(config.input, place))
     output = check_output(config, (".safetensors", ".pt"))
     if Path(config.input).is_dir():
         check_base(config.input, generator_ckpt=config.input)

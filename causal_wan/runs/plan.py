@@ -9,7 +9,7 @@ from transformers import UMT5Config
 
 from causal_wan.config.changed_settings import compare_settings, read_settings
 from causal_wan.config.parsing import flat_dict
-from causal_wan.data.settings import ClipShape
+from causal_wan.data.settings import ClipShape, DataConfig
 from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.plan import MemoryPlan, describe_shortage, plan_training, text_encoder_bytes, with_vae
 from causal_wan.memory.simulation import ValidationWorkload, Workload
@@ -38,6 +38,7 @@ def describe_plan(config: RunConfig, run_data: TrainingData, num_replicas: int) 
         f"data        {described.summary}",
         f"clips       {data.num_frames} frames of {data.height} x {data.width}, {data.frame_sampling} sampling: "
         f"{sum(lengths)} latent frames in {len(lengths)} block(s) of {' '.join(map(str, sorted(set(lengths))))}",
+        *describe_controls(data),
         *described.shapes,
         f"method      {method.describe()}",
         f"training    {weights}, {training.max_train_steps} steps of {samples_per_step} clips "
@@ -52,6 +53,14 @@ def describe_plan(config: RunConfig, run_data: TrainingData, num_replicas: int) 
             "prompts change from block to block; these clips are one block, and have the prompt in their middle alone"
         )
     return "\n".join(lines + [f"note        {note}" for note in notes])
+
+
+def describe_controls(data: DataConfig) -> list[str]:
+    """A line on the videos that the student is to follow, if there are any."""
+    if not data.control_column:
+        return []
+    dropped = f"; each left out of {100 * data.control_dropout:g}% of the samples" if data.control_dropout else ""
+    return [f"controls    {', '.join(data.control_column)}{dropped}"]
 
 
 def describe_validation(config: RunConfig, run_data: TrainingData) -> str:

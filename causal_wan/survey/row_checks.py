@@ -24,7 +24,7 @@ import torch
 from torchvision.transforms import v2
 
 from causal_wan.data.file_manifest import stat_of
-from causal_wan.data.rows import check_row, find_video
+from causal_wan.data.rows import Row, check_row, find_video
 from causal_wan.data.settings import DataConfig
 from causal_wan.tables.prompt_schedules import PromptSchedule
 from causal_wan.tables.table import TableRow
@@ -90,20 +90,32 @@ class RowChecker:
 
         Of a schedule also when its last prompt begins, which the file must reach.
         """
-        try:
-            state = stat_of(find_video(row)[0])
-        except (ValueError, OSError) as error:
-            state = [str(error)]
+        state = self._state(row)
         facts = [VERSION, row.base, str(row.video), state, bool(row.prompts), vars(self.config.limits)]
+        facts += [[name, self._state(each)] for name, each in self._controls(row)]
         facts += [prompt.seconds[-1] for prompt in row.prompts if isinstance(prompt, PromptSchedule)]
         return hash_bytes(json.dumps(facts).encode())
 
+    @staticmethod
+    def _state(row: TableRow) -> Sequence[Any]:
+        try:
+            return stat_of(find_video(row)[0])
+        except (ValueError, OSError) as error:
+            return [str(error)]
+
+    def _controls(self, row: TableRow) -> Iterator[tuple[str, TableRow]]:
+        """The videos that control the row's, each as a row."""
+        for name, video in zip(self.config.control_column, row.controls, strict=True):
+            yield name, replace(row, video=video, controls=())
+
     def facts(self, row: TableRow) -> dict[str, Any]:
-        """What is in the video of a row, or the error by which it cannot be used."""
+        """What is in the video of a row, or the error by which it, or a control of it, cannot be used."""
         # The report tells which clips are short, and the size as shown is seen in decoding.
         config = replace(self.config, short_clips="pad", resolution_buckets=())
         try:
             checked = check_row(row, config, as_shown=True)
+            for name, control in zip(config.control_column, checked.controls, strict=True):
+                self._decode(name, control)
             return {
                 "frames": checked.num_frames,
                 "rate": round(checked.frame_rate, 4),
@@ -113,6 +125,12 @@ class RowChecker:
             }
         except (ValueError, OSError, av.FFmpegError) as error:
             return {"error": describe_error(error)}
+
+    def _decode(self, name: str, control: Row) -> None:
+        try:
+            look_at_pictures(control.video, control.num_frames, self.config.limits)
+        except (ValueError, OSError, av.FFmpegError) as error:
+            raise ValueError(f"its control {name}, {control.name}: {describe_error(error)}") from error
 
 
 @functools.cache
