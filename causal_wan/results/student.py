@@ -19,7 +19,7 @@ from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.timesteps import Sampler, check_denoising_step_list
 from causal_wan.weights.kinds import check_base, read_index
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
-from causal_wan.weights.parts import DTYPES, load_vae
+from causal_wan.weights.parts import DTYPES, check_text_parts, load_vae
 from causal_wan.weights.transformer import load_transformer, load_transformer_config
 from causal_wan.weights.wan_names import readable
 
@@ -196,6 +196,7 @@ def load_student(
         ValueError: If weights do not fit, or the causal settings do not go together.
     """
     base, revision = base_of(student, run)
+    check_text_parts(base)
     parts = {"vae": load_vae(base, revision=revision), "dtype": dtype}
     if run is not None and run.has_transformer:
         parts["transformer"] = CausalWanTransformer3DModel.from_pretrained(

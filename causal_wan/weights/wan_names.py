@@ -150,7 +150,7 @@ def infer_architecture(state: Mapping[str, torch.Tensor], attention_head_dim: in
 
 @contextlib.contextmanager
 def readable(path: str | Path) -> Iterator[None]:
-    """Says which file it is that its body finds to be no safetensors.
+    """Says which file it is that its body finds to be no safetensors, or not to fit its configuration.
 
     Raises:
         ValueError: In the place of the library's error.
@@ -161,6 +161,13 @@ def readable(path: str | Path) -> Iterator[None]:
         raise ValueError(
             f"{path} must be a whole safetensors file, but cannot be read ({error}); it is cut off or something else: "
             "copy or download it again."
+        ) from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} must have weights of the shapes that its config.json says, but has others: they are of different "
+            "models, or one is damaged; copy or download both again."
         ) from None
 
 
