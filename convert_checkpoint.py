@@ -68,7 +68,7 @@ from causal_wan.results.run_record import RunRecord, base_of, find_run
 from causal_wan.results.student import find_layout, resolve_settings
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.weights.kinds import check_base, check_weights
-from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, save_lora
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, load_lora, save_lora
 from causal_wan.weights.lora_names import find_lora, lora_file, read_lora
 from causal_wan.weights.transformer import load_transformer, save_transformer
 from causal_wan.weights.wan_names import (
@@ -266,7 +266,7 @@ def fuse_lora(transformer: CausalWanTransformer3DModel, folder: Path) -> None:
     """Adds the LoRA of a run to the weights."""
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
     pipeline = CausalWanPipeline(**parts, transformer=transformer)
-    pipeline.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME)
+    load_lora(pipeline, folder, weight_name=LORA_WEIGHTS_NAME)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
 

@@ -187,6 +187,7 @@ from causal_wan.video.facts import Traits
 from causal_wan.video.opening import describe_error
 from causal_wan.video.timing import read_frame_times
 from causal_wan.video.writing import VideoWriter, as_frames
+from causal_wan.weights.lora import load_lora
 from causal_wan.weights.lora_names import find_lora
 
 
@@ -273,7 +274,7 @@ def load_pipeline(
         **causal_settings(config),
     )
     for number, path in enumerate(config.lora):
-        pipeline.load_lora_weights(path, adapter_name=f"lora_{number}")
+        load_lora(pipeline, path, adapter_name=f"lora_{number}")
     if config.lora:
         names = pipeline.get_list_adapters()["transformer"]  # that of the run, if it has one, comes first
         scales = config.lora_scale or (1.0,) * len(config.lora)

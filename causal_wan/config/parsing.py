@@ -259,8 +259,20 @@ def flat_dict(config: Any) -> dict[str, Any]:
 
 
 def write_recipe(settings: dict[str, Any], path: str | Path) -> None:
-    """Writes the settings of a resolved config, from `flat_dict`, as a recipe that `--config` takes."""
-    Path(path).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    """Writes the settings of a resolved config, from `flat_dict`, as a recipe that `--config` takes.
+
+    Beside, then renamed: on a full disk, the settings that were there stay.
+
+    Raises:
+        OSError: If it cannot be written; names the file.
+    """
+    path, partial = Path(path), Path(path).with_name(f"partial-{Path(path).name}")
+    try:
+        partial.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _canonical_name(name: str, fields: Collection[str]) -> str:

@@ -4,6 +4,7 @@ Libraries tell in many sentences that a repository is not there, and some tell i
 error of the chain knows.
 """
 
+import errno
 import re
 from collections.abc import Iterator
 
@@ -61,6 +62,9 @@ def describe_refusal(error: Exception) -> str:
 
 
 def _describe_file(error: Exception) -> str | None:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = "" if error.filename is None else f"{error.filename}: "
+        return f"{place}{error.strerror}; make room, and run the same command again."
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     for sentence, ours in SENTENCES.items():

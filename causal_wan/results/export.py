@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from causal_wan.weights.parts import check_text_parts
 from causal_wan.weights.wan_names import check_weights_in
 
 
@@ -87,6 +88,7 @@ def export_pipeline(
     missing = [name for name in ("model_index.json", *PARTS) if not (source / name).exists()]
     if missing:
         raise ValueError(f"the base must be a whole WAN pipeline in diffusers format, but {base} lacks {missing}.")
+    check_text_parts(str(source))
     for part in (part for part in PARTS if "vae" in part or "encoder" in part):
         check_weights_in(source / part, config=True)
     for part in PARTS:

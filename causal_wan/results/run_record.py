@@ -78,10 +78,11 @@ class RunRecord:
         Raises:
             ValueError: If they are not those of a run.
         """
+        place = f"{SETTINGS_NAME} of the run" if folder is None else folder / SETTINGS_NAME
         if not isinstance(settings, dict) or not isinstance(settings.get("pretrained_model_name_or_path"), str):
             raise ValueError(
-                f"{SETTINGS_NAME} of a run must be a mapping that names pretrained_model_name_or_path, but that of "
-                f"{folder} does not; put it back as the run has written it."
+                f"{place} must be a mapping that names pretrained_model_name_or_path, but does not; put it back as "
+                "the run has written it."
             )
         hint = dict(flat_fields(TrainingConfig))["seed"]
         try:
@@ -98,7 +99,6 @@ class RunRecord:
                 settings=settings,
             )
         except ValueError as error:
-            place = f"{SETTINGS_NAME} of the run" if folder is None else folder / SETTINGS_NAME
             raise ValueError(f"{place} must be as the run has written it, but {error}") from None
 
     @classmethod

@@ -18,8 +18,8 @@ from causal_wan.results.run_record import RunRecord, base_of
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.timesteps import Sampler, check_denoising_step_list
 from causal_wan.weights.kinds import check_base, read_index
-from causal_wan.weights.lora import LORA_WEIGHTS_NAME
-from causal_wan.weights.parts import DTYPES, load_vae
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME, load_lora
+from causal_wan.weights.parts import DTYPES, check_text_parts, load_vae
 from causal_wan.weights.transformer import load_transformer, load_transformer_config
 from causal_wan.weights.wan_names import readable
 
@@ -197,6 +197,7 @@ def load_student(
         ValueError: If weights do not fit, or the causal settings do not go together.
     """
     base, revision = base_of(student, run)
+    check_text_parts(base)
     parts = {"vae": load_vae(base, revision=revision), "dtype": dtype}
     if run is not None and run.has_transformer:
         parts["transformer"] = CausalWanTransformer3DModel.from_pretrained(
@@ -211,5 +212,5 @@ def load_student(
     with announced(f"loading the other parts of {base}"), readable(f"the text encoder of {base}"):
         pipeline = CausalWanPipeline.from_pretrained(base, revision=revision, **parts, **causal)
         if run is not None and run.has_lora:
-            pipeline.load_lora_weights(str(run.folder), weight_name=LORA_WEIGHTS_NAME)
+            load_lora(pipeline, run.folder, weight_name=LORA_WEIGHTS_NAME)
     return pipeline

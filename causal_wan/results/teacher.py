@@ -11,7 +11,7 @@ from causal_wan.blocks import CausalConfig
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.results.run_record import find_run
 from causal_wan.sampling.pipeline import CausalWanPipeline
-from causal_wan.weights.lora import LORA_WEIGHTS_NAME
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME, load_lora
 from causal_wan.weights.parts import find_part
 from causal_wan.weights.transformer import load_transformer, load_transformer_config
 
@@ -81,9 +81,8 @@ def load_teacher(teacher: Teacher, dtype: torch.dtype, device: torch.device) -> 
     )
     if teacher.lora is not None:
         parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
-        CausalWanPipeline(**parts, transformer=transformer).load_lora_weights(
-            str(teacher.lora), weight_name=LORA_WEIGHTS_NAME
-        )
+        pipeline = CausalWanPipeline(**parts, transformer=transformer)
+        load_lora(pipeline, teacher.lora, weight_name=LORA_WEIGHTS_NAME)
     return transformer.requires_grad_(False).eval()
 
 

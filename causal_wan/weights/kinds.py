@@ -137,9 +137,19 @@ def check_weights(path: str, shapes: Mapping[str, Sequence[int]]) -> None:
         shapes: Of each weight by its name.
 
     Raises:
-        ValueError: If they are of another kind.
+        ValueError: If they are of another kind, a LoRA, or in 8 bits with scales beside them.
     """
     shapes = strip_prefixes(shapes)
+    if any(".lora_" in name for name in shapes):
+        raise ValueError(
+            f"{path} must be whole weights, but is a LoRA, which is added to such: generate.py --checkpoint BASE "
+            f"--lora {path}."
+        )
+    if any(name == "scaled_fp8" or name.endswith((".scale_weight", ".weight_scale")) for name in shapes):
+        raise ValueError(
+            f"{path} must hold weights as they are, but has them scaled to 8 bits, with the scales beside them; use "
+            "the file in 16 or 32 bits."
+        )
     config: dict[str, Any] = {}
     patches = shapes.get("patch_embedding.weight", ())
     head = shapes.get("proj_out.weight", shapes.get("head.head.weight", ()))

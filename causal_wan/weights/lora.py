@@ -1,4 +1,4 @@
-"""LoRA adapters: added to a transformer, and saved.
+"""LoRA adapters: added to a transformer, loaded and saved.
 
 A student with controls has a patch embedding of its own beside them: new input channels are nothing that a LoRA could
 add to. It is trained whole, and lies in a file of its own, since files of LoRAs may hold nothing else.
@@ -16,6 +16,7 @@ from causal_wan.model.control import PATCH_EMBEDDING, save_patch_embedding
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 
 
+MAX_SHOWN = 3
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 
@@ -67,3 +68,47 @@ def save_lora(transformer: CausalWanTransformer3DModel, weights: dict[str, torch
         },
         transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
     )
+
+
+def load_lora(
+    pipeline: WanPipeline, path: str | Path, *, adapter_name: str | None = None, weight_name: str | None = None
+) -> None:
+    """Adds a LoRA to the transformer of a pipeline, the whole of it or nothing.
+
+    Args:
+        pipeline: Of diffusers, or ours; its transformer is changed.
+        path: A file or folder in any names that diffusers reads, or a hub id.
+        adapter_name: What the adapter is called.
+        weight_name: Of the file in a folder.
+
+    Raises:
+        ValueError: If it holds no LoRA, or one of another model.
+    """
+    try:
+        state = pipeline.lora_state_dict(str(path), weight_name=weight_name)
+    except OSError:
+        if not Path(path).is_dir():
+            raise
+        state = {}
+    _check_fits(pipeline.transformer, state, path)
+    pipeline.load_lora_weights(str(path), adapter_name=adapter_name, weight_name=weight_name)
+
+
+def _check_fits(transformer: CausalWanTransformer3DModel, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Diffusers fails in many lines on other shapes, and leaves out what has no place."""
+    factors = {name: weight for name, weight in state.items() if name.endswith((".lora_A.weight", ".lora_B.weight"))}
+    if not factors:
+        raise ValueError(f"lora must be files, folders or hub ids, but {path} holds no LoRA.")
+    modules = dict(transformer.named_modules())
+    lost = []
+    for name, weight in factors.items():
+        module, _, factor = name.removeprefix("transformer.").rpartition(".lora_")
+        side = 1 if factor == "A.weight" else 0  # of the weight (out, in), that which the rank does not take
+        if module not in modules or weight.shape[side] != modules[module].weight.shape[side]:
+            lost.append(name)
+    if lost:
+        raise ValueError(
+            f"the LoRA {path} must be of this checkpoint's transformer, but {len(lost)} of its {len(factors)} weights "
+            f"find no place of their shape in it, first {', '.join(lost[:MAX_SHOWN])}; it is of a model of another "
+            "size or kind: use one that was trained on this one."
+        )

@@ -1,9 +1,6 @@
-"""The parts of a WAN checkpoint: load them, encode and decode videos and prompts, add and save LoRA adapters.
+"""The parts of a WAN checkpoint: found, checked and loaded."""
 
-Shapes: B = batch, T = video frames, height, width in pixels, C = latent channels, F = latent frames, H, W = latent
-height and width, S = prompt tokens, D = text dimension.
-"""
-
+import json
 from pathlib import Path
 
 import torch
@@ -83,6 +80,34 @@ def load_vae_config(pretrained_model_name_or_path: str, *, revision: str | None 
         )
 
 
+def check_text_parts(checkpoint: str) -> None:
+    """Checks what `transformers` reads of a folder without saying which file it cannot read, if it is one.
+
+    Args:
+        checkpoint: Diffusers folder or hub id.
+
+    Raises:
+        ValueError: If the tokenizer or the configuration of the text encoder is missing or damaged.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return
+    wanted = {"text_encoder": ("config.json",), "tokenizer": ("tokenizer.json", "spiece.model")}
+    for part, names in wanted.items():
+        if not any((folder / part / name).is_file() for name in names):
+            raise ValueError(
+                f"{folder / part} must be a whole part in diffusers format, but lacks {' and '.join(names)}; copy or "
+                "download it again."
+            )
+    for path in sorted((folder / "tokenizer").glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # of JSON, or of letters
+            raise ValueError(
+                f"{path} must be valid JSON, but is cut off or something else; copy or download it again."
+            ) from None
+
+
 def load_text_encoder(
     pretrained_model_name_or_path: str,
     *,
@@ -92,6 +117,7 @@ def load_text_encoder(
 ) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
     """Loads tokenizer and UMT5 text encoder, frozen and in eval mode, straight to the device."""
     name = pretrained_model_name_or_path
+    check_text_parts(name)
     with announced(f"loading the text encoder of {name}"), readable(f"the text encoder of {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", revision=revision)
         text_encoder = UMT5EncoderModel.from_pretrained(
@@ -103,6 +129,3 @@ def load_text_encoder(
             use_safetensors=True,
         )
     return tokenizer, text_encoder.requires_grad_(False).eval()
-
-
-# --- LoRA ------------------------------------------------------------------------------------------------------------

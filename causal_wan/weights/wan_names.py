@@ -150,7 +150,7 @@ def infer_architecture(state: Mapping[str, torch.Tensor], attention_head_dim: in
 
 @contextlib.contextmanager
 def readable(path: str | Path) -> Iterator[None]:
-    """Says which file it is that its body finds to be no safetensors.
+    """Says which file it is that its body finds to be no safetensors, or not to fit its configuration.
 
     Raises:
         ValueError: In the place of the library's error.
@@ -161,6 +161,13 @@ def readable(path: str | Path) -> Iterator[None]:
         raise ValueError(
             f"{path} must be a whole safetensors file, but cannot be read ({error}); it is cut off or something else: "
             "copy or download it again."
+        ) from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} must have weights of the shapes that its config.json says, but has others: they are of different "
+            "models, or one is damaged; copy or download both again."
         ) from None
 
 
@@ -211,8 +218,12 @@ def read_state(path: str | Path, *, average: bool = True) -> State:
                 "writes, but is cut off or something else; copy or download it again. One of torch before 1.6 must be "
                 "written anew."
             ) from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} must be a torch checkpoint that holds tensors alone: {reason}") from None
+        found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))  # torch also tells how to trust it
+        reason = f"it holds objects too ({found[1]})" if found else f"it cannot be read ({type(error).__name__})"
+        raise ValueError(
+            f"{path} must be a torch checkpoint that holds tensors alone, but {reason}; save its weights by name in a "
+            "file of their own."
+        ) from None
     for name in CONTAINERS if average else (*CONTAINERS[1:], CONTAINERS[0]):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]

@@ -212,3 +212,19 @@ def test_ctrl_c_ends_a_command_with_one_line_and_faults_of_ours_with_a_traceback
     assert result.returncode == status
     assert result.stderr.endswith(end)
     assert ("Traceback" in result.stderr) == (status == 1)
+
+
+def test_settings_that_find_no_room_leave_those_that_are_there_and_are_named(tmp_path, monkeypatch):
+    path, write = tmp_path / "config.yaml", Path.write_text
+    write_recipe({"seed": 1}, path)
+
+    def write_half(file, text, **settings):
+        write(file, text[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="No space left") as failed:
+        write_recipe({"seed": 2}, path)
+    assert failed.value.filename == str(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+    assert yaml.safe_load(path.read_text()) == {"seed": 1}

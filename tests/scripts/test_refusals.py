@@ -240,6 +240,46 @@ def test_a_damaged_text_encoder_is_named(refused, checkpoint, tmp_path):
     assert f"the text encoder of {base} must be a whole safetensors file" in refused("generate", base)
 
 
+LOST_CONFIG = (
+    "text_encoder/config.json",
+    None,
+    "text_encoder must be a whole part in diffusers format, but lacks con",
+)
+LOST_TOKENS = ("tokenizer/tokenizer.json", None, "tokenizer must be a whole part in diffusers format, but lacks token")
+CUT_TOKENS = ("tokenizer/tokenizer.json", "{", "tokenizer.json must be valid JSON, but is cut off or something else")
+EMPTY_SETTINGS = ("tokenizer/tokenizer_config.json", "", "tokenizer_config.json must be valid JSON, but is cut off")
+OTHER_CONFIG = (
+    *("text_encoder/config.json", '{"model_type": "umt5", "d_model": 8, "vocab_size": 12}'),
+    "must have weights of the shapes that its config.json says, but has others",
+)
+
+
+@pytest.mark.parametrize(
+    ("user", "damage"),
+    [
+        *(("generate", damage) for damage in (LOST_CONFIG, LOST_TOKENS, CUT_TOKENS, EMPTY_SETTINGS, OTHER_CONFIG)),
+        *(("pipeline", damage) for damage in (LOST_CONFIG, CUT_TOKENS)),
+        *(("train", damage) for damage in (LOST_TOKENS, OTHER_CONFIG)),
+    ],
+)
+def test_a_part_of_the_text_encoder_that_is_missing_or_damaged_is_named(
+    refused, recipe, checkpoint, tmp_path, capsys, user, damage
+):
+    base, (name, content, message) = shutil.copytree(checkpoint, tmp_path / "wan"), damage
+    if content is None:
+        (base / name).unlink()
+    else:
+        (base / name).write_text(content)
+    if user == "train":
+        settings = {**recipe, **BRIEF, "pretrained_model_name_or_path": str(base)}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path / "out")}))
+        line = refusal(capsys, TRAIN, "--config", tmp_path / "recipe.yaml")
+    else:
+        line = refused(user, base)
+    assert str(base) in line
+    assert message in line
+
+
 @pytest.fixture(scope="module")
 def trained(recipe, tmp_path_factory):
     """A run of one step, with its checkpoint."""
@@ -403,6 +443,11 @@ def answer(kind, status):
         ),
         (PermissionError(13, "Permission denied", "/a/b"), "/a/b: Permission denied."),
         (OSError("two\nlines"), "two lines"),
+        (
+            OSError(28, "No space left on device"),
+            "No space left on device; make room, and run the same command again.",
+        ),
+        (OSError(28, "No space left on device", "a.mp4"), "a.mp4: No space left on device; make room, and run"),
     ],
 )
 def test_what_the_hub_or_the_machine_refuses_is_one_line(error, message):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from causal_wan.weights.kinds import check_kind
+from causal_wan.weights.kinds import check_kind, check_weights
 
 
 # Of the published checkpoints: transformer, VAE, model_index.
@@ -44,3 +44,19 @@ def test_text_to_video_checkpoints_of_wan_are_taken(transformer, vae, pipeline):
 def test_other_checkpoints_are_refused_for_what_they_are(transformer, vae, pipeline, message):
     with pytest.raises(ValueError, match=message):
         check_kind("base", transformer, vae, pipeline)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("transformer.blocks.0.attn1.to_q.lora_A.weight", "whole weights, but is a LoRA, .* BASE --lora some.pt"),
+        ("lora_unet_blocks_0_self_attn_q.lora_down.weight", "whole weights, but is a LoRA"),
+        ("model.diffusion_model.blocks.0.ffn.0.scale_weight", "but has them scaled to 8 bits"),
+        ("scaled_fp8", "but has them scaled to 8 bits"),
+    ],
+)
+def test_files_that_are_no_plain_weights_are_refused_for_what_they_are(name, message):
+    shapes = {"blocks.0.ffn.0.weight": (8, 8)}
+    check_weights("some.pt", shapes)
+    with pytest.raises(ValueError, match=f"some.pt must .*{message}"):
+        check_weights("some.pt", shapes | {name: (2,)})

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from causal_wan.blocks import CausalConfig
 from causal_wan.config.settings import DEFAULT_LORA_TARGETS
 from causal_wan.sampling.pipeline import CausalWanPipeline
-from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, save_lora
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, load_lora, save_lora
 from causal_wan.weights.lora_names import find_lora, lora_file, parse_lora, peft_config, read_lora
 from causal_wan.weights.transformer import load_transformer
 
@@ -72,6 +72,37 @@ def uneven():
         state[f"transformer.{module}.lora_B.weight"] = up.to(dtype)
     alphas = {Q: 0.1, "blocks.1.ffn.net.0.proj": 1 / 3}  # no numbers of float32
     return parse_lora(state, {"r": 1, "lora_alpha": 2, "alpha_pattern": alphas})
+
+
+@pytest.mark.parametrize("damage", ["wide", "long", "lost", "none", "whole", "empty"])
+def test_a_lora_of_another_model_is_refused_and_changes_nothing(run_folder, tmp_path, damage):
+    """Diffusers ends with a traceback of torch where shapes differ, and leaves out what has no place."""
+    pipeline = CausalWanPipeline(None, None, None, None, load_transformer(TINY_WAN, None))
+    state, _ = read(run_folder / LORA_WEIGHTS_NAME)
+    down, up = f"transformer.{Q}.lora_A.weight", f"transformer.{Q}.lora_B.weight"
+    message = rf"1 of its {len(state)} weights find no place of their shape in it, first transformer\."
+    if damage == "wide":
+        state[down] = torch.zeros(4, state[down].shape[1] + 2)
+    elif damage == "long":
+        state[up] = torch.zeros(state[up].shape[0] + 2, 4)
+    elif damage == "lost":
+        state |= {name.replace("to_q", "add_q_proj"): state[name].clone() for name in (down, up)}
+        message = rf"2 of its {len(state)} weights find no place"
+    else:
+        state = {"patch_embedding.weight": torch.zeros(1)} if damage == "none" else {}
+        message = "lora must be files, folders or hub ids, but .* holds no LoRA"
+    path = tmp_path / "lora.safetensors"
+    if damage == "whole":
+        path = f"{TINY_WAN}/transformer"
+    elif damage == "empty":
+        path = tmp_path
+    else:
+        save_file(state, path)
+    with pytest.raises(ValueError, match=message):
+        load_lora(pipeline, path)
+    assert not pipeline.get_list_adapters()
+    load_lora(pipeline, run_folder, weight_name=LORA_WEIGHTS_NAME)
+    assert pipeline.get_list_adapters()["transformer"]
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

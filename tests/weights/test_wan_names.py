@@ -90,6 +90,9 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     for name in ("evil.pt", "evil2.pt"):
         with pytest.raises(ValueError, match="must be a torch checkpoint that holds tensors alone"):
             read_state(tmp_path / name)
+    torch.save({"generator": {}, "args": tmp_path}, tmp_path / "objects.pt")
+    with pytest.raises(ValueError, match=r"but it holds objects too \(pathlib\.PosixPath\); save its weights by name"):
+        read_state(tmp_path / "objects.pt")
     torch.save({"step": 3}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="must hold weights by name"):
         read_state(tmp_path / "other.pt")
