@@ -10,6 +10,7 @@ cd "$(dirname "$0")/../.."
 
 OUTPUT_DIR="${OUTPUT_DIR:-outputs/prompts}"
 SEEDS="${SEEDS:-0}"
+STUDENTS="${STUDENTS:-schedules plain}"
 DATASET_FLAGS="${DATASET_FLAGS:-}" # of prompts_dataset.py
 export ACCELERATE_USE_CPU="${ACCELERATE_USE_CPU:-true}"
 data="$OUTPUT_DIR/data" samples=()
@@ -32,7 +33,7 @@ sample() { # run, seed, table, name, flags of generate.py
 }
 
 for seed in $SEEDS; do
-    for run in schedules plain; do
+    for run in $STUDENTS; do
         table=train
         if [ "$run" = plain ]; then table=plain; fi
         train "$table" "$run" "$seed" "$@"

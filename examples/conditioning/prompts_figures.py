@@ -22,21 +22,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it has to find the repository
+sys.path.insert(0, str(Path(__file__).parents[1] / "sketch"))
 
 from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config
 from causal_wan.config.ranges import checked_dataclass
 from examples.sketch.ink import ink_f1, ink_mask
 from examples.sketch.make_dataset import COLOURS, FRAME_RATE, KNOWN_COLOURS
+from examples.sketch.report import contact_sheet, read_video
 
 
 BLOCK_SECONDS = 12 / FRAME_RATE
+NUM_SHOWN = 3  # clips on the contact sheet
 PARTS = ("before", "first block", "later")
 COLUMNS = [f"{figure}, {part}" for figure in ("colour", "ink F1") for part in PARTS]
 
@@ -50,13 +52,7 @@ class Config:
     samples: tuple[str, ...]
     """NAME=FOLDER each."""
     output_dir: LocalPath
-    """Folder for prompts.json and prompts.md."""
-
-
-def read_video(path: Path) -> np.ndarray:  # (T, H, W, 3) uint8
-    """All frames."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    """Folder for prompts.json, prompts.md and prompts.png, a contact sheet of the first samples of each name."""
 
 
 def hue(colour: Sequence[float]) -> float:
@@ -128,6 +124,19 @@ def as_table(found: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def show(config: Config, clips: list[np.ndarray], path: Path) -> None:
+    """Draws the first clips with the samples of each name, of its first folder."""
+    folders: dict[str, Path] = {}
+    for sample in config.samples:
+        name, _, folder = sample.partition("=")
+        folders.setdefault(name, Path(folder))
+    groups = [
+        [clip, *(read_video(folder / f"{number:02d}.mp4") for folder in folders.values())]
+        for number, clip in enumerate(clips[:NUM_SHOWN])
+    ]
+    contact_sheet(groups, path, ["clip", *folders])
+
+
 def main(config: Config) -> None:
     """Measures all folders, and writes the table."""
     heldout = list(read_heldout(Path(config.data_dir)))
@@ -138,6 +147,7 @@ def main(config: Config) -> None:
     folder = Path(config.output_dir)
     (folder / "prompts.json").write_text(json.dumps(found, indent=2))
     (folder / "prompts.md").write_text(as_table(found))
+    show(config, [clip for clip, _ in heldout], folder / "prompts.png")
     print(as_table(found))
 
 
