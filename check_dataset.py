@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from causal_wan.config.choices import LocalPath
+from causal_wan.config.fields import flat_dict
 from causal_wan.config.outputs import check_output_folder
-from causal_wan.config.parsing import flat_dict, parse_config, user_errors
+from causal_wan.config.parsing import parse_config, user_errors
 from causal_wan.config.ranges import NonNegativeInt, PositiveInt, Seed, checked_dataclass
 from causal_wan.config.refusals import describe_refusal
 from causal_wan.config.settings import BaseModelConfig

@@ -10,6 +10,6 @@ LpipsNet = Literal["alex", "vgg", "squeeze"]
 LoraNames = Literal["diffusers", "original", "comfyui", "kohya"]
 MAX_VBENCH_SAMPLES = 1000  # of a prompt
 
-ON_THIS_MACHINE = "on this machine"  # a mark that `causal_wan.config.parsing.paths_of` looks for
+ON_THIS_MACHINE = "on this machine"  # a mark that `causal_wan.config.fields.paths_of` looks for
 LocalPath = Annotated[str, ON_THIS_MACHINE]
 """A file or a folder, or what may be one: nobody else finds it, nor has to know of it."""

@@ -4,21 +4,19 @@ A recipe is flat: its keys are the names of the flags. Every key, whichever data
 """
 
 import contextlib
-import dataclasses
 import difflib
-import math
 import re
 import sys
 import types
 import typing
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 import yaml
 
-from causal_wan.config.choices import ON_THIS_MACHINE
+from causal_wan.config.fields import are_pairs, flat_fields, room_for_text
 from causal_wan.config.ranges import check_number, is_checked, passing_mistakes
 from causal_wan.config.refusals import REFUSALS, describe_refusal
 
@@ -196,68 +194,6 @@ def _check_recipe_value(name: str, hint: Any, value: Any) -> None:
         raise ValueError(f"{name} must be no bool, got {value}; in quotes yes, no, on and off are text to YAML.")
 
 
-def check_type(name: str, hint: Any, value: Any) -> None:
-    """Checks a text or one of several that a setting chooses from; `check_number` checks all else.
-
-    Raises:
-        ValueError: If it is of another kind.
-    """
-    if not _is_of_kind(hint, value):
-        kind = str(hint).replace("typing.", "")
-        raise ValueError(f"{name} must be {'text' if hint is str else kind}, got {value!r}.")
-
-
-def _is_of_kind(hint: Any, value: Any) -> bool:
-    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return _is_of_kind(kinds[0], value)
-    if origin is Literal:
-        return value in kinds
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_of_kind(kind, value) for kind in kinds)
-    if origin is tuple:
-        is_text = _room_for_text(hint) or typing.get_origin(kinds[0]) is Literal
-        return not is_text or (isinstance(value, tuple | list) and all(_is_of_kind(kinds[0], item) for item in value))
-    return isinstance(value, hint) if hint in (str, types.NoneType) else True
-
-
-def flat_fields(config_class: type) -> Iterator[tuple[str, Any]]:
-    """Names and types of all settings, ranges of numbers and those of nested dataclasses included."""
-    hints = typing.get_type_hints(config_class, include_extras=True)
-    for field in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from flat_fields(hints[field.name])
-        else:
-            yield field.name, hints[field.name]
-
-
-def names_of(*config_classes: type) -> set[str]:
-    """Names of all settings of some dataclasses."""
-    return {name for config_class in config_classes for name, _ in flat_fields(config_class)}
-
-
-def paths_of(*config_classes: type) -> set[str]:
-    """Names of the settings of some dataclasses that name something on this machine; see `LocalPath`."""
-    return {name for config_class in config_classes for name, hint in flat_fields(config_class) if _is_path(hint)}
-
-
-def _is_path(hint: Any) -> bool:
-    kinds = typing.get_args(hint)
-    return (typing.get_origin(hint) is Annotated and ON_THIS_MACHINE in hint.__metadata__) or any(map(_is_path, kinds))
-
-
-def flat_dict(config: Any) -> dict[str, Any]:
-    """All settings of a config as one flat dict, tuples as lists."""
-    settings: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            settings.update(flat_dict(value))
-        else:
-            settings[field.name] = list(value) if isinstance(value, tuple) else value
-    return settings
-
-
 def write_recipe(settings: dict[str, Any], path: str | Path) -> None:
     """Writes the settings of a resolved config, from `flat_dict`, as a recipe that `--config` takes.
 
@@ -298,7 +234,7 @@ def _canonical_flags(argv: list[str], config_class: type) -> list[str]:
     """
     fields, rooms = dict(flat_fields(config_class)), _rooms_for_text(config_class)
     switches = {name for name, hint in fields.items() if hint is bool}
-    pairs = {name for name, hint in fields.items() if _are_pairs(hint)}
+    pairs = {name for name, hint in fields.items() if are_pairs(hint)}
     canonical: list[str] = []
     name, room = "", 0.0  # of the last flag: its name, and how many texts may still follow
     for token in argv:
@@ -344,21 +280,8 @@ def _join_pairs(argv: list[str], pairs: Collection[str]) -> list[str]:
 
 def _rooms_for_text(config_class: type) -> dict[str, float]:
     """How many values each setting takes that is a text or several."""
-    rooms = {name: _room_for_text(hint) for name, hint in flat_fields(config_class)}
+    rooms = {name: room_for_text(hint) for name, hint in flat_fields(config_class)}
     return {name: room for name, room in rooms.items() if room}
-
-
-def _room_for_text(hint: Any) -> float:
-    if typing.get_origin(hint) is tuple:
-        return math.inf if any(map(_room_for_text, typing.get_args(hint))) else 0
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return max(map(_room_for_text, typing.get_args(hint)))
-    return float(hint is str)
-
-
-def _are_pairs(hint: Any) -> bool:
-    """Whether a setting is a tuple of tuples."""
-    return typing.get_origin(hint) is tuple and typing.get_origin(typing.get_args(hint)[0]) is tuple
 
 
 def _protect(text: str) -> str:

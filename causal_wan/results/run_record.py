@@ -7,7 +7,8 @@ from typing import Any, Self, TypeVar
 
 from causal_wan.blocks import CausalConfig
 from causal_wan.config.changed_settings import SETTINGS_NAME, read_settings
-from causal_wan.config.parsing import check_type, flat_fields, paths_of, read_yaml
+from causal_wan.config.fields import check_type, flat_fields, paths_of
+from causal_wan.config.parsing import read_yaml
 from causal_wan.config.ranges import check_number
 from causal_wan.config.settings import (
     CacheConfig,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 
-from causal_wan.config.parsing import paths_of
+from causal_wan.config.fields import paths_of
 from causal_wan.config.settings import BaseModelConfig, ModelConfig
 from causal_wan.data.clips import shown_prompts
 from causal_wan.data.settings import DataConfig

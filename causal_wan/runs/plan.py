@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from transformers import UMT5Config
 
 from causal_wan.config.changed_settings import compare_settings, read_settings
-from causal_wan.config.parsing import flat_dict
+from causal_wan.config.fields import flat_dict
 from causal_wan.data.settings import ClipShape, DataConfig
 from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.plan import MemoryPlan, describe_shortage, plan_training, text_encoder_bytes, with_vae

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from causal_wan.config.changed_settings import SETTINGS_NAME
-from causal_wan.config.parsing import flat_dict, user_errors, write_recipe
+from causal_wan.config.fields import flat_dict
+from causal_wan.config.parsing import user_errors, write_recipe
 from causal_wan.config.refusals import DataError, describe_refusal
 from causal_wan.data.samples import BadClips, ClipBatch
 from causal_wan.data.shared_memory import check_shared_memory, shared_memory_here

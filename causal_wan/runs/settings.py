@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from causal_wan.config.parsing import names_of
+from causal_wan.config.fields import names_of
 from causal_wan.config.ranges import checked_dataclass
 from causal_wan.config.settings import (
     CacheConfig,

@@ -9,7 +9,8 @@ import yaml
 from conftest import ROOT
 
 import train_video_regression
-from causal_wan.config.parsing import flat_dict, parse_config, write_recipe
+from causal_wan.config.fields import flat_dict
+from causal_wan.config.parsing import parse_config, write_recipe
 from causal_wan.config.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, checked_dataclass
 from causal_wan.results.run_record import RunRecord
 

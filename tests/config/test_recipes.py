@@ -12,7 +12,8 @@ import yaml
 from conftest import ROOT
 
 from causal_wan.config.choices import LocalPath
-from causal_wan.config.parsing import flat_dict, flat_fields, names_of, parse_config, paths_of, write_recipe
+from causal_wan.config.fields import flat_dict, flat_fields, names_of, paths_of
+from causal_wan.config.parsing import parse_config, write_recipe
 from causal_wan.config.ranges import checked_dataclass
 from causal_wan.data.settings import DataConfig
 from causal_wan.results.run_record import GROUPS_WITH_PATHS

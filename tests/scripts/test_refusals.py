@@ -16,7 +16,8 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 from safetensors import SafetensorError
 
 import convert_checkpoint
-from causal_wan.config.parsing import flat_fields, names_of, parse_config
+from causal_wan.config.fields import flat_fields, names_of
+from causal_wan.config.parsing import parse_config
 from causal_wan.config.ranges import Range
 from causal_wan.config.refusals import describe_refusal
 from causal_wan.model.transformer import CausalWanTransformer3DModel

@@ -21,7 +21,7 @@ from line_fit import Line, config, entries, kill_at_step, run_training
 
 from causal_wan.config import changed_settings
 from causal_wan.config.changed_settings import compare_settings, read_settings
-from causal_wan.config.parsing import names_of
+from causal_wan.config.fields import names_of
 from causal_wan.records.checkpoint_checks import (
     check_optimizer,
     check_strategy,
