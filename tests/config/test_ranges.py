@@ -36,6 +36,7 @@ ZEROS_ARE_MEANT = {
         "validation_steps",
         "dataloader_num_workers",
         "caption_dropout",
+        "control_dropout",
         "horizontal_flip",
         "color_jitter",
         "max_bad_samples",
