@@ -37,6 +37,7 @@ ZEROS_ARE_MEANT = {
         "dataloader_num_workers",
         "caption_dropout",
         "control_dropout",
+        "drawn_at_start",
         "horizontal_flip",
         "color_jitter",
         "max_bad_samples",
