@@ -15,6 +15,7 @@ from causal_wan.weights.wan_names import read_shapes, strip_prefixes
 
 
 TEXT_TO_VIDEO = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan-AI/Wan2.1-T2V-14B-Diffusers or Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+CONDITIONS = "students of these take a first picture (--first_frame_probability) and control videos (--control_column)"
 OTHER_CLASSES = {
     "WanVACETransformer3DModel": "VACE, which has a second stack of layers for its controls",
     "WanAnimateTransformer3DModel": "WAN Animate, which follows a pose and a face",
@@ -67,7 +68,10 @@ def check_kind(
         ValueError: If it is of another kind than WAN's text-to-video; says which, and what to use.
     """
     if kind := _other_kind(transformer, pipeline or {}):
-        raise ValueError(f"{base} must be a text-to-video model of WAN, but it is {kind}; use {TEXT_TO_VIDEO}.")
+        conditions = f"; {CONDITIONS}" if "picture" in kind or "control" in kind else ""
+        raise ValueError(
+            f"{base} must be a text-to-video model of WAN, but it is {kind}; use {TEXT_TO_VIDEO}{conditions}."
+        )
     if vae is None or "in_channels" not in transformer:
         return
     num_latent, num_in = vae.get("z_dim", WAN.channels), transformer["in_channels"] // _num_inputs(transformer)
