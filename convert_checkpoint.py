@@ -136,8 +136,8 @@ def check_has_no_controls(path: Path) -> None:
     has_controls = path.is_file() and (path.suffix != ".json" or json.loads(path.read_text()).get("control_names"))
     if has_controls:
         raise ValueError(
-            f"{path.parent} follows control videos, for which WAN's names and files of LoRAs have no place; keep it "
-            "in diffusers' format, or make a whole pipeline of it with --to pipeline."
+            f"{path.parent} follows control videos, for which WAN's names and files of LoRAs have no place; use it as "
+            "it is, in diffusers' format, or make a whole pipeline of it with --to pipeline."
         )
 
 

@@ -179,7 +179,7 @@ def main(config: Config) -> None:
         prompts = [shown_prompts(row, data.shape, data, torch.Generator())[0] for row in rows]
         export = open_export(config, settings, texts_of(prompts))
         judges, notes = load_judges(config, settings, device)
-        gives_first_frame = note_conditions(config, run, data, notes)
+        gives_first_frame = note_conditions(config, run, data, layout.control_names, notes)
         if gives_first_frame:
             layout.check_first_frame(settings)
         student = load_student(config.checkpoint, run, dtype, num_frame_per_block=config.num_frame_per_block)
@@ -314,11 +314,13 @@ def sample_all(
     return [sample(pipeline, number, prompt) for number, prompt in enumerate(tqdm(prompts, desc="videos"))]
 
 
-def note_conditions(config: Config, run: RunRecord | None, data: DataConfig, notes: list[str]) -> bool:
+def note_conditions(
+    config: Config, run: RunRecord | None, data: DataConfig, control_names: Sequence[str], notes: list[str]
+) -> bool:
     """Notes what the student is given beside prompts; returns whether videos begin with first frames of clips."""
     if data.control_column:
         notes.append(f"the student follows the videos of {' and '.join(data.control_column)}")
-    elif config.control == "none":
+    elif config.control == "none" and control_names:
         notes.append("the student is given no controls")
     was_trained_so = run is not None and run.method.first_frame_probability > 0
     is_given = config.first_frame == "given" or (config.first_frame == "auto" and was_trained_so)

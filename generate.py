@@ -84,7 +84,7 @@ class Config:
     --first_frame_probability. A prompts_file may name one for each prompt in a column `image`."""
     control: tuple[LocalPath, ...] = ()
     """Videos that the student follows, in the order of its controls (--control_column of its training); `none` leaves
-    one out. A prompts_file may name them for each prompt, in columns of the controls' names."""
+    one out. A prompts_file may name them for each prompt, in columns of the controls' names, which win."""
     num_video_frames: PositiveInt | None = None
     """How many of its frames; None is as many as make whole blocks, and at most half of the clip."""
     output: LocalPath = "out.mp4"
@@ -162,8 +162,8 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from causal_wan.data.clips import build_video_transform, load_video
-from causal_wan.data.frames import last_frame_indices
-from causal_wan.data.rows import Row, check_length
+from causal_wan.data.frames import last_frame_indices, num_sampleable_frames
+from causal_wan.data.rows import Row
 from causal_wan.model.streaming_vae import StreamingDecoder
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
 from causal_wan.processes import wait_for_all
@@ -211,7 +211,11 @@ def main(config: Config) -> None:
         check_schedules(wanted, config, settings, layout)
         beginning = read_frames_to_continue(config, settings, layout)
         if state.is_main_process:
-            print("".join(f"note: {note}\n" for note in notes_on(config, wanted, run)), end="", file=sys.stderr)
+            print(
+                "".join(f"note: {note}\n" for note in notes_on(config, wanted, run, layout.control_names)),
+                end="",
+                file=sys.stderr,
+            )
         pipeline = load_pipeline(config, run, settings, dtype)
     if state.is_main_process:
         texts = texts_of(row.prompt for row in wanted) + [config.negative_prompt] * (config.guidance_scale > 1)
@@ -433,6 +437,11 @@ def naming_video(path: str | Path, name: str = "video") -> Iterator[None]:
     """Errors of reading a video, or the setting of that name, name it."""
     try:
         yield
+    except FileNotFoundError:
+        raise ValueError(
+            f"{name} must be a file that decodes, but {path} does not exist (paths in a prompts_file are relative to "
+            "it, or to --dataset_base_path)."
+        ) from None
     except (OSError, ValueError, av.FFmpegError) as error:
         raise ValueError(f"{name} must be a file that decodes, got {path}: {describe_error(error)}") from None
 
@@ -463,12 +472,19 @@ def check_loras(paths: Sequence[str]) -> None:
             raise ValueError(f"lora must be files, folders or hub ids, but {path} holds no LoRA.")
 
 
-def notes_on(config: Config, rows: Sequence[PromptRow], run: RunRecord | None) -> Iterator[str]:
-    """What is to be known of the prompts: which are left out, and pictures that the student was not trained with."""
+def notes_on(
+    config: Config, rows: Sequence[PromptRow], run: RunRecord | None, control_names: Sequence[str]
+) -> Iterator[str]:
+    """What is to be known of prompts that are left out, and of conditions that the student was not trained for."""
     if num_blank := count_blank(rows):
         yield (
             f"{num_blank} of the first {rows[-1].row} rows of {config.prompts_file} have no prompt and are left out; "
             "the others keep their numbers."
+        )
+    if lacking := sorted({name for name in control_names for row in rows if name not in row.controls}):
+        yield (
+            f"of the student's controls, {' and '.join(lacking)} is not given for some videos, so they do without"
+            + ("." if run is None or run.settings.get("control_dropout") else "; none was left out in its training.")
         )
     if run is None or not any(row.image for row in rows):
         return
@@ -507,7 +523,12 @@ def find_controls(row: PromptRow, data: DataConfig) -> dict[str, Row]:
     for name, path in row.controls.items():
         with naming_video(path, f"control {name}"):
             found[name] = Row(0, Path(path), (), *probe_video(Path(path)))
-            check_length(found[name], data.num_frames, data)
+        num_frames = num_sampleable_frames(found[name].num_frames, found[name].frame_rate, data)
+        if num_frames < data.num_frames:
+            raise ValueError(
+                f"control {name} must have frames for the {data.num_frames} of the video, but {path} has {num_frames} "
+                "as they were sampled in training; make it of a clip as long, or lower --num_frames."
+            )
     return found
 
 
@@ -541,19 +562,24 @@ def with_controls(rows: list[PromptRow], config: Config, names: Sequence[str]) -
             f"control must be a video for each control of the student, {' '.join(names) or 'which has none'}, got "
             f"{len(config.control)}."
         )
-    shared = {name: path for name, path in zip(names, config.control, strict=False) if path != "none"}
+    shared, folder = dict(zip(names, config.control, strict=False)), base_folder(config)
     own: list[dict[str, str]] = [{} for _ in rows]
     if names and config.prompts_file is not None:  # now it is known which columns are controls
         own = [row.controls for row in read_prompt_rows(config.prompts_file, controls=names)[: len(rows)]]
+    absent = ("none", "")
+    found = [
+        shared | {name: path if path in absent else str(folder / path) for name, path in controls.items()}
+        for controls in own
+    ]
     return [
-        replace(row, controls=shared | {name: str(base_folder(config) / path) for name, path in controls.items()})
-        for row, controls in zip(rows, own, strict=True)
+        replace(row, controls={name: path for name, path in controls.items() if path not in absent})
+        for row, controls in zip(rows, found, strict=True)
     ]
 
 
 def base_folder(config: Config) -> Path:
     """What the paths in prompts_file are relative to."""
-    return Path(config.prompts_file).parent if config.dataset_base_path is None else Path(config.dataset_base_path)
+    return Path(config.dataset_base_path or Path(config.prompts_file or "").parent)
 
 
 def read_prompts(config: Config) -> list[PromptRow]:

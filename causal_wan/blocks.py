@@ -66,8 +66,8 @@ class CausalConfig:
         if self.num_frame_per_block is None or self.local_attn_size == -1:
             raise ValueError(
                 "a video without end must be sampled in blocks with a window, got num_frame_per_block="
-                f"{self.num_frame_per_block} and local_attn_size={self.local_attn_size}; set both (see "
-                "`transformer.set_causal_config`), or give num_frames."
+                f"{self.num_frame_per_block} and local_attn_size={self.local_attn_size}; set both, as in "
+                "transformer.set_causal_config(num_frame_per_block=3, local_attn_size=21), or give num_frames."
             )
         return itertools.chain([1] * self.independent_first_frame, itertools.repeat(self.num_frame_per_block))
 

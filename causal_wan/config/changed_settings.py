@@ -76,10 +76,15 @@ def compare_settings(checkpoint: Path, before: dict[str, Any], now: dict[str, An
             f"{name} was {_show(changed[name][0])}, got {_show(changed[name][1])} ({reasons[name]})"
             for name in refused
         )
+        otherwise = (
+            f"start from its weights: convert_checkpoint.py --input {checkpoint} --output WEIGHTS, then "
+            "--generator_ckpt WEIGHTS with another --output_dir."
+        )
+        if "control_column" in refused:  # no other input layer takes its weights
+            otherwise = "start anew with another --output_dir."
         raise ValueError(
             f"a run must be resumed with the settings that its checkpoint depends on, but in {checkpoint} {listed}. "
-            "Give them as they were, or start from its weights: convert_checkpoint.py --input "
-            f"{checkpoint} --output WEIGHTS, then --generator_ckpt WEIGHTS with another --output_dir."
+            f"Give them as they were, or {otherwise}"
         )
     is_same_run = Path(now.get("output_dir", checkpoint.parent)).resolve() == checkpoint.parent.resolve()
     overridden = OVERRIDDEN if is_same_run else {}
@@ -101,4 +106,4 @@ def _means_the_same(name: str, before: dict[str, Any], now: dict[str, Any]) -> b
 
 
 def _show(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)

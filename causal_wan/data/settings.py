@@ -102,6 +102,8 @@ class DataConfig:
             raise ValueError("caption_column must name at least one column.")
         if len(set(self.control_column)) < len(self.control_column):
             raise ValueError(f"control_column must name each column once, got {' '.join(self.control_column)}.")
+        if self.video_column in self.control_column:
+            raise ValueError(f"control_column must be other videos than the clips, got {self.video_column}.")
         if self.control_dropout and not self.control_column:
             raise ValueError("control_dropout is about controls; name their columns with --control_column.")
         if self.streaming and (self.resolution_buckets or self.frame_buckets):

@@ -136,9 +136,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Blocks, window, sink and first frame, as they are in the config."""
         return CausalConfig.of(self.config)
 
-    def set_causal_config(self, causal: CausalConfig) -> None:
-        """Changes them; some alone with `replace(transformer.causal_config, num_frame_per_block=3)`."""
-        self.register_to_config(**causal.as_dict())
+    def set_causal_config(self, causal: CausalConfig | None = None, **changes: Any) -> None:
+        """Changes them: all, or some alone, as in `set_causal_config(num_frame_per_block=3, local_attn_size=21)`.
+
+        Raises:
+            ValueError: If they do not go together.
+        """
+        self.register_to_config(**replace(causal or self.causal_config, **changes).as_dict())
 
     def enable_context_parallel(self, mesh: DeviceMesh | None) -> None:
         """Lets the processes of `mesh` share the tokens of each clip while the model trains; None changes nothing.

@@ -227,5 +227,8 @@ def load_run_data(
     held_out = []
     if validation_metadata_path is not None:
         data = replace(config.for_validation(), metadata_path=validation_metadata_path, dataset_config=None)
-        held_out = load_rows(data, manifest)[:num_validation_samples]
+        try:
+            held_out = load_rows(data, manifest)[:num_validation_samples]
+        except ValueError as error:
+            raise ValueError(str(error).replace("metadata_path must", "validation_metadata_path must", 1)) from None
     return RunData(config, rows, held_out, streams, manifest, lane_states=LaneStates() if streams else None)

@@ -3,6 +3,7 @@
 Knows no loss: any method that trains a student takes its parts from here, whoever owns its loop.
 """
 
+import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from causal_wan.memory.levers import (
     store_in_fp8,
 )
 from causal_wan.model.compiling import compile_layers
-from causal_wan.model.control import PATCH_EMBEDDING
+from causal_wan.model.control import PATCH_EMBEDDING, check_controls
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.results.export import write_pipeline_file
 from causal_wan.runs.settings import RunConfig
@@ -42,7 +43,7 @@ from causal_wan.training.strategies import (
 from causal_wan.weights.kinds import check_base
 from causal_wan.weights.lora import add_lora, save_lora
 from causal_wan.weights.parts import DTYPES, load_vae, load_vae_config
-from causal_wan.weights.transformer import load_transformer, save_transformer
+from causal_wan.weights.transformer import load_transformer, load_transformer_config, save_transformer
 
 
 def weight_dtype(accelerator: Any) -> torch.dtype:
@@ -87,6 +88,20 @@ def fit_to_checkpoint(data: DataConfig, model: BaseModelConfig, generator_ckpt: 
     except OSError:
         return data
     return data.for_checkpoint(geometry)
+
+
+def check_takes_controls(config: RunConfig) -> None:
+    """Checks, by its config alone, that a student can begin with the controls of a run; passes what is out of reach.
+
+    Raises:
+        ValueError: If it takes others already.
+    """
+    model = config.model
+    with contextlib.suppress(OSError):
+        architecture = load_transformer_config(
+            model.pretrained_model_name_or_path, generator_ckpt=model.generator_ckpt, revision=model.revision
+        )
+        check_controls(architecture, config.data.control_column)
 
 
 def check_strategy(config: RunConfig, accelerator: Any) -> None:

@@ -47,6 +47,7 @@ from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
 from causal_wan.runs.metrics import summarize
 from causal_wan.runs.parts import (
     check_strategy,
+    check_takes_controls,
     fit_to_checkpoint,
     make_student,
     make_vae,
@@ -70,6 +71,7 @@ from causal_wan.training.setup import check_precision, make_accelerator, prepare
 from causal_wan.training.stopping import EXIT_STOPPED
 from causal_wan.training.strategies import beside_fp8, count_replicas, follow_settings
 from causal_wan.training.weights import ema_weights, gather_weights
+from causal_wan.weights.lora import check_is_no_lora
 from causal_wan.weights.transformer import check_generator_ckpt
 
 
@@ -178,9 +180,11 @@ def check_settings(config: RunConfig) -> RunConfig:
     """
     generator_ckpt = config.model.generator_ckpt
     if generator_ckpt is not None and not Path(generator_ckpt, "transformer").is_dir():
+        check_is_no_lora("generator_ckpt", generator_ckpt)
         check_is_no_checkpoint("generator_ckpt", generator_ckpt)
     check_generator_ckpt(generator_ckpt)
     clips = fit_to_checkpoint(config.data, config.model, generator_ckpt)
+    check_takes_controls(config)
     check_output_dir(config.training.output_dir, config.training.resume_from_checkpoint)
     resolve_trackers(config.training.report_to)
     check_precision(config.training.mixed_precision)

@@ -40,6 +40,11 @@ class RunConfig:
         check_waits_for_clips(self.data, self.training.dataloader_timeout)
         if self.cache_dir is not None:
             check_can_be_cached(self.data)
+        if self.model.control_learning_rate_scale != 1 and not self.data.control_column:
+            raise ValueError(
+                "control_learning_rate_scale is about the input layer of a student with controls; name their columns "
+                "with --control_column, or leave it out."
+            )
         if self.memory.quantize_base and not self.model.lora_rank:
             raise ValueError(
                 f"quantize_base {self.memory.quantize_base} freezes the base, so something else must be trained; add "

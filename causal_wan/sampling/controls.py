@@ -73,10 +73,15 @@ def prepare_controls(
     if control is None:
         return None
     names = tuple(pipeline.transformer.config.control_names or ())
+    if not isinstance(control, Mapping):
+        raise ValueError(
+            "control must name the control of each video, such as {'"
+            f"{next(iter(names), 'outline')}': frames}}, got {type(control).__name__}."
+        )
     if unknown := [name for name in control if name not in names]:
         raise ValueError(
             f"control must have names of controls that the student was trained with, {', '.join(names) or 'none'}, "
-            f"got {', '.join(unknown)}."
+            f"got {', '.join(map(str, unknown))}."
         )
     sources = {name: _frames_of(pipeline, video, name, shape, num_frames) for name, video in control.items()}
     return _encode_controls(pipeline, sources, names, shape)
@@ -89,7 +94,13 @@ def _frames_of(
     batch_size, height, width = shape
     if isinstance(video, Iterator):
         return (as_pixels(pipeline, [frame], height, width) for frame in video)
-    pixels = as_pixels(pipeline, video, height, width)
+    try:
+        pixels = as_pixels(pipeline, video, height, width)
+    except (ValueError, IndexError, TypeError, AttributeError) as error:  # of diffusers
+        raise ValueError(
+            f"control {name} must be frames in a form that diffusers' VideoProcessor takes, such as a list of PIL "
+            f"pictures, got {type(video).__name__} ({error})."
+        ) from error
     if len(pixels) not in (1, batch_size):
         raise ValueError(f"control {name} must be one video, or one for each of {batch_size}, got {len(pixels)}.")
     if num_frames is not None and pixels.shape[2] < num_frames:

@@ -35,6 +35,11 @@ def as_schedules(
     Raises:
         ValueError: If they are not valid, or do not go together with the prompts.
     """
+    if isinstance(changes, str) or not isinstance(changes, PromptSchedule | Sequence):
+        raise ValueError(
+            "prompt_schedule must be pairs of seconds and a prompt such as [(2.5, 'the cat jumps')], got "
+            f"{changes!r:.100}."
+        )
     is_one = isinstance(changes, PromptSchedule) or all(
         isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[1], str) for pair in changes
     )
@@ -167,6 +172,8 @@ def as_next_conditions(
         text = ask(middle / geometry.frame_rate)
         if text is None or text == current:
             return None
+        if not isinstance(text, str):
+            raise ValueError(f"a function as prompt_schedule must give a prompt, or None for no change, got {text!r}.")
         current = text
         (embeds,) = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, [text], max_sequence_length)
         padded = pad_prompt_embeds([embeds], max_sequence_length).to(conditions.prompt_embeds)

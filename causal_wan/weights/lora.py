@@ -47,6 +47,23 @@ def add_lora(
     cast_training_params(transformer, dtype=torch.float32)
 
 
+def check_is_no_lora(name: str, path: str | Path) -> None:
+    """Checks that what is to be whole weights is not the folder of a LoRA.
+
+    Args:
+        name: Of the setting.
+        path: Its value.
+
+    Raises:
+        ValueError: If it is; names the command that makes whole weights of it.
+    """
+    if (Path(path) / LORA_WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"{name} must be whole weights, got {path}, which is a LoRA; make them of it: python "
+            f"convert_checkpoint.py --input {path} --output {str(path).rstrip('/')}-whole --to pipeline"
+        )
+
+
 def save_lora(transformer: CausalWanTransformer3DModel, weights: dict[str, torch.Tensor], folder: str | Path) -> None:
     """Writes `pytorch_lora_weights.safetensors`, which stock `WanPipeline.load_lora_weights` takes.
 

@@ -29,6 +29,7 @@ from causal_wan.config.ranges import PositiveInt, checked_dataclass
 
 TOLERANCE = 2  # pixels
 NUM_FRAMES_SHOWN = 8
+NUM_COLOURS = 128  # of a contact sheet, a third of the bytes
 LABEL_WIDTH = 140  # pixels, before they are enlarged
 
 
@@ -97,7 +98,8 @@ def contact_sheet(groups: list[list[np.ndarray]], path: Path, labels: Sequence[s
             rows.append(np.concatenate(frames, axis=1))
         rows.append(np.full((5, rows[-1].shape[1], 3), 120, np.uint8))
     sheet = Image.fromarray(np.concatenate(rows[:-1]))
-    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.LANCZOS).save(path)
+    sheet = sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.LANCZOS)
+    sheet.quantize(NUM_COLOURS).save(path, optimize=True)
 
 
 def label_image(text: str, height: int) -> np.ndarray:

@@ -428,3 +428,15 @@ def test_a_rollout_under_autocast_attends_to_its_cache_without_copies(inputs, at
     assert types == {torch.bfloat16}
     assert len(attended) == 3 * 2 * 2 * len(model.blocks)  # blocks, passes, attention to the past and to the prompt
     assert num_memories == 2 * len(model.blocks)
+
+
+def test_causal_settings_are_changed_all_or_some_alone():
+    """As the code of a model card does."""
+    model = CausalWanTransformer3DModel(**TINY_TRANSFORMER)
+    model.set_causal_config(num_frame_per_block=3, local_attn_size=6)
+    model.set_causal_config(sink_size=2)
+    assert model.causal_config == CausalConfig(num_frame_per_block=3, local_attn_size=6, sink_size=2)
+    model.set_causal_config(CausalConfig(num_frame_per_block=1))
+    assert model.causal_config == CausalConfig(num_frame_per_block=1)
+    with pytest.raises(ValueError, match="local_attn_size must hold"):
+        model.set_causal_config(num_frame_per_block=7, local_attn_size=6)

@@ -239,6 +239,7 @@ def test_a_smaller_or_larger_control_of_the_same_picture_is_taken(controlled, tm
     ("settings", "message"),
     [
         ({"control_column": ("copy", "copy")}, "must name each column once"),
+        ({"control_column": ("video",)}, "must be other videos than the clips, got video"),
         ({"control_column": (), "control_dropout": 0.1}, "control_dropout is about controls"),
     ],
 )
@@ -485,6 +486,68 @@ def test_deepspeed_learns_what_one_process_does(write_recipe, settings, strategy
     assert (one - other).norm() < 1e-3 * one.norm()
 
 
+def test_what_cannot_begin_a_run_with_controls_is_said_at_once(write_recipe, settings, tmp_path, capsys):
+    """A LoRA is no whole weights; a student with controls takes no others; a resumed run is told to start anew."""
+    lora, adapters = write_recipe("lora", **{**settings, "lora_rank": 4, "max_train_steps": 2, "validation_steps": 0})
+    run_here(SCRIPT, "--config", lora)
+    run_here("convert_checkpoint.py", "--input", adapters, "--output", tmp_path / "whole", "--to", "pipeline")
+    capsys.readouterr()
+    changes = {"validation_steps": 0, "max_train_steps": 1, "generator_ckpt": str(adapters)}
+    path, _ = write_recipe("next", **{**settings, **changes})
+    cases = {
+        (): f"which is a LoRA; make them of it: python convert_checkpoint.py --input {adapters}",
+        ("--generator_ckpt", tmp_path / "whole", "--control_column", "copy"): "in their order, copy other, got copy",
+    }
+    for flags, message in cases.items():
+        with pytest.raises(SystemExit):
+            run_here(SCRIPT, "--config", path, "--dry_run", *flags)
+        out, err = capsys.readouterr()
+        assert message in err
+        assert "data  " not in out
+    run_here(SCRIPT, "--config", path, "--dry_run", "--generator_ckpt", tmp_path / "whole")
+    resumed, _ = write_recipe("lora", **{**settings, "lora_rank": 4, "resume_from_checkpoint": "latest"})
+    with pytest.raises(SystemExit):
+        run_here(SCRIPT, "--config", resumed, "--control_column", "copy")
+    message = capsys.readouterr().err
+    assert "start anew with another --output_dir" in message
+    assert "--generator_ckpt WEIGHTS" not in message
+
+
+def test_generation_says_which_controls_are_not_given(write_recipe, settings, controlled, tmp_path, capsys):
+    path, run = write_recipe(**{**settings, "max_train_steps": 1, "validation_steps": 0})
+    run_here(SCRIPT, "--config", path)
+    table = tmp_path / "p.csv"
+    table.write_text(f"prompt,copy,other\na,{controlled}/videos/6.mp4,none\nb,{controlled}/videos/6.mp4,\n")
+    capsys.readouterr()
+    run_here("generate.py", "--checkpoint", run, "--prompts_file", table, "--output", tmp_path / "videos")
+    said = "controls, other is not given for some videos, so they do without; none was left out"
+    assert said in capsys.readouterr().err
+    # a cell wins over the flag
+    flags = [
+        "--prompts_file",
+        table,
+        "--output",
+        tmp_path / "again",
+        "--control",
+        "none",
+        controlled / "videos" / "7.mp4",
+    ]
+    run_here("generate.py", "--checkpoint", run, *flags)
+    one, other = ((tmp_path / folder / "00.mp4").read_bytes() for folder in ("videos", "again"))
+    assert one == other
+    one, other = ((tmp_path / folder / "01.mp4").read_bytes() for folder in ("videos", "again"))
+    assert one != other
+    write_clip(tmp_path / "short.mp4", 0, num_frames=5)
+    for control, message in {
+        "missing.mp4": "control copy must be a file that decodes, but missing.mp4 does not exist (paths in a",
+        str(tmp_path / "short.mp4"): "control copy must have frames for the 17 of the video, but",
+    }.items():
+        flags = ["--prompt", "a", "--output", tmp_path / "a.mp4", "--control", control]
+        with pytest.raises(SystemExit):
+            run_here("generate.py", "--checkpoint", run, *flags)
+        assert message in capsys.readouterr().err
+
+
 # --- the pipeline ----------------------------------------------------------------------------------------------------
 
 
@@ -522,6 +585,9 @@ def test_a_call_takes_a_video_a_prompt_or_frames_as_they_come(pipeline, clips):
 @pytest.mark.parametrize(
     ("control", "message"),
     [
+        ([1, 2], "must name the control of each video, such as"),
+        ({"depth": []}, "control depth must be frames in a form"),
+        ({"depth": "clip.mp4"}, "control depth must be frames in a form"),
         ({"sketch": []}, "names of controls that the student was trained with, depth, got sketch"),
         ({"depth": [PIL.Image.new("RGB", (48, 32))] * 5}, "control depth must have the 13 frames of the video, got 5"),
         ({"depth": [[PIL.Image.new("RGB", (48, 32))] * 13] * 3}, "one video, or one for each of 1, got 3"),

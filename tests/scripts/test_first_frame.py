@@ -270,7 +270,7 @@ def test_a_student_that_was_trained_without_first_frames_says_so(write_recipe, t
     ("flags", "message"),
     [
         (["--image", "a.png", "--video", "b.mp4"], "give either --image or --video, and not both"),
-        (["--image", "no.png"], "image must be a file that decodes, got no.png"),
+        (["--image", "no.png"], "image must be a file that decodes, but no.png does not exist"),
     ],
 )
 def test_pictures_that_cannot_be_used_are_refused(checkpoint, tmp_path, flags, message, capsys):
