@@ -181,6 +181,29 @@ def test_the_control_of_a_block_changes_no_earlier_one(inputs, controls, per_blo
     assert not torch.allclose(one[:, :, start:], other[:, :, start:], atol=1e-3)
 
 
+@pytest.mark.parametrize(("per_block", "first"), BLOCKS)
+@torch.no_grad()
+def test_passes_with_a_cache_are_the_training_forward_block_by_block(inputs, controls, per_block, first):
+    transformer = make_student(num_frame_per_block=per_block, independent_first_frame=first)
+    lengths = transformer.block_lengths(F)
+    timesteps = torch.cat(
+        [
+            level.expand(B, length)
+            for level, length in zip(torch.linspace(900, 100, len(lengths)), lengths, strict=True)
+        ],
+        dim=1,
+    )
+    whole = transformer(**{**inputs, "timestep": timesteps}, control_latents=controls).sample
+    cache, start, parts = transformer.make_cache(B, F, H, W), 0, []
+    for length in lengths:
+        block = slice(start, start + length)
+        given = {"encoder_hidden_states": inputs["encoder_hidden_states"], "control_latents": controls[:, :, block]}
+        latents, level = inputs["hidden_states"][:, :, block], timesteps[:, start]
+        parts.append(transformer(latents, level, **given, cache=cache, start_frame=start).sample)
+        start += length
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize(("per_block", "first"), BLOCKS)
 @torch.no_grad()

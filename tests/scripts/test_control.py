@@ -22,6 +22,7 @@ from run_outputs import NEEDS_DEEPSPEED, metrics, weights
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from causal_wan.cache.tensor_cache import TensorCache
 from causal_wan.data.buckets import choose_bucket
 from causal_wan.data.clips import VideoDataset, load_videos, normalize_videos
 from causal_wan.data.rows import load_rows
@@ -305,6 +306,7 @@ def test_a_run_follows_its_controls_from_training_to_a_pipeline_of_its_own(
     path, run = write_recipe(**{**settings, **changes})
     run_here(SCRIPT, "--config", path)
     assert find_run(str(run)).data.control_column == ("copy", "other")
+    assert len(TensorCache(run / "cache" / "latents")) == 8  # of a clip, its copy and what it controls, one
     names = {"full": ["transformer"], "lora": ["pytorch_lora_weights.safetensors", "patch_embedding.safetensors"]}
     for name in names["lora" if lora_rank else "full"]:
         assert (run / name).exists()
@@ -403,6 +405,16 @@ def test_the_rate_of_the_input_layer_is_its_own(write_recipe, settings):
     controls = moved["patch_embedding.weight"][:, 16:].abs()
     assert controls.median() == pytest.approx(1e-2, rel=0.05)
     assert (moved["proj_out.weight"] - base["proj_out.weight"]).abs().median() == pytest.approx(1e-3, rel=0.05)
+
+
+def test_a_student_of_the_5b_layout_follows_controls_too(write_recipe, settings, checkpoint_5b, controlled, tmp_path):
+    changes = {"pretrained_model_name_or_path": str(checkpoint_5b), "width": 64, "max_train_steps": 1}
+    path, run = write_recipe(**{**settings, **changes})
+    run_here(SCRIPT, "--config", path)
+    assert weights(run)["patch_embedding.weight"].shape[1] == 3 * 48
+    flags = ["--prompt", "a ball", "--control", controlled / "videos" / "6.mp4", "--output", tmp_path / "a.mp4"]
+    run_here("generate.py", "--checkpoint", run, *flags)
+    assert len(decode(tmp_path / "a.mp4")) == 17
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "lora"])
