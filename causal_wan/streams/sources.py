@@ -28,6 +28,7 @@ from causal_wan.config.refusals import DataError
 from causal_wan.tables.prompt_schedules import Prompt, schedule_column
 from causal_wan.tables.prompts import prompts_of, prompts_or_schedule
 from causal_wan.tables.sources import (
+    TAR_SUFFIXES,
     Source,
     caption_columns,
     check_captions,
@@ -43,7 +44,7 @@ from causal_wan.video.paths import NO_BASE, resolve_path
 
 
 BUILDERS = {
-    ".tar": "webdataset",
+    **dict.fromkeys(TAR_SUFFIXES, "webdataset"),
     ".parquet": "parquet",
     ".jsonl": "json",
     ".ndjson": "json",
@@ -264,14 +265,15 @@ def _loading_arguments(source: Source) -> dict[str, Any]:
         ValueError: If it is nothing that can be streamed.
     """
     name = source.metadata_path
-    path, builder = Path(name), BUILDERS.get(Path(name).suffix.lower())
+    path = Path(name)
+    builder = next((kind for suffix, kind in BUILDERS.items() if name.lower().endswith(suffix)), None)
     if builder == "json" and path.is_file():
         check_is_utf_8(path)
     if builder and ("://" in name or path.is_file()):
         return {"path": builder, "data_files": name if "://" in name else glob.escape(name), "split": "train"}
     if path.is_dir():
-        for suffix, kind in BUILDERS.items():
-            if files := find_files(source, suffix):
+        for kind in dict.fromkeys(BUILDERS.values()):
+            if files := find_files(source, tuple(suffix for suffix, own in BUILDERS.items() if own == kind)):
                 for file in files if kind == "json" else ():
                     check_is_utf_8(Path(file))
                 return {"path": kind, "data_files": [glob.escape(file) for file in files], "split": "train"}

@@ -19,6 +19,7 @@ from causal_wan.tables.prompt_schedules import schedule_column
 from causal_wan.video.paths import resolve_path, visible_files
 
 
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 FILE_SUFFIXES = {*SUFFIXES, ".jsonl", ".ndjson", ".parquet"}
 
 
@@ -129,7 +130,12 @@ def check_captions(schema: pa.Schema, source: Source) -> None:
             )
 
 
-def find_files(source: Source, suffix: str) -> list[str]:
+def is_tar(path: str | Path) -> bool:
+    """Whether a file is a tar, or one that is compressed, by its name."""
+    return str(path).lower().endswith(TAR_SUFFIXES)
+
+
+def find_files(source: Source, suffixes: tuple[str, ...]) -> list[str]:
     """The files in the folder of a source, at any depth, whose names end in a suffix; in the order of their names.
 
     Raises:
@@ -137,7 +143,7 @@ def find_files(source: Source, suffix: str) -> list[str]:
     """
     folder = Path(source.metadata_path)
     names = visible_files(folder, follow_links=source.follow_links)
-    found = sorted(name for name in names if Path(name).suffix.lower() == suffix)
+    found = sorted(name for name in names if name.lower().endswith(suffixes))
     for name in found:
         try:
             resolve_path(name, folder, follow_links=source.follow_links)
@@ -148,7 +154,8 @@ def find_files(source: Source, suffix: str) -> list[str]:
 
 def is_hub_name(name: str) -> bool:
     """Whether a name can be that of a data set on the hub, and none of a file."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and Path(name).suffix.lower() not in FILE_SUFFIXES
+    is_file = Path(name).suffix.lower() in FILE_SUFFIXES or is_tar(name)
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not is_file
 
 
 # --- several tables --------------------------------------------------------------------------------------------------

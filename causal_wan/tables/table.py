@@ -24,6 +24,7 @@ from causal_wan.tables.files import read_csv, read_jsonl, read_pairs, read_parqu
 from causal_wan.tables.prompt_schedules import Prompt, schedule_column
 from causal_wan.tables.prompts import prompts_of, prompts_or_schedule
 from causal_wan.tables.sources import (
+    TAR_SUFFIXES,
     Source,
     caption_columns,
     check_captions,
@@ -31,6 +32,7 @@ from causal_wan.tables.sources import (
     check_suffix,
     find_files,
     is_hub_name,
+    is_tar,
     is_text,
 )
 from causal_wan.tables.tars import ERROR
@@ -182,8 +184,8 @@ def read_table(source: Source) -> Table:
         if is_saved_dataset(path):
             table = _read_data_set(_load_saved(source), source, [])
         else:
-            table = _read_tars(source) if any(path.glob("*.[tT][aA][rR]")) else _read_folder(source)
-    elif path.is_file() and path.suffix.lower() == ".tar":
+            table = _read_tars(source) if any(map(is_tar, os.listdir(path))) else _read_folder(source)
+    elif path.is_file() and is_tar(path):
         table = _read_tars(source)
     elif path.is_file():
         table = _read_file(source)
@@ -218,7 +220,7 @@ def _read_file(source: Source) -> Table:
     path = Path(source.metadata_path)
     readers = dict.fromkeys(SUFFIXES, read_csv)
     readers |= {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}
-    check_suffix(path, readers)
+    check_suffix(path, [*readers, *TAR_SUFFIXES])
     reader = readers[path.suffix.lower()]
     if source.dataset_base_path is None:
         raise ValueError(f"dataset_base_path must name the folder that the paths in {path} are relative to.")
@@ -247,7 +249,7 @@ def _load_saved(source: Source) -> Dataset:
 def _read_tars(source: Source) -> Table:
     """WebDataset tars, one or all in a folder; `datasets` keeps a copy of what is in them in its cache."""
     path = Path(source.metadata_path)
-    files = find_files(source, ".tar") if path.is_dir() else [str(path)]
+    files = find_files(source, TAR_SUFFIXES) if path.is_dir() else [str(path)]
     arguments = {"path": "webdataset", "data_files": [glob.escape(file) for file in files], "split": "train"}
     try:
         loaded = load_undecoded(arguments, source, streaming=False)

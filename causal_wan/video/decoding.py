@@ -6,6 +6,7 @@ Shapes: T = frames, height, width in pixels.
 import contextlib
 import functools
 import gc
+import itertools
 import operator
 import os
 from collections import Counter
@@ -18,7 +19,7 @@ from av.video.reformatter import ColorTrc
 
 from causal_wan.video.facts import NO_TRAITS, Traits, VideoFacts
 from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
-from causal_wan.video.opening import PictureError, Video, open_video
+from causal_wan.video.opening import PictureError, Video, find_opacity, open_video
 from causal_wan.video.packets import end_error, read_frames
 from causal_wan.video.pictures import read_picture
 from causal_wan.video.showing import display_matrix, is_mirrored, pixel_aspect, show_frame, shown_size
@@ -131,11 +132,21 @@ def _shown_frames(video: Video, limits: VideoLimits) -> Iterator[Callable[[], to
     try:
         with open_video(video, limits) as (container, stream):
             aspect, is_damaged = pixel_aspect(stream), False
-            for index, frame in enumerate(read_frames(container, stream, limits)):
+            frames = read_frames(container, stream, limits)
+            opacities = itertools.repeat(None)
+            if find_opacity(container, stream) is not None:
+                opacities = _read_opacities(video, limits)
+            for index, (frame, opacity) in enumerate(zip(frames, opacities, strict=False)):
                 is_damaged = frame.is_corrupt or (is_damaged and not frame.key_frame)
-                if is_damaged:
+                if is_damaged or (opacity is not None and opacity.is_corrupt):
                     yield functools.partial(_refuse_damaged, index)
                 else:
-                    yield functools.partial(show_frame, frame, aspect, limits)
+                    yield functools.partial(show_frame, frame, aspect, limits, opacity=opacity)
     except PictureError:
         yield functools.partial(read_picture, video, limits)
+
+
+def _read_opacities(video: Video, limits: VideoLimits) -> Iterator[av.VideoFrame]:
+    """Frames that say how opaque those of an AVIF are; another container reads them, as each goes through its file."""
+    with open_video(video, limits) as (container, stream):
+        yield from read_frames(container, find_opacity(container, stream), limits)

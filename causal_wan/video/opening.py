@@ -57,6 +57,7 @@ OTHERS = (  # what lies where a video should after a download that was not one
     ),
 )
 FORMATS = "mp4, mov, mkv, webm, avi, mpeg, ts, flv, ogg, gif, wmv or a picture"
+AVIF_BRANDS = ("avif", "avis")
 DISPOSITION = av.stream.Disposition
 NO_CLIPS = DISPOSITION.attached_pic | DISPOSITION.timed_thumbnails | DISPOSITION.dependent
 
@@ -132,8 +133,10 @@ def open_video(
                 stream = choose_stream(container)
                 if stream.codec_context is None:
                     raise ValueError("the video's codec is not known to FFmpeg")
-                stream.codec_context.options = pixels  # those of the container are not the decoder's
-                stream.thread_type = "AUTO"
+                opacity = find_opacity(container, stream)
+                for read in (stream,) if opacity is None else (stream, opacity):
+                    read.codec_context.options = pixels  # those of the container are not the decoder's
+                    read.thread_type = "AUTO"
                 _check_header(stream, limits)
                 yield container, stream
         except av.error.ExitError:
@@ -196,6 +199,19 @@ def choose_stream(container: av.container.InputContainer) -> av.video.stream.Vid
         pictures = ", only cover art or thumbnails" if container.streams.video else ""
         raise ValueError(f"the file has no video stream{pictures}")
     return max(streams, key=_rank)
+
+
+def find_opacity(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream
+) -> av.video.stream.VideoStream | None:
+    """The grey stream that says how opaque the pixels of an AVIF's stream are; None if there is none."""
+    brands = "".join(container.metadata.get(name, "") for name in ("major_brand", "compatible_brands"))
+    if not any(brand in brands for brand in AVIF_BRANDS):
+        return None
+    size = stream.frames, stream.height, stream.width
+    others = (other for other in container.streams.video if other.index > stream.index and other.codec_context)
+    greys = (other for other in others if (other.pix_fmt or "").startswith("gray"))
+    return next((grey for grey in greys if (grey.frames, grey.height, grey.width) == size), None)
 
 
 def _rank(stream: av.video.stream.VideoStream) -> tuple[bool, bool, bool, int]:

@@ -46,13 +46,16 @@ def _squared_width(width: int, aspect: Fraction) -> int:
     return max(1, round(width * aspect))
 
 
-def show_frame(frame: av.VideoFrame, aspect: Fraction, limits: VideoLimits) -> torch.Tensor:
+def show_frame(
+    frame: av.VideoFrame, aspect: Fraction, limits: VideoLimits, *, opacity: av.VideoFrame | None = None
+) -> torch.Tensor:
     """A frame as a player shows it, uint8 `(3, height, width)`, with the channels last in memory.
 
     Args:
         frame: As it was decoded.
         aspect: Width of its pixels by their height.
         limits: For the size with square pixels.
+        opacity: A grey frame of the same size, where a file has it as a stream of its own.
     """
     width = _squared_width(frame.width, aspect)
     scaling = {}
@@ -60,8 +63,10 @@ def show_frame(frame: av.VideoFrame, aspect: Fraction, limits: VideoLimits) -> t
         limits.check_pixels(frame.height, width)
         scaling = {"width": width, "height": frame.height, "interpolation": "BICUBIC"}
     has_alpha = any(component.is_alpha for component in frame.format.components)
-    pixels = lay_on_white(frame.to_ndarray(format="rgba" if has_alpha else "rgb24", **scaling))
-    return _turn(torch.from_numpy(pixels).movedim(-1, 0), display_matrix(frame))
+    pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", **scaling)
+    if opacity is not None:
+        pixels = np.dstack([pixels[..., :3], opacity.to_ndarray(format="gray", **scaling)])
+    return _turn(torch.from_numpy(lay_on_white(pixels)).movedim(-1, 0), display_matrix(frame))
 
 
 def lay_on_white(pixels: np.ndarray) -> np.ndarray:

@@ -16,6 +16,8 @@ MP4_BOXES = b"ftyp moov mdat free skip wide pnot styp uuid junk sidx moof".split
 INDICES = (b"moov", b"moof", b"meta")  # of a file, of a part of it, and of pictures
 EBML, SEGMENT = b"\x1aE\xdf\xa3", b"\x18S\x80g"
 ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+ASF_HEADER_BYTES = 1 << 16  # in which the properties of the file come
 RIFF_SLACK = 9  # some writers count the head, or padding
 ASF_EMPTY_BYTES = 50  # that data have which were written as they came
 FLV_BYTES = re.compile(rb"\0\x08filesize\0(.{8})", re.DOTALL)
@@ -161,6 +163,16 @@ def _asf_ends(file: BinaryIO, size: int) -> Iterator[int]:
             return
         position += length
         yield position
+
+
+def asf_seconds(file: BinaryIO) -> float:
+    """When pictures and sound of a wmv end, in seconds of their timestamps; 0 if its header does not say."""
+    file.seek(0)
+    properties = file.read(ASF_HEADER_BYTES).partition(ASF_PROPERTIES)[2]
+    if len(properties) < 72:
+        return 0.0
+    duration, _, preroll = struct.unpack_from("<3Q", properties, 48)
+    return max(0.0, duration / 10**7 - preroll / 1000)
 
 
 def _flv_bytes(file: BinaryIO) -> float:

@@ -8,7 +8,7 @@ read to be counted anyway.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -18,11 +18,12 @@ from causal_wan.video.facts import NO_TRAITS, Traits
 from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
 from causal_wan.video.opening import Video, open_video
 from causal_wan.video.packets import end_error, read_frames, read_packets
-from causal_wan.video.structure import is_cut, is_whole_frame
+from causal_wan.video.structure import asf_seconds, is_cut, is_whole_frame
 
 
 UNKNOWN_RATE = 16.0  # of files that neither state one nor have timestamps
 STATING_SIZES = ("matroska,webm", "avi", "asf", "flv", "ogg")  # containers of which `is_cut` knows; and mp4
+STATING_THEIR_OWN_DURATION = ("matroska,webm", "asf")  # FFmpeg may call it that of a stream
 STREAMED = ("mpegts", "mpeg")  # containers that state decoding times, and nothing of their end
 MAX_DELAY = 16  # frames that a decoder holds back at most, until those to be shown before them have come
 SLACK = 0.25  # of an interval: how far a frame may be off its place at a constant rate
@@ -95,12 +96,13 @@ def read_timing(
         if stamps and (packet.is_corrupt or not is_whole_frame(bytes(packet), container.format.name)):
             raise end_error(video, len(stamps) - 1)
     timing = time_frames(stamps, rate or UNKNOWN_RATE, float(stream.time_base), end=end)
-    if _lacks_late_frames(container, stamps) or not _is_complete(
-        container, stream, timing, _last_time(stamps, stream)
-    ):
-        with video.open("rb") as file:
-            if is_cut(file) or container.format.name in STREAMED:
-                raise end_error(video, len(stamps))
+    with video.open("rb") as file:
+        stated, last = _stated_seconds(container, stream, file), _last_time(stamps, stream)
+        lacks_frames = _lacks_late_frames(container, stamps) or not _is_complete(
+            container, stream, timing, last=last, stated=stated
+        )
+        if lacks_frames and (is_cut(file) or container.format.name in STREAMED):
+            raise end_error(video, len(stamps))
     limits.check_seconds((timing.num_frames - 1) / timing.frame_rate)
     return replace(timing, traits=timing.traits | traits)
 
@@ -117,8 +119,24 @@ def _end_of(entry: IndexEntry) -> int:
     return entry.pos + entry.size
 
 
+def _stated_seconds(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, file: BinaryIO
+) -> float:
+    """When the file ends as its header says, 0 if it says nothing."""
+    if container.format.name == "avi" and stream.average_rate:
+        return stream.frames / float(stream.average_rate)
+    if container.format.name == "asf":  # FFmpeg adds the first timestamp, and knows none of a file that was cut
+        return asf_seconds(file)
+    return (container.duration or 0) / av.time_base
+
+
 def _is_complete(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, timing: Timing, last: float
+    container: av.container.InputContainer,
+    stream: av.video.stream.VideoStream,
+    timing: Timing,
+    *,
+    last: float,
+    stated: float,
 ) -> bool:
     """Whether no frame is missing before the end that the header states; also where nothing can be said of that.
 
@@ -127,11 +145,11 @@ def _is_complete(
         stream: That is read.
         timing: Of its frames. Where the rate varies, some may be missing anywhere.
         last: Timestamp of the last, in seconds.
+        stated: Seconds at which the file ends, 0 where it does not say.
     """
     name, rate = container.format.name, float(stream.average_rate or timing.frame_rate)
     if name not in STATING_SIZES and ("mp4" not in name or stream.frames):
         return True
-    stated = stream.frames / rate if name == "avi" else (container.duration or 0) / av.time_base
     if name == "flv" and not stated:  # a recording that was killed, also within sound
         return True
     return "mp4" not in name and name != "ogg" and timing.times is None and 0 < stated <= last + 1.5 / rate
@@ -180,12 +198,16 @@ def _is_constant_by_header(stream: av.video.stream.VideoStream, rate: float) -> 
 
 
 def _end_by_header(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> float | None:
-    """When the last frame goes, in seconds of its timestamps; packets of an mp4 last until the next is decoded."""
+    """When the last frame goes, in seconds of its timestamps; packets of an mp4 last until the next is decoded.
+
+    A container that states how long it lasts itself, and not how long its streams do, may end with its sound.
+    """
+    if container.format.name in STATING_THEIR_OWN_DURATION:
+        is_of_stream = bool(container.duration) and len(container.streams) == 1
+        return container.duration / av.time_base if is_of_stream else None
     starts_by_edit_list = not stream.start_time  # else an mp4 states the time from its first frame to be decoded
     if stream.duration and (starts_by_edit_list or "mp4" not in container.format.name):
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
-    if container.duration and len(container.streams) == 1 and container.format.name.startswith("matroska"):
-        return container.duration / av.time_base
     return None
 
 

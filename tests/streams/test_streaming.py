@@ -456,7 +456,7 @@ def test_a_damaged_clip_is_reported_by_its_place(tmp_path):
     [
         ("nowhere.tar", "nowhere.tar, which does not exist"),
         ("rows.csv", "got .*rows.csv; a CSV is small, and read without --streaming"),
-        ("empty", "empty must hold .tar, .parquet, .jsonl, .ndjson files to be streamed, but has none"),
+        ("empty", "empty must hold .tar, .tar.gz, .*, .parquet, .jsonl, .ndjson files to be streamed, but has none"),
         ("bad.tar", "bad.tar could not be opened as a stream: .*bad.tar: it cannot be read as a tar: [^:]*$"),
         ("zip.tar", "zip.tar: it cannot be read as a tar: it is a zip archive"),
         ("marked.jsonl", "marked.jsonl must be text in UTF-8 to be streamed, but is in UTF-16"),

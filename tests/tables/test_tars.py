@@ -304,6 +304,33 @@ def test_a_table_of_tars_lists_bad_clips_by_their_names(folder, caplog):
     assert "(e.mp4): not a video that can be read" in caplog.text
 
 
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("ending", ["tar.gz", "tgz", "tar.bz2", "tbz2", "TAR.XZ", "txz"])
+def test_compressed_tars_are_tables_and_streams_by_their_names(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pack = next(pack for name, pack in PACKERS.items() if name[:2] in ending.lower()[-3:])
+    (tmp_path / "set").mkdir()
+    for number in range(2):
+        packed = pack(tar_of(pair(f"clip{number}", number)))
+        (tmp_path / "set" / f"{number}.{ending}").write_bytes(packed)
+    for path, prompts in ((tmp_path / "set", ["text 0", "text 1"]), (tmp_path / "set" / f"1.{ending}", ["text 1"])):
+        source = Source(metadata_path=str(path), **COLUMNS)
+        assert [row.prompts for row in read_table(source)] == [(prompt,) for prompt in prompts]
+        stream = open_stream(source)
+        rows = [row for file in range(stream.num_files) for row in stream.read_file(file)]
+        assert [row.prompts for row in rows] == [(prompt,) for prompt in prompts]
+
+
+def test_tars_are_among_the_tables_that_are_named_when_one_is_refused(tmp_path):
+    (tmp_path / "rows.csv.gz").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"a table must end in \.csv, .*\.parquet, \.tar, \.tar\.gz, .*got rows\.csv\.gz"
+    ):
+        read_table(Source(metadata_path=str(tmp_path / "rows.csv.gz"), dataset_base_path=str(tmp_path)))
+
+
 def test_a_table_of_tars_is_read_anew_when_a_tar_changes(folder):
     source = Source(metadata_path=str(folder / "0.tar"), **COLUMNS)
     assert len(read_table(source)) == 3

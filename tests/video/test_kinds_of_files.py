@@ -193,6 +193,19 @@ def test_what_can_be_seen_through_lies_on_white(tmp_path, ending):
     assert [frame[:, 24, x].tolist() for x in (10, 50, 70)] == [[255, 255, 255], [255, 127, 127], [255, 0, 0]]
 
 
+@pytest.mark.parametrize("num_frames", [1, 4])
+def test_an_avif_that_can_be_seen_through_lies_on_white(tmp_path, num_frames):
+    """FFmpeg gives the opacity as a stream of its own. The picture wanders to the left, and so must its opacity."""
+    pictures = [PIL.Image.fromarray(np.roll(see_through(), -10 * index, 1)) for index in range(num_frames)]
+    more = {"save_all": True, "append_images": pictures[1:], "duration": 80} if num_frames > 1 else {}
+    pictures[0].save(tmp_path / "a.avif", quality=100, **more)
+    assert probe_video(tmp_path / "a.avif", as_shown=True)[2:4] == (48, 80)
+    frames = decode_frames(tmp_path / "a.avif", torch.arange(num_frames))
+    for index, frame in enumerate(frames):
+        colours = torch.roll(frame, 10 * index, 2)[:, 24, [10, 50, 70]].T.flatten().tolist()
+        assert colours == pytest.approx([255, 255, 255, 255, 127, 127, 255, 0, 0], abs=8)
+
+
 @pytest.mark.parametrize("ending", ["png", "gif"])
 def test_palettes_with_an_invisible_colour_lie_on_white(tmp_path, ending):
     picture = PIL.Image.new("P", (80, 48), 0)
