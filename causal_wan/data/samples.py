@@ -58,7 +58,7 @@ class SampleStream(Dataset):
             prompt = choose_prompt(sample.pop("prompts"), self.config, seed=self.order.seed, number=number)
             drop_controls(sample, self.config, seed=self.order.seed, number=number)
             return {**sample, "prompt": prompt, "sample_number": number, "errors": errors}
-        raise DataError(f"{len(errors)} clips in a row did not decode; the last: {errors[-1]}")
+        raise DataError(f"{len(errors)} clips in a row did not decode; the last: {errors[-1].removesuffix('.')}.")
 
 
 def choose_prompt(
@@ -181,6 +181,7 @@ def check_bad_clips(errors: Sequence[str], limit: int) -> None:
     """
     if len(errors) > limit:
         raise DataError(
-            f"at most max_bad_samples={limit} clips may fail to decode, but {len(errors)} did, last: {errors[-1]}. "
+            f"at most max_bad_samples={limit} clips may fail to decode, but {len(errors)} did, last: "
+            f"{errors[-1].removesuffix('.')}. "
             "Repair or remove them, or raise --max_bad_samples."
         )

@@ -285,7 +285,9 @@ class StreamedClips(Dataset):
                     "lane_state": (lane, source, *place),
                 }
         reason = f"{len(errors)} clips in a row cannot be used" if errors else "all clips of a worker were left out"
-        raise DataError(f"{stream.metadata_path}: {reason}" + (f"; the last: {errors[-1]}" if errors else "."))
+        raise DataError(
+            f"{stream.metadata_path}: {reason}" + (f"; the last: {errors[-1].removesuffix('.')}." if errors else ".")
+        )
 
     def _choose_source(self, lane: int, position: int) -> int:
         if len(self.streams) == 1:

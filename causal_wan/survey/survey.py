@@ -18,6 +18,7 @@ from causal_wan.survey.kinds import FoundKind, find_kinds
 BLACK_LUMA = 8.0  # of 255; darker clips are called black
 STATIC_MOTION = 4.0  # of 255; clips whose looks differ by less everywhere are called static
 MAX_REASONS = 50
+LONE_NUMBER = re.compile(r"(?<![\w.-])(?<!JPEG )(?<!4k \+ )\d+([.,]\d+)*(?!\w)")
 NUM_BARS = 24
 ASPECTS = {"9:21": 9 / 21, "9:16": 9 / 16, "3:4": 3 / 4, "1:1": 1, "4:3": 4 / 3, "16:9": 16 / 9, "21:9": 21 / 9}
 
@@ -112,8 +113,8 @@ def group_equal(values: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
 
 
 def generalize(reason: str) -> str:
-    """A reason without what differs from file to file, for counting; nothing of it grows with the rows."""
-    return re.sub(r"\d+([.,]\d+)*", "…", re.sub(r"^/.*? (?=ends before)", "the file ", reason))[:200]
+    """A reason without what differs from file to file, for counting; names such as mp4 and JPEG 2000 stay."""
+    return re.sub(LONE_NUMBER, "…", re.sub(r"^/.*? (?=ends before)", "the file ", reason))[:200]
 
 
 def count_reason(reasons: Counter, reason: str) -> None:

@@ -385,6 +385,8 @@ def test_bars_of_a_histogram_have_round_edges_and_add_up():
 
 def test_reasons_are_counted_without_what_differs_from_file_to_file():
     assert generalize("5 frames, fewer than num_frames=81") == generalize("7 frames, fewer than num_frames=9")
+    kinds = "a JPEG 2000 picture and not mp4, H.264, UTF-8, h264 or 4k + 1, got 80.5 x 12, row 3."
+    assert generalize(kinds) == kinds.replace("80.5 x 12", "… x …").replace("row 3", "row …")
     assert generalize("/a b/1.mp4 ends before frame 30, which") == "the file ends before frame …, which"
 
 
