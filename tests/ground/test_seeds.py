@@ -6,9 +6,9 @@ from causal_wan.seeds import RandomPurpose, noise_generator, seed_sequence, seed
 
 def test_streams_keep_their_numbers():
     """A run of before would go on with other draws."""
-    names = ("ORDER", "CLIP", "NOISE", "CAPTION", "BUCKET", "SOURCE", "FILE", "WINDOW", "TRAJECTORY")
+    names = ("ORDER", "CLIP", "NOISE", "CAPTION", "BUCKET", "SOURCE", "FILE", "WINDOW", "TRAJECTORY", "CONTROL")
     assert [stream.name for stream in RandomPurpose] == list(names)
-    assert [stream.value for stream in RandomPurpose] == list(range(9))
+    assert [stream.value for stream in RandomPurpose] == list(range(10))
 
 
 def test_each_purpose_spawns_from_the_seed():
