@@ -79,7 +79,7 @@ def _look_at_first_frame(video: Video, limits: VideoLimits) -> tuple[tuple[int, 
         aspect = pixel_aspect(stream)
         frame = next(read_frames(container, stream, limits), None)
         if frame is None:
-            raise end_error(video, 0)
+            raise end_error(video, 0, who="is the first")
         traits = Traits.MIRRORED if is_mirrored(display_matrix(frame)) else NO_TRAITS
         traits |= Traits.INTERLACED if frame.interlaced_frame else NO_TRAITS
         traits |= Traits.HIGH_DYNAMIC_RANGE if frame.color_trc in HDR_TRANSFERS else NO_TRAITS
@@ -117,7 +117,7 @@ def decode_frames(
                 frames += [transform(show()).movedim(0, -1)] * wanted[index]
             if len(frames) == len(indices):
                 return torch.stack(frames).movedim(-1, 1)
-    raise end_error(video, int(indices[-1]))
+    raise end_error(video, int(indices[-1]), who="is wanted of it")
 
 
 def _refuse_damaged(index: int) -> NoReturn:

@@ -21,6 +21,8 @@ from causal_wan.video.structure import check_has_index, is_cut, is_motion_jpeg, 
 
 # FFmpeg may also read playlists and lists of files; containers that hold their own pictures are all a clip needs.
 CONTAINERS = "matroska,webm,avi,mpeg,mpegts,flv,ogg,gif,asf,m4v,h264,hevc"
+STREAMED = ("mpegts", "mpeg")  # containers that state decoding times, and nothing of their end
+ENDLESS = (*STREAMED, "h264", "hevc", "m4v", "mjpeg")  # all that state nothing of their end
 VIDEO_SUFFIXES = {
     *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".flv", ".wmv", ".asf"),
     *(".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".ogv", ".ogm", ".gif"),
@@ -136,7 +138,8 @@ def open_video(
                 opacity = find_opacity(container, stream)
                 for read in (stream,) if opacity is None else (stream, opacity):
                     read.codec_context.options = pixels  # those of the container are not the decoder's
-                    read.thread_type = "AUTO"
+                    # Threads of a frame each may give one out before they see that it is torn, as the last may be.
+                    read.thread_type = "SLICE" if container.format.name in ENDLESS else "AUTO"
                 _check_header(stream, limits)
                 yield container, stream
         except av.error.ExitError:

@@ -5,6 +5,7 @@ The header of an mp4 lists when each frame is decoded, so a constant rate costs 
 read to be counted anyway.
 """
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from av.index import IndexEntry
 
 from causal_wan.video.facts import NO_TRAITS, Traits
 from causal_wan.video.limits import DEFAULT_LIMITS, VideoLimits
-from causal_wan.video.opening import Video, open_video
+from causal_wan.video.opening import ENDLESS, STREAMED, Video, open_video
 from causal_wan.video.packets import end_error, read_frames, read_packets
 from causal_wan.video.structure import asf_seconds, is_cut, is_whole_frame
 
@@ -24,7 +25,6 @@ from causal_wan.video.structure import asf_seconds, is_cut, is_whole_frame
 UNKNOWN_RATE = 16.0  # of files that neither state one nor have timestamps
 STATING_SIZES = ("matroska,webm", "avi", "asf", "flv", "ogg")  # containers of which `is_cut` knows; and mp4
 STATING_THEIR_OWN_DURATION = ("matroska,webm", "asf")  # FFmpeg may call it that of a stream
-STREAMED = ("mpegts", "mpeg")  # containers that state decoding times, and nothing of their end
 MAX_DELAY = 16  # frames that a decoder holds back at most, until those to be shown before them have come
 SLACK = 0.25  # of an interval: how far a frame may be off its place at a constant rate
 
@@ -88,20 +88,22 @@ def read_timing(
     elif _is_constant_by_header(stream, rate):
         return Timing(stream.frames, rate)
     else:
-        stamps = []
+        stamps, tail = [], []
         for packet in itertools.chain(first, packets):
             if not packet.is_discard:
                 stamps.append(Stamp(packet.pts, packet.dts, packet.duration))
                 limits.check_frames(len(stamps))
-        if stamps and (packet.is_corrupt or not is_whole_frame(bytes(packet), container.format.name)):
+            tail = [packet] if packet.is_keyframe or container.format.name not in ENDLESS else [*tail, packet]
+        is_torn = bool(stamps) and not is_whole_frame(bytes(packet), container.format.name)
+        if container.format.name in ENDLESS:
+            whole = _whole_stamps(stamps, int(is_torn) or _count_torn(stream, tail), container.format.name)
+            stamps, end = whole, end if len(whole) == len(stamps) else None
+        elif is_torn or (stamps and packet.is_corrupt):
             raise end_error(video, len(stamps) - 1)
     timing = time_frames(stamps, rate or UNKNOWN_RATE, float(stream.time_base), end=end)
     with video.open("rb") as file:
         stated, last = _stated_seconds(container, stream, file), _last_time(stamps, stream)
-        lacks_frames = _lacks_late_frames(container, stamps) or not _is_complete(
-            container, stream, timing, last=last, stated=stated
-        )
-        if lacks_frames and (is_cut(file) or container.format.name in STREAMED):
+        if not _is_complete(container, stream, timing, last=last, stated=stated) and is_cut(file):
             raise end_error(video, len(stamps))
     limits.check_seconds((timing.num_frames - 1) / timing.frame_rate)
     return replace(timing, traits=timing.traits | traits)
@@ -160,14 +162,48 @@ def _last_time(stamps: Sequence[Stamp], stream: av.video.stream.VideoStream) -> 
     return float(max((time for time in times if time is not None), default=0) * stream.time_base)
 
 
-def _lacks_late_frames(container: av.container.InputContainer, stamps: Sequence[Stamp]) -> bool:
-    """Whether frames are decoded at even steps, but some to be shown before the last one have not come."""
-    decoded = [stamp.dts for stamp in stamps]
+def _count_torn(stream: av.video.stream.VideoStream, tail: Sequence[av.Packet]) -> int:
+    """How many frames at the end are damaged because the packet that came last is torn; 0 if others are damaged too.
+
+    Args:
+        stream: That the packets are of; nothing of it was decoded.
+        tail: The packets from the last key frame on.
+    """
+    num_torn, num_shown = _count_damaged(stream, tail)
+    gives_none = num_shown == len(tail) - 1
+    if len(tail) == 1:
+        return num_torn + gives_none
+    if num_torn or gives_none:
+        stream.codec_context.flush_buffers()
+        others, num_others = _count_damaged(stream, tail[:-1])
+        num_torn = 0 if others else num_torn + (gives_none and num_others == num_shown)
+    return num_torn
+
+
+def _count_damaged(stream: av.video.stream.VideoStream, packets: Sequence[av.Packet]) -> tuple[int, int]:
+    """Frames from the first damaged one on, and all; those shown before the key frame lean on others."""
+    frames = []
+    for packet in [*packets, None]:
+        with contextlib.suppress(av.FFmpegError):  # then it gives none
+            frames += stream.codec_context.decode(packet)
+    shown = itertools.dropwhile(lambda frame: not frame.key_frame, frames)
+    return sum(1 for _ in itertools.dropwhile(lambda frame: not frame.is_corrupt, shown)), len(frames)
+
+
+def _whole_stamps(stamps: Sequence[Stamp], num_torn: int, container: str) -> list[Stamp]:
+    """Those of frames that are whole, at the end of a file: it may also lack some to be shown before the last ones."""
     shown = [stamp.pts for stamp in stamps]
-    if container.format.name not in STREAMED or len(stamps) < 2 or None in decoded or None in shown:
-        return False
-    steps, late_steps = np.diff(decoded), np.diff(sorted(shown)[-MAX_DELAY:])
-    return steps.min() > 0 and steps.max() < 1.5 * steps.min() and late_steps.max() >= 1.5 * steps.max()
+    decoded = [stamp.dts for stamp in stamps]
+    begins_anew = None not in decoded and bool((np.diff(decoded) < 0).any())
+    if None in shown or begins_anew:
+        return list(stamps[: len(stamps) - num_torn])
+    kept = sorted(shown)[: len(stamps) - num_torn]
+    if container in STREAMED and len(stamps) > 1 and None not in decoded:
+        steps, start = np.diff(decoded), max(len(kept) - MAX_DELAY, 0)
+        late_steps = np.diff(kept[start:])
+        if steps.min() > 0 and steps.max() < 1.5 * steps.min() and (late_steps >= 1.5 * steps.max()).any():
+            kept = kept[: start + 1 + int(np.argmax(late_steps >= 1.5 * steps.max()))]
+    return [stamp for stamp in stamps if kept and stamp.pts <= kept[-1]]
 
 
 def _has_leading_frames(first: Sequence[av.Packet]) -> bool:
