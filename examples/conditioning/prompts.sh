@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Prompts along the video, on sketches whose colour changes while they are drawn: the table of docs/conditioning.md.
-#   ./examples/conditioning/prompts.sh              # one seed; two trainings of about ten minutes
-#   SEEDS="0 1 2" ./examples/conditioning/prompts.sh
-# Trains two students: one on clips with a prompt_schedule, one on the same drawings without a change. Each is given the
-# held-out schedules, with and without recache, the first prompt alone, and a wrong second colour.
+# Prompts along the video, on sketches whose colour changes while they are drawn: the table and the contact sheet of
+# examples/conditioning/README.md.
+#   ./examples/conditioning/prompts.sh              # three seeds; a training takes about ten minutes
+#   SEEDS=0 STUDENTS="schedules plain" ./examples/conditioning/prompts.sh
+# Trains students on clips with a prompt_schedule, or, as `plain`, on the same drawings without a change. Each is given
+# the held-out schedules, with and without recache, the first prompt alone, and a wrong second colour.
 # Further arguments are flags of the training script. After an interruption run the same command again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 OUTPUT_DIR="${OUTPUT_DIR:-outputs/prompts}"
-SEEDS="${SEEDS:-0}"
-STUDENTS="${STUDENTS:-schedules plain}"
+SEEDS="${SEEDS:-0 1 2}"
+STUDENTS="${STUDENTS:-schedules}" # and plain
 DATASET_FLAGS="${DATASET_FLAGS:-}" # of prompts_dataset.py
 export ACCELERATE_USE_CPU="${ACCELERATE_USE_CPU:-true}"
 data="$OUTPUT_DIR/data" samples=()
