@@ -1,5 +1,7 @@
 """Prompts: those of a cell of a table, and those of a file of its own."""
 
+import ast
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,13 +47,14 @@ def prompts_of(cell: str | Sequence[str | None] | None, *, has_json: bool = Fals
 
     Args:
         cell: A text, or a list of them.
-        has_json: Whether a text that is a JSON list of texts stands for these.
+        has_json: Whether a text that is a list of texts stands for these: as JSON, or as pandas writes lists.
     """
     if has_json and isinstance(cell, str) and cell.lstrip().startswith("["):
-        try:
-            parsed = json.loads(cell)
-        except ValueError:
-            parsed = None  # a prompt that begins with a bracket
+        parsed = None  # a prompt that begins with a bracket
+        for parse in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                parsed = parse(cell.strip())
+                break
         if isinstance(parsed, list) and all(isinstance(text, str) for text in parsed):
             cell = parsed
     for text in [cell] if isinstance(cell, str) else cell or ():

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from causal_wan.tables.prompts import count_blank, read_prompt_rows, read_prompts_file
+from causal_wan.tables.prompts import count_blank, prompts_of, read_prompt_rows, read_prompts_file
 from causal_wan.tables.sources import check_suffix
 
 
@@ -121,3 +121,19 @@ def test_what_is_no_file_is_named(tmp_path):
     for path, there in ((tmp_path, "is none"), (tmp_path / "nowhere.txt", "does not exist")):
         with pytest.raises(ValueError, match=f"prompts_file must be a text or CSV file, but {path} {there}"):
             read_prompts_file(str(path))
+
+
+@pytest.mark.parametrize(
+    ("cell", "prompts"),
+    [
+        ("['one', \"it's two\"]", ["one", "it's two"]),
+        ('["one", "two"]', ["one", "two"]),
+        ("[one, two]", ["[one, two]"]),
+        ("[1, 2]", ["[1, 2]"]),
+        ("[__import__('os')]", ["[__import__('os')]"]),
+        ("[wide shot] a cat", ["[wide shot] a cat"]),
+        ("[" * 5000, ["[" * 5000]),
+    ],
+)
+def test_lists_that_pandas_has_written_are_several_prompts(cell, prompts):
+    assert list(prompts_of(cell, has_json=True)) == prompts
