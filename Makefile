@@ -51,7 +51,7 @@ mutants: .venv/installed-tests
 	$(PYTHON) -m pip install --quiet "mutmut>=3.8"
 	rm -rf $(MUTATED)
 	mkdir -p $(MUTATED)
-	cp -r causal_wan tests pyproject.toml $(MUTATED)
+	cp -r causal_wan tests dataset_utils.py pyproject.toml $(MUTATED)
 	cd $(MUTATED) && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(CURDIR)/$(PYTHON) -m mutmut run --max-children 2 $(MUTANTS)
 	cd $(MUTATED) && for name in $$($(CURDIR)/$(PYTHON) -m mutmut results | grep -E "survived|no tests" | cut -d : -f 1); do \
 		$(CURDIR)/$(PYTHON) -m mutmut show $$name; done
