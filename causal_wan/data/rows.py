@@ -224,10 +224,10 @@ def check_row(
         OSError: If the file cannot be read.
         av.FFmpegError: If it is no video.
     """
-    find_video(row, manifest)
+    found = find_video(row, manifest)
     if not row.prompts:
         raise ValueError("the prompt is empty")
-    checked = _check_video(row, config, source=source, manifest=manifest, as_shown=as_shown)
+    checked = _check_video(row, found, config, source=source, manifest=manifest, as_shown=as_shown)
     check_length(checked, min_num_frames(config), config)
     check_schedules(checked)
     controls = []
@@ -236,7 +236,8 @@ def check_row(
             if video is None or (isinstance(video, str) and not video.strip()):
                 raise ValueError("the cell is empty; give each clip a video, or leave the row out")
             of_control = replace(row, video=video, prompts=(), controls=())
-            control = _check_video(of_control, config, source=source, manifest=manifest, as_shown=as_shown)
+            found = find_video(of_control, manifest)
+            control = _check_video(of_control, found, config, source=source, manifest=manifest, as_shown=as_shown)
             controls.append(match_control(control, checked, config.limits))
         except (ValueError, OSError, av.FFmpegError) as error:
             raise ValueError(f"its control {name}, {video or 'no path'}: {describe_error(error)}") from error
@@ -244,10 +245,16 @@ def check_row(
 
 
 def _check_video(
-    row: TableRow, config: DataConfig, *, source: int, manifest: FileManifest | None, as_shown: bool
+    row: TableRow,
+    found: tuple[Path | EmbeddedVideo, FileFacts | None],
+    config: DataConfig,
+    *,
+    source: int,
+    manifest: FileManifest | None,
+    as_shown: bool,
 ) -> Row:
-    """The video of a row by what is known of its file, whatever its length; arguments and errors as in `check_row`."""
-    video, known = find_video(row, manifest)
+    """The video of a row, whatever its length, from `find_video`; other arguments and errors as in `check_row`."""
+    video, known = found
     if known is not None and known.traits is None and (isinstance(video, EmbeddedVideo) or video.exists()):
         known = known.with_facts(probe_video(video, limits=config.limits, as_shown=True))
         manifest.add([known])
