@@ -148,9 +148,9 @@ from causal_wan.results.run_record import RunRecord, base_of, find_run
 from causal_wan.results.student import (
     SamplingSettings,
     choose_device,
+    choose_settings,
     find_layout,
     load_student,
-    resolve_settings,
 )
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.prompt_changes import embed_frame_prompts
@@ -216,21 +216,6 @@ def main(config: Config) -> None:
     if export is not None:
         export.write(partial(sample_for_vbench, settings, config, student.to(device)), student.geometry.frame_rate)
         print(f"vbench    {export.folder / 'videos'}")
-
-
-def choose_settings(config: Config, run: RunRecord | None) -> SamplingSettings:
-    """What is given, else the run's settings, else WAN's own."""
-    return resolve_settings(
-        run,
-        student=config.checkpoint,
-        num_frames=config.num_frames,
-        height=config.height,
-        width=config.width,
-        denoising_step_list=config.denoising_step_list,
-        num_inference_steps=config.num_inference_steps,
-        timestep_shift=config.timestep_shift,
-        sampler=config.sampler,
-    )
 
 
 def print_figures(measured: dict[str, Any], heldout_loss: dict[str, Any]) -> None:

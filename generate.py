@@ -173,9 +173,9 @@ from causal_wan.results.student import (
     Layout,
     SamplingSettings,
     choose_device,
+    choose_settings,
     find_layout,
     load_student,
-    resolve_settings,
 )
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.sampling.prompt_changes import check_has_blocks
@@ -201,7 +201,7 @@ def main(config: Config) -> None:
         check_output(config)
         check_loras(config.lora)
         run = find_run(config.checkpoint, config.pretrained_model_name_or_path)
-        settings = choose_settings(config, run)
+        settings = choose_settings(config, run, kv_cache_dtype=config.kv_cache_dtype)
         layout = find_layout(config.checkpoint, run, **causal_settings(config))
         wanted = with_controls(wanted, config, layout.control_names)
         layout.check_size(settings)
@@ -237,22 +237,6 @@ def main(config: Config) -> None:
     if state.is_main_process:
         print(f"{len(wanted)} video(s): {config.output}")
     state.destroy_process_group()
-
-
-def choose_settings(config: Config, run: RunRecord | None) -> SamplingSettings:
-    """What is given, else the run's settings, else WAN's own."""
-    return resolve_settings(
-        run,
-        student=config.checkpoint,
-        num_frames=config.num_frames,
-        height=config.height,
-        width=config.width,
-        denoising_step_list=config.denoising_step_list,
-        num_inference_steps=config.num_inference_steps,
-        timestep_shift=config.timestep_shift,
-        sampler=config.sampler,
-        kv_cache_dtype=config.kv_cache_dtype,
-    )
 
 
 def causal_settings(config: Config) -> dict[str, int | None]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,12 @@ from causal_wan.weights.lora import LORA_WEIGHTS_NAME, load_lora
 from causal_wan.weights.parts import DTYPES, check_text_parts, load_vae
 from causal_wan.weights.transformer import load_transformer, load_transformer_config
 from causal_wan.weights.wan_names import readable
+
+
+# Those of `resolve_settings` that every script that samples lets its user give.
+GIVEN_SETTINGS = (
+    *("num_frames", "height", "width", "denoising_step_list", "num_inference_steps", "timestep_shift", "sampler"),
+)
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,21 @@ def resolve_settings(
         sampler=sampler,
         kv_cache_dtype=kv_cache_dtype or (MemoryConfig.kv_cache_dtype if run is None else run.kv_cache_dtype),
     )
+
+
+def choose_settings(config: Any, run: RunRecord | None, **more: Any) -> SamplingSettings:
+    """`resolve_settings` of a script whose config has the fields of the same names, and `checkpoint` for the student.
+
+    Args:
+        config: Of the script.
+        run: From `find_run`.
+        more: Further settings of `resolve_settings`.
+
+    Raises:
+        ValueError: As `resolve_settings` does.
+    """
+    given = {name: vars(config)[name] for name in GIVEN_SETTINGS}
+    return resolve_settings(run, student=config.checkpoint, **given, **more)
 
 
 def find_layout(student: str, run: RunRecord | None, **causal: int | None) -> Layout:
