@@ -18,6 +18,7 @@ from diffusers.image_processor import PipelineImageInput
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.text import encode_prompts, pad_prompt_embeds, warn_of_cut_prompts
 from causal_wan.model.vae import check_video_size, encode_videos
+from causal_wan.sampling.controls import fit_picture
 from causal_wan.sampling.prompt_changes import PromptChanges, as_schedules, embed_schedules
 from causal_wan.sampling.rollout import Rollout
 
@@ -129,17 +130,8 @@ def _pixels_of_image(pipeline: WanPipeline, image: PipelineImageInput, height: i
     """Pictures `(B, 3, height, width)` in [-1, 1]; PIL images are turned as they say, scaled and cut as clips are."""
     pictures = [image] if isinstance(image, PIL.Image.Image) else image
     if isinstance(pictures, list | tuple) and all(isinstance(each, PIL.Image.Image) for each in pictures):
-        upright = [_lay_on_white(PIL.ImageOps.exif_transpose(each)) for each in pictures]
-        pictures = [PIL.ImageOps.fit(each, (width, height)) for each in upright]
+        pictures = [fit_picture(PIL.ImageOps.exif_transpose(each), height, width) for each in pictures]
     return pipeline.video_processor.preprocess(pictures, height=height, width=width)
-
-
-def _lay_on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """A picture without what can be seen through, as clips are shown."""
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    white = PIL.Image.new("RGBA", picture.size, "white")
-    return PIL.Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
 
 
 def as_on_step_end(

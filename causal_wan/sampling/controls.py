@@ -118,10 +118,18 @@ def as_pixels(pipeline: WanPipeline, video: Any, height: int, width: int) -> tor
     """
     is_list = isinstance(video, list | tuple)
     if is_list and video and all(isinstance(frame, PIL.Image.Image) for frame in video):
-        video = [PIL.ImageOps.fit(frame.convert("RGB"), (width, height)) for frame in video]
+        video = [fit_picture(frame, height, width) for frame in video]
     elif is_list and video and all(isinstance(frames, list | tuple) for frames in video):
         return torch.cat([as_pixels(pipeline, frames, height, width) for frames in video])
     return pipeline.video_processor.preprocess_video(video, height=height, width=width)
+
+
+def fit_picture(picture: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
+    """A picture scaled and cut to a size in pixels, and laid on white where it can be seen through, as clips are."""
+    if picture.has_transparency_data:
+        white = PIL.Image.new("RGBA", picture.size, "white")
+        picture = PIL.Image.alpha_composite(white, picture.convert("RGBA"))
+    return PIL.ImageOps.fit(picture.convert("RGB"), (width, height))
 
 
 def _encode_controls(

@@ -29,6 +29,7 @@ from causal_wan.data.rows import load_rows
 from causal_wan.data.settings import ClipShape, DataConfig
 from causal_wan.model.vae import encode_videos
 from causal_wan.results.run_record import find_run
+from causal_wan.sampling.controls import as_pixels
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.streams.clips import StreamDecoder
 from causal_wan.streams.sources import open_stream
@@ -592,6 +593,14 @@ def test_a_call_takes_a_video_a_prompt_or_frames_as_they_come(pipeline, clips):
     both = pipeline(["a ball"] * 2, control={"depth": [frames, others]}, generator=generators, **CALL).frames
     assert_close(both[:1], whole, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(both[1:], whole, atol=1e-3)
+
+
+def test_what_can_be_seen_through_of_a_control_is_white(pipeline):
+    pixels = np.full((32, 48, 4), (200, 120, 30, 255), np.uint8)
+    pixels[:, :24, 3] = 0
+    frames = as_pixels(pipeline, [PIL.Image.fromarray(pixels)], 32, 48)[0, :, 0]
+    assert frames[:, 16, 10].tolist() == [1, 1, 1]
+    assert frames[:, 16, 40].tolist() == pytest.approx([200 / 127.5 - 1, 120 / 127.5 - 1, 30 / 127.5 - 1])
 
 
 @pytest.mark.parametrize(
