@@ -74,7 +74,8 @@ def run_training(
     settings=None,
     on_prepare=lambda batch: None,
     roles=(STUDENT,),
-    turn=lambda step: STUDENT,
+    turns=lambda step: (STUDENT,),
+    role_rates=None,
 ):
     """Fits y = 3 x of numbers modulo 7, with every third number masked out of the loss."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -95,13 +96,14 @@ def run_training(
         loss = torch.where(batch.mask, errors, 0.0).sum() / num_items
         return loss, {"count": batch.mask.sum().double()}
 
-    run = prepare_run(accelerator, training, {role: Line() for role in roles}, settings=settings)
+    models = {role: Line() for role in roles}
+    run = prepare_run(accelerator, training, models, settings=settings, role_rates=role_rates)
     run.is_complete = train(
         run,
         make_dataloader=lambda start, end, step: DataLoader(Numbers(start, end), batch_size=training.train_batch_size),
         prepare_batch=prepare_batch,
         losses=dict.fromkeys(roles, compute_loss),
-        turn=turn,
+        turns=turns,
         summarize=lambda sums: {"count": float(sums["count"])},
         validate=validate,
         save_result=save_result,

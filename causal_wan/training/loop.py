@@ -7,7 +7,7 @@ learned.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from causal_wan.records.metrics import STUDENT, StepLog, Sums
 from causal_wan.records.trackers import CaptionedVideo
 from causal_wan.training.profiling import StepProfiler
 from causal_wan.training.run import Run
-from causal_wan.training.steps import ComputeLoss, PreparedBatch, prepare_passes, train_step
+from causal_wan.training.steps import ComputeLoss, PreparedBatch, prepare_passes, take_turns
 from causal_wan.training.stopping import StopRequest
 from causal_wan.training.validation_runs import ValidationRuns, is_due
 
@@ -35,7 +35,7 @@ def train(
     make_dataloader: Callable[..., DataLoader],
     prepare_batch: Callable[[Any], PreparedBatch],
     losses: Mapping[str, ComputeLoss],
-    turn: Callable[[int], str] = lambda step: STUDENT,
+    turns: Callable[[int], Sequence[str]] = lambda step: (STUDENT,),
     summarize: Callable[[Sums], dict[str, float]],
     validate: Callable[[torch.nn.Module, int], tuple[dict[str, float], dict[str, CaptionedVideo]]] | None = None,
     before_checkpoint: Callable[[], None] | None = None,
@@ -54,8 +54,8 @@ def train(
         prepare_batch: A batch of the loader, on the host -> what the losses take, on the device. No gradients.
         losses: Role of each trainee -> its loss. (wrapped model, prepared batch, num_items of the whole step over all
             processes) -> (this batch's share: a sum over its elements divided by that number, sums to log).
-        turn: Number of steps that are done -> role of what the next one trains. It must depend on nothing else, or a
-            resumed run would take other turns.
+        turns: Number of steps that are done -> roles of what the next one trains, one after the other, on the same
+            batches. It must depend on nothing else, or a resumed run would take other turns.
         summarize: Sums over processes and steps -> metrics.
         validate: (unwrapped model with the weights of the result, step) -> (metrics, mp4 files by name). Called
             on every process.
@@ -97,8 +97,7 @@ def train(
         while state.step < config.max_train_steps and not stop.agreed:
             prepared = prepare_passes(batches, prepare_batch, config.gradient_accumulation_steps, log, profiler)
             with log.timed("compute"):
-                role = turn(state.step)
-                train_step(run, role, prepared, losses[role], stop=stop, profiler=profiler)
+                take_turns(run, turns(state.step), prepared, losses, stop=stop, profiler=profiler)
             profiler.end_step()
             log.count_step(num_tokens=sum(batch.num_tokens for batch in prepared))
             state.num_samples += samples_per_step

@@ -34,7 +34,7 @@ from causal_wan.processes import wait_for_all
 from causal_wan.progress import announced
 from causal_wan.records.checkpoint_weights import checkpoint_trainable_weights_only
 from causal_wan.records.checkpoints import find_checkpoint
-from causal_wan.records.metrics import MetricSums
+from causal_wan.records.metrics import STUDENT, MetricSums
 from causal_wan.records.tracker_libraries import resolve_trackers, start_each
 from causal_wan.records.trackers import Trackers, identify_run
 from causal_wan.training.resuming import optimizer_settings, resume
@@ -159,6 +159,7 @@ def prepare_run(
     settings: dict[str, Any] | None = None,
     *,
     rate_scales: Mapping[str, float] | None = None,
+    role_rates: Mapping[str, float] | None = None,
 ) -> Run:
     """A run of models that are to be trained, prepared by accelerate and, when the config says so, resumed.
 
@@ -169,13 +170,25 @@ def prepare_run(
         trackers: From `start_trackers`; without them metrics.jsonl is all that is written.
         settings: Of the whole run, as a recipe: kept in checkpoints.
         rate_scales: Learning rates of some weights over that of the others, by how their names begin.
+        role_rates: Learning rates of some roles; that of the others is the config's.
 
     Raises:
         ValueError: If the strategy cannot do what is asked for, or the checkpoint to resume does not fit.
     """
     check_strategy_can(accelerator, config, num_models=len(models))
     has_frozen_weights = any(not weight.requires_grad for model in models.values() for weight in model.parameters())
-    trainees = {role: prepare_trainee(accelerator, config, model, rate_scales or {}) for role, model in models.items()}
+    scales = {role: (role_rates or {}).get(role, config.learning_rate) / config.learning_rate for role in models}
+    trainees = {
+        role: prepare_trainee(
+            accelerator,
+            config,
+            model,
+            rate_scales or {},
+            role_scale=scales[role],
+            has_average=config.use_ema and role == STUDENT,
+        )
+        for role, model in models.items()
+    }
     run = Run(accelerator, config, trainees, RunState(), MetricSums(), trackers or Trackers(), settings)
     accelerator.register_for_checkpointing(run.state, run.metrics)
     unsharded = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -220,10 +233,16 @@ def check_strategy_can(accelerator: Accelerator, config: TrainingConfig, *, num_
 
 
 def prepare_trainee(
-    accelerator: Accelerator, config: TrainingConfig, model: torch.nn.Module, rate_scales: Mapping[str, float]
+    accelerator: Accelerator,
+    config: TrainingConfig,
+    model: torch.nn.Module,
+    rate_scales: Mapping[str, float],
+    *,
+    role_scale: float,
+    has_average: bool,
 ) -> Trainee:
     """A model with its optimizer, schedule and average, prepared by accelerate; see `prepare_run`."""
-    groups = group_parameters(model, rate_scales)
+    groups = [(role_scale * scale, group) for scale, group in group_parameters(model, rate_scales)]
     parameters = [{"params": group, "lr": scale * config.learning_rate} for scale, group in groups]
     optimizer = make_optimizer(parameters, config)
     lr_scheduler = get_scheduler(
@@ -239,7 +258,7 @@ def prepare_trainee(
     with announced("handing out the weights"):
         model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     unwrapped_model, ema = accelerator.unwrap_model(model), None
-    if config.use_ema:
+    if has_average:
         ema = EMAModel(trainable_parameters(unwrapped_model), decay=config.ema_decay)
     return Trainee(model, unwrapped_model, optimizer, lr_scheduler, ema, tuple(scale for scale, _ in groups))
 

@@ -1,7 +1,8 @@
 """An optimizer step: its passes, and what may keep it from being taken."""
 
 import logging
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -55,6 +56,24 @@ def prepare_passes(
             prepared.append(prepare_batch(batch))
         del batch  # before the next one is waited for
     return prepared
+
+
+def take_turns(
+    run: Run,
+    roles: Sequence[str],
+    batches: list[PreparedBatch],
+    losses: Mapping[str, ComputeLoss],
+    *,
+    stop: StopRequest,
+    profiler: StepProfiler,
+) -> None:
+    """A step of the run: one of each of these trainees, in turn; schedules of all count it, whoever's turn it is."""
+    for role in roles:
+        train_step(run, role, batches, losses[role], stop=stop, profiler=profiler)
+    with warnings.catch_warnings():  # torch wants the optimizer to have stepped before, and some have had no turn yet
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        for trainee in run.trainees.values():
+            trainee.lr_scheduler.step()
 
 
 def train_step(
@@ -121,7 +140,6 @@ def update_weights(run: Run, trainee: Trainee) -> tuple[torch.Tensor, torch.Tens
     grad_norm = torch.as_tensor(grad_norm)  # DeepSpeed has a float
     took_step = step_optimizer(accelerator, trainee.optimizer, grad_norm)
     for each in run.trainees.values():
-        each.lr_scheduler.step()  # by the steps of the run, whoever's turn it is
         each.optimizer.zero_grad()  # what a loss has left in others is nobody's gradient
     if trainee.ema is not None:
         trainee.ema.step(trainable_parameters(trainee.unwrapped_model))

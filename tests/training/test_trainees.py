@@ -11,13 +11,13 @@ from causal_wan.records.checkpoint_checks import find_damage
 from causal_wan.records.checkpoints import list_checkpoints
 
 
-def turn(step):
+def turns(step):
     """The student in steps 1, 4 and 7, the critic in the five others of eight."""
-    return "critic" if step % 3 else "student"
+    return ["critic" if step % 3 else "student"]
 
 
 def run_two(training, **more):
-    return run_training(training, roles=("student", "critic"), turn=turn, **more)
+    return run_training(training, roles=("student", "critic"), **{"turns": turns, **more})
 
 
 def freeze_a_part(monkeypatch):
@@ -49,7 +49,8 @@ def test_two_that_are_trained_in_turns_go_on_to_the_last_bit(tmp_path, monkeypat
     assert [path.name for path in list_checkpoints(broken.output_dir)] == ["checkpoint-4"]
     weights = "trainable" if has_frozen_weights else "model"
     files = {path.name for path in (Path(broken.output_dir) / "checkpoint-4").iterdir()}
-    assert {f"{weights}.safetensors", f"{weights}_1.safetensors", "optimizer_1.bin", "ema", "ema_1"} <= files
+    assert {f"{weights}.safetensors", f"{weights}_1.safetensors", "optimizer_1.bin", "ema"} <= files
+    assert "ema_1" not in files  # the average is of what the result is made of
     resumed, result = run_two(replace(broken, resume_from_checkpoint="latest"))
     own = [[trainee.unwrapped_model.linear.weight for trainee in each.trainees.values()] for each in (resumed, run)]
     assert all(torch.equal(a, b) for a, b in zip(own[0] + result[:2], own[1] + expected[:2], strict=True))
@@ -62,10 +63,32 @@ def test_each_is_trained_in_its_turns_alone_and_logged_under_its_own_name(tmp_pa
     steps = {role: trainee.optimizer.state_dict()["state"][0]["step"] for role, trainee in run.trainees.items()}
     assert steps == {"student": 3, "critic": 5}
     logged = entries(training)
-    assert ["generator_loss" in entry for entry in logged] == [turn(step) == "student" for step in range(8)]
-    assert ["critic_grad_norm" in entry for entry in logged] == [turn(step) == "critic" for step in range(8)]
+    assert ["generator_loss" in entry for entry in logged] == ["student" in turns(step) for step in range(8)]
+    assert ["critic_grad_norm" in entry for entry in logged] == ["critic" in turns(step) for step in range(8)]
     assert [entry["lr"] for entry in logged] == [entry["critic_lr"] for entry in logged]  # by the steps of the run
     assert logged[2]["critic_loss"] < logged[1]["critic_loss"]
+
+
+def test_a_step_of_two_turns_trains_both_on_the_same_batch_and_counts_once(tmp_path):
+    training = config(tmp_path, logging_steps=1, lr_scheduler="linear")
+    run, _ = run_two(training, turns=lambda step: ("student", "critic") if step % 2 else ("critic",))
+    steps = {role: trainee.optimizer.state_dict()["state"][0]["step"] for role, trainee in run.trainees.items()}
+    assert steps == {"student": 4, "critic": 8}
+    logged, one = entries(training), replace(training, output_dir=str(tmp_path / "one"))
+    rates = [training.learning_rate * (1 - step / 8) for step in range(1, 9)]
+    assert [entry["lr"] for entry in logged] == [entry["critic_lr"] for entry in logged] == pytest.approx(rates)
+    run_training(one)
+    counts = [entry["count"] for entry in entries(one)]
+    assert [entry["count"] for entry in logged] == [count * (1 + step % 2) for step, count in enumerate(counts)]
+
+
+def test_a_role_has_a_learning_rate_of_its_own_which_a_resumed_run_takes_from_its_settings(tmp_path):
+    training = config(tmp_path, logging_steps=1, max_train_steps=4, lr_scheduler="constant")
+    run_two(training, role_rates={"critic": 0.25 * training.learning_rate})
+    assert {entry["critic_lr"] / entry["lr"] for entry in entries(training)} == {0.25}
+    on = replace(training, max_train_steps=6, resume_from_checkpoint="latest")
+    run_two(on, role_rates={"critic": 0.5 * training.learning_rate})
+    assert [entry["critic_lr"] / entry["lr"] for entry in entries(on)] == [0.25] * 4 + [0.5] * 2
 
 
 def test_a_loss_that_reaches_into_another_model_changes_it_in_no_turn(tmp_path, monkeypatch):
@@ -93,7 +116,7 @@ def test_a_loss_that_reaches_into_another_model_changes_it_in_no_turn(tmp_path, 
         ("optimizer_1.bin", "optimizer_1.bin is missing"),
         ("model_1.safetensors", "model_1.safetensors is damaged"),
         ("scheduler_1.bin", "scheduler_1.bin is missing"),
-        ("ema_1/.metadata", "ema_1/.metadata is missing"),
+        ("ema/.metadata", "ema/.metadata is missing"),
     ],
 )
 def test_the_files_of_the_second_are_looked_at_too(checkpoint, name, damage):
