@@ -20,6 +20,11 @@ class RandomPurpose(IntEnum):
     WINDOW = 7  # of its rows
     TRAJECTORY = 8  # noise of a teacher's trajectory
     CONTROL = 9  # which controls of a sample are left out
+    ROLLOUT = 10  # noise of a student's rollout in training
+    CRITIC = 12  # level and noise at which a critic is trained
+    MATCHING = 13  # and at which it is compared with its teacher
+    EXIT = 14  # step at which rollouts end, by step of the run
+    REAL_CLIP = 15  # whether the teacher sees the real clip
 
 
 def seed_sequence(seed: int, purpose: RandomPurpose, *numbers: int) -> np.random.SeedSequence:

@@ -4,13 +4,17 @@ Knows no loss: any method that trains a student takes its parts from here, whoev
 """
 
 import contextlib
+import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
 
 from causal_wan.config.fields import paths_of
 from causal_wan.config.settings import BaseModelConfig, ModelConfig
@@ -26,10 +30,15 @@ from causal_wan.memory.levers import (
 from causal_wan.model.compiling import compile_layers
 from causal_wan.model.control import PATCH_EMBEDDING, check_controls
 from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.processes import gather_lists
+from causal_wan.progress import announced
+from causal_wan.records.checkpoints import list_checkpoints, step_of
 from causal_wan.results.export import write_pipeline_file
+from causal_wan.results.model_card import DATA_SUMMARY_NAME
 from causal_wan.runs.settings import RunConfig
 from causal_wan.runs.training_data import TrainingData
 from causal_wan.tables.prompt_schedules import FramePrompts
+from causal_wan.training.run import Run
 from causal_wan.training.setup import check_optimizer, check_strategy_can
 from causal_wan.training.strategies import (
     beside_fp8,
@@ -40,6 +49,7 @@ from causal_wan.training.strategies import (
     loads_weights,
     takes_over_checkpointing,
 )
+from causal_wan.training.weights import ema_weights, gather_weights
 from causal_wan.weights.kinds import check_base
 from causal_wan.weights.lora import add_lora, save_lora
 from causal_wan.weights.parts import DTYPES, load_vae, load_vae_config
@@ -129,6 +139,24 @@ def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DM
     Raises:
         ValueError: If weights or memory levers do not fit the checkpoint.
     """
+    transformer = load_student(config, accelerator)
+    if config.model.lora_rank > 0:
+        add_lora(
+            transformer,
+            rank=config.model.lora_rank,
+            alpha=config.model.lora_rank if config.model.lora_alpha is None else config.model.lora_alpha,
+            target_modules=config.model.lora_target_modules,
+        )
+    save_memory(transformer, config)
+    return transformer
+
+
+def load_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DModel:
+    """The weights that the student starts from, or the base of its LoRA, frozen or not as they come.
+
+    Raises:
+        ValueError: If they do not fit the checkpoint.
+    """
     lora, memory, dtype = config.model.lora_rank > 0, config.memory, weight_dtype(accelerator)
     shards = is_sharded(accelerator)
     transformer = load_transformer(
@@ -145,18 +173,15 @@ def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DM
     transformer.enable_context_parallel(context_mesh(accelerator))
     if memory.quantize_base == "fp8":
         store_in_fp8(transformer, dtype)
-    if lora:
-        add_lora(
-            transformer,
-            rank=config.model.lora_rank,
-            alpha=config.model.lora_rank if config.model.lora_alpha is None else config.model.lora_alpha,
-            target_modules=config.model.lora_target_modules,
-        )
-    if memory.gradient_checkpointing:
-        enable_gradient_checkpointing(transformer, memory)
+    return transformer
+
+
+def save_memory(transformer: CausalWanTransformer3DModel, config: RunConfig) -> None:
+    """Has what is trained recompute and compile its layers as the config says."""
+    if config.memory.gradient_checkpointing:
+        enable_gradient_checkpointing(transformer, config.memory)
     if config.compile:
         compile_layers(transformer, len(config.data.all_shapes()))
-    return transformer
 
 
 def rate_scales(config: RunConfig) -> dict[str, float]:
@@ -193,6 +218,41 @@ def save_student(
         written.rename(final)
     finally:
         shutil.rmtree(written, ignore_errors=True)
+
+
+def save_result(run: Run, config: RunConfig, data: TrainingData) -> None:
+    """Writes the weights of the result, and what a model card says of the data.
+
+    Ends the program with status 1 where that cannot be: a full disk, a folder that became read-only.
+    """
+    accelerator, output_dir, failure = run.accelerator, Path(config.training.output_dir), None
+    with announced("saving the result"):
+        with ema_weights(run.student):
+            weights = gather_weights(accelerator, run.student)
+        if accelerator.is_main_process:
+            try:
+                save_student(run.student.unwrapped_model, weights, config)
+                (output_dir / DATA_SUMMARY_NAME).write_text(json.dumps(data.count()))
+            except (OSError, SafetensorError) as error:
+                failure = describe_unsaved(output_dir, run.state.step, error)
+    if accelerator.is_main_process:
+        saved = f"saved: generate.py --checkpoint {output_dir} --prompt '...'"
+        tqdm.write(failure or saved, file=sys.stderr if failure else sys.stdout)  # beside the bar of steps
+    if any(gather_lists([failure is not None])):
+        sys.exit(1)
+
+
+def describe_unsaved(output_dir: Path, step: int, error: Exception) -> str:
+    """Why a result could not be saved, and how to come by it all the same."""
+    newest = next(reversed(list_checkpoints(output_dir)), None)
+    reason = f"error: the result could not be saved to {output_dir} ({type(error).__name__}: {error})."
+    if newest is None:
+        return f"{reason} No checkpoint could be written either. Make room, and run the same command again."
+    where = "Its weights are safe" if step_of(newest) == step else f"Weights of step {step_of(newest)} are kept"
+    return (
+        f"{reason} {where} in {newest}. Make room and run the same command with --resume_from_checkpoint latest, or "
+        f"make a result on another disk: python convert_checkpoint.py --input {newest} --output FOLDER"
+    )
 
 
 def validation_prompts(config: RunConfig, data: TrainingData) -> list[str | FramePrompts]:

@@ -4,22 +4,40 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKLWan
 from transformers import UMT5Config
 
 from causal_wan.config.changed_settings import compare_settings, read_settings
 from causal_wan.config.fields import flat_dict
+from causal_wan.config.parsing import user_errors
+from causal_wan.config.refusals import describe_refusal
 from causal_wan.data.settings import ClipShape, DataConfig
 from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.plan import MemoryPlan, describe_shortage, plan_training, text_encoder_bytes, with_vae
 from causal_wan.memory.simulation import ValidationWorkload, Workload
 from causal_wan.model.control import with_control_names
 from causal_wan.records.checkpoints import describe_damaged, find_checkpoint, passed_over
-from causal_wan.runs.parts import text_dtype, validation_prompts, weight_dtype, with_absolute_paths
+from causal_wan.runs.parts import (
+    text_dtype,
+    validation_prompts,
+    weight_dtype,
+    with_absolute_paths,
+    with_checkpointing_of_launch,
+)
 from causal_wan.runs.settings import RunConfig
 from causal_wan.runs.training_data import TrainingData
 from causal_wan.sampling.noise import count_draws
-from causal_wan.training.strategies import context_mesh, free_memory, is_sharded, sharding
+from causal_wan.training.strategies import (
+    beside_fp8,
+    context_mesh,
+    count_replicas,
+    follow_settings,
+    free_memory,
+    is_sharded,
+    sharding,
+)
 from causal_wan.weights.parts import DTYPES, load_vae_config
 from causal_wan.weights.transformer import load_transformer_config
 
@@ -98,6 +116,29 @@ def describe_resumption(config: RunConfig) -> list[str]:
         return [*lines, "note        the settings of the checkpoint's run are not known: nothing is compared"]
     changes = compare_settings(checkpoint, before, flat_dict(with_absolute_paths(config)))
     return lines + [f"changed     {change}" for change in changes]
+
+
+def print_plan(config: RunConfig, data: TrainingData) -> None:
+    """What a run is going to do, and what it takes, without weights."""
+    precision = beside_fp8(config.training.mixed_precision)  # without weights there is nothing in 8 bits
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
+    with user_errors():
+        follow_settings(accelerator, config.training)
+    config = with_checkpointing_of_launch(config, accelerator)
+    if not accelerator.is_main_process:
+        return
+    with user_errors():
+        print("\n".join([describe_plan(config, data, count_replicas(accelerator)), *describe_resumption(config)]))
+    print_memory(config, data, accelerator)
+
+
+def print_memory(config: RunConfig, data: TrainingData, accelerator: Accelerator) -> None:
+    """What a run takes of a GPU's memory, if that can be told."""
+    with user_errors():
+        try:
+            print(describe_memory(config, data, accelerator))
+        except OSError as error:  # the checkpoint is on the hub, and the hub out of reach; or it lacks a part
+            print(f"memory      unknown without the checkpoint's configuration: {describe_refusal(error)}")
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

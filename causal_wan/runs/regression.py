@@ -5,22 +5,20 @@ remains. A method with a loop of its own takes `begin_run` and `finish_run`, and
 """
 
 import contextlib
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from tqdm.auto import tqdm
 
 from causal_wan.config.changed_settings import SETTINGS_NAME
 from causal_wan.config.fields import flat_dict
 from causal_wan.config.parsing import user_errors, write_recipe
-from causal_wan.config.refusals import DataError, describe_refusal
+from causal_wan.config.refusals import DataError
 from causal_wan.data.samples import BadClips, ClipBatch
 from causal_wan.data.shared_memory import check_shared_memory, shared_memory_here
 from causal_wan.data.workers import name_clips_of_dead_workers
@@ -29,18 +27,15 @@ from causal_wan.methods.settings import RegressionConfig
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import check_video_size
 from causal_wan.processes import gather_lists, wait_for_all
-from causal_wan.progress import announced
 from causal_wan.records.checkpoints import (
     check_is_no_checkpoint,
     check_output_dir,
     list_checkpoints,
     say_how_to_go_on,
-    step_of,
 )
 from causal_wan.records.metrics import STUDENT
 from causal_wan.records.tracker_libraries import resolve_trackers
 from causal_wan.records.trackers import Trackers
-from causal_wan.results.model_card import DATA_SUMMARY_NAME
 from causal_wan.results.uploads import HubUploads, start_uploads
 from causal_wan.runs.data import RunData, load_run_data
 from causal_wan.runs.inputs import Inputs, PrepareBatch, RegressionBatch
@@ -52,13 +47,13 @@ from causal_wan.runs.parts import (
     make_student,
     make_vae,
     rate_scales,
-    save_student,
+    save_result,
     text_dtype,
     validation_prompts,
     with_absolute_paths,
     with_checkpointing_of_launch,
 )
-from causal_wan.runs.plan import describe_memory, describe_plan, describe_resumption
+from causal_wan.runs.plan import describe_plan, describe_resumption, print_memory, print_plan
 from causal_wan.runs.prompt_embeddings import embed_prompts
 from causal_wan.runs.settings import RunConfig
 from causal_wan.runs.training_data import LoaderSettings, TrainingData, make_loader
@@ -68,9 +63,9 @@ from causal_wan.tables.prompt_schedules import texts_of
 from causal_wan.training.loop import Sums, train
 from causal_wan.training.run import Run
 from causal_wan.training.setup import check_precision, make_accelerator, prepare_run, start_trackers
+from causal_wan.training.steps import PreparedBatch
 from causal_wan.training.stopping import EXIT_STOPPED
-from causal_wan.training.strategies import beside_fp8, count_replicas, follow_settings
-from causal_wan.training.weights import ema_weights, gather_weights
+from causal_wan.training.strategies import count_replicas
 from causal_wan.weights.lora import check_is_no_lora
 from causal_wan.weights.transformer import check_generator_ckpt
 
@@ -119,57 +114,16 @@ def run_regression(
         print_plan(config, data)
         return
     begun = begin_run(config, data)
-    accelerator, inputs, config = begun.accelerator, begun.inputs, begun.inputs.config
-    dataset = data.dataset()
-    if data.lane_states is not None:
-        accelerator.register_for_checkpointing(data.lane_states)
-    with user_errors():
-        settings = flat_dict(with_absolute_paths(config))
-        run = prepare_run(
-            accelerator,
-            config.training,
-            {STUDENT: begun.transformer},
-            begun.trackers,
-            settings,
-            rate_scales=rate_scales(config),
-        )
-    if accelerator.is_main_process:  # not before: a run that cannot be resumed keeps its own
-        with user_errors():
-            write_recipe(settings, Path(config.training.output_dir) / SETTINGS_NAME)
-    compute_loss = partial(compute_loss, config.method)
-    validate = Validation(
-        accelerator,
-        inputs,
-        compute_loss,
-        summarize=partial(summarize, config),
-        output_dir=config.training.output_dir,
-        prompts=validation_prompts(config, data),
-        batches=validation_batches(accelerator, inputs, data.held_out_dataset(), prepare_held_out or prepare_batch),
-        latent_shape=inputs.geometry.latent_shape(*config.data.shape),
+    run = start_training(begun, {STUDENT: begun.transformer})
+    compute_loss = partial(compute_loss, begun.inputs.config.method)
+    train_run(
+        begun,
+        run,
+        prepare_batch=partial(prepare_batch, begun.inputs),
+        losses={STUDENT: compute_loss},
+        summarize=partial(summarize, begun.inputs.config),
+        validate=make_validation(begun, compute_loss, prepare_held_out or prepare_batch),
     )
-    bad_clips = BadClips(config.data.max_bad_samples)
-
-    @torch.no_grad()
-    def prepare(batch: ClipBatch) -> RegressionBatch:
-        bad_clips.note(batch.errors)
-        if data.lane_states is not None:
-            data.lane_states.update(batch.lane_states)
-        return prepare_batch(inputs, batch)
-
-    go_on = partial(say_how_to_go_on, config.training.output_dir)
-    with user_errors(DataError), name_clips_of_dead_workers(dataset, go_on), data.keeper or contextlib.nullcontext():
-        complete = train(
-            run,
-            make_dataloader=partial(make_loader, data, dataset, loader_settings(config, run)),
-            prepare_batch=prepare,
-            losses={STUDENT: compute_loss},
-            summarize=partial(summarize, config),
-            validate=validate if validate.prompts else None,
-            before_checkpoint=None if data.lane_states is None else partial(gather_lane_states, data.lane_states),
-            after_checkpoint=partial(upload_checkpoint, begun.uploads) if config.hub.push_to_hub else None,
-            save_result=partial(save_result, begun, run),
-        )
-    finish_run(begun, complete=complete)
 
 
 def check_settings(config: RunConfig) -> RunConfig:
@@ -191,29 +145,6 @@ def check_settings(config: RunConfig) -> RunConfig:
     return replace(config, data=clips)
 
 
-def print_plan(config: RunConfig, data: TrainingData) -> None:
-    """What a run is going to do, and what it takes, without weights."""
-    precision = beside_fp8(config.training.mixed_precision)  # without weights there is nothing in 8 bits
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
-    with user_errors():
-        follow_settings(accelerator, config.training)
-    config = with_checkpointing_of_launch(config, accelerator)
-    if not accelerator.is_main_process:
-        return
-    with user_errors():
-        print("\n".join([describe_plan(config, data, count_replicas(accelerator)), *describe_resumption(config)]))
-    print_memory(config, data, accelerator)
-
-
-def print_memory(config: RunConfig, data: TrainingData, accelerator: Accelerator) -> None:
-    """What a run takes of a GPU's memory, if that can be told."""
-    with user_errors():
-        try:
-            print(describe_memory(config, data, accelerator))
-        except OSError as error:  # the checkpoint is on the hub, and the hub out of reach; or it lacks a part
-            print(f"memory      unknown without the checkpoint's configuration: {describe_refusal(error)}")
-
-
 @dataclass
 class BegunRun:
     """A run with its parts loaded, before anything is trained."""
@@ -226,8 +157,21 @@ class BegunRun:
     uploads: HubUploads | None
 
 
-def begin_run(config: RunConfig, data: TrainingData) -> BegunRun:
-    """Says what is going to happen, opens the cache, and loads what the run needs; ends with status 2 if it cannot."""
+def begin_run(
+    config: RunConfig,
+    data: TrainingData,
+    *,
+    make_transformer: Callable[[RunConfig, Accelerator], CausalWanTransformer3DModel] = make_student,
+    also_embedded: Sequence[str] = (),
+) -> BegunRun:
+    """Says what is going to happen, opens the cache, and loads what the run needs; ends with status 2 if it cannot.
+
+    Args:
+        config: Of the run.
+        data: That it trains on.
+        make_transformer: Loads the student.
+        also_embedded: Prompts beside those of the data and of validation.
+    """
     with user_errors():
         accelerator = make_accelerator(config.training)
         check_strategy(config, accelerator)
@@ -239,6 +183,7 @@ def begin_run(config: RunConfig, data: TrainingData) -> BegunRun:
         print_memory(config, data, accelerator)
     held_out = validation_prompts(config, data)
     prompts = [*data.prompts, *texts_of(held_out), *(config.validation.negative_prompts if held_out else [])]
+    prompts += also_embedded
     with user_errors():
         trackers = start_trackers(accelerator, config.training, flat_dict(config))
         uploads = start_uploads(config.hub, config.training.output_dir) if accelerator.is_main_process else None
@@ -260,7 +205,7 @@ def begin_run(config: RunConfig, data: TrainingData) -> BegunRun:
             output_dir=config.training.output_dir,
             streaming=config.data.streaming,
         )
-        transformer = make_student(config, accelerator)
+        transformer = make_transformer(config, accelerator)
     vae = make_vae(config, accelerator.device, is_needed=(config.encodes and data.has_clips) or bool(held_out))
     with user_errors():
         for shape in config.data.all_shapes():
@@ -277,40 +222,93 @@ def begin_run(config: RunConfig, data: TrainingData) -> BegunRun:
     return BegunRun(accelerator, data, inputs, transformer, trackers, uploads)
 
 
-def save_result(begun: BegunRun, run: Run) -> None:
-    """Writes the weights of the result, and what a model card says of the data.
+def start_training(
+    begun: BegunRun, models: Mapping[str, torch.nn.Module], *, role_rates: Mapping[str, float] | None = None
+) -> Run:
+    """The run of models that are to be trained, prepared and, if asked for, resumed; its settings are written down.
 
-    Ends the program with status 1 where that cannot be: a full disk, a folder that became read-only.
+    Args:
+        begun: From `begin_run`.
+        models: By role.
+        role_rates: Learning rates of some roles, as in `prepare_run`.
     """
-    accelerator, config = begun.accelerator, begun.inputs.config
-    output_dir, failure = Path(config.training.output_dir), None
-    with announced("saving the result"):
-        with ema_weights(run.student):
-            weights = gather_weights(accelerator, run.student)
-        if accelerator.is_main_process:
-            try:
-                save_student(run.student.unwrapped_model, weights, config)
-                (output_dir / DATA_SUMMARY_NAME).write_text(json.dumps(begun.data.count()))
-            except (OSError, SafetensorError) as error:
-                failure = describe_unsaved(output_dir, run.state.step, error)
-    if accelerator.is_main_process:
-        saved = f"saved: generate.py --checkpoint {output_dir} --prompt '...'"
-        tqdm.write(failure or saved, file=sys.stderr if failure else sys.stdout)  # beside the bar of steps
-    if any(gather_lists([failure is not None])):
-        sys.exit(1)
+    accelerator, data, config = begun.accelerator, begun.data, begun.inputs.config
+    if data.lane_states is not None:
+        accelerator.register_for_checkpointing(data.lane_states)
+    with user_errors():
+        settings = flat_dict(with_absolute_paths(config))
+        run = prepare_run(
+            accelerator,
+            config.training,
+            models,
+            begun.trackers,
+            settings,
+            rate_scales=rate_scales(config),
+            role_rates=role_rates,
+        )
+    if accelerator.is_main_process:  # not before: a run that cannot be resumed keeps its own
+        with user_errors():
+            write_recipe(settings, Path(config.training.output_dir) / SETTINGS_NAME)
+    return run
 
 
-def describe_unsaved(output_dir: Path, step: int, error: Exception) -> str:
-    """Why a result could not be saved, and how to come by it all the same."""
-    newest = next(reversed(list_checkpoints(output_dir)), None)
-    reason = f"error: the result could not be saved to {output_dir} ({type(error).__name__}: {error})."
-    if newest is None:
-        return f"{reason} No checkpoint could be written either. Make room, and run the same command again."
-    where = "Its weights are safe" if step_of(newest) == step else f"Weights of step {step_of(newest)} are kept"
-    return (
-        f"{reason} {where} in {newest}. Make room and run the same command with --resume_from_checkpoint latest, or "
-        f"make a result on another disk: python convert_checkpoint.py --input {newest} --output FOLDER"
+def make_validation(
+    begun: BegunRun, compute_loss: Callable[..., tuple[torch.Tensor, Sums]], prepare_held_out: PrepareBatch
+) -> Validation | None:
+    """Samples of a run's prompts, and a loss of regression on its held-out clips; None of a run without prompts.
+
+    Args:
+        begun: From `begin_run`.
+        compute_loss: Of a transformer, a batch and the number of its items.
+        prepare_held_out: A batch of held-out clips -> what the loss takes.
+    """
+    accelerator, data, inputs = begun.accelerator, begun.data, begun.inputs
+    validate = Validation(
+        accelerator,
+        inputs,
+        compute_loss,
+        summarize=partial(summarize, inputs.config),
+        output_dir=inputs.config.training.output_dir,
+        prompts=validation_prompts(inputs.config, data),
+        batches=validation_batches(accelerator, inputs, data.held_out_dataset(), prepare_held_out),
+        latent_shape=inputs.geometry.latent_shape(*inputs.config.data.shape),
     )
+    return validate if validate.prompts else None
+
+
+def train_run(
+    begun: BegunRun, run: Run, *, prepare_batch: Callable[[ClipBatch], PreparedBatch], **method: Any
+) -> None:
+    """Trains, saves the result, and ends the run.
+
+    Args:
+        begun: From `begin_run`.
+        run: From `start_training`.
+        prepare_batch: A batch of the data loader -> what the losses take; called without gradients.
+        method: `losses`, `turns`, `summarize` and `validate` of `causal_wan.training.loop.train`.
+    """
+    data, config = begun.data, begun.inputs.config
+    bad_clips, dataset = BadClips(config.data.max_bad_samples), data.dataset()
+
+    @torch.no_grad()
+    def prepare(batch: ClipBatch) -> PreparedBatch:
+        bad_clips.note(batch.errors)
+        if data.lane_states is not None:
+            data.lane_states.update(batch.lane_states)
+        return prepare_batch(batch)
+
+    go_on = partial(say_how_to_go_on, config.training.output_dir)
+    with user_errors(DataError), name_clips_of_dead_workers(dataset, go_on), data.keeper or contextlib.nullcontext():
+        complete = train(
+            run,
+            make_dataloader=partial(make_loader, data, dataset, loader_settings(config, run)),
+            prepare_batch=prepare,
+            before_checkpoint=None if data.lane_states is None else partial(gather_lane_states, data.lane_states),
+            after_checkpoint=partial(upload_checkpoint, begun.uploads) if config.hub.push_to_hub else None,
+            save_result=partial(save_result, run, config, data),
+            **method,
+        )
+    finish_run(begun, complete=complete)
 
 
 def finish_run(begun: BegunRun, *, complete: bool) -> None:
