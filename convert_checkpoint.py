@@ -66,9 +66,9 @@ from causal_wan.records.checkpoints import check_is_no_checkpoint, is_checkpoint
 from causal_wan.results.export import export_pipeline
 from causal_wan.results.run_record import RunRecord, base_of, find_run
 from causal_wan.results.student import find_layout, resolve_settings
-from causal_wan.sampling.pipeline import CausalWanPipeline
+from causal_wan.results.teacher import fuse_lora
 from causal_wan.weights.kinds import check_base, check_weights
-from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, load_lora, save_lora
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME, add_lora, save_lora
 from causal_wan.weights.lora_names import find_lora, lora_file, read_lora
 from causal_wan.weights.transformer import load_transformer, save_transformer
 from causal_wan.weights.wan_names import (
@@ -260,15 +260,6 @@ def make_pipeline(config: Config) -> None:
     if run is not None:  # for generate.py and the model card: the size of its videos, and how it was trained
         write_recipe(run.public_settings(), output / SETTINGS_NAME)
     print(f"saved: generate.py --checkpoint {output} --prompt '...'")
-
-
-def fuse_lora(transformer: CausalWanTransformer3DModel, folder: Path) -> None:
-    """Adds the LoRA of a run to the weights."""
-    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
-    pipeline = CausalWanPipeline(**parts, transformer=transformer)
-    load_lora(pipeline, folder, weight_name=LORA_WEIGHTS_NAME)
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
 
 
 def convert_checkpoint(config: Config) -> None:

@@ -79,11 +79,36 @@ def load_teacher(teacher: Teacher, dtype: torch.dtype, device: torch.device) -> 
         dtype=dtype,
         device=device,
     )
-    if teacher.lora is not None:
-        parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
-        pipeline = CausalWanPipeline(**parts, transformer=transformer)
-        load_lora(pipeline, teacher.lora, weight_name=LORA_WEIGHTS_NAME)
+    add_own_lora(transformer, teacher)
     return transformer.requires_grad_(False).eval()
+
+
+def add_own_lora(transformer: CausalWanTransformer3DModel, teacher: Teacher) -> None:
+    """Adds the teacher's LoRA to its base, if it is one.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    if teacher.lora is not None:
+        _with_lora(transformer, teacher.lora)
+
+
+def fuse_lora(transformer: CausalWanTransformer3DModel, folder: Path) -> None:
+    """Adds the LoRA of a run to the weights.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    pipeline = _with_lora(transformer, folder)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+
+
+def _with_lora(transformer: CausalWanTransformer3DModel, folder: Path) -> CausalWanPipeline:
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
+    pipeline = CausalWanPipeline(**parts, transformer=transformer)
+    load_lora(pipeline, folder, weight_name=LORA_WEIGHTS_NAME)
+    return pipeline
 
 
 def identify_teacher(teacher: Teacher, content_of: Callable[[Path], str]) -> str:

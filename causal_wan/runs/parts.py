@@ -141,14 +141,19 @@ def make_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DM
     """
     transformer = load_student(config, accelerator)
     if config.model.lora_rank > 0:
-        add_lora(
-            transformer,
-            rank=config.model.lora_rank,
-            alpha=config.model.lora_rank if config.model.lora_alpha is None else config.model.lora_alpha,
-            target_modules=config.model.lora_target_modules,
-        )
+        add_own_adapters(transformer, config.model)
     save_memory(transformer, config)
     return transformer
+
+
+def add_own_adapters(transformer: CausalWanTransformer3DModel, model: ModelConfig) -> None:
+    """The new LoRA adapters that a run trains."""
+    add_lora(
+        transformer,
+        rank=model.lora_rank,
+        alpha=model.lora_rank if model.lora_alpha is None else model.lora_alpha,
+        target_modules=model.lora_target_modules,
+    )
 
 
 def load_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DModel:

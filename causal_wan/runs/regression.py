@@ -161,6 +161,7 @@ def begin_run(
     config: RunConfig,
     data: TrainingData,
     *,
+    check_launch: Callable[[RunConfig, Accelerator], None] = check_strategy,
     make_transformer: Callable[[RunConfig, Accelerator], CausalWanTransformer3DModel] = make_student,
     also_embedded: Sequence[str] = (),
 ) -> BegunRun:
@@ -169,12 +170,13 @@ def begin_run(
     Args:
         config: Of the run.
         data: That it trains on.
+        check_launch: Raises ValueError if what the run trains cannot be trained as it is launched.
         make_transformer: Loads the student.
         also_embedded: Prompts beside those of the data and of validation.
     """
     with user_errors():
         accelerator = make_accelerator(config.training)
-        check_strategy(config, accelerator)
+        check_launch(config, accelerator)
     config = with_checkpointing_of_launch(config, accelerator)
     with user_errors():
         resumption = describe_resumption(config)

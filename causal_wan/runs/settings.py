@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from causal_wan.config.choices import LocalPath
 from causal_wan.config.fields import names_of
-from causal_wan.config.ranges import checked_dataclass
+from causal_wan.config.ranges import Decay, checked_dataclass
 from causal_wan.config.settings import (
     CacheConfig,
     HubConfig,
@@ -14,7 +15,11 @@ from causal_wan.config.settings import (
     ValidationConfig,
 )
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached, check_waits_for_clips
+from causal_wan.methods.matching_settings import MatchingConfig
 from causal_wan.methods.settings import RegressionConfig
+
+
+MAX_ROLLOUT_STEPS = 16  # passes a block in each step of training
 
 
 @checked_dataclass
@@ -101,5 +106,68 @@ class TrajectoryRunConfig(RunConfig, TrajectoriesConfig):
             )
 
 
-TRAINING_SETTINGS = frozenset(names_of(TrajectoryRunConfig))
+@checked_dataclass
+class MatchingTrainingConfig(TrainingConfig):
+    """The run: how long, how fast, what is kept."""
+
+    adam_beta1: Decay = 0.0
+    """Decay of the mean of gradients; 0 follows a critic that changes (Self Forcing, DMD2)."""
+
+
+@checked_dataclass
+class MatchingRunConfig(RunConfig):
+    """The same, of a run of distribution matching."""
+
+    training: MatchingTrainingConfig
+    matching: MatchingConfig
+    prompts_file: LocalPath | None = None
+    """Text with a prompt a line, or CSV or JSON lines with a `prompt` column; in the place of the tables' prompts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_student()
+        self._check_data()
+        for name in ("student_lora", "critic_lora_rank"):
+            if vars(self.matching)[name] is not None and not self.model.lora_rank:
+                raise ValueError(f"{name} is about LoRA; add --lora_rank 64, or leave it out.")
+
+    def _check_student(self) -> None:
+        method = self.method
+        if method.sink_size:
+            raise ValueError(
+                "sink_size is for sampling, and the pass that trains sees no sink; leave it out, and give it to "
+                "generate.py."
+            )
+        if method.first_frame_probability:
+            raise ValueError(
+                "first_frame_probability gives students a picture, which the teacher knows nothing of; leave it out, "
+                "and train with pictures by train_video_regression.py."
+            )
+        if method.is_continuous and method.num_inference_steps > MAX_ROLLOUT_STEPS:
+            raise ValueError(
+                f"num_inference_steps must be the few steps that the student is to draw in, at most "
+                f"{MAX_ROLLOUT_STEPS}, got {method.num_inference_steps}; add --num_inference_steps 4, or "
+                "--timestep_sampling step_list with a --denoising_step_list."
+            )
+
+    def _check_data(self) -> None:
+        if self.data.control_column:
+            raise ValueError(
+                "control_column is nothing that the teacher follows; train with controls by "
+                "train_video_regression.py, or leave it out."
+            )
+        if self.matching.needs_clips:
+            if self.prompts_file is not None:
+                raise ValueError(
+                    "real_clip_probability and regression_weight need clips, but prompts_file gives prompts alone; "
+                    "use --metadata_path, or leave them out."
+                )
+            return
+        if len(self.data.all_shapes()) > 1:
+            raise ValueError("clips that are drawn have one size and length; leave out buckets and schedules.")
+        if self.data.streaming and self.prompts_file is None:
+            raise ValueError("the prompts of streams are not known beforehand; list them in a --prompts_file.")
+
+
+TRAINING_SETTINGS = frozenset(names_of(TrajectoryRunConfig)) | frozenset(names_of(MatchingRunConfig))
 """All that a recipe of a training script may hold: it serves other scripts too, which pass over what is not theirs."""

@@ -107,7 +107,8 @@ def train(
             if is_due(state.step, config.logging_steps, config):
                 run.late.flush()
                 entry = log.write()
-                progress.set_postfix(loss=f"{entry.get('generator_loss', float('nan')):.4f}")
+                shown = next((value for name, value in entry.items() if name.endswith("_loss")), float("nan"))
+                progress.set_postfix(loss=f"{shown:.4f}")
             if stop.agreed or is_due(state.step, config.checkpointing_steps, config):
                 write_checkpoint(run, before_checkpoint, after_checkpoint)
             if state.step == config.max_train_steps and save_result is not None:

@@ -18,6 +18,7 @@ from causal_wan.model.transformer import CausalWanTransformer3DModel
 
 MAX_SHOWN = 3
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+ADAPTER = "default"  # what peft calls the adapters that are trained
 
 
 def add_lora(
@@ -45,6 +46,28 @@ def add_lora(
     if transformer.config.control_names:
         transformer.patch_embedding.requires_grad_(True)
     cast_training_params(transformer, dtype=torch.float32)
+
+
+def go_on_from_lora(transformer: CausalWanTransformer3DModel, path: str | Path) -> LoraConfig:
+    """Freezes a transformer and adds the adapters of a LoRA to it, to be trained on, in float32.
+
+    Args:
+        transformer: Changed in place.
+        path: A file or folder in any names that diffusers reads, or a hub id.
+
+    Returns:
+        What the adapters are.
+
+    Raises:
+        ValueError: If it holds no LoRA, or one of another model.
+    """
+    transformer.requires_grad_(False)
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
+    load_lora(WanPipeline(**parts, transformer=transformer), path, adapter_name=ADAPTER)
+    for name, weight in transformer.named_parameters():
+        weight.requires_grad_("lora_" in name)
+    cast_training_params(transformer, dtype=torch.float32)
+    return transformer.peft_config[ADAPTER]
 
 
 def check_is_no_lora(name: str, path: str | Path) -> None:
@@ -81,9 +104,9 @@ def save_lora(transformer: CausalWanTransformer3DModel, weights: dict[str, torch
         str(folder),
         # What peft does, but for names within the wrappers of a sharded model, which peft does not know.
         transformer_lora_layers={
-            name.replace(".default.", "."): weight for name, weight in weights.items() if name not in patches
+            name.replace(f".{ADAPTER}.", "."): weight for name, weight in weights.items() if name not in patches
         },
-        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),
     )
 
 

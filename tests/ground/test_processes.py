@@ -20,10 +20,10 @@ from causal_wan.model.text import encode_prompts
 from causal_wan.processes import gather_lists, gather_on_machine, num_processes, process_index, wait_for_all
 from causal_wan.records.checkpoints import list_checkpoints, save_checkpoint
 from causal_wan.records.trackers import Trackers
-from causal_wan.runs import prompt_embeddings
+from causal_wan.runs import parts, prompt_embeddings
 from causal_wan.runs import regression as regression_run
 from causal_wan.runs.prompt_embeddings import embed_prompts
-from causal_wan.runs.regression import begin_run, finish_run, load_clips, save_result, upload_checkpoint
+from causal_wan.runs.regression import begin_run, finish_run, load_clips, upload_checkpoint
 from causal_wan.training.setup import make_accelerator
 from causal_wan.weights.parts import load_text_encoder
 
@@ -113,10 +113,9 @@ def plan_nothing(*arguments):
 def begin_slowly(rank, path):
     """The main process takes long to tell the encoders, and again to load the student, which it alone may load."""
     opening.identify_encoders = slowly(opening.identify_encoders, rank)
-    regression_run.make_student = slowly(regression_run.make_student, rank)
     regression_run.print_memory = plan_nothing
     config = read_config(path, "--cache_latents")
-    begun = begin_run(config, load_clips(config))
+    begun = begin_run(config, load_clips(config), make_transformer=slowly(parts.make_student, rank))
     meet(begun.accelerator)
     return len(begun.inputs.prompt_embeds)
 
@@ -146,13 +145,14 @@ def test_others_wait_while_one_writes_a_checkpoint_and_sets_it_aside(write_recip
 def finish_slowly(rank, path, complete):
     config = read_config(path)
     accelerator = make_accelerator(config.training)
-    regression_run.gather_weights = lambda accelerator, trainee: {}
-    regression_run.save_student = slowly(lambda *parts: None, rank)
+    parts.gather_weights = lambda accelerator, trainee: {}
+    parts.save_student = slowly(lambda *parts: None, rank)
     trackers = SimpleNamespace(finish=slowly(Trackers().finish, rank))
     inputs, data = SimpleNamespace(config=config), SimpleNamespace(count=dict)
     begun = SimpleNamespace(accelerator=accelerator, data=data, inputs=inputs, trackers=trackers, uploads=None)
     if complete:
-        save_result(begun, SimpleNamespace(student=SimpleNamespace(ema=None, unwrapped_model=None)))
+        student = SimpleNamespace(ema=None, unwrapped_model=None)
+        parts.save_result(SimpleNamespace(accelerator=accelerator, student=student), config, data)
         meet(accelerator)
     work_ends = time.monotonic() + LONG
     try:

@@ -1,0 +1,135 @@
+"""Who takes part in distribution matching: a student, a critic that learns its clips, and a frozen teacher.
+
+With LoRA all three are adapters, or none, over one set of frozen weights that is there once: three models whose base
+weights are the very same tensors. So none has to be switched before a pass, nor again before its layers are
+recomputed. Where weights are sharded each model has its own.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from causal_wan.memory.levers import quantization_config
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.results.teacher import Teacher, add_own_lora, fuse_lora
+from causal_wan.runs.parts import add_own_adapters, load_student, save_memory, weight_dtype
+from causal_wan.runs.settings import MatchingRunConfig
+from causal_wan.training.strategies import is_sharded, loads_weights
+from causal_wan.weights.lora import add_lora, go_on_from_lora
+from causal_wan.weights.transformer import load_transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """The models of a run.
+
+    Attributes:
+        student: To be trained; the run's result is made of it.
+        critic: To be trained beside it; starts as the teacher.
+        teacher: Frozen, in eval mode.
+    """
+
+    student: CausalWanTransformer3DModel
+    critic: CausalWanTransformer3DModel
+    teacher: CausalWanTransformer3DModel
+
+
+def make_roles(config: MatchingRunConfig, teacher: Teacher, accelerator: Any) -> Roles:
+    """Loads the three.
+
+    Raises:
+        ValueError: If weights or memory levers do not fit the checkpoints.
+    """
+    student, lora_rank = load_student(config, accelerator), config.model.lora_rank
+    shares = lora_rank > 0 and not is_sharded(accelerator)
+    if shares and has_base_of_student(teacher, config):
+        frozen = share_weights(student)
+        frozen.set_causal_config(teacher.causal)
+    else:
+        frozen = load_base(teacher, config, accelerator, dtype=weight_dtype(accelerator), device=accelerator.device)
+    if shares:
+        critic = share_weights(frozen)
+    else:
+        sharded = {"device": "cpu", "empty": not loads_weights(accelerator)} if is_sharded(accelerator) else {}
+        dtype = weight_dtype(accelerator) if lora_rank else torch.float32
+        critic = load_base(teacher, config, accelerator, **{"dtype": dtype, "device": accelerator.device, **sharded})
+    if lora_rank:
+        add_adapters_of_student(student, config)
+        add_adapters_of_critic(critic, teacher, config)
+    elif teacher.lora is not None:
+        fuse_lora(critic, teacher.lora)
+    for model in (student, critic):
+        save_memory(model, config)
+    add_own_lora(frozen, teacher)
+    return Roles(student=student, critic=critic, teacher=frozen.requires_grad_(False).eval())
+
+
+def has_base_of_student(teacher: Teacher, config: MatchingRunConfig) -> bool:
+    """Whether a teacher is, but for its LoRA, the weights that the student starts from."""
+    model = config.model
+    pairs = ((teacher.base, model.pretrained_model_name_or_path), (teacher.generator_ckpt, model.generator_ckpt))
+    is_same_place = all(a == b or (a and b and Path(a).resolve() == Path(b).resolve()) for a, b in pairs)
+    return bool(is_same_place) and teacher.revision == model.revision
+
+
+def load_base(
+    teacher: Teacher, config: MatchingRunConfig, accelerator: Any, **where: Any
+) -> CausalWanTransformer3DModel:
+    """The weights of a teacher without its LoRA; `where` is for `load_transformer`."""
+    dtype = weight_dtype(accelerator)
+    return load_transformer(
+        teacher.base,
+        teacher.causal,
+        generator_ckpt=teacher.generator_ckpt,
+        revision=teacher.revision,
+        quantization=quantization_config(config.memory.quantize_base, dtype),
+        **where,
+    )
+
+
+def share_weights(transformer: CausalWanTransformer3DModel) -> CausalWanTransformer3DModel:
+    """A second model of the same tensors: what is changed in one is changed in the other, and nothing is held twice.
+
+    Adapters that either gets later are its own.
+    """
+    tensors = [*transformer.parameters(), *transformer.buffers()]
+    return copy.deepcopy(transformer, {id(tensor): tensor for tensor in tensors})
+
+
+def add_adapters_of_student(student: CausalWanTransformer3DModel, config: MatchingRunConfig) -> None:
+    """New adapters, or those that it goes on from.
+
+    Raises:
+        ValueError: If these have another rank than the settings say.
+    """
+    if config.matching.student_lora is None:
+        add_own_adapters(student, config.model)
+        return
+    lora = go_on_from_lora(student, config.matching.student_lora)
+    if lora.r != config.model.lora_rank:
+        raise ValueError(
+            f"lora_rank must be that of student_lora, {lora.r}, got {config.model.lora_rank}; give --lora_rank "
+            f"{lora.r}."
+        )
+
+
+def add_adapters_of_critic(critic: CausalWanTransformer3DModel, teacher: Teacher, config: MatchingRunConfig) -> None:
+    """The teacher's own, to be trained on, or new ones.
+
+    Raises:
+        ValueError: If the teacher's have another rank than the settings say.
+    """
+    rank, model = config.matching.critic_lora_rank, config.model
+    if teacher.lora is None:
+        rank = rank or model.lora_rank
+        add_lora(critic, rank=rank, alpha=rank, target_modules=model.lora_target_modules)
+        return
+    lora = go_on_from_lora(critic, teacher.lora)
+    if rank not in (None, lora.r):
+        raise ValueError(
+            f"the critic starts as the teacher, a LoRA of rank {lora.r}, so critic_lora_rank must be {lora.r}, got "
+            f"{rank}; leave it out."
+        )

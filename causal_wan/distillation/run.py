@@ -1,0 +1,188 @@
+"""A run of distribution matching: a student and its critic in turns, beside a frozen teacher."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from causal_wan.config.parsing import user_errors
+from causal_wan.distillation.inputs import MatchingBatch, MatchingInputs, Scored
+from causal_wan.distillation.metrics import summarize_matching
+from causal_wan.distillation.prompt_data import load_matching_data
+from causal_wan.distillation.roles import Roles, make_roles
+from causal_wan.flow import add_noise, latents_from_velocity, sigmas_from_timesteps
+from causal_wan.methods.distribution_matching import guided, takes_student_turn
+from causal_wan.model.conditions import Conditions
+from causal_wan.model.transformer import CausalWanTransformer3DModel
+from causal_wan.records.metrics import STUDENT
+from causal_wan.results.teacher import Teacher, find_teacher
+from causal_wan.runs.inputs import PrepareBatch
+from causal_wan.runs.parts import check_strategy
+from causal_wan.runs.plan import print_plan
+from causal_wan.runs.regression import (
+    ComputeLoss,
+    begin_run,
+    check_settings,
+    make_validation,
+    start_training,
+    train_run,
+)
+from causal_wan.runs.settings import MatchingRunConfig
+from causal_wan.training.loop import Sums
+from causal_wan.training.setup import check_strategy_can
+from causal_wan.training.strategies import context_mesh
+from causal_wan.training.weights import reshard
+
+
+CRITIC = "critic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The two networks that look at the student's clips.
+
+    Attributes:
+        config: Of the run.
+        accelerator: Of the run.
+        teacher: Frozen.
+        critic: Unwrapped.
+    """
+
+    config: MatchingRunConfig
+    accelerator: Accelerator
+    teacher: CausalWanTransformer3DModel
+    critic: CausalWanTransformer3DModel
+
+    @torch.no_grad()
+    def compare(self, latents: torch.Tensor, batch: MatchingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean latents `(B, C, F, H, W)` that critic and teacher predict from the student's, noised alike.
+
+        The teacher is guided; for some samples it looks at the real clip in the place of the student's.
+        """
+        drawn = batch.matching
+        noisy = noised(latents, drawn)
+        critic_latents = self.predict(self.critic, noisy, drawn, batch.conditions)
+        reshard(self.critic)
+        if batch.uses_clip is not None:
+            uses_clip = batch.uses_clip[:, None, None, None, None]
+            noisy = torch.where(uses_clip, noised(batch.clips, drawn), noisy)
+        teacher_latents = self.predict(self.teacher, noisy, drawn, batch.conditions)
+        if batch.negative_conditions is not None:
+            unconditional = self.predict(self.teacher, noisy, drawn, batch.negative_conditions)
+            scale = self.config.matching.teacher_guidance_scale
+            teacher_latents = guided(teacher_latents, unconditional, scale)
+        return critic_latents, teacher_latents
+
+    def predict(
+        self, model: CausalWanTransformer3DModel, noisy: torch.Tensor, drawn: Scored, conditions: Conditions
+    ) -> torch.Tensor:
+        """Clean latents that a score network predicts, float32."""
+        with self.accelerator.autocast():
+            velocity = model(noisy, drawn.timesteps, **conditions.arguments(), return_dict=False)[0]
+        return latents_from_velocity(noisy, velocity, sigmas_from_timesteps(drawn.timesteps))
+
+
+def noised(latents: torch.Tensor, drawn: Scored) -> torch.Tensor:
+    """Clips as score networks see them."""
+    return add_noise(latents, drawn.noise, sigmas_from_timesteps(drawn.timesteps))
+
+
+StudentLoss = Callable[[Scores, torch.nn.Module, MatchingBatch, torch.Tensor], tuple[torch.Tensor, Sums]]
+CriticLoss = Callable[[torch.nn.Module, MatchingBatch, torch.Tensor], tuple[torch.Tensor, Sums]]
+
+
+def run_distribution_matching(
+    config: MatchingRunConfig,
+    student_loss: StudentLoss,
+    critic_loss: CriticLoss,
+    *,
+    prepare_clips: PrepareBatch,
+    regression_loss: ComputeLoss,
+) -> None:
+    """Checks everything that needs no weights, then trains, and saves the student.
+
+    Args:
+        config: Of the run.
+        student_loss: The loss of a turn of the student as its share of the step's mean, and sums to log.
+        critic_loss: Likewise of the critic.
+        prepare_clips: Clips of the data loader -> noisy latents, for the loss of regression.
+        regression_loss: It, on held-out clips.
+    """
+    with user_errors():
+        config = check_settings(config)
+        teacher = find_matching_teacher(config)
+        data = load_matching_data(config)
+    if config.dry_run:
+        print_plan(config, data)
+        return
+    made: list[Roles] = []
+
+    def make_student(config: MatchingRunConfig, accelerator: Accelerator) -> CausalWanTransformer3DModel:
+        made.append(make_roles(config, teacher, accelerator))
+        return made[0].student
+
+    also_embedded = [config.matching.teacher_negative_prompt] if config.matching.teacher_guidance_scale != 1 else []
+    begun = begin_run(
+        config,
+        data,
+        check_launch=check_matching_strategy,
+        make_transformer=make_student,
+        also_embedded=also_embedded,
+    )
+    roles, config = made.pop(), begun.inputs.config
+    run = start_training(
+        begun,
+        {STUDENT: roles.student, CRITIC: roles.critic},
+        role_rates={CRITIC: config.matching.critic_learning_rate},
+    )
+    scores = Scores(
+        config=config,
+        accelerator=begun.accelerator,
+        teacher=roles.teacher,
+        critic=run.trainees[CRITIC].unwrapped_model,
+    )
+    inputs = MatchingInputs(
+        inputs=begun.inputs,
+        student=run.student.unwrapped_model,
+        latent_shape=begun.inputs.geometry.latent_shape(*config.data.shape),
+        prepare_clips=prepare_clips,
+        step=lambda: run.state.step,
+    )
+    train_run(
+        begun,
+        run,
+        prepare_batch=inputs.prepare,
+        losses={STUDENT: partial(student_loss, scores), CRITIC: critic_loss},
+        turns=lambda step: (STUDENT, CRITIC) if takes_student_turn(step, config.matching) else (CRITIC,),
+        summarize=partial(summarize_matching, config),
+        validate=make_validation(begun, partial(regression_loss, config.method), prepare_clips),
+    )
+
+
+def find_matching_teacher(config: MatchingRunConfig) -> Teacher:
+    """The teacher; the base model if none is named.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    model = config.model
+    base = model.pretrained_model_name_or_path
+    return find_teacher(config.matching.teacher or base, base, model.revision)
+
+
+def check_matching_strategy(config: MatchingRunConfig, accelerator: Any) -> None:
+    """Checks, before anything is encoded, that student and critic can be trained as the run is launched.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    check_strategy(config, accelerator)
+    check_strategy_can(accelerator, config.training, num_models=2)
+    if context_mesh(accelerator) is not None:
+        raise ValueError(
+            "context parallelism shares the tokens of one model's passes, and three take part here; launch with "
+            "accelerate_configs/fsdp2.yaml or ddp.yaml."
+        )
