@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 
 from causal_wan.memory.levers import quantization_config
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -57,10 +58,12 @@ def make_roles(config: MatchingRunConfig, teacher: Teacher, accelerator: Any) ->
         dtype = weight_dtype(accelerator) if lora_rank else torch.float32
         critic = load_base(teacher, config, accelerator, **{"dtype": dtype, "device": accelerator.device, **sharded})
     if lora_rank:
+        set_seed(config.training.seed)  # loading draws numbers, and not equally many in every strategy
         add_adapters_of_student(student, config)
         add_adapters_of_critic(critic, teacher, config)
     elif teacher.lora is not None:
         fuse_lora(critic, teacher.lora)
+        critic.requires_grad_(True)  # a LoRA freezes what it is added to
     for model in (student, critic):
         save_memory(model, config)
     add_own_lora(frozen, teacher)
