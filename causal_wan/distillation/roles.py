@@ -7,7 +7,6 @@ recomputed. Where weights are sharded each model has its own.
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from accelerate.utils import set_seed
 from causal_wan.memory.levers import quantization_config
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.results.teacher import Teacher, add_own_lora, fuse_lora
-from causal_wan.runs.parts import add_own_adapters, load_student, save_memory, weight_dtype
+from causal_wan.runs.parts import add_own_adapters, has_base_of_student, load_student, save_memory, weight_dtype
 from causal_wan.runs.settings import MatchingRunConfig
 from causal_wan.training.strategies import is_sharded, loads_weights
 from causal_wan.weights.lora import add_lora, go_on_from_lora
@@ -68,14 +67,6 @@ def make_roles(config: MatchingRunConfig, teacher: Teacher, accelerator: Any) ->
         save_memory(model, config)
     add_own_lora(frozen, teacher)
     return Roles(student=student, critic=critic, teacher=frozen.requires_grad_(False).eval())
-
-
-def has_base_of_student(teacher: Teacher, config: MatchingRunConfig) -> bool:
-    """Whether a teacher is, but for its LoRA, the weights that the student starts from."""
-    model = config.model
-    pairs = ((teacher.base, model.pretrained_model_name_or_path), (teacher.generator_ckpt, model.generator_ckpt))
-    is_same_place = all(a == b or (a and b and Path(a).resolve() == Path(b).resolve()) for a, b in pairs)
-    return bool(is_same_place) and teacher.revision == model.revision
 
 
 def load_base(

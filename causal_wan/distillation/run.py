@@ -18,9 +18,8 @@ from causal_wan.methods.distribution_matching import guided, takes_student_turn
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.records.metrics import STUDENT
-from causal_wan.results.teacher import Teacher, find_teacher
 from causal_wan.runs.inputs import PrepareBatch
-from causal_wan.runs.parts import check_strategy
+from causal_wan.runs.parts import check_strategy, find_matching_teacher
 from causal_wan.runs.plan import print_plan
 from causal_wan.runs.regression import (
     ComputeLoss,
@@ -160,17 +159,6 @@ def run_distribution_matching(
         summarize=partial(summarize_matching, config),
         validate=make_validation(begun, partial(regression_loss, config.method), prepare_clips),
     )
-
-
-def find_matching_teacher(config: MatchingRunConfig) -> Teacher:
-    """The teacher; the base model if none is named.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    model = config.model
-    base = model.pretrained_model_name_or_path
-    return find_teacher(config.matching.teacher or base, base, model.revision)
 
 
 def check_matching_strategy(config: MatchingRunConfig, accelerator: Any) -> None:

@@ -81,6 +81,8 @@ class MemoryPlan:
         encoding: What encoding a batch takes on top of all that waits meanwhile.
         text_encoder: Before the transformer is loaded, and while a step runs if it is kept.
         validation: What the parts of a validation take.
+        rollout: What clips that the student draws in a step take on top of all that waits meanwhile.
+        rollout_cache: Keys and values that it remembers for it, a part of this.
     """
 
     workload: Workload
@@ -92,6 +94,8 @@ class MemoryPlan:
     text_encoder: int = 0
     keeps_text_encoder: bool = False
     validation: ValidationPlan = ValidationPlan()
+    rollout: int = 0
+    rollout_cache: int = 0
 
     @property
     def moments(self) -> dict[str, int]:
@@ -100,6 +104,7 @@ class MemoryPlan:
         validation = self.validation
         parts = {
             "in a step": (waiting, self.passes),
+            "rolling out": (waiting, self.rollout),
             "encoding clips": (waiting, self.encoding),
             "embedding prompts": (0, self.text_encoder),
             "sampling in validation": (waiting + validation.waiting, validation.sampling),
@@ -123,15 +128,17 @@ class MemoryPlan:
         if self.keeps_text_encoder:
             parts["text encoder"] = self.text_encoder
         listed = ", ".join(f"{name} {num_bytes / GIB:.1f}" for name, num_bytes in parts.items())
-        others = f"encoding clips {self.encoding / GIB:.1f}, validation {self.validation.peak / GIB:.1f}"
+        validation = f"encoding clips {self.encoding / GIB:.1f}, validation {self.validation.peak / GIB:.1f}"
+        rollout = f"rollouts {self.rollout / GIB:.1f}, {self.rollout_cache / GIB:.1f} of it keys and values; "
+        others = (rollout if self.rollout else "") + validation
         worst = max(self.moments, key=self.moments.__getitem__)
         return f"{self.peak / GIB:.1f} GiB at most, {worst} ({listed}; {others})"
 
 
 def plan_training(workload: Workload) -> MemoryPlan:
     """The memory of steps and of validation, without VAE and text encoder."""
-    sizes = _parameter_sizes(workload)
-    (passes,) = _deepen(workload, simulate_passes)
+    sizes = parameter_sizes(workload)
+    (passes,) = deepen(workload, simulate_passes)
     passes //= workload.num_sharing_a_clip
     if workload.memory.quantize_base is not None:  # what is cast for a pass lives until the layer's backward is done
         num_layers, interval = workload.architecture["num_layers"], workload.memory.gradient_checkpointing_interval
@@ -155,7 +162,7 @@ def plan_training(workload: Workload) -> MemoryPlan:
     return MemoryPlan(workload=workload, weights=weights, optimizer=states, passes=passes, validation=validation)
 
 
-def _plan_passes_of_validation(workload: Workload, sizes: "_ParameterSizes") -> ValidationPlan:
+def _plan_passes_of_validation(workload: Workload, sizes: "ParameterSizes") -> ValidationPlan:
     """What sampling and the held-out loss take, of whole clips: in validation, processes never share the tokens."""
     validation, itemsize = workload.validation, workload.dtype.itemsize
     waiting = 4 * sizes.trainable * (workload.keeps_gradients + validation.keeps_copy)
@@ -167,15 +174,15 @@ def _plan_passes_of_validation(workload: Workload, sizes: "_ParameterSizes") -> 
         of_passes = itemsize * sizes.of_a_layer
     cache = sampling = measuring = 0
     if validation.samples:
-        cache, sampling = _deepen(workload, simulate_sampling)
+        cache, sampling = deepen(workload, simulate_sampling)
         sampling += of_passes
     if validation.measures_loss:
-        (measuring,) = _deepen(workload, simulate_measuring)
+        (measuring,) = deepen(workload, simulate_measuring)
         measuring += of_passes
     return ValidationPlan(waiting=waiting, cache=cache, sampling=sampling, measuring=measuring)
 
 
-def _deepen(workload: Workload, simulate: Callable[[Workload, int], tuple[int, ...]]) -> tuple[int, ...]:
+def deepen(workload: Workload, simulate: Callable[[Workload, int], tuple[int, ...]]) -> tuple[int, ...]:
     """What a simulation of so many layers gives for all of them."""
     num_layers, interval = workload.architecture["num_layers"], workload.memory.gradient_checkpointing_interval
     depths = sorted({min(num_layers, depth * interval) for depth in SHALLOW_DEPTHS})
@@ -292,7 +299,7 @@ def _extrapolate(values: dict[int, int], at: int) -> int:
 
 
 @dataclass(frozen=True)
-class _ParameterSizes:
+class ParameterSizes:
     """Counts of parameters, and bytes of the frozen ones."""
 
     trainable: int
@@ -301,7 +308,8 @@ class _ParameterSizes:
     outside_layers: int
 
 
-def _parameter_sizes(workload: Workload) -> _ParameterSizes:
+def parameter_sizes(workload: Workload) -> ParameterSizes:
+    """Of the transformer of a workload, whole."""
     transformer = build(workload, num_layers=1)
     layer, num_layers = transformer.blocks, workload.architecture["num_layers"]
     per_parameter = BYTES_PER_PARAMETER.get(workload.memory.quantize_base)
@@ -317,4 +325,4 @@ def _parameter_sizes(workload: Workload) -> _ParameterSizes:
             num_bytes = parameter.numel() * per_parameter if id(parameter) in quantized else parameter.nbytes
             frozen_bytes += count * int(num_bytes)
     of_a_layer = sum(parameter.numel() for parameter in layer.parameters())
-    return _ParameterSizes(trainable, frozen_bytes, of_a_layer, outside)
+    return ParameterSizes(trainable, frozen_bytes, of_a_layer, outside)

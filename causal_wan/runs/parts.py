@@ -35,7 +35,8 @@ from causal_wan.progress import announced
 from causal_wan.records.checkpoints import list_checkpoints, step_of
 from causal_wan.results.export import write_pipeline_file
 from causal_wan.results.model_card import DATA_SUMMARY_NAME
-from causal_wan.runs.settings import RunConfig
+from causal_wan.results.teacher import Teacher, find_teacher
+from causal_wan.runs.settings import MatchingRunConfig, RunConfig
 from causal_wan.runs.training_data import TrainingData
 from causal_wan.tables.prompt_schedules import FramePrompts
 from causal_wan.training.run import Run
@@ -187,6 +188,25 @@ def save_memory(transformer: CausalWanTransformer3DModel, config: RunConfig) -> 
         enable_gradient_checkpointing(transformer, config.memory)
     if config.compile:
         compile_layers(transformer, len(config.data.all_shapes()))
+
+
+def find_matching_teacher(config: MatchingRunConfig) -> Teacher:
+    """The teacher; the base model if none is named.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    model = config.model
+    base = model.pretrained_model_name_or_path
+    return find_teacher(config.matching.teacher or base, base, model.revision)
+
+
+def has_base_of_student(teacher: Teacher, config: MatchingRunConfig) -> bool:
+    """Whether a teacher is, but for its LoRA, the weights that the student starts from."""
+    model = config.model
+    pairs = ((teacher.base, model.pretrained_model_name_or_path), (teacher.generator_ckpt, model.generator_ckpt))
+    is_same_place = all(a == b or (a and b and Path(a).resolve() == Path(b).resolve()) for a, b in pairs)
+    return bool(is_same_place) and teacher.revision == model.revision
 
 
 def rate_scales(config: RunConfig) -> dict[str, float]:

@@ -15,18 +15,21 @@ from causal_wan.config.parsing import user_errors
 from causal_wan.config.refusals import describe_refusal
 from causal_wan.data.settings import ClipShape, DataConfig
 from causal_wan.geometry import LatentGeometry
+from causal_wan.memory.matching import plan_matching
 from causal_wan.memory.plan import MemoryPlan, describe_shortage, plan_training, text_encoder_bytes, with_vae
 from causal_wan.memory.simulation import ValidationWorkload, Workload
 from causal_wan.model.control import with_control_names
 from causal_wan.records.checkpoints import describe_damaged, find_checkpoint, passed_over
 from causal_wan.runs.parts import (
+    find_matching_teacher,
+    has_base_of_student,
     text_dtype,
     validation_prompts,
     weight_dtype,
     with_absolute_paths,
     with_checkpointing_of_launch,
 )
-from causal_wan.runs.settings import RunConfig
+from causal_wan.runs.settings import MatchingRunConfig, RunConfig
 from causal_wan.runs.training_data import TrainingData
 from causal_wan.sampling.noise import count_draws
 from causal_wan.training.strategies import (
@@ -59,6 +62,7 @@ def describe_plan(config: RunConfig, run_data: TrainingData, num_replicas: int) 
         *describe_controls(data),
         *described.shapes,
         f"method      {method.describe()}",
+        *describe_matching(config),
         f"training    {weights}, {training.max_train_steps} steps of {samples_per_step} clips "
         f"({training.train_batch_size} x {training.gradient_accumulation_steps} accumulated x {num_replicas} "
         f"process(es)){passes}",
@@ -71,6 +75,14 @@ def describe_plan(config: RunConfig, run_data: TrainingData, num_replicas: int) 
             "prompts change from block to block; these clips are one block, and have the prompt in their middle alone"
         )
     return "\n".join(lines + [f"note        {note}" for note in notes])
+
+
+def describe_matching(config: RunConfig) -> list[str]:
+    """Lines on the teacher and the turns of a run of distribution matching."""
+    if not isinstance(config, MatchingRunConfig):
+        return []
+    teacher = config.matching.teacher or config.model.pretrained_model_name_or_path
+    return [f"teacher     {teacher}", f"matching    {config.matching.describe()}"]
 
 
 def describe_controls(data: DataConfig) -> list[str]:
@@ -165,7 +177,8 @@ def plan_run(config: RunConfig, run_data: TrainingData, accelerator: Any) -> Mem
     name, revision = config.model.pretrained_model_name_or_path, config.model.revision
     vae = load_vae_config(name, revision=revision)
     workload = make_workload(config, run_data, accelerator, vae)
-    plan = plan_training(workload)
+    is_matching = isinstance(config, MatchingRunConfig)
+    plan = plan_matching_run(config, workload, accelerator) if is_matching else plan_training(workload)
     if config.encodes:
         text_config = UMT5Config.from_pretrained(name, subfolder="text_encoder", revision=revision)
         text_encoder = text_encoder_bytes(text_config, text_dtype(accelerator))
@@ -175,6 +188,29 @@ def plan_run(config: RunConfig, run_data: TrainingData, accelerator: Any) -> Mem
         shape = largest_shape(config) if encodes_clips else None
         plan = with_vae(plan, dict(vae.config), dtype=DTYPES[config.model.vae_dtype], video_shape=shape)
     return plan
+
+
+def plan_matching_run(config: MatchingRunConfig, student: Workload, accelerator: Any) -> MemoryPlan:
+    """The memory of a run of distribution matching, from what its student takes in a run of regression."""
+    method, matching, lora_rank = config.method, config.matching, config.model.lora_rank
+    teacher = find_matching_teacher(config)
+    architecture = load_transformer_config(
+        teacher.base, generator_ckpt=teacher.generator_ckpt, revision=teacher.revision
+    )
+    critic = replace(
+        student,
+        architecture={**architecture, **teacher.causal.as_dict()},
+        lora_rank=lora_rank and (matching.critic_lora_rank or lora_rank),
+        use_ema=False,
+    )
+    shares = lora_rank > 0 and not is_sharded(accelerator)
+    return plan_matching(
+        replace(student, has_clean_context=method.causal.num_frame_per_block is not None),
+        replace(critic, has_clean_context=False),
+        replace(critic, lora_rank=0, sharding="none"),
+        num_draws=count_draws(len(method.inference_timesteps()), method.student_sampler),
+        num_sharing=1 if not shares else 3 if has_base_of_student(teacher, config) else 2,
+    )
 
 
 def make_workload(config: RunConfig, run_data: TrainingData, accelerator: Any, vae: AutoencoderKLWan) -> Workload:

@@ -187,7 +187,7 @@ def test_with_lora_the_frozen_weights_are_there_once(recipe, tmp_path):
     from accelerate import Accelerator
 
     from causal_wan.distillation.roles import make_roles
-    from causal_wan.distillation.run import find_matching_teacher
+    from causal_wan.runs.parts import find_matching_teacher
 
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**recipe, "output_dir": str(tmp_path / "run"), "lora_rank": 4}))

@@ -1,0 +1,45 @@
+"""The memory of a run in which a student draws clips, and a critic and a teacher look at them.
+
+Three models, of which one is frozen; with LoRA on one GPU they have their frozen weights in common. A step consists of
+rollouts, a turn of the student beside passes of the two others, and a turn of the critic.
+"""
+
+from dataclasses import replace
+
+from causal_wan.memory.plan import MemoryPlan, deepen, parameter_sizes, plan_training
+from causal_wan.memory.simulation import ValidationWorkload, Workload, simulate_measuring, simulate_sampling
+
+
+def plan_matching(
+    student: Workload, critic: Workload, teacher: Workload, *, num_draws: int, num_sharing: int
+) -> MemoryPlan:
+    """The memory of steps and of validation, without VAE and text encoder.
+
+    Args:
+        student: With the clean context of its one pass with gradients.
+        critic: Likewise, without.
+        teacher: As if all of it were trained, on one GPU.
+        num_draws: M, of the noise of a rollout.
+        num_sharing: How many of the three have their frozen weights in common: 1, 2 (critic and teacher) or 3.
+    """
+    plan, of_critic, scored = plan_training(student), plan_training(critic), _of_clips(critic, num_draws)
+    (scoring,) = deepen(scored, simulate_measuring)
+    cache, sampling = deepen(_of_clips(student, num_draws), simulate_sampling)
+    weights = plan.weights + of_critic.weights
+    if num_sharing == 1:  # whole, on each GPU
+        weights += parameter_sizes(teacher).trainable * teacher.dtype.itemsize
+    if num_sharing == 3:
+        weights -= parameter_sizes(critic).frozen_bytes
+    return replace(
+        plan,
+        weights=weights,
+        optimizer=plan.optimizer + of_critic.optimizer,
+        passes=max(plan.passes + student.batch_size * scoring, of_critic.passes),
+        rollout=student.batch_size * sampling,
+        rollout_cache=student.batch_size * cache,
+    )
+
+
+def _of_clips(workload: Workload, num_draws: int) -> Workload:
+    """The same with clips of the run in the place of those of its validation."""
+    return replace(workload, validation=ValidationWorkload(latent_shape=workload.latent_shape, num_draws=num_draws))
