@@ -20,7 +20,7 @@ PACKAGE = sorted(path.relative_to(ROOT) for path in (ROOT / "causal_wan").rglob(
 # A file imports its own wing, or wings left of it; those at the root of the package are the ground.
 WINGS = (
     *("ground", "config", "video", "tables", "data", "streams", "model", "weights", "cache", "methods", "sampling"),
-    *("memory", "records", "training", "results", "runs", "distillation", "evaluation", "survey"),
+    *("memory", "records", "training", "results", "runs", "evaluation", "distillation", "survey"),
 )
 # Scripts whose loss has that of another one in it.
 PARTS = {"train_dmd": {"train_video_regression"}}

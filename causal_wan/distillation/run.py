@@ -13,6 +13,7 @@ from causal_wan.distillation.inputs import MatchingBatch, MatchingInputs, Scored
 from causal_wan.distillation.metrics import summarize_matching
 from causal_wan.distillation.prompt_data import load_matching_data
 from causal_wan.distillation.roles import Roles, make_roles
+from causal_wan.distillation.samples import SampleMeasures
 from causal_wan.flow import add_noise, latents_from_velocity, sigmas_from_timesteps
 from causal_wan.methods.distribution_matching import guided, takes_student_turn
 from causal_wan.model.conditions import Conditions
@@ -157,7 +158,7 @@ def run_distribution_matching(
         losses={STUDENT: partial(student_loss, scores), CRITIC: critic_loss},
         turns=lambda step: (STUDENT, CRITIC) if takes_student_turn(step, config.matching) else (CRITIC,),
         summarize=partial(summarize_matching, config),
-        validate=make_validation(begun, partial(regression_loss, config.method), prepare_clips),
+        validate=make_validation(begun, partial(regression_loss, config.method), prepare_clips, SampleMeasures()),
     )
 
 

@@ -57,7 +57,7 @@ from causal_wan.runs.plan import describe_plan, describe_resumption, print_memor
 from causal_wan.runs.prompt_embeddings import embed_prompts
 from causal_wan.runs.settings import RunConfig
 from causal_wan.runs.training_data import LoaderSettings, TrainingData, make_loader
-from causal_wan.runs.validation import Validation, validation_batches
+from causal_wan.runs.validation import Measures, Validation, validation_batches
 from causal_wan.streams.lanes import LaneStates
 from causal_wan.tables.prompt_schedules import texts_of
 from causal_wan.training.loop import Sums, train
@@ -255,7 +255,10 @@ def start_training(
 
 
 def make_validation(
-    begun: BegunRun, compute_loss: Callable[..., tuple[torch.Tensor, Sums]], prepare_held_out: PrepareBatch
+    begun: BegunRun,
+    compute_loss: Callable[..., tuple[torch.Tensor, Sums]],
+    prepare_held_out: PrepareBatch,
+    measures: Measures | None = None,
 ) -> Validation | None:
     """Samples of a run's prompts, and a loss of regression on its held-out clips; None of a run without prompts.
 
@@ -263,6 +266,7 @@ def make_validation(
         begun: From `begin_run`.
         compute_loss: Of a transformer, a batch and the number of its items.
         prepare_held_out: A batch of held-out clips -> what the loss takes.
+        measures: Looks at the samples.
     """
     accelerator, data, inputs = begun.accelerator, begun.data, begun.inputs
     validate = Validation(
@@ -274,6 +278,7 @@ def make_validation(
         prompts=validation_prompts(inputs.config, data),
         batches=validation_batches(accelerator, inputs, data.held_out_dataset(), prepare_held_out),
         latent_shape=inputs.geometry.latent_shape(*inputs.config.data.shape),
+        measures=measures,
     )
     return validate if validate.prompts else None
 

@@ -9,8 +9,9 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 from tqdm.auto import tqdm
@@ -68,6 +69,16 @@ def batch_of_one(held_out: Loadable, number: int, shape: ClipShape) -> ClipBatch
     return collate([sample | {"prompt": prompt, "sample_number": number, "errors": []}])
 
 
+class Measures(Protocol):
+    """What looks at the videos of a validation, as `causal_wan.distillation.samples.SampleMeasures` does."""
+
+    def note(self, number: int, frames: np.ndarray) -> None:
+        """Looks at the video of a prompt, `(T, height, width, 3)`, uint8."""
+
+    def summarize(self) -> dict[str, float]:
+        """What was found since the last time, over all processes, which all call this."""
+
+
 class Validation:
     """Samples prompts and measures the loss on held-out batches; each process takes its share.
 
@@ -80,6 +91,7 @@ class Validation:
         prompts: All prompts, of all processes; one a video, or one for each of its frames.
         batches: This process's prepared batches, and whether each counts.
         latent_shape: (C, F, H, W) of the videos to sample.
+        measures: Looks at the videos; what it finds is among the metrics.
 
     The first prompts are those of the held-out clips. A student that was trained with given first frames, or with
     controls, gets theirs.
@@ -96,11 +108,12 @@ class Validation:
         prompts: list[str | FramePrompts],
         batches: list[tuple[RegressionBatch, bool]],
         latent_shape: tuple[int, int, int, int],
+        measures: Measures | None = None,
     ) -> None:
         self.accelerator, self.inputs = accelerator, inputs
         self.compute_loss, self.summarize = compute_loss, summarize
         self.output_dir, self.prompts, self.batches = Path(output_dir), prompts, batches
-        self.latent_shape = latent_shape
+        self.latent_shape, self.measures = latent_shape, measures
         num_items = sum(batch.num_items for batch, counts in batches if counts)
         wait_for_all()  # some have had more to encode than others
         self.num_items = accelerator.reduce(torch.as_tensor(num_items, device=accelerator.device))
@@ -142,7 +155,7 @@ class Validation:
                     latents = self.sample(transformer, number, progress, given, controls)
                     if counts:
                         with self._noted(name, sample_failures, is_common=False):
-                            self.write(latents, videos[name].path, progress)
+                            self.write(latents, videos[name].path, number, progress)
             progress.set_postfix_str("loss", refresh=False)
             with self._noted("the loss on held-out clips", loss_failures):
                 sums = self.sum_losses(transformer, progress)
@@ -186,6 +199,7 @@ class Validation:
         num_failed_samples, num_failed_losses = self.accelerator.reduce(counts).tolist()
         failed = num_failed_samples + num_failed_losses
         metrics = {"validation_failed": float(failed)} if failed else {}
+        metrics |= {} if self.measures is None else self.measures.summarize()
         if self.batches and not num_failed_losses:
             sums.reduce_to_main(self.accelerator)
             if self.accelerator.is_main_process:
@@ -236,18 +250,22 @@ class Validation:
         )
         return torch.cat(list(blocks), dim=2)
 
-    def write(self, latents: torch.Tensor, path: Path, progress: tqdm) -> None:
-        """Decodes latents `(1, C, F, H, W)` to an mp4, in memory that does not grow with the clip."""
-        vae, geometry = self.inputs.vae, self.inputs.geometry
+    def write(self, latents: torch.Tensor, path: Path, number: int, progress: tqdm) -> None:
+        """Decodes latents `(1, C, F, H, W)` of a prompt to an mp4, part by part; the whole is kept if it is measured."""
+        vae, geometry, written = self.inputs.vae, self.inputs.geometry, []
         partial = path.with_name(f"partial-{path.name}")
         try:
             with on_device(vae, self.accelerator.device), VideoWriter(partial, geometry.frame_rate) as writer:
                 for frames in decode_in_parts(vae, latents):
-                    writer.write(as_frames(frames[0]))
+                    pictures = as_frames(frames[0])
+                    writer.write(pictures)
+                    written += [] if self.measures is None else [pictures]
                     progress.update(-(-frames.shape[2] // geometry.temporal_factor))
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+        if self.measures is not None:
+            self.measures.note(number, np.concatenate(written))
 
     def sum_losses(self, transformer: CausalWanTransformer3DModel, progress: tqdm) -> MetricSums:
         """The training loss on this process's held-out batches, as sums in all and by level."""

@@ -89,6 +89,7 @@ def test_it_validates_by_samples_and_by_the_loss_of_regression(train):
     assert len(list((output_dir / "validation" / "step-000006").glob("*.mp4"))) == 2
     (validation,) = (entry for entry in metrics(output_dir) if "validation_loss" in entry)
     assert validation["validation_loss_at_time_1000"] > 0
+    assert all(validation[f"sample_{name}"] > 0 for name in ("sharpness", "motion", "diversity"))
 
 
 def test_turns_leave_the_other_as_it_is_to_the_last_bit(train):
