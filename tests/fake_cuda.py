@@ -532,7 +532,7 @@ def on_fake_gpu(*, has_weights: bool = True, **settings: Any) -> Iterator[FakeCu
     from diffusers import ModelMixin
     from transformers import PreTrainedModel
 
-    import causal_wan.runs.regression
+    import causal_wan.runs.plan
     import causal_wan.training.loop
 
     load = _load_and_move if has_weights else _load_configuration
@@ -543,7 +543,7 @@ def on_fake_gpu(*, has_weights: bool = True, **settings: Any) -> Iterator[FakeCu
         stack.enter_context(
             mock.patch.object(causal_wan.training.loop, "save_checkpoint", lambda *given, **others: None)
         )
-        stack.enter_context(mock.patch.object(causal_wan.runs.regression, "describe_memory", lambda *given: ""))
+        stack.enter_context(mock.patch.object(causal_wan.runs.plan, "describe_memory", lambda *given: ""))
         yield gpu
 
 

@@ -5,6 +5,7 @@ Shapes: B = batch, N = steps of the student's schedule, K = bins of timesteps.
 
 import torch
 
+from causal_wan.devices import to_device
 from causal_wan.distillation.inputs import MatchingBatch
 from causal_wan.methods.distribution_matching import matching_direction
 from causal_wan.methods.settings import BIN_WIDTH
@@ -22,12 +23,11 @@ def sum_matching(
 ) -> Sums:
     """Of a turn of the student: lengths of g, normalisers, and where rollouts ended; see `matching_direction`."""
     direction, normalizer = matching_direction(latents.detach(), critic_latents, teacher_latents)
-    num_steps = batch.num_steps
-    exits = torch.nn.functional.one_hot(torch.tensor(batch.exit_step), num_steps).to(latents.device, torch.float64)
+    exits = [float(len(latents) * (number == batch.exit_step)) for number in range(batch.num_steps)]
     return {
         "matching_gradient": direction.square().mean(dim=(1, 2, 3, 4)).sqrt().sum(),
         "matching_normalizer": normalizer.sum(),
-        "matching_exits": len(latents) * exits,
+        "matching_exits": to_device(torch.tensor(exits, dtype=torch.float64), latents.device),
     }
 
 

@@ -251,7 +251,7 @@ class Validation:
         return torch.cat(list(blocks), dim=2)
 
     def write(self, latents: torch.Tensor, path: Path, number: int, progress: tqdm) -> None:
-        """Decodes latents `(1, C, F, H, W)` of a prompt to an mp4, part by part; the whole is kept if it is measured."""
+        """Decodes latents `(1, C, F, H, W)` of a prompt to an mp4, part by part; measured, it is kept whole."""
         vae, geometry, written = self.inputs.vae, self.inputs.geometry, []
         partial = path.with_name(f"partial-{path.name}")
         try:

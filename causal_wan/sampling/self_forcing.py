@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from causal_wan.devices import to_device
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.sampling.rollout import Rollout, SamplingSchedule, roll_out
@@ -67,6 +68,6 @@ def roll_out_to_exit(
     noise = noise[: schedule.num_draws]
     blocks = list(roll_out(transformer, conditions, noise, schedule, on_step_end=keep))
     latents = torch.cat(blocks, dim=2).float()
-    timesteps = schedule.timesteps[-1:].to(latents.device).expand(latents.shape[0], latents.shape[2])
+    timesteps = to_device(schedule.timesteps[-1:], latents.device).expand(latents.shape[0], latents.shape[2])
     inputs = torch.cat(kept, dim=2) if exit_step else noise[0].float()
     return ExitedRollout(latents=latents, exit_inputs=inputs, exit_timesteps=timesteps)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, run_here, run_script
 
-import causal_wan.training.loop
+import causal_wan.training.steps
 import train_video_regression
 from causal_wan.config.settings import MemoryConfig, TrainingConfig
 from causal_wan.memory.levers import enable_gradient_checkpointing, store_in_fp8
@@ -53,7 +53,7 @@ def test_a_step_never_waits_for_the_gpu(write_recipe, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(causal_wan.training.loop, "train_step", watched(train_step))
+    monkeypatch.setattr(causal_wan.training.steps, "train_step", watched(train_step))
     monkeypatch.setattr(train_video_regression, "prepare_batch", watched(prepare))
     path, _ = write_recipe(max_train_steps=8, cache_latents=True, mixed_precision="bf16", logging_steps=100)
     run_here("train_video_regression.py", "--config", path)

@@ -17,6 +17,7 @@ from causal_wan.results.run_record import find_run
 
 
 SCRIPT = "train_dmd.py"
+SLOW = pytest.mark.slow
 SETTINGS = {
     "critic_learning_rate": 0.02,
     "critic_warmup_steps": 1,
@@ -105,7 +106,7 @@ def test_turns_leave_the_other_as_it_is_to_the_last_bit(train):
 
 
 @pytest.mark.parametrize("changes", [{"use_ema": True}, {"lora_rank": 4}], ids=["all-weights", "lora"])
-@pytest.mark.parametrize("step", [1, 2, 3, 4])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=SLOW), 2, 3, pytest.param(4, marks=SLOW)])
 def test_a_run_goes_on_to_the_last_bit_from_every_phase_of_its_turns(train, tmp_path, step, changes):
     path, output_dir = train(checkpointing_steps=1, **changes)
     copy = tmp_path / "run"
@@ -124,7 +125,7 @@ def test_a_run_goes_on_to_the_last_bit_from_every_phase_of_its_turns(train, tmp_
     assert [entry for entry in metrics(copy) if "lr" in entry] == entries(output_dir)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=SLOW)])
 def test_two_passes_of_one_process_learn_what_two_processes_do(train, lora_rank):
     common = {"train_batch_size": 1, "lora_rank": lora_rank, "max_grad_norm": 0.01, "adam_epsilon": 1e-4}
     _, one = train(gradient_accumulation_steps=2, **common)
@@ -135,6 +136,7 @@ def test_two_passes_of_one_process_learn_what_two_processes_do(train, lora_rank)
         assert mine.get("generator_grad_norm", 0) == pytest.approx(other.get("generator_grad_norm", 0), rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_shards_learn_what_one_process_does(train, lora_rank):
     common = {"train_batch_size": 1, "lora_rank": lora_rank, "max_grad_norm": 0.01, "adam_epsilon": 1e-4}

@@ -5,7 +5,7 @@ import torch
 from conftest import run_here
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import causal_wan.training.loop
+import causal_wan.training.steps
 
 
 aten = torch.ops.aten
@@ -31,11 +31,17 @@ def test_what_waits_is_noticed():
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"use_ema": True, "gradient_checkpointing": True}, {"lora_rank": 2}, {"context": "clean"}],
-    ids=["plain", "ema", "lora", "teacher-forcing"],
+    ("script", "changes"),
+    [
+        ("train_video_regression.py", {}),
+        ("train_video_regression.py", {"use_ema": True, "gradient_checkpointing": True}),
+        ("train_video_regression.py", {"lora_rank": 2}),
+        ("train_video_regression.py", {"context": "clean"}),
+        ("train_dmd.py", {"critic_warmup_steps": 0}),
+    ],
+    ids=["plain", "ema", "lora", "teacher-forcing", "distribution-matching"],
 )
-def test_a_step_of_a_run_reads_nothing(write_recipe, monkeypatch, changes):
+def test_a_step_of_a_run_reads_nothing(write_recipe, monkeypatch, script, changes):
     train_step, num_checked = causal_wan.training.steps.train_step, 0
 
     def checked_step(run, *given, **settings):
@@ -48,7 +54,7 @@ def test_a_step_of_a_run_reads_nothing(write_recipe, monkeypatch, changes):
         hand_in(*handed_in[0])
         num_checked += 1
 
-    monkeypatch.setattr(causal_wan.training.loop, "train_step", checked_step)
+    monkeypatch.setattr(causal_wan.training.steps, "train_step", checked_step)
     path, _ = write_recipe(max_train_steps=2, **changes)
-    run_here("train_video_regression.py", "--config", path)
-    assert num_checked == 2
+    run_here(script, "--config", path)
+    assert num_checked == 2 + (script == "train_dmd.py")  # the student has its turn in the first step
