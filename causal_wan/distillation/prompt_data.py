@@ -139,8 +139,8 @@ def load_matching_data(config: MatchingRunConfig) -> TrainingData:
     if config.matching.needs_clips:
         return load_clips(config)
     held_out = load_clips(config, held_out_only=True)
-    if config.prompts_file is not None:
-        prompts, source = read_prompts_file(config.prompts_file), config.prompts_file
+    if config.matching.prompts_file is not None:
+        prompts, source = read_prompts_file(config.matching.prompts_file), config.matching.prompts_file
     else:
         prompts, source = (prompt for row in load_clips(config).rows for prompt in row.prompts), "the tables"
     return PromptData(config.data, texts_of(prompts), held_out, source)

@@ -42,6 +42,8 @@ class MatchingConfig:
     """Least and largest timestep at which teacher and critic look at clips."""
     matching_timestep_shift: TimestepShift = 5.0
     """Shift of these timesteps towards noise, as timestep_shift."""
+    prompts_file: LocalPath | None = None
+    """Text with a prompt a line, or CSV or JSON lines with a `prompt` column; in the place of the tables' prompts."""
     real_clip_probability: Share = 0.0
     """Share of the samples for which the teacher looks at the real clip of the prompt in the place of the student's
     (data forcing). For a student that has converged without; it needs clips."""

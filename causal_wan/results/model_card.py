@@ -28,6 +28,8 @@ SHOWN = (
     *("num_frames", "height", "width", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler", "optimizer", "mixed_precision", "use_ema", "lora_rank", "loss_type", "seed"),
     *("timestep_sampling", "timestep_shift", "context", "loss_space", "loss_weighting"),
+    *("teacher", "teacher_guidance_scale", "critic_learning_rate", "student_every", "critic_warmup_steps"),
+    *("real_clip_probability", "regression_weight"),
 )
 
 
@@ -48,7 +50,7 @@ def make_card(folder: Path, run: RunRecord | None, repo_id: str, samples: list[s
     steps, sampler = sampled_at(folder, run)
     has_step_list = sampler == "renoise" if run is None else not method.is_continuous
     is_few_step = len(steps) <= MAX_FEW_STEPS if steps else sampler == "renoise"
-    has_trajectories = run is not None and run.has_trajectories
+    objective = "video-regression" if run is None else run.objective
     settings = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-video",
@@ -56,7 +58,7 @@ def make_card(folder: Path, run: RunRecord | None, repo_id: str, samples: list[s
         "base_model": base if is_on_hub else None,
         "base_model_relation": ("adapter" if is_lora else "finetune") if is_on_hub else None,
         "tags": [
-            *("wan", "video", "ode-regression" if has_trajectories else "video-regression"),
+            *("wan", "video", objective),
             *["few-step"] * is_few_step,
             *["causal"] * is_causal,
             *["lora"] * is_lora,
@@ -75,7 +77,7 @@ def make_card(folder: Path, run: RunRecord | None, repo_id: str, samples: list[s
         is_pipeline=is_pipeline,
         is_causal=is_causal,
         has_run=run is not None,
-        has_trajectories=has_trajectories,
+        objective=objective,
         method=method,
         clips=DataConfig() if run is None else run.data,
         max_sequence_length=None if run is None else run.model.max_sequence_length,
@@ -113,10 +115,8 @@ def base_license(base: str) -> str | None:
 
 def shown_settings(run: RunRecord) -> dict[str, Any]:
     """The settings that the card shows, of those that the run has."""
-    has_no_say = {"denoising_step_list"} if run.method.is_continuous else set()
-    return {
-        name: run.settings[name] for name in SHOWN if run.settings.get(name) is not None and name not in has_no_say
-    }
+    has_no_say, settings = {"denoising_step_list"} if run.method.is_continuous else set(), run.public_settings()
+    return {name: settings[name] for name in SHOWN if settings.get(name) is not None and name not in has_no_say}
 
 
 def last_metrics(folder: Path) -> dict[str, float]:

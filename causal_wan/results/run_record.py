@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from causal_wan.blocks import CausalConfig
 from causal_wan.config.changed_settings import SETTINGS_NAME, read_settings
@@ -20,6 +20,7 @@ from causal_wan.config.settings import (
     ValidationConfig,
 )
 from causal_wan.data.settings import DataConfig
+from causal_wan.methods.matching_settings import MatchingConfig
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.records.checkpoints import check_is_no_checkpoint
 from causal_wan.weights.kinds import check_weights
@@ -43,7 +44,18 @@ SHAPE_SETTINGS = (
     "control_column",
 )
 # All groups of which one has settings that name something on this machine.
-GROUPS_WITH_PATHS = (CacheConfig, DataConfig, ModelConfig, TrainingConfig, TrajectoriesConfig, ValidationConfig)
+GROUPS_WITH_PATHS = (
+    CacheConfig,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+    TrajectoriesConfig,
+    ValidationConfig,
+    MatchingConfig,
+)
+
+
+Objective = Literal["video-regression", "ode-regression", "distribution-matching"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +71,7 @@ class RunRecord:
         data: `SHAPE_SETTINGS` of the clips; the others are not those of the run.
         kv_cache_dtype: What validation remembered keys and values in.
         seed: None if it is not known.
-        has_trajectories: Whether it was trained on trajectories of a teacher, not on clips.
+        objective: What was trained: by which of the scripts.
         settings: All, flat, as the run wrote them: to be shown, and to be written again.
     """
 
@@ -69,7 +81,7 @@ class RunRecord:
     data: DataConfig
     kv_cache_dtype: KVCacheDtype
     seed: int | None
-    has_trajectories: bool
+    objective: Objective
     settings: dict[str, Any]
 
     @classmethod
@@ -96,7 +108,7 @@ class RunRecord:
                 data=_group(DataConfig, settings, SHAPE_SETTINGS),
                 kv_cache_dtype=_group(MemoryConfig, settings, ("kv_cache_dtype",)).kv_cache_dtype,
                 seed=settings.get("seed"),
-                has_trajectories="trajectories_dir" in settings,
+                objective=_objective_of(settings),
                 settings=settings,
             )
         except ValueError as error:
@@ -258,3 +270,10 @@ def _last_part(value: Any) -> Any:
         return value
     is_local = Path(value).is_absolute() or Path(value).exists() or value.startswith((".", "~"))
     return Path(value).name if is_local else value
+
+
+def _objective_of(settings: dict[str, Any]) -> Objective:
+    """Told by settings that no other script has."""
+    if "critic_learning_rate" in settings:
+        return "distribution-matching"
+    return "ode-regression" if "trajectories_dir" in settings else "video-regression"

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from causal_wan.config.choices import LocalPath
 from causal_wan.config.fields import names_of
 from causal_wan.config.ranges import Decay, checked_dataclass
 from causal_wan.config.settings import (
@@ -120,8 +119,6 @@ class MatchingRunConfig(RunConfig):
 
     training: MatchingTrainingConfig
     matching: MatchingConfig
-    prompts_file: LocalPath | None = None
-    """Text with a prompt a line, or CSV or JSON lines with a `prompt` column; in the place of the tables' prompts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,7 +154,7 @@ class MatchingRunConfig(RunConfig):
                 "train_video_regression.py, or leave it out."
             )
         if self.matching.needs_clips:
-            if self.prompts_file is not None:
+            if self.matching.prompts_file is not None:
                 raise ValueError(
                     "real_clip_probability and regression_weight need clips, but prompts_file gives prompts alone; "
                     "use --metadata_path, or leave them out."
@@ -165,7 +162,7 @@ class MatchingRunConfig(RunConfig):
             return
         if len(self.data.all_shapes()) > 1:
             raise ValueError("clips that are drawn have one size and length; leave out buckets and schedules.")
-        if self.data.streaming and self.prompts_file is None:
+        if self.data.streaming and self.matching.prompts_file is None:
             raise ValueError("the prompts of streams are not known beforehand; list them in a --prompts_file.")
 
 

@@ -33,7 +33,7 @@ def test_settings_that_an_older_run_does_not_have_are_the_defaults(leave):
     record = RunRecord.of_folder(leave())
     assert record.model == ModelConfig(pretrained_model_name_or_path="base")
     assert (record.method, record.data) == (RegressionConfig(), DataConfig())
-    assert (record.kv_cache_dtype, record.seed, record.has_trajectories) == ("auto", None, False)
+    assert (record.kv_cache_dtype, record.seed, record.objective) == ("auto", None, "video-regression")
     assert resolve_settings(record) == resolve_settings(None)
 
 
@@ -43,7 +43,7 @@ def test_settings_are_those_of_the_run_each_of_its_kind(leave):
     record = find_run(str(leave(trajectories_dir="here", lora_target_modules=["to_q"], **settings)))
     assert record.method == RegressionConfig(denoising_step_list=(1000, 500), context="clean")
     assert (record.model.lora_rank, record.model.lora_target_modules) == (4, ("to_q",))
-    assert (record.seed, record.has_trajectories, record.settings["of_old"]) == (3, True, "gone")
+    assert (record.seed, record.objective, record.settings["of_old"]) == (3, "ode-regression", "gone")
     resolved = resolve_settings(record)
     assert (resolved.num_frames, resolved.height, resolved.width, resolved.timesteps) == (17, 32, 48, [1000, 500])
     assert (resolved.max_sequence_length, resolved.kv_cache_dtype) == (64, "int8")
