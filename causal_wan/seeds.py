@@ -20,6 +20,7 @@ class RandomPurpose(IntEnum):
     WINDOW = 7  # of its rows
     TRAJECTORY = 8  # noise of a teacher's trajectory
     CONTROL = 9  # which controls of a sample are left out
+    CROP = 11  # where a sample's latents are compared as the VAE's decoder sees them
 
 
 def seed_sequence(seed: int, purpose: RandomPurpose, *numbers: int) -> np.random.SeedSequence:
