@@ -32,8 +32,14 @@ def test_what_waits_is_noticed():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"use_ema": True, "gradient_checkpointing": True}, {"lora_rank": 2}, {"context": "clean"}],
-    ids=["plain", "ema", "lora", "teacher-forcing"],
+    [
+        {},
+        {"use_ema": True, "gradient_checkpointing": True},
+        {"lora_rank": 2},
+        {"context": "clean"},
+        {"perceptual_weight": 1.0},
+    ],
+    ids=["plain", "ema", "lora", "teacher-forcing", "perceptual"],
 )
 def test_a_step_of_a_run_reads_nothing(write_recipe, monkeypatch, changes):
     train_step, num_checked = causal_wan.training.steps.train_step, 0
