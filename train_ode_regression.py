@@ -51,6 +51,7 @@ from causal_wan.devices import to_device
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.methods.losses import frame_losses, masked_sum_over_count
 from causal_wan.methods.noising import draw_noisy_batch
+from causal_wan.methods.perceptual import perceptual_sum
 from causal_wan.methods.trajectories import take_noisy_batch
 from causal_wan.runs.inputs import Inputs, RegressionBatch
 from causal_wan.runs.metrics import sum_by_level
@@ -88,7 +89,9 @@ def compute_loss(
     else:  # of the straight line to the end, which is the one step that the student is to make
         errors = frame_losses(predicted_velocity, velocity(noisy.latents, noisy.noise), method.loss_type)
     loss = masked_sum_over_count(method.loss_weights(noisy.sigmas) * errors, noisy.mask, num_items)
-    return loss, sum_by_level(batch, predicted_latents, method)
+    perceptual, sums = perceptual_sum(batch.comparison, noisy, predicted_latents)  # 0 without --perceptual_weight
+    loss = loss + method.perceptual_weight * perceptual / num_items
+    return loss, sum_by_level(batch, predicted_latents, method) | sums
 
 
 # --- what it is trained on -------------------------------------------------------------------------------------------

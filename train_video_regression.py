@@ -12,7 +12,7 @@ noised to it. The transformer sees each block and those before it, at their leve
 is the squared error of the clean latents that follow from it, over the frames that are not clean already. Other
 objectives are settings: `--timestep_sampling logit_normal` draws any level, for following the flow in any number of
 steps; `--context clean` shows each block the clean blocks before it; `--loss_type`, `--loss_space` and
-`--loss_weighting` change the error.
+`--loss_weighting` change the error, and `--perceptual_weight` adds one that the VAE's decoder sees.
 
 Regression learns a conditional mean: where the prompt and the past do not determine the video, a step list blurs (see
 examples/objectives). `blur_gap_at_time_*` tells that from too little training; see docs/metrics.md.
@@ -39,6 +39,7 @@ from causal_wan.data.samples import ClipBatch
 from causal_wan.flow import latents_from_velocity, velocity
 from causal_wan.methods.losses import frame_losses, masked_sum_over_count
 from causal_wan.methods.noising import draw_noisy_batch
+from causal_wan.methods.perceptual import perceptual_sum
 from causal_wan.methods.settings import RegressionConfig
 from causal_wan.runs.inputs import Inputs, RegressionBatch
 from causal_wan.runs.metrics import sum_by_level
@@ -74,7 +75,9 @@ def compute_loss(
     else:
         errors = frame_losses(predicted_velocity, velocity(noisy.latents, noisy.noise), method.loss_type)
     loss = masked_sum_over_count(method.loss_weights(noisy.sigmas) * errors, noisy.mask, num_items)
-    return loss, sum_by_level(batch, predicted_latents, method)
+    perceptual, sums = perceptual_sum(batch.comparison, noisy, predicted_latents)  # 0 without --perceptual_weight
+    loss = loss + method.perceptual_weight * perceptual / num_items
+    return loss, sum_by_level(batch, predicted_latents, method) | sums
 
 
 def main(config: Config) -> None:

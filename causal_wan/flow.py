@@ -14,7 +14,13 @@ from collections.abc import Sequence
 
 import torch
 
-from causal_wan.timesteps import NUM_TRAIN_TIMESTEPS, Sampler, check_denoising_step_list, check_timestep_shift
+from causal_wan.timesteps import (
+    NUM_TRAIN_TIMESTEPS,
+    Sampler,
+    check_denoising_step_list,
+    check_timestep_shift,
+    shift_timestep,
+)
 
 
 DEFAULT_TIMESTEP_SHIFT = 5.0  # of sampling in many steps: what WAN and Self Forcing use
@@ -126,8 +132,7 @@ def shift_timesteps(timesteps: torch.Tensor, shift: float) -> torch.Tensor:
 
     Source: Esser et al., Scaling Rectified Flow Transformers, arXiv 2403.03206, section 5.3.2.
     """
-    u = timesteps.to(torch.float64) / NUM_TRAIN_TIMESTEPS
-    return (NUM_TRAIN_TIMESTEPS * shift * u / (1 + (shift - 1) * u)).to(torch.float32)
+    return shift_timestep(timesteps.to(torch.float64), shift).to(torch.float32)
 
 
 def training_timesteps(

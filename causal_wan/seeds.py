@@ -21,6 +21,7 @@ class RandomPurpose(IntEnum):
     TRAJECTORY = 8  # noise of a teacher's trajectory
     CONTROL = 9  # which controls of a sample are left out
     ROLLOUT = 10  # noise of a student's rollout in training
+    CROP = 11  # where a sample's latents are compared as the VAE's decoder sees them
     CRITIC = 12  # level and noise at which a critic is trained
     MATCHING = 13  # and at which it is compared with its teacher
     EXIT = 14  # step at which rollouts end, by step of the run

@@ -1,9 +1,9 @@
-"""Timesteps as settings: their range, and what a step list and a shift may be. Imports no library."""
+"""Timesteps as settings: their range, their shift, and what a step list and a shift may be. Imports no library."""
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -34,3 +34,9 @@ def check_timestep_shift(timestep_shift: float) -> None:
     """
     if not 0 < timestep_shift < math.inf:
         raise ValueError(f"timestep_shift must be above 0 and finite, got {timestep_shift}; 1 shifts nothing.")
+
+
+def shift_timestep(timestep: Any, shift: float) -> Any:
+    """1000 k u / (1 + (k - 1) u) with u = timestep / 1000, k = shift: of a number, or of all numbers of a tensor."""
+    u = timestep / NUM_TRAIN_TIMESTEPS
+    return NUM_TRAIN_TIMESTEPS * shift * u / (1 + (shift - 1) * u)

@@ -18,6 +18,7 @@ from causal_wan.memory.simulation import (
     Workload,
     build,
     build_vae,
+    simulate_comparing,
     simulate_decoding,
     simulate_encoding,
     simulate_measuring,
@@ -139,7 +140,8 @@ def plan_training(workload: Workload) -> MemoryPlan:
     """The memory of steps and of validation, without VAE and text encoder."""
     sizes = parameter_sizes(workload)
     (passes,) = deepen(workload, simulate_passes)
-    passes //= workload.num_sharing_a_clip
+    compared = 0 if workload.comparing_vae is None else simulate_comparing(workload)
+    passes = compared + (passes - compared) // workload.num_sharing_a_clip  # each compares whole clips
     if workload.memory.quantize_base is not None:  # what is cast for a pass lives until the layer's backward is done
         num_layers, interval = workload.architecture["num_layers"], workload.memory.gradient_checkpointing_interval
         recomputed = num_layers // interval if workload.memory.gradient_checkpointing else 0

@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_iter
 
 from causal_wan.config.settings import DEFAULT_LORA_TARGETS, MemoryConfig
 from causal_wan.memory.levers import cut_up_vae, enable_gradient_checkpointing
+from causal_wan.methods.perceptual import MAX_CROP, feature_distances
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.kv_cache import CACHE_DTYPES
-from causal_wan.model.streaming_vae import decode_in_parts
+from causal_wan.model.streaming_vae import decode_features, decode_in_parts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import encode_videos
 from causal_wan.sampling.rollout import Rollout
@@ -107,6 +108,8 @@ class Workload:
         num_sharing_a_clip: Processes among which the tokens of a clip are split while it trains.
         offload: Whether sharded weights and states wait in the host's memory.
         validation: What happens between steps, if anything.
+        comparing_vae: Config of the VAE by whose decoder predicted latents are compared too, if they are.
+        vae_dtype: Of that VAE.
     """
 
     architecture: dict[str, Any]
@@ -127,6 +130,8 @@ class Workload:
     num_sharing_a_clip: int = 1
     offload: bool = False
     validation: ValidationWorkload | None = None
+    comparing_vae: dict[str, Any] | None = None
+    vae_dtype: torch.dtype = torch.float32
 
 
 # --- models without contents -----------------------------------------------------------------------------------------
@@ -192,9 +197,10 @@ def _make_conditions(workload: Workload, batch_size: int) -> Conditions:
 
 def simulate_passes(workload: Workload, num_layers: int) -> tuple[int]:
     """Most bytes that the passes of a step take beside the weights."""
-    transformer = build(workload, num_layers)
+    transformer, vae = build(workload, num_layers), _build_comparing_vae(workload)
     with FakeTensorMode():
         _take_shape(transformer)
+        _take_shape(vae)
         if workload.sharding == "weights":
             for parameter in transformer.parameters():
                 if parameter.requires_grad:
@@ -202,12 +208,40 @@ def simulate_passes(workload: Workload, num_layers: int) -> tuple[int]:
         if workload.memory.gradient_checkpointing:
             enable_gradient_checkpointing(transformer, workload.memory, offload=_to_nowhere)
         transformer.train()
-        with PeakMemory(transformer) as tracker:
+        with PeakMemory(torch.nn.ModuleList([transformer, vae])) as tracker:
             for _ in range(min(workload.num_passes + workload.keeps_gradients, 2)):
                 inputs = _make_inputs(workload, workload.batch_size, workload.latent_shape)
-                velocity = _in_precision(transformer, workload.dtype)(**inputs)[0]
-                velocity.float().square().mean().backward()
+                velocity = _in_precision(transformer, workload.dtype)(**inputs)[0].float()
+                (velocity.square().mean() + _compare(vae, velocity)).backward()
     return (tracker.peak,)
+
+
+def simulate_comparing(workload: Workload) -> int:
+    """Of these, most bytes that comparing what the VAE's decoder sees takes, for whole clips."""
+    vae = _build_comparing_vae(workload)
+    with FakeTensorMode():
+        _take_shape(vae)
+        velocity = torch.zeros(workload.batch_size, *workload.latent_shape, requires_grad=True)
+        with PeakMemory(vae) as tracker:
+            (velocity.sum() + _compare(vae, velocity)).backward()
+    return tracker.peak
+
+
+def _build_comparing_vae(workload: Workload) -> torch.nn.Module:
+    """The frozen VAE by which latents are compared, or what has no weights."""
+    if workload.comparing_vae is None:
+        return torch.nn.Identity()
+    return build_vae(workload.comparing_vae, workload.vae_dtype).requires_grad_(False)
+
+
+def _compare(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor | float:
+    """What `causal_wan.methods.perceptual.perceptual_sum` does, of all clips of a batch."""
+    if not isinstance(vae, AutoencoderKLWan):
+        return 0.0
+    crops = latents[:, :, : MAX_CROP[0], : MAX_CROP[1], : MAX_CROP[2]]
+    with torch.no_grad():
+        target = decode_features(vae, crops)
+    return feature_distances(decode_features(vae, crops), target).sum()
 
 
 def _make_inputs(workload: Workload, batch_size: int, latent_shape: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -271,12 +305,14 @@ def simulate_sampling(workload: Workload, num_layers: int) -> tuple[int, int]:
 
 def simulate_measuring(workload: Workload, num_layers: int) -> tuple[int]:
     """Most bytes that the loss of a held-out clip takes beside the weights."""
-    transformer = build(workload, num_layers).eval()
+    transformer, vae = build(workload, num_layers).eval(), _build_comparing_vae(workload)
     with FakeTensorMode(), torch.no_grad():
         _take_shape(transformer)
-        with PeakMemory(transformer) as tracker:
+        _take_shape(vae)
+        with PeakMemory(torch.nn.ModuleList([transformer, vae])) as tracker:
             inputs = _make_inputs(workload, 1, workload.validation.latent_shape)
-            _in_precision(transformer, workload.dtype)(**inputs)[0].float().square().mean()
+            velocity = _in_precision(transformer, workload.dtype)(**inputs)[0].float()
+            velocity.square().mean() + _compare(vae, velocity)
     return (tracker.peak,)
 
 

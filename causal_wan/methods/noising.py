@@ -134,6 +134,8 @@ class NoisyBatch:
         mask: Frames that the loss is over: not clean and not padding, `(B, F)`, bool.
         context_latents: What blocks see of those before them, `(B, C, F, H, W)`; None is their noisy latents.
         context_timesteps: Its level, `(B,)`, float32; None with context_latents.
+        learned_timesteps: Timesteps of the frames that the loss is over, 0 of all others, `(B, F)`, float32, on the
+            host, for what it decides.
     """
 
     latents: torch.Tensor
@@ -143,6 +145,7 @@ class NoisyBatch:
     timesteps: torch.Tensor
     sigmas: torch.Tensor
     mask: torch.Tensor
+    learned_timesteps: torch.Tensor
     context_latents: torch.Tensor | None = None
     context_timesteps: torch.Tensor | None = None
 
@@ -191,6 +194,7 @@ def draw_noisy_batch(
         timesteps=to_device(timesteps, device),
         sigmas=sigmas,
         mask=to_device((timesteps > 0) & valid, device),
+        learned_timesteps=torch.where(valid, timesteps, 0.0),
         context_latents=context_latents,
         context_timesteps=context_timesteps,
     )

@@ -19,7 +19,7 @@ from causal_wan.config.ranges import (
     TimestepShift,
     checked_dataclass,
 )
-from causal_wan.timesteps import NUM_TRAIN_TIMESTEPS, Sampler, check_denoising_step_list
+from causal_wan.timesteps import NUM_TRAIN_TIMESTEPS, Sampler, check_denoising_step_list, shift_timestep
 
 
 if TYPE_CHECKING:  # settings are read before torch is there; methods that make tensors import what they need
@@ -86,6 +86,11 @@ class RegressionConfig:
     """gamma of min_snr."""
     min_loss_weight: NonNegativeFloat = 0.1
     """No level gets less weight than this: bell and min_snr both give none to pure noise, where sampling starts."""
+    perceptual_weight: NonNegativeFloat = 0.0
+    """Weight of a second error beside that of the latents: of the features that the VAE's decoder has of them, in a
+    random crop (latent perceptual loss). 0 is without; it keeps the VAE on the device and takes memory."""
+    perceptual_max_timestep: Annotated[float, Range(gt=0, le=1000, hint="700 is the default")] = 700.0
+    """Only frames of this timestep or less are compared so: of much noise, a mean is predicted, and no picture."""
 
     def __post_init__(self) -> None:
         _ = self.causal  # refuses what does not go together
@@ -93,6 +98,7 @@ class RegressionConfig:
         self._check_levels()
         self._check_context()
         self._check_weights()
+        self._check_perceptual()
 
     def _check_levels(self) -> None:
         if self.is_continuous and self.warp_denoising_step:
@@ -127,6 +133,18 @@ class RegressionConfig:
                 f"min_loss_weight must be above 0 with a step list that begins with {NUM_TRAIN_TIMESTEPS}, since "
                 f"loss_weighting {self.loss_weighting} gives it no weight: the first step of sampling would never be "
                 "learned; use 0.1."
+            )
+
+    def _check_perceptual(self) -> None:
+        if not self.perceptual_weight or self.is_continuous:
+            return
+        lowest = min(step for step in self.denoising_step_list if step > 0)
+        if self.warp_denoising_step:
+            lowest = shift_timestep(lowest, self.timestep_shift)
+        if lowest > self.perceptual_max_timestep:
+            raise ValueError(
+                f"perceptual_max_timestep must be at least the lowest level above 0 of the step list, {lowest:g}, got "
+                f"{self.perceptual_max_timestep:g}: no frame would ever be compared; raise it."
             )
 
     @property
@@ -221,4 +239,7 @@ class RegressionConfig:
         if self.first_frame_probability:
             context += f", first frame given to {self.first_frame_probability:.0%} of the clips"
         weights = f" with {self.loss_weighting} weights" if self.loss_weighting != "none" else ""
-        return f"{self.generator_task}, {levels}{context}, {self.loss_type} of {self.loss_space}{weights}"
+        loss = f"{self.loss_type} of {self.loss_space}{weights}"
+        if self.perceptual_weight:
+            loss += f" + {self.perceptual_weight:g} x decoder features up to timestep {self.perceptual_max_timestep:g}"
+        return f"{self.generator_task}, {levels}{context}, {loss}"

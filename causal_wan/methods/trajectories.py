@@ -41,7 +41,8 @@ def take_noisy_batch(
     """
     generators = [noise_generator(seed, number) for number in sample_numbers]
     drawn = [draw_levels(generator, method, block_lengths, latents.shape[2]) for generator in generators]
-    timesteps, indices = (to_device(torch.stack(parts), latents.device) for parts in zip(*drawn, strict=True))
+    drawn_timesteps, drawn_indices = (torch.stack(parts) for parts in zip(*drawn, strict=True))
+    timesteps, indices = (to_device(parts, latents.device) for parts in (drawn_timesteps, drawn_indices))
     context_latents, context_timesteps = draw_context(latents, method, generators)
     where = indices[:, None, None, :, None, None].expand(-1, 1, latents.shape[1], -1, *latents.shape[3:])
     sigmas = sigmas_from_timesteps(timesteps)
@@ -56,6 +57,7 @@ def take_noisy_batch(
         timesteps=timesteps,
         sigmas=sigmas,
         mask=timesteps > 0,
+        learned_timesteps=drawn_timesteps,
         context_latents=context_latents,
         context_timesteps=context_timesteps,
     )

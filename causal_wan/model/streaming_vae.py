@@ -16,6 +16,9 @@ from causal_wan.geometry import LatentGeometry
 from causal_wan.model.vae import decode_latents, denormalize_latents, normalize_latents
 
 
+NUM_UP_BLOCKS = 2  # that features are taken of; the next one takes three times the memory of all before it
+
+
 class StreamingDecoder:
     """Decodes the blocks of a video in their order, each as soon as it exists.
 
@@ -115,3 +118,32 @@ def _decode(
     if vae.config.patch_size is not None:
         video = unpatchify(video, patch_size=vae.config.patch_size)
     return video, features
+
+
+def decode_features(vae: AutoencoderKLWan, latents: torch.Tensor) -> list[torch.Tensor]:
+    """What the decoder makes of latents on its way to pixels: after its middle block, and after its first up blocks.
+
+    Of the first latent frame it makes a picture, by other ways than a video: it is context here and left out. Frames
+    are decoded as a whole, whatever `vae.use_tiling` says. Gradients reach the latents; weights are to be frozen.
+
+    Args:
+        vae: Its dtype and device are used, also under autocast.
+        latents: Normalised latents `(B, C, f, H, W)`, f >= 2.
+
+    Returns:
+        Features `(B, D, (f - 1) k, y, x)` of each depth: k = 1, y = H and x = W after the middle block, and larger
+        after each block that doubles them.
+    """
+    decoder = vae.decoder
+    with torch.autocast(latents.device.type, enabled=False):
+        hidden = vae.post_quant_conv(denormalize_latents(vae, latents).to(vae.device, vae.dtype))
+        hidden = decoder.mid_block(decoder.conv_in(hidden))  # causal convolutions alone: all frames at once
+        vae.clear_cache()  # which knows how many convolutions there are
+        remembered: list[Any] = [None] * len(vae._feat_map)
+        of_frames = []
+        for number, frame in enumerate(hidden.split(1, dim=2)):
+            place, features = [0], [frame]
+            for block in decoder.up_blocks[:NUM_UP_BLOCKS]:
+                features.append(block(features[-1], remembered, place, first_chunk=number == 0))
+            of_frames.append(features)
+    return [torch.cat(parts, dim=2) for parts in zip(*of_frames[1:], strict=True)]

@@ -6,6 +6,7 @@ S = prompt tokens, D = text dimension, T = video frames.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -19,7 +20,9 @@ from causal_wan.devices import to_device
 from causal_wan.geometry import LatentGeometry
 from causal_wan.memory.levers import on_device
 from causal_wan.methods.noising import NoisyBatch
+from causal_wan.methods.perceptual import Comparison, draw_crops
 from causal_wan.model.conditions import Conditions, embedded
+from causal_wan.model.streaming_vae import decode_features
 from causal_wan.model.vae import encode_videos
 from causal_wan.runs.settings import RunConfig
 from causal_wan.tables.prompt_schedules import FramePrompts
@@ -32,6 +35,7 @@ class RegressionBatch:
     Attributes:
         noisy: Latents, noised to drawn levels.
         conditions: What the transformer is told beside.
+        comparison: What is compared as the VAE's decoder sees it, with `--perceptual_weight`.
         num_bad_samples: Clips that did not decode and were replaced.
         num_items: Frames that the loss is over, a scalar tensor.
         num_tokens: Patches of all clips.
@@ -39,6 +43,7 @@ class RegressionBatch:
 
     noisy: NoisyBatch
     conditions: Conditions
+    comparison: Comparison | None
     num_bad_samples: int
     num_items: torch.Tensor
     num_tokens: int
@@ -146,10 +151,20 @@ class Inputs:
                 self.tell(batch.prompts, noisy.latents.shape[2]),
                 control_latents=self.find_control_latents(batch, noisy.latents),
             ),
+            comparison=self.compare(noisy, batch.sample_numbers),
             num_bad_samples=len(batch.errors),
             num_items=noisy.mask.sum(),
             num_tokens=len(noisy.latents) * self.geometry.num_tokens(noisy.latents.shape[1:]),
         )
+
+    def compare(self, noisy: NoisyBatch, sample_numbers: Sequence[int]) -> Comparison | None:
+        """What of a batch is compared as the VAE's decoder sees it; None without `--perceptual_weight`."""
+        method = self.config.method
+        if not method.perceptual_weight:
+            return None
+        max_timestep = method.perceptual_max_timestep
+        crops = draw_crops(noisy, seed=self.seed, sample_numbers=sample_numbers, max_timestep=max_timestep)
+        return Comparison(crops, max_timestep, features=partial(decode_features, self.vae))
 
 
 PrepareBatch = Callable[[Inputs, ClipBatch], RegressionBatch]

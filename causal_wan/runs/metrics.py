@@ -19,8 +19,11 @@ def sum_by_level(batch: RegressionBatch, predicted_latents: torch.Tensor, method
 
 
 def summarize(config: RunConfig, sums: Sums) -> dict[str, float]:
-    """Sums of `sum_by_level` over steps and processes -> metrics by level."""
+    """Sums of `sum_by_level`, and of `perceptual_sum`, over steps and processes -> metrics."""
     method = config.method
     metrics = summarize_levels(sums["levels"].cpu(), method.levels(), bin_width=method.bin_width)
     metrics["num_bad_samples"] = float(sums["num_bad_samples"])
+    if "perceptual" in sums and sums["perceptual"][1] > 0:
+        total, count = sums["perceptual"].tolist()
+        metrics["perceptual_loss"] = total / count
     return metrics | ({"compile_seconds": seconds_compiling()} if config.compile else {})

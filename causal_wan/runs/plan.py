@@ -184,7 +184,7 @@ def plan_run(config: RunConfig, run_data: TrainingData, accelerator: Any) -> Mem
         text_encoder = text_encoder_bytes(text_config, text_dtype(accelerator))
         plan = replace(plan, text_encoder=text_encoder, keeps_text_encoder=config.data.streaming)
     encodes_clips = config.encodes and run_data.has_clips
-    if encodes_clips or workload.validation is not None:
+    if config.needs_vae(run_data.has_clips, workload.validation is not None):
         shape = largest_shape(config) if encodes_clips else None
         plan = with_vae(plan, dict(vae.config), dtype=DTYPES[config.model.vae_dtype], video_shape=shape)
     return plan
@@ -239,6 +239,8 @@ def make_workload(config: RunConfig, run_data: TrainingData, accelerator: Any, v
         optimizer=training.optimizer,
         use_ema=training.use_ema,
         validation=make_validation_workload(config, run_data, accelerator, geometry),
+        comparing_vae=dict(vae.config) if config.method.perceptual_weight else None,
+        vae_dtype=DTYPES[model.vae_dtype],
         **sharding(accelerator),
     )
 

@@ -208,7 +208,7 @@ def begin_run(
             streaming=config.data.streaming,
         )
         transformer = make_transformer(config, accelerator)
-    vae = make_vae(config, accelerator.device, is_needed=(config.encodes and data.has_clips) or bool(held_out))
+    vae = make_vae(config, accelerator.device, is_needed=config.needs_vae(data.has_clips, bool(held_out)))
     with user_errors():
         for shape in config.data.all_shapes():
             check_video_size(*shape, vae=vae, transformer=transformer)

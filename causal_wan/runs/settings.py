@@ -59,10 +59,25 @@ class RunConfig:
                 "compile makes one operation of a layer, in which neither keep_attention_outputs finds attention nor "
                 "quantize_base unpacks weights; leave it or them out."
             )
+        self._check_perceptual()
         if self.training.validate_first and not self.validation.has_work:
             raise ValueError(
                 "validate_first needs something to validate; add --validation_prompts or --validation_metadata_path, "
                 "or leave it out."
+            )
+
+    def _check_perceptual(self) -> None:
+        if not self.method.perceptual_weight:
+            return
+        if self.memory.offload_vae:
+            raise ValueError(
+                "perceptual_weight needs the VAE's decoder on the device in every step, where offload_vae does not "
+                "leave it; leave one out (--vae_dtype bf16 halves the VAE)."
+            )
+        if min(self.num_latent_frames(shape) for shape in self.data.all_shapes()) < 2:
+            raise ValueError(
+                "perceptual_weight compares latent frames after the first, of which the VAE makes a picture; clips "
+                "must have more than that one: raise num_frames, or leave perceptual_weight out."
             )
 
     @property
@@ -86,6 +101,10 @@ class RunConfig:
     def encodes(self) -> bool:
         """Whether clips and prompts may have to be encoded, rather than read."""
         return self.cache_dir is None or self.cache.cache_latents
+
+    def needs_vae(self, has_clips: bool, is_validated: bool) -> bool:
+        """Whether weights of the VAE are needed: to encode clips, decode samples or compare what its decoder sees."""
+        return (self.encodes and has_clips) or is_validated or self.method.perceptual_weight > 0
 
     def num_latent_frames(self, shape: ClipShape) -> int:
         """F, latent frames of a clip."""
@@ -139,6 +158,11 @@ class MatchingRunConfig(RunConfig):
             raise ValueError(
                 "first_frame_probability gives students a picture, which the teacher knows nothing of; leave it out, "
                 "and train with pictures by train_video_regression.py."
+            )
+        if method.perceptual_weight and not self.matching.regression_weight:
+            raise ValueError(
+                "perceptual_weight is part of the loss of regression, which has no part in this run; add "
+                "--regression_weight 0.1, or leave it out."
             )
         if method.is_continuous and method.num_inference_steps > MAX_ROLLOUT_STEPS:
             raise ValueError(

@@ -41,6 +41,7 @@ ZEROS_ARE_MEANT = {
         "horizontal_flip",
         "color_jitter",
         "max_bad_samples",
+        "perceptual_weight",
         "seed",
     ),
     *(

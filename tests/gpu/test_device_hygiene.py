@@ -101,6 +101,7 @@ VIDEO_RUNS = {
     "teacher forcing": {"context": "clean", "timestep_sampling": "logit_normal", "loss_weighting": "bell"},
     "augmented": {"context": "augmented", "loss_space": "velocity", "local_attn_size": 2},
     "keeping latents": {"cache_latents": True},
+    "compared": {"validates": True, "perceptual_weight": 1.0},
 }
 
 

@@ -7,8 +7,9 @@ from causal_wan.seeds import RandomPurpose, noise_generator, seed_sequence, seed
 def test_streams_keep_their_numbers():
     """A run of before would go on with other draws."""
     names = ("ORDER", "CLIP", "NOISE", "CAPTION", "BUCKET", "SOURCE", "FILE", "WINDOW", "TRAJECTORY", "CONTROL")
-    assert [stream.name for stream in RandomPurpose] == list(names)
-    assert [stream.value for stream in RandomPurpose] == list(range(10))
+    names += ("ROLLOUT", "CROP", "CRITIC", "MATCHING", "EXIT", "REAL_CLIP")
+    numbers = {name: number for number, name in enumerate(names)}
+    assert {stream.name: stream.value for stream in RandomPurpose} == numbers
 
 
 def test_each_purpose_spawns_from_the_seed():

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import psutil
@@ -23,10 +24,11 @@ from causal_wan.memory.levers import (
     store_in_fp8,
 )
 from causal_wan.memory.plan import GIB, describe_shortage, plan_decoding, plan_encoding, plan_training
-from causal_wan.memory.simulation import PeakMemory, ValidationWorkload, Workload
+from causal_wan.memory.simulation import PeakMemory, ValidationWorkload, Workload, simulate_comparing
+from causal_wan.methods.perceptual import Comparison, draw_crops, perceptual_sum
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.kv_cache import CACHE_DTYPES
-from causal_wan.model.streaming_vae import decode_in_parts
+from causal_wan.model.streaming_vae import decode_features, decode_in_parts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import encode_videos
 from causal_wan.runs import plan as run_plan
@@ -274,6 +276,37 @@ def test_the_plan_counts_the_clean_clip_that_teacher_forcing_adds(recompute):
     assert plan.passes > 1.1 * plan_training(workload).passes
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["all activations", "recomputed"])
+def test_the_plan_counts_what_comparing_by_the_decoder_takes(checkpoint, recompute):
+    """Beside activations; or in the place that a layer takes when it is recomputed, if there is enough."""
+    vae, memory_config = load_vae(str(checkpoint)), MemoryConfig(gradient_checkpointing=recompute)
+    transformer = make_transformer(num_layers=9, in_channels=16, out_channels=16)
+    workload = Workload(
+        architecture=dict(transformer.config),
+        latent_shape=(16, 3, 36, 34),
+        max_sequence_length=8,
+        dtype=torch.float32,
+        memory=memory_config,
+        comparing_vae=dict(vae.config),
+    )
+    if recompute:
+        enable_gradient_checkpointing(transformer, memory_config)
+    timesteps = torch.tensor([[522.0, 522.0, 300.0]])
+    with PeakMemory(torch.nn.ModuleList([transformer, vae])) as memory:
+        latents = torch.randn(1, 16, 3, 36, 34)
+        velocity = transformer(latents, timesteps, torch.randn(1, 8, 16), return_dict=False)[0]
+        noisy = SimpleNamespace(latents=latents, timesteps=timesteps, mask=timesteps > 0, learned_timesteps=timesteps)
+        crops = draw_crops(noisy, seed=0, sample_numbers=[0], max_timestep=700.0)
+        total, _ = perceptual_sum(Comparison(crops, 700.0, partial(decode_features, vae)), noisy, latents - velocity)
+        (velocity.square().mean() + total).backward()
+    plan, without = plan_training(workload), plan_training(replace(workload, comparing_vae=None))
+    assert plan.passes == pytest.approx(memory.peak, rel=0.04)  # which has the crops themselves, too
+    alone = simulate_comparing(workload)
+    assert without.passes + 0.5 * alone < plan.passes <= without.passes + alone
+    shared = plan_training(replace(workload, num_sharing_a_clip=2)).passes
+    assert shared == alone + (plan.passes - alone) // 2
+
+
 def test_the_plan_of_encoding_is_what_encoding_takes(checkpoint):
     vae = load_vae(str(checkpoint))
     videos = torch.zeros(1, 3, 33, 32, 48)
@@ -513,6 +546,17 @@ def test_the_plan_has_the_vae_where_latents_are_read_but_videos_are_decoded(plan
     _, waits = plan_of("--latents_dir", "latents", "--validation_prompts", "a ball", "--offload_vae")
     assert waits.vae == 0
     assert waits.validation.decoding == plan.validation.decoding + plan.vae
+
+
+def test_the_plan_has_the_vae_where_its_decoder_compares_what_is_learned(plan_of):
+    _, without = plan_of("--latents_dir", "latents")
+    _, plan = plan_of("--latents_dir", "latents", "--perceptual_weight", "1")
+    assert plan.vae > 0 == without.vae
+    assert plan.passes > without.passes
+    assert plan.encoding == plan.validation.peak == 0
+    _, in_16_bits = plan_of("--latents_dir", "latents", "--perceptual_weight", "1", "--vae_dtype", "bf16")
+    assert in_16_bits.vae == plan.vae // 2
+    assert in_16_bits.passes < plan.passes
 
 
 def test_the_plan_says_that_context_parallelism_does_not_share_what_is_validated(plan_of, monkeypatch):

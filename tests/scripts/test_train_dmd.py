@@ -247,6 +247,10 @@ REFUSALS = {
     ),
     "a sink": ({"sink_size": 1, "local_attn_size": 4}, "sink_size is for sampling"),
     "pictures": ({"first_frame_probability": 0.5}, "which the teacher knows nothing of"),
+    "perception without regression": (
+        {"perceptual_weight": 1.0},
+        "perceptual_weight is part of the loss of regression",
+    ),
     "many steps": (
         {"timestep_sampling": "uniform"},
         "num_inference_steps must be the few steps that the student is to draw in, at most 16, got 50",

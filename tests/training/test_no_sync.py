@@ -37,9 +37,10 @@ def test_what_waits_is_noticed():
         ("train_video_regression.py", {"use_ema": True, "gradient_checkpointing": True}),
         ("train_video_regression.py", {"lora_rank": 2}),
         ("train_video_regression.py", {"context": "clean"}),
+        ("train_video_regression.py", {"perceptual_weight": 1.0}),
         ("train_dmd.py", {"critic_warmup_steps": 0}),
     ],
-    ids=["plain", "ema", "lora", "teacher-forcing", "distribution-matching"],
+    ids=["plain", "ema", "lora", "teacher-forcing", "perceptual", "distribution-matching"],
 )
 def test_a_step_of_a_run_reads_nothing(write_recipe, monkeypatch, script, changes):
     train_step, num_checked = causal_wan.training.steps.train_step, 0
