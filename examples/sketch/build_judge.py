@@ -46,11 +46,11 @@ class Config:
     """The weights."""
     vae: LocalPath = str(Path(__file__).parent / "tiny-wan")
     """Checkpoint whose VAE some pictures go through."""
-    pictures_per_kind: PositiveInt = 800
+    pictures_per_kind: PositiveInt = 400
     """Training pictures of each kind; four times as many are unfinished, twelve times as many no drawing."""
     decoded_share: Share = 0.2
     """So many of the pictures go through the VAE."""
-    steps: PositiveInt = 3000
+    steps: PositiveInt = 1000
     """Optimizer steps on 128 pictures."""
     lr: PositiveFloat = 3e-3
     """Peak learning rate."""
@@ -58,7 +58,7 @@ class Config:
     """The threshold lets so many of the pictures without a kind pass."""
     test_pictures_per_kind: PositiveInt = 100
     """The same for those that the threshold is chosen on, and for those that the figures are of."""
-    test_sketches_per_kind: PositiveInt = 24
+    test_sketches_per_kind: PositiveInt = 12
     """Filmed clips of each kind that the figures are of."""
     seed: Seed = 0
     """Seeds the pictures, the initial weights and their order."""

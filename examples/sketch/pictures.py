@@ -65,10 +65,15 @@ def wobble(strokes: Strokes, rng: np.random.Generator) -> Strokes:
     return [bend(evenly(s, 1), amplitude, wavelength, np.random.default_rng(seed)) for s in strokes]
 
 
+def specks(rng: np.random.Generator, most: int) -> Strokes:
+    """Dots anywhere."""
+    return [np.repeat(rng.uniform((0, 0), PICTURE, (1, 2)), 2, axis=0) for _ in range(rng.integers(most + 1))]
+
+
 def draw_freely(kind: str, rng: np.random.Generator, centre: np.ndarray | None = None) -> np.ndarray:
-    """A finished drawing."""
-    strokes = [stroke for part in place_parts(kind, rng, centre) for stroke in part]
-    return paint(wobble(strokes, rng), any_line(rng))
+    """A finished drawing, some with a few specks."""
+    strokes = wobble([stroke for part in place_parts(kind, rng, centre) for stroke in part], rng)
+    return paint(strokes + (specks(rng, 3) if rng.random() < 0.2 else []), any_line(rng))
 
 
 # ---- unfinished
@@ -97,8 +102,7 @@ def draw_in_part(rng: np.random.Generator) -> np.ndarray:
 
 def white_paper(rng: np.random.Generator) -> np.ndarray:
     """Nothing, or a few specks."""
-    specks = [np.repeat(rng.uniform((0, 0), PICTURE, (1, 2)), 2, axis=0) for _ in range(rng.integers(0, 5))]
-    return paint(specks, any_line(rng))
+    return paint(specks(rng, 4), any_line(rng))
 
 
 def mean_of_drawings(rng: np.random.Generator) -> np.ndarray:
