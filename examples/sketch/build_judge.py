@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python examples/sketch/build_judge.py
 
-Some of the pictures go through the VAE of `tiny-wan`, some of these with noisy or mixed latents; whenever they are
-shown, all are faded, moved, blurred and made noisy by chance. The threshold is chosen on pictures of the same sort,
-the figures are of others: clips as `make_dataset.py` draws and films them, what the VAE leaves of these, their means.
+Some of the pictures go through the VAE of `tiny-wan`, some of these with noisy latents; whenever they are shown, all
+are faded, moved, blurred and made noisy by chance. The threshold is chosen on pictures of the same sort, the figures
+are of others: clips as `make_dataset.py` draws and films them, what the VAE leaves of these, their means.
 
 Shapes: N pictures, B of them in a batch.
 """
@@ -48,7 +48,7 @@ class Config:
     """Checkpoint whose VAE some pictures go through."""
     pictures_per_kind: PositiveInt = 400
     """Training pictures of each kind; four times as many are unfinished, twelve times as many no drawing."""
-    decoded_share: Share = 0.2
+    decoded_share: Share = 0.15
     """So many of the pictures go through the VAE."""
     steps: PositiveInt = 1000
     """Optimizer steps on 128 pictures."""
@@ -112,35 +112,22 @@ def through_vae(
 ) -> torch.Tensor:  # (N, H, W, 3) uint8, as frames
     """What the VAE leaves of the pictures as last frames of short clips, of half of them from noisy latents.
 
-    Of some that are no drawing the latents are mixed with those of their neighbours, evenly or here the one and there
-    the other, or are noise.
+    Some of those that are no drawing become what it makes of noise alone.
     """
     std = torch.tensor(vae.config.latents_std).view(-1, 1, 1, 1)
     decoded = []
     for start in trange(0, len(frames), 16, desc="VAE", unit="16 pictures"):
-        some = frames[start : start + 16]
-        clips = some[:, None].repeat(1, CLIP_FRAMES, 1, 1, 1)
+        clips = frames[start : start + 16, None].repeat(1, CLIP_FRAMES, 1, 1, 1)
         clips[:, 0] = 255
         with torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(to_videos(clips)).latent_dist.mode().float()
             noise = torch.randn(latents.shape, generator=generator) * std
-            amount = 0.4 * torch.rand(len(some), 1, 1, 1, 1, generator=generator)
-            noisy = torch.rand(len(some), 1, 1, 1, 1, generator=generator) < 0.5
-            spoilt = spoil(latents, noise, generator)
-            is_spoilt = (labels[start : start + 16] == CLASSES.index(NO_DRAWING)).view(-1, 1, 1, 1, 1)
-            is_spoilt = is_spoilt & (torch.rand(len(some), 1, 1, 1, 1, generator=generator) < 0.4)
-            latents = torch.where(is_spoilt, spoilt, latents + noisy * amount * noise)
+            amount, chance, other_chance = torch.rand(3, len(clips), 1, 1, 1, 1, generator=generator)
+            noisy = latents + torch.where(chance < 0.5, 0.4 * amount, 0.0) * noise
+            is_drawing = (labels[start : start + 16] != CLASSES.index(NO_DRAWING)).view(-1, 1, 1, 1, 1)
+            latents = torch.where(is_drawing | (other_chance > 0.13), noisy, noise)
             decoded.append(to_frames(vae.decode(latents).sample)[:, -1])
     return torch.cat(decoded)
-
-
-def spoil(latents: torch.Tensor, noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Latents `(B, C, F, h, w)` mixed with their neighbours', or noise, each of three ways for a third."""
-    others = latents.roll(1, dims=0)
-    where = interpolate(torch.randn(len(latents), 1, 2, 3, generator=generator), latents.shape[-2:], mode="bilinear")
-    patches = torch.where(where[:, :, None] > 0, latents, others)
-    way = torch.randint(3, (len(latents), 1, 1, 1, 1), generator=generator)
-    return torch.where(way == 0, (latents + others) / 2, torch.where(way == 1, patches, noise))
 
 
 def make_pictures(

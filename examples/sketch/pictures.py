@@ -23,7 +23,7 @@ def paint(strokes: Strokes, line: float) -> np.ndarray:
     canvas = Image.new("L", (WIDTH * SUPERSAMPLING, HEIGHT * SUPERSAMPLING), 0)
     pen, radius = ImageDraw.Draw(canvas), line / 2 * SUPERSAMPLING
     for stroke in strokes:
-        for x, y in SUPERSAMPLING * evenly(stroke, 0.5):
+        for x, y in SUPERSAMPLING * evenly(stroke, 1 / SUPERSAMPLING):
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
     return np.asarray(canvas.reduce(SUPERSAMPLING))
 
@@ -65,15 +65,10 @@ def wobble(strokes: Strokes, rng: np.random.Generator) -> Strokes:
     return [bend(evenly(s, 1), amplitude, wavelength, np.random.default_rng(seed)) for s in strokes]
 
 
-def specks(rng: np.random.Generator, most: int) -> Strokes:
-    """Dots anywhere."""
-    return [np.repeat(rng.uniform((0, 0), PICTURE, (1, 2)), 2, axis=0) for _ in range(rng.integers(most + 1))]
-
-
 def draw_freely(kind: str, rng: np.random.Generator, centre: np.ndarray | None = None) -> np.ndarray:
-    """A finished drawing, some with a few specks."""
-    strokes = wobble([stroke for part in place_parts(kind, rng, centre) for stroke in part], rng)
-    return paint(strokes + (specks(rng, 3) if rng.random() < 0.2 else []), any_line(rng))
+    """A finished drawing."""
+    strokes = [stroke for part in place_parts(kind, rng, centre) for stroke in part]
+    return paint(wobble(strokes, rng), any_line(rng))
 
 
 # ---- unfinished
@@ -102,7 +97,8 @@ def draw_in_part(rng: np.random.Generator) -> np.ndarray:
 
 def white_paper(rng: np.random.Generator) -> np.ndarray:
     """Nothing, or a few specks."""
-    return paint(specks(rng, 4), any_line(rng))
+    specks = [np.repeat(rng.uniform((0, 0), PICTURE, (1, 2)), 2, axis=0) for _ in range(rng.integers(0, 5))]
+    return paint(specks, any_line(rng))
 
 
 def mean_of_drawings(rng: np.random.Generator) -> np.ndarray:

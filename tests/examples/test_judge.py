@@ -88,9 +88,10 @@ def test_the_weights_are_small_and_in_half_precision():
     assert judge.load_judge().classes[:-2] == tuple(make_dataset.KINDS)
 
 
+@pytest.mark.slow
 def test_the_judge_is_built_in_one_command(tmp_path):
     flags = ["--output", tmp_path / "judge.safetensors", "--pictures_per_kind", 2, "--steps", 2]
-    flags += ["--test_pictures_per_kind", 1, "--test_sketches_per_kind", 1]
+    flags += ["--test_pictures_per_kind", 1, "--test_sketches_per_kind", 2]
     shown = run_python(ROOT / "examples" / "sketch" / "build_judge.py", *flags).stdout
     assert "| white paper |" in shown
     built = judge.load_judge(tmp_path / "judge.safetensors")
