@@ -1,4 +1,4 @@
-"""How much ink a sketched clip has, and how well it matches another: ink F1, colour error, PSNR.
+"""How much ink a sketched clip has, and how well it matches another: ink F1, open loops, colour error, PSNR.
 
 Functions take clips as (T, H, W, 3) uint8 arrays or tensors, prediction first. A white clip scores 17 to 20 dB
 PSNR on sketches, so PSNR alone says little; a white clip's ink F1 is 0.
@@ -6,7 +6,7 @@ PSNR on sketches, so PSNR alone says little; a white clip's ink F1 is 0.
 
 import numpy as np
 import torch
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import max_pool2d, pad
 
 
 INK_DARKNESS = 90
@@ -43,6 +43,34 @@ def mean_ink_f1(prediction: np.ndarray | torch.Tensor, target: np.ndarray | torc
     """Mean of `ink_f1` over the frames whose target has ink; NaN where no frame has."""
     has_ink = ink_mask(target).flatten(1).any(1)
     return ink_f1(prediction, target, tolerance)[has_ink].mean().item()
+
+
+def inside_loops(video: np.ndarray | torch.Tensor, largest: int = 120) -> torch.Tensor:  # (T, H, W) bool
+    """The white that small loops of ink enclose: connected, at most `largest` pixels of it."""
+    white = ~ink_mask(video)
+    numbers = torch.arange(1.0, 1 + white[0].numel()).view_as(white[0])
+    regions = white * numbers
+    while True:  # every pixel takes the highest number among its neighbours, till a region has one number
+        around = pad(regions, (1, 1, 1, 1))
+        upright = torch.maximum(around[:, :-2, 1:-1], around[:, 2:, 1:-1])
+        across = torch.maximum(around[:, 1:-1, :-2], around[:, 1:-1, 2:])
+        spread = white * torch.maximum(regions, torch.maximum(upright, across))
+        if spread.equal(regions):
+            break
+        regions = spread
+    of_pixels = regions.flatten(1).long()
+    sizes = torch.zeros(len(white), 1 + white[0].numel(), dtype=torch.long)
+    sizes.scatter_add_(1, of_pixels, torch.ones_like(of_pixels))
+    return white & (sizes.gather(1, of_pixels).view_as(white) <= largest)
+
+
+def open_loops(prediction: np.ndarray | torch.Tensor, target: np.ndarray | torch.Tensor) -> float:
+    """Share of the white inside the target's small loops that is no ink in the prediction, in [0, 1].
+
+    The counterpart of `ink_f1`, whose tolerance forgives a loop that is filled; a white clip scores 1. NaN where no
+    frame has a small loop.
+    """
+    return (~ink_mask(prediction))[inside_loops(target)].float().mean().item()
 
 
 def colour_error(prediction: np.ndarray | torch.Tensor, target: np.ndarray | torch.Tensor) -> float:

@@ -202,6 +202,18 @@ def test_ink_f1_forgives_as_many_pixels_as_it_is_told():
     assert ink.colour_error(clip, clip) == 0
 
 
+def test_open_loops_see_the_filled_wing_that_ink_f1_forgives():
+    clip = make_dataset.draw(make_dataset.Sketch("bird", "blue", "large", "in the middle", "thin", "tall"))
+    frame = clip[-1:]
+    wing = np.zeros(frame.shape[:3], bool)
+    wing[0, 25:50, 40:66] = ink.inside_loops(frame)[0, 25:50, 40:66]
+    filled = np.where(wing[..., None], np.uint8(30), frame)
+    assert ink.open_loops(frame, frame) == ink.open_loops(np.full_like(frame, 255), frame) == 1
+    assert ink.open_loops(np.zeros_like(frame), frame) == 0
+    assert 0.2 < ink.open_loops(filled, frame) < 0.9
+    assert np.isnan(ink.open_loops(clip[:5], clip[:5]))
+
+
 def test_tiny_wan_is_a_stock_pipeline_of_at_most_12_mb():
     pipeline = WanPipeline.from_pretrained(TINY_WAN)
     assert sum(path.stat().st_size for path in TINY_WAN.rglob("*")) < 12e6
