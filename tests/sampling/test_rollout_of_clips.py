@@ -25,7 +25,7 @@ from causal_wan.flow import add_noise
 from causal_wan.geometry import LatentGeometry
 from causal_wan.model.conditions import Conditions
 from causal_wan.sampling.noise import count_draws
-from causal_wan.sampling.rollout import SamplingSchedule, conditions_by_block, roll_out
+from causal_wan.sampling.rollout import Rollout, SamplingSchedule, conditions_by_block, roll_out
 
 
 # --- a block of which the first frames are given ---------------------------------------------------------------------
@@ -65,6 +65,13 @@ def test_the_others_of_a_block_are_sampled_beside_its_given_frames(num_given, sa
     assert [asked.timestep.tolist() for asked in passes[:3]] == levels
     assert all(torch.equal(asked.latents[:, :, :num_given], given) for asked in passes[:3])
     assert passes[3].timestep.tolist() == [0.0] * B  # by which the block is written
+
+
+def test_a_block_that_is_begun_is_sampled_where_its_noise_is():
+    prompt = Conditions(prompt_embeds=random(B, 3, 5).to("meta"))
+    rollout = Rollout(KnownField(), TIMESTEPS.to("meta"), prompt)
+    (block,) = rollout.run(frames_of(random(3, B, C, 2, H, W).to("meta")), [2], random(B, C, 1, H, W))
+    assert block.device.type == "meta"
 
 
 def test_a_given_block_may_be_passed_through_as_others_are_and_comes_out_as_it_is():
@@ -233,6 +240,10 @@ def test_conditions_by_block_are_those_of_its_first_frame_and_said_only_where_on
         assert found.prompt_of_frame is None
     assert ask(5, 2) is None  # beyond the last frame it is that of the last
     assert ask(100, 2) is None
+    at_the_end = Conditions(prompt_embeds=prompts, prompt_of_frame=torch.tensor([[0, 0, 2], [1, 1, 1]]))
+    ask = conditions_by_block(at_the_end)
+    assert [ask(start, 1) is None for start in range(3)] == [True, True, False]
+    assert torch.equal(conditions_by_block(at_the_end)(7, 1).prompt_embeds, prompts[[0, 1], [2, 1]])
 
 
 # --- whole clips -----------------------------------------------------------------------------------------------------
@@ -294,6 +305,7 @@ def test_no_gradients_are_computed():
         ),
         ((2, B, C, 4, H, W), r"sampler renoise, got \(2, 2, 4, 1, 4, 6\)\.$"),
         ((3, C, 4, H, W), r"got \(3, 4, 4, 4, 6\)\.$"),
+        ((3, C), r"got \(3, 4\)\.$"),
     ],
 )
 def test_noise_of_another_shape_is_refused_with_its_shape(shape, message):
