@@ -21,7 +21,7 @@ from causal_wan.tables.prompt_schedules import PromptSchedule
 
 
 LENGTH = 6  # tokens that prompts are padded to
-GEOMETRY = LatentGeometry(temporal_factor=4, frame_rate=10)
+GEOMETRY = LatentGeometry(temporal_factor=8, frame_rate=10)
 
 
 def embed_of(text):
@@ -116,9 +116,9 @@ def test_schedules_that_are_none_or_do_not_go_with_the_prompts_are_refused(promp
 # --- conditions of a video -------------------------------------------------------------------------------------------
 
 
-# Blocks of 2 latent frames at 10 frames a second: video frames 0 to 4, 5 to 12, 13 to 20, of which 2, 9, 17 are in the
-# middle.
-MIDDLES = [0.2, 0.9, 1.7]
+# Blocks of 2 latent frames at 10 frames a second: video frames 0 to 8, 9 to 24, 25 to 40, of which 4, 17, 33 are in
+# the middle.
+MIDDLES = [0.4, 1.7, 3.3]
 
 
 def told(conditions, number, frame):
@@ -126,8 +126,8 @@ def told(conditions, number, frame):
 
 
 def test_a_block_is_told_the_prompt_that_is_in_force_in_its_middle(encoded):
-    schedules = [schedule((0, "a cat"), (0.9, "a dog barks")), schedule((0, "no change"))]
-    conditions = embed_schedules(make_pipeline(), schedules, 21, LENGTH, 1)
+    schedules = [schedule((0, "a cat"), (1.7, "a dog barks")), schedule((0, "no change"))]
+    conditions = embed_schedules(make_pipeline(), schedules, 41, LENGTH, 1)
     assert conditions.prompt_embeds.dtype == torch.float64
     assert conditions.prompt_of_frame.shape == (2, 6)
     for frame, second in enumerate(itertools.chain.from_iterable([middle] * 2 for middle in MIDDLES)):
@@ -138,13 +138,13 @@ def test_a_block_is_told_the_prompt_that_is_in_force_in_its_middle(encoded):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_each_schedule_is_that_of_so_many_videos_side_by_side(encoded, count):
-    schedules = [schedule((0, "a cat"), (0.8, "a dog")), schedule((0, "a fish"), (1.5, "a bird"))]
-    conditions = embed_schedules(make_pipeline(), schedules, 21, LENGTH, count)
+    schedules = [schedule((0, "a cat"), (1.6, "a dog")), schedule((0, "a fish"), (3.2, "a bird"))]
+    conditions = embed_schedules(make_pipeline(), schedules, 41, LENGTH, count)
     assert conditions.prompt_embeds.shape[0] == conditions.prompt_of_frame.shape[0] == 2 * count
     for number, (first, last) in enumerate([("a cat", "a dog")] * count + [("a fish", "a bird")] * count):
         assert torch.equal(told(conditions, number, 0), padded(first).double())
         assert torch.equal(told(conditions, number, 5), padded(last).double())
-    plain = embed_schedules(make_pipeline(), [schedule((0, "a cat")), schedule((0, "a dog"))], 21, LENGTH, count)
+    plain = embed_schedules(make_pipeline(), [schedule((0, "a cat")), schedule((0, "a dog"))], 41, LENGTH, count)
     assert plain.prompt_of_frame is None
     assert torch.equal(
         plain.prompt_embeds, torch.stack([padded("a cat")] * count + [padded("a dog")] * count).double()
@@ -152,19 +152,19 @@ def test_each_schedule_is_that_of_so_many_videos_side_by_side(encoded, count):
 
 
 def test_of_prompts_that_no_block_sees_the_first_is_said_and_none_is_encoded(encoded, caplog):
-    schedules = [schedule((0, "a cat"), (0.3, "unseen too"), (0.4, "unseen"), (0.6, "a dog"))]
-    embed_schedules(make_pipeline(), schedules, 21, LENGTH, 1)
+    schedules = [schedule((0, "a cat"), (0.5, "unseen too"), (0.6, "unseen"), (1.2, "a dog"))]
+    embed_schedules(make_pipeline(), schedules, 41, LENGTH, 1)
     (record,) = caplog.records
     assert record.message == "the prompt 'unseen' is not seen: none of the blocks has it in force in its middle"
     assert encoded.texts == ["a cat", "a dog"]
     caplog.clear()
-    embed_schedules(make_pipeline(), [schedule((0, "a cat"), (0.6, "a dog"))], 21, LENGTH, 1)
+    embed_schedules(make_pipeline(), [schedule((0, "a cat"), (0.6, "a dog"))], 41, LENGTH, 1)
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("last", "num_frames"), [(0.9, 4), (0.91, 6), (1.7, 6), (2.0, 8)])
+@pytest.mark.parametrize(("last", "num_frames"), [(1.7, 4), (1.71, 6), (3.3, 6), (4.0, 8)])
 def test_a_video_without_end_is_told_of_until_its_last_prompt_has_begun(encoded, last, num_frames):
-    """The middles go on: 2, 9, 17, 25 tenths of a second."""
+    """The middles go on: 4, 17, 33, 49 tenths of a second."""
     pipeline = make_pipeline(local_attn_size=4)
     schedules = [schedule((0, "a cat"), (last, "a dog")), schedule((0, "a fish"), (0.1, "a bird"))]
     conditions = embed_schedules(pipeline, schedules, None, LENGTH, 1)
@@ -175,15 +175,15 @@ def test_a_video_without_end_is_told_of_until_its_last_prompt_has_begun(encoded,
 
 
 def test_prompts_that_begin_when_the_video_is_over_are_refused(encoded):
-    assert embed_schedules(make_pipeline(), [schedule((0, "a"), (2.09, "b"))], 21, LENGTH, 1) is not None
-    with pytest.raises(ValueError, match=r"before the video ends, which is at 2\.1 s, got 2\.1 s"):
-        embed_schedules(make_pipeline(), [schedule((0, "a")), schedule((0, "a"), (2.1, "b"))], 21, LENGTH, 1)
+    assert embed_schedules(make_pipeline(), [schedule((0, "a"), (4.09, "b"))], 41, LENGTH, 1) is not None
+    with pytest.raises(ValueError, match=r"before the video ends, which is at 4\.1 s, got 4\.1 s"):
+        embed_schedules(make_pipeline(), [schedule((0, "a")), schedule((0, "a"), (4.1, "b"))], 41, LENGTH, 1)
 
 
 def test_a_video_of_one_block_has_no_prompts_that_change(encoded):
     message = r"^prompts change from block to block, but the video is one block of 2 latent frames; give one prompt"
     with pytest.raises(ValueError, match=message):
-        embed_schedules(make_pipeline(), [schedule((0, "a"), (0.2, "b"))], 5, LENGTH, 1)
+        embed_schedules(make_pipeline(), [schedule((0, "a"), (0.2, "b"))], 9, LENGTH, 1)
     with pytest.raises(ValueError, match="one block of 6 latent frames"):
         check_has_blocks([6])
     check_has_blocks([1, 1])
@@ -191,7 +191,7 @@ def test_a_video_of_one_block_has_no_prompts_that_change(encoded):
 
 
 def test_a_clip_with_a_prompt_a_frame_is_told_that_of_the_frame_in_the_middle_of_each_block(encoded):
-    prompt = tuple("a" if frame < 9 else "b" for frame in range(21))
+    prompt = tuple("a" if frame < 17 else "b" for frame in range(41))
     conditions = embed_frame_prompts(make_pipeline(), prompt, 6, LENGTH)
     for frame, text in enumerate("aabbbb"):
         assert torch.equal(told(conditions, 0, frame), padded(text))
@@ -217,9 +217,10 @@ def test_a_function_is_asked_at_the_middle_of_each_block_and_only_another_prompt
 
     following = as_next_conditions(make_pipeline(), "a cat", ask, before, LENGTH)
     found = [following(start, 2) for start in range(0, 10, 2)]
-    assert asked == [0.2, 0.9, 1.7, 2.5, 3.3]
+    assert asked == [0.4, 1.7, 3.3, 4.9, 6.5]
     assert [each is None for each in found] == [True, True, False, True, False]
     for each, text in ((found[2], "a dog barks"), (found[4], "a cat")):
+        assert each.prompt_embeds.dtype == torch.float64
         assert torch.equal(each.prompt_embeds, torch.stack([padded(text)] * 2).double())
     assert encoded.texts == ["a dog barks", "a cat"]
 
