@@ -1,6 +1,9 @@
+import itertools
+
 import pytest
 
-from causal_wan.blocks import CausalConfig, frame_block_lengths
+from causal_wan.blocks import CausalConfig, frame_block_lengths, middle_frames
+from causal_wan.geometry import LatentGeometry
 from causal_wan.methods.settings import RegressionConfig
 
 
@@ -128,7 +131,48 @@ def windowed(num_frame_per_block):
     return CausalConfig(num_frame_per_block=num_frame_per_block, local_attn_size=6)
 
 
-def test_whole_blocks_can_be_continued():
-    for num_given in (2, 4):
+def test_whole_blocks_and_a_picture_can_be_continued():
+    for num_given in (1, 2, 4):
         windowed(2).check_continues(num_given, 6)
         windowed(2).check_continues(num_given, None)
+    for num_given in range(1, 6):
+        windowed(1).check_continues(num_given, 6)
+    windowed(None).check_continues(1, 6)
+    with pytest.raises(ValueError, match=r"got 2 latent frames \(5 frames\); give 9 frames\.$"):
+        windowed(3).check_continues(2, 6)
+
+
+def test_frames_to_be_continued_are_told_in_the_geometry_of_the_checkpoint():
+    with pytest.raises(ValueError, match=r"got 3 latent frames \(17 frames\); give 9 or 25 frames\.$"):
+        windowed(2).check_continues(3, 6, LatentGeometry(temporal_factor=8))
+
+
+@pytest.mark.parametrize(
+    ("num_frame_per_block", "independent_first_frame", "expected"),
+    [(2, False, [2, 2, 2, 2]), (2, True, [1, 2, 2, 2]), (1, True, [1, 1, 1, 1])],
+)
+def test_a_clip_without_end_goes_on_in_blocks(num_frame_per_block, independent_first_frame, expected):
+    config = CausalConfig(
+        num_frame_per_block=num_frame_per_block, local_attn_size=6, independent_first_frame=independent_first_frame
+    )
+    assert list(itertools.islice(config.iterate_block_lengths(None), 4)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"num_frame_per_block": None, "local_attn_size": 6}, "num_frame_per_block=None and local_attn_size=6"),
+        ({"num_frame_per_block": 2}, "num_frame_per_block=2 and local_attn_size=-1"),
+    ],
+)
+def test_a_clip_without_end_has_blocks_and_a_window(settings, named):
+    with pytest.raises(ValueError, match=f"must be sampled in blocks with a window, got {named}; set both"):
+        CausalConfig(**settings).iterate_block_lengths(None)
+    assert sum(CausalConfig(**settings).iterate_block_lengths(6)) == 6
+
+
+def test_the_middle_of_a_block_is_counted_in_video_frames_and_of_two_the_later():
+    assert middle_frames([1, 2, 2]) == [0, 5, 13]  # of frames 0, 1 to 8 and 9 to 16
+    assert middle_frames([3, 3]) == [4, 15]  # of frames 0 to 8 and 9 to 20
+    assert middle_frames([2, 1], LatentGeometry(temporal_factor=8)) == [4, 13]  # of frames 0 to 8 and 9 to 16
+    assert middle_frames([]) == []

@@ -9,6 +9,8 @@ from causal_wan.model.block_attention import (
     apply_rotary_emb,
     attend_in_spans,
     block_causal_spans,
+    check_context,
+    prepend_context,
     teacher_forcing_spans,
 )
 
@@ -161,3 +163,55 @@ def test_keys_that_lie_together_are_not_copied():
 
     attend_in_spans(note, *states, block_causal_spans([2, 3], T))
     assert seen == [(states[1].data_ptr(), states[2].data_ptr())] * 2
+
+
+# --- clean frames before the noisy ones ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_context", [2, 3])
+@pytest.mark.parametrize("is_by_frame", [False, True])
+def test_the_context_comes_before_the_noisy_frames_each_at_its_own_timestep(num_context, is_by_frame):
+    noisy, context = torch.randn(B, 4, 3, 2, 2), torch.randn(B, 4, num_context, 2, 2)
+    of_noisy, of_context = torch.tensor([[700, 500, 300], [20, 30, 40]]), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    if not is_by_frame:
+        of_noisy, of_context = of_noisy[:, 0], of_context[:, 0]
+    latents, timesteps = prepend_context(noisy, of_noisy, context, of_context)
+    assert torch.equal(latents[:, :, :num_context], context)
+    assert torch.equal(latents[:, :, num_context:], noisy)
+    for clip in range(B):
+        for frame in range(num_context + 3):
+            level, number = (of_context, frame) if frame < num_context else (of_noisy, frame - num_context)
+            assert timesteps[clip, frame] == (level[clip, number] if is_by_frame else level[clip])
+    _, timesteps = prepend_context(noisy, of_noisy, context, None)
+    assert timesteps.shape == (B, num_context + 3)
+    assert not timesteps[:, :num_context].any()
+
+
+@pytest.mark.parametrize("shape", [(B,), (B, 3)])
+def test_a_context_like_the_noisy_latents_is_taken_with_a_timestep_a_clip_or_a_frame(shape):
+    latents = torch.zeros(B, 4, 3, 2, 2)
+    check_context(latents, torch.zeros(shape), latents, None, None)
+    check_context(latents, torch.zeros(shape), latents, torch.zeros(shape), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cache": object()}, "^context_latents are for training; with a cache the context is in it"),
+        (
+            {"context_latents": torch.zeros(B, 4, 2, 2, 2)},
+            r"^context_latents must have the shape of the noisy latents, \(2, 4, 3, 2, 2\), got \(2, 4, 2, 2, 2\)\.$",
+        ),
+        (
+            {"timestep": torch.zeros(B, 2)},
+            r"^with context_latents, timestep must have shape .* F=3 .* got \(2, 2\)\.$",
+        ),
+        ({"context_timestep": torch.zeros(3)}, r"^with context_latents, context_timestep must have .* got \(3,\)\.$"),
+        ({"context_timestep": torch.zeros(B, 4)}, r"context_timestep must have shape \(B,\) .* got \(2, 4\)\.$"),
+    ],
+)
+def test_a_context_that_does_not_fit_is_refused(changes, message):
+    latents = torch.zeros(B, 4, 3, 2, 2)
+    given = {"timestep": torch.zeros(B), "context_latents": latents, "context_timestep": None, "cache": None}
+    with pytest.raises(ValueError, match=message):
+        check_context(latents, **{**given, **changes})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY_TRANSFORMER
 
+from causal_wan.blocks import CausalConfig
 from causal_wan.flow import add_noise
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -17,6 +18,7 @@ from causal_wan.sampling.rollout import Rollout
 
 B, C, H, W = 2, 4, 4, 6
 TIMESTEPS = torch.tensor([1000.0, 800.0, 300.0])
+BLOCKS_OF_2 = CausalConfig(num_frame_per_block=2, local_attn_size=4)
 CACHE = object()  # the known field keeps nothing in it
 
 
@@ -25,15 +27,22 @@ def random(*shape, seed=0):
 
 
 def flow_of(latents, timestep, embeds):
-    """The known field's velocity: another one at each timestep and for each prompt."""
-    return 0.5 * latents + (timestep / 1000 + embeds.mean(dim=(1, 2)))[:, None, None, None, None]
+    """The known field's velocity: another one at each timestep, of a clip or of each frame, and for each prompt."""
+    by_frame = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
+    return 0.5 * latents + (by_frame / 1000 + embeds.mean(dim=(1, 2))[:, None])[:, None, :, None, None]
 
 
 @dataclass
 class KnownField:
-    """Stands for a transformer, and notes the passes that are asked of it."""
+    """Stands for a transformer, and notes the passes and the caches that are asked of it."""
 
     passes: list = field(default_factory=list)
+    caches: list = field(default_factory=list)
+    causal_config: CausalConfig = BLOCKS_OF_2
+
+    def make_cache(self, *shape, device, dtype):
+        self.caches.append((*shape, device.type, dtype))
+        return CACHE
 
     def __call__(self, latents, timestep, encoder_hidden_states, **others):
         self.passes.append(SimpleNamespace(latents=latents, timestep=timestep, embeds=encoder_hidden_states, **others))
@@ -213,6 +222,8 @@ def test_given_blocks_come_to_where_the_noise_is():
 
 def test_a_clip_of_no_blocks_is_empty():
     assert list(make_rollout().run([], [])) == []
+    asked = make_rollout(next_conditions=lambda start, length: pytest.fail("there is no block"))
+    assert list(asked.run([], [])) == []
 
 
 def test_noise_is_drawn_frame_by_frame_from_the_generators_that_are_given():

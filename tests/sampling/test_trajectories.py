@@ -169,6 +169,34 @@ def test_a_clean_context_is_the_end_of_the_trajectory():
     assert taken.mask.all()
 
 
+@pytest.mark.parametrize("settings", [{}, {"context": "augmented"}], ids=["noisy context", "augmented context"])
+def test_what_is_taken_of_trajectories_says_where_it_comes_from(settings):
+    method = RegressionConfig(num_frame_per_block=2, denoising_step_list=(1000, 0.5, 0), **settings)
+    lengths, numbers = [2, 2, 2], range(5, 21)
+    trajectories = torch.randn(16, 3, 4, 6, 4, 6, generator=torch.Generator().manual_seed(0))
+    ends = torch.randn(16, 4, 6, 4, 6, generator=torch.Generator().manual_seed(1))
+    taken = take_noisy_batch(trajectories, ends, method, lengths, seed=3, sample_numbers=numbers)
+    drawn = draw_noisy_batch(ends, method, lengths, seed=3, sample_numbers=numbers, num_valid_frames=[6] * 16)
+    assert taken.latents is ends
+    for name in ("timesteps", "sigmas", "level_indices", "mask"):
+        assert torch.equal(getattr(taken, name), getattr(drawn, name))
+    assert set(taken.timesteps.unique().tolist()) == ({0.0, 0.5, 1000.0} if not settings else {0.5, 1000.0})
+    is_clean = taken.timesteps[:, None, :, None, None] == 0
+    assert torch.equal(taken.noise.where(is_clean, 0.0), ends.where(is_clean, 0.0))
+    noised = add_noise(ends, taken.noise, taken.sigmas)
+    torch.testing.assert_close(noised, taken.noisy_latents, atol=1e-5, rtol=1e-4)
+    if not settings:
+        assert taken.context_latents is taken.context_timesteps is None
+        return
+    assert len(taken.context_timesteps.unique()) == 16
+    assert ((taken.context_timesteps >= 0) & (taken.context_timesteps <= method.context_noise)).all()
+    alone = take_noisy_batch(trajectories[3:4], ends[3:4], method, lengths, seed=3, sample_numbers=[8])
+    assert torch.equal(alone.context_timesteps, taken.context_timesteps[3:4])
+    assert torch.equal(alone.context_latents, taken.context_latents[3:4])
+    difference = (taken.context_latents - ends) / (taken.context_timesteps / 1000)[:, None, None, None, None]
+    assert (difference + ends).std().item() == pytest.approx(1, abs=0.02)
+
+
 class BlackOrWhite(CausalWanTransformer3DModel):
     """The exact flow to clips that are all 1 or all -1: its velocity has a closed form."""
 

@@ -64,8 +64,11 @@ def test_a_share_of_the_clips_is_given_its_first_frame_and_the_rest_of_a_block_k
     assert torch.equal(batch.timesteps[~is_given, 0], batch.timesteps[~is_given, 1])
 
 
-def test_a_clip_of_one_frame_is_not_given_away():
+def test_a_clip_of_one_frame_is_not_given_away_and_one_of_two_is_given_its_first():
     assert draw(1.0, num_valid=1).mask[:, 0].all()
+    of_two = draw(1.0, num_valid=2).mask
+    assert not of_two[:, 0].any()
+    assert of_two[:, 1].all()
 
 
 @pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)

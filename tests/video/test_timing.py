@@ -169,6 +169,8 @@ def test_the_last_frames_are_those_before_the_end():
     assert last_frame_indices(48, 16.0, 5, 16.0).tolist() == [43, 44, 45, 46, 47]
     assert last_frame_indices(96, 32.0, 5, 16.0).tolist() == [87, 89, 91, 93, 95]
     assert last_frame_indices(3, 16.0, 5, 16.0).tolist() == [0, 1, 2]
+    of_hours = last_frame_indices(100_000_002, 16.0, 3, 16.0)  # float32 has only even numbers there
+    assert of_hours.tolist() == [99_999_999, 100_000_000, 100_000_001]
     times = np.array(WITH_A_GAP) / 1000
     assert last_frame_indices(20, 19 / 1.76, 17, 10.0, times).tolist()[:8] == [4, 6, 9, 9, 9, 9, 9, 9]
 
