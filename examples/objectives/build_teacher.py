@@ -68,7 +68,8 @@ from causal_wan.config.ranges import PositiveFloat, PositiveInt, Range, Share, T
 FRAMES_AT_FIRST = {3: 0.5, 6: 0.3, NUM_LATENT_FRAMES: 0.2}
 FRAMES_AT_LAST = {6: 0.3, NUM_LATENT_FRAMES: 0.7}
 SHIFTED_FRAMES = 3  # number of frames at which the levels have the shift that is asked for
-NO_PROMPT, SHORTER_PROMPT, WHOLE_PROMPT = 0.08, 0.2, 0.25  # shares of the clips; the last one falls to 0
+SAMPLING_SHIFT = 5.0  # of the levels at which the result is sampled, if nothing else is asked for
+NO_PROMPT, SHORTER_PROMPT, WHOLE_PROMPT = 0.05, 0.15, 0.1  # shares of the clips; the last one falls to 0
 
 
 @checked_dataclass
@@ -95,11 +96,11 @@ class Config:
     """Share of the steps in which the learning rate falls."""
     average: Share = 0.995
     """Decay of the moving average of the weights."""
-    pure_noise: Share = 0.15
+    pure_noise: Share = 0.05
     """Share of clips at sigma 1."""
-    shift: TimestepShift = 3.0
+    shift: TimestepShift = 12.0
     """Other sigmas are shift u / (1 + (shift - 1) u) with u uniform; this is the shift for 3 frames."""
-    save_every: PositiveInt = 250
+    save_every: PositiveInt = 100
     """Steps between two states to go on from, and two results."""
 
 
@@ -255,7 +256,7 @@ def save_result(transformer: WanTransformer3DModel, folder: Path, config: Config
         "pretrained_model_name_or_path": config.checkpoint,
         "generator_task": "bidirectional_video",
         "timestep_sampling": "uniform",
-        "timestep_shift": config.shift,
+        "timestep_shift": SAMPLING_SHIFT,
         "loss_space": "velocity",
         "num_frames": NUM_FRAMES,
         "height": HEIGHT,
