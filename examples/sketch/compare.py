@@ -8,14 +8,20 @@ A folder of samples is what `generate.py --prompts_file heldout.csv` writes: 00.
 and STEPS, made with another `--seed`. They are compared with all drawings that the prompt may mean: those of
 `targets.csv` if there is one, else the clips of the rows.
 
-    sharpness   of fine detail, beside the targets'; below 1 is blurred
-    ink F1      of the last frame with the nearest of the targets, mean over samples: is it a drawing that might be?
+    recognised  share of samples whose last frame `judge.py` takes for a kind that the prompt may mean
+    kinds       how many different ones there are among the samples
+    expected    how many there would be among as many targets, drawn at random
+    blank       share of samples whose last frame has less than a tenth of the ink of the targets'
+    ink         of all frames beside the targets'; above 1 is blots or too many lines
+    sharpness   of fine detail beside the targets'; below 1 is blurred, or there is little ink
+    per ink     sharpness for the ink that there is: how crisp it is
+    ink F1      of the last frame with the nearest of the targets, mean over samples: does ink lie where it might?
     PSNR        of the whole clip with the nearest of the targets
     diversity   distance between samples of a prompt beside that between its targets; 0 is always the same drawing
 
 Two rows to compare with: `targets` are the clips of heldout.csv, `their mean` is what the least squared error draws
-from noise alone; with `--vae` a third, what the VAE leaves of the targets. Sharpness by itself is not enough: noise is
-sharp.
+from noise alone; with `--vae` a third, what the VAE leaves of the targets. Read them from left to right: noise is
+sharp, blots are sharper than drawings, scribbles have ink F1 and diversity, and none of them is recognised.
 
 `--run` shows a run of regression at its limit: its blur gaps over the steps, beside the sharpness of its samples.
 """
@@ -29,7 +35,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from ink import ink_f1, psnr
+from ink import ink_amount, ink_f1, psnr
+from judge import recognise
 from report import TOLERANCE, contact_sheet, plot_by_level, read_metrics, read_video
 
 
@@ -41,7 +48,11 @@ from causal_wan.config.ranges import checked_dataclass
 from causal_wan.evaluation.video_metrics import MAX_PSNR, frame_sharpness
 
 
-COLUMNS = ("sharpness", "ink F1", "PSNR [dB]", "diversity")
+COLUMNS = (
+    *("recognised", "kinds", "expected", "blank", "ink", "sharpness", "per ink"),
+    *("ink F1", "PSNR [dB]", "diversity"),
+)
+BLANK = 0.1  # of the targets' ink
 NUM_SHOWN = 2  # targets and samples of each prompt on the contact sheet, if there are so many
 NUM_PROMPTS_SHOWN = 4
 
@@ -100,17 +111,69 @@ def spread(videos: list[np.ndarray]) -> float:
     return float(np.mean([np.sqrt(np.square(one - other).mean()) for one, other in pairs])) if pairs else float("nan")
 
 
+def last_ink(videos: list[np.ndarray]) -> np.ndarray:
+    """Amount of ink in the last frame of each video."""
+    return np.array([ink_amount(video[-1:]).item() for video in videos])
+
+
+def name_kinds(videos: list[np.ndarray]) -> list[str | None]:
+    """The kind of drawing that each video ends with; None is not recognised."""
+    return recognise(np.stack([video[-1] for video in videos]))
+
+
 class Targets:
-    """What samples are compared with: the drawings that each prompt may mean, their sharpness, and their spread."""
+    """What samples are compared with: the drawings that each prompt may mean, and figures of them."""
 
     def __init__(self, by_prompt: dict[str, list[np.ndarray]]) -> None:
+        everything = list(itertools.chain(*by_prompt.values()))
         self.by_prompt = by_prompt
-        self.sharpness = sharpness(list(itertools.chain(*by_prompt.values())))
+        self.sharpness = sharpness(everything)
+        self.ink = float(np.mean([ink_amount(video).mean() for video in everything]))
+        self.last_ink = float(last_ink(everything).mean())
         self.spread = {prompt: spread(videos) for prompt, videos in by_prompt.items()}
+        self.kinds = {prompt: name_kinds(videos) for prompt, videos in by_prompt.items()}
+
+    def expected_kinds(self, num_samples: dict[str, int]) -> float:
+        """How many different kinds so many random targets of each prompt have on average.
+
+        A kind is missing with the probability that no target of any prompt has it.
+        """
+        expected = 0.0
+        for kind in {kind for kinds in self.kinds.values() for kind in kinds if kind is not None}:
+            shares = [(np.mean([k == kind for k in self.kinds[prompt]]), n) for prompt, n in num_samples.items()]
+            expected += 1 - np.prod([(1 - share) ** number for share, number in shares])
+        return expected
 
 
-def score(samples: dict[str, list[np.ndarray]], targets: Targets) -> dict[str, float]:
-    """The figures of a method, over all prompts."""
+def score_kinds(samples: dict[str, list[np.ndarray]], targets: Targets) -> dict[str, float]:
+    """What the samples show, by the judge."""
+    named = [
+        kind if kind in targets.kinds[prompt] else None
+        for prompt, videos in samples.items()
+        for kind in name_kinds(videos)
+    ]
+    recognised = [kind for kind in named if kind is not None]
+    return {
+        "recognised": len(recognised) / len(named),
+        "kinds": len(set(recognised)),
+        "expected": targets.expected_kinds({prompt: len(videos) for prompt, videos in samples.items()}),
+    }
+
+
+def score_ink(videos: list[np.ndarray], targets: Targets) -> dict[str, float]:
+    """How much ink the samples have, and how sharp it is."""
+    amount = np.mean([ink_amount(video).mean() for video in videos]) / targets.ink
+    sharp = sharpness(videos) / targets.sharpness
+    return {
+        "blank": np.mean(last_ink(videos) < BLANK * targets.last_ink),
+        "ink": amount,
+        "sharpness": sharp,
+        "per ink": sharp / amount if amount > 0 else float("nan"),
+    }
+
+
+def score_likeness(samples: dict[str, list[np.ndarray]], targets: Targets) -> dict[str, float]:
+    """How near the samples are to the targets, and to each other."""
     f1, likeness = [], []
     for prompt, videos in samples.items():
         for video in videos:
@@ -118,13 +181,14 @@ def score(samples: dict[str, list[np.ndarray]], targets: Targets) -> dict[str, f
             f1.append(max(ink_f1(video[-1:], target[-1:], TOLERANCE).item() for target in likely))
             likeness.append(min(MAX_PSNR, max(psnr(video, target) for target in likely)))
     spreads = [spread(videos) / targets.spread[prompt] for prompt, videos in samples.items()]
-    values = (
-        sharpness(list(itertools.chain(*samples.values()))) / targets.sharpness,
-        np.mean(f1),
-        np.mean(likeness),
-        np.mean(spreads),
-    )
-    return dict(zip(COLUMNS, map(float, values), strict=True))
+    return {"ink F1": np.mean(f1), "PSNR [dB]": np.mean(likeness), "diversity": np.mean(spreads)}
+
+
+def score(samples: dict[str, list[np.ndarray]], targets: Targets) -> dict[str, float]:
+    """The figures of a method, over all prompts."""
+    videos = list(itertools.chain(*samples.values()))
+    figures = score_kinds(samples, targets) | score_ink(videos, targets) | score_likeness(samples, targets)
+    return {column: float(figures[column]) for column in COLUMNS}
 
 
 def mean_video(videos: list[np.ndarray]) -> np.ndarray:
@@ -147,10 +211,10 @@ def encode_and_decode(checkpoint: str, videos: list[np.ndarray]) -> list[np.ndar
 
 def table(rows: dict[tuple[str, str], dict[str, float]]) -> str:
     """A Markdown table with a row for each method and number of steps."""
-    lines = [f"| {'method':24} | {'steps':>5} | " + " | ".join(f"{column:>9}" for column in COLUMNS) + " |"]
-    lines.append("|" + "-" * 26 + "|" + "-" * 6 + ":|" + "|".join("-" * 10 + ":" for _ in COLUMNS) + "|")
+    lines = [f"| {'method':24} | {'steps':>5} | " + " | ".join(f"{column:>10}" for column in COLUMNS) + " |"]
+    lines.append("|" + "-" * 26 + "|" + "-" * 6 + ":|" + "|".join("-" * 11 + ":" for _ in COLUMNS) + "|")
     for (method, steps), figures in rows.items():
-        cells = " | ".join(f"{figures[column]:9.3f}" for column in COLUMNS)
+        cells = " | ".join(f"{figures[column]:10.3f}" for column in COLUMNS)
         lines.append(f"| {method:24} | {steps:>5} | {cells} |")
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
-"""How well a sketched clip matches another: ink F1, colour error, PSNR.
+"""How much ink a sketched clip has, and how well it matches another: ink F1, colour error, PSNR.
 
-All functions take clips as (T, H, W, 3) uint8 arrays or tensors, prediction first. A white clip scores 17 to 20 dB
+Functions take clips as (T, H, W, 3) uint8 arrays or tensors, prediction first. A white clip scores 17 to 20 dB
 PSNR on sketches, so PSNR alone says little; a white clip's ink F1 is 0.
 """
 
@@ -16,6 +16,11 @@ INK_DARKNESS = 90
 def ink_mask(video: np.ndarray | torch.Tensor) -> torch.Tensor:  # (T, H, W) bool
     """Where pixels are clearly not white."""
     return torch.as_tensor(video).amin(dim=-1) <= 255 - INK_DARKNESS
+
+
+def ink_amount(video: np.ndarray | torch.Tensor) -> torch.Tensor:  # (T,)
+    """Mean darkness of each frame, in [0, 1], by the darkest channel of a pixel: blur changes nothing of it."""
+    return 1 - torch.as_tensor(video).amin(dim=-1).float().mean(dim=(1, 2)) / 255
 
 
 def ink_f1(

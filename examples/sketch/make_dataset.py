@@ -287,10 +287,10 @@ def _dots(sketch: Sketch, height: int, width: int) -> np.ndarray:
     picture, margin = np.array([width, height]), MARGIN * height
     wanted = picture * (PLACES[sketch.place], 0.5) - (low + high) / 2
     centre = np.clip(wanted, margin - low, picture - margin - high)
-    return SUPERSAMPLING * (np.concatenate([_evenly(stroke, 1 / SUPERSAMPLING) for stroke in strokes]) + centre)
+    return SUPERSAMPLING * (np.concatenate([evenly(stroke, 1 / SUPERSAMPLING) for stroke in strokes]) + centre)
 
 
-def _evenly(stroke: np.ndarray, spacing: float) -> np.ndarray:
+def evenly(stroke: np.ndarray, spacing: float) -> np.ndarray:
     """The same line as points `spacing` apart."""
     at = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(stroke, axis=0).T))])
     wanted = np.linspace(0, at[-1], max(2, math.ceil(at[-1] / spacing)))

@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import ROOT, run_python, run_script
 from diffusers import WanPipeline
+from PIL import Image, ImageFilter
 from transformers import AutoTokenizer
 
 from causal_wan.config.parsing import parse_config
@@ -93,25 +94,36 @@ def test_heldout_rows_give_each_ambiguous_prompt_in_turn_a_target_of_its_own(amb
     assert len({row["video"] for row in heldout}) == 8
 
 
-def test_comparison_tells_drawings_from_their_mean_and_many_from_one(ambiguous, tmp_path):
+def read_video(path):
+    with av.open(path) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def with_samples(folder, ambiguous):
+    """METHOD:STEPS=FOLDER for samples that are other targets, always the same one, white paper, and blots."""
     heldout, targets = rows(ambiguous / "heldout.csv"), rows(ambiguous / "targets.csv")
-    others = {
-        prompt: [row["video"] for row in targets if row["prompt"] == prompt and row not in heldout]
-        for prompt in {row["prompt"] for row in heldout}
-    }
-    for name in ("other", "same"):
-        (tmp_path / name).mkdir()
-        for number, row in enumerate(heldout):
-            which = number // 2 if name == "other" else 0
-            clip = (ambiguous / "videos" / others[row["prompt"]][which]).read_bytes()
-            (tmp_path / name / f"{number:02d}.mp4").write_bytes(clip)
-    samples = [f"{name}:3={tmp_path / name}" for name in ("other", "same")]
-    samples += [f"both:3={tmp_path / name}" for name in ("other", "same")]
+    for number, row in enumerate(heldout):
+        others = [t["video"] for t in targets if t["prompt"] == row["prompt"] and t not in heldout]
+        other, same = (ambiguous / "videos" / others[which] for which in (number // 2, 0))
+        blots = [np.asarray(Image.fromarray(f).filter(ImageFilter.MinFilter(15))) for f in read_video(other)]
+        for name in ("other", "same", "white", "blots"):
+            (folder / name).mkdir(exist_ok=True)
+            clip = folder / name / f"{number:02d}.mp4"
+            if name in ("other", "same"):
+                shutil.copy(other if name == "other" else same, clip)
+            else:
+                make_dataset.write_mp4(np.stack(blots) if name == "blots" else np.full_like(blots, 255), clip)
+    samples = [f"{name}:3={folder / name}" for name in ("other", "same", "white", "blots")]
+    return samples + [f"both:3={folder / name}" for name in ("other", "same")]
+
+
+def test_comparison_tells_drawings_from_their_mean_and_from_blots_and_many_from_one(ambiguous, tmp_path):
     run = tmp_path / "run"
+    samples = with_samples(tmp_path, ambiguous)
     shutil.copytree(tmp_path / "same", run / "validation" / "step-000002")
     run.joinpath("metrics.jsonl").write_text('{"step": 1, "blur_gap_at_time_1000": 0.5}\n{"step": 2}\n')
-    flags = ["--data_dir", ambiguous, "--output_dir", tmp_path / "out", "--run", run, "--samples", *samples]
-    flags += ["--vae", MAKE.parent / "tiny-wan"]
+    flags = ["--data_dir", ambiguous, "--output_dir", tmp_path / "out", "--run", run]
+    flags += ["--vae", MAKE.parent / "tiny-wan", "--samples", *samples]
     shown = run_python(MAKE.parent / "compare.py", *flags).stdout
     entries = json.loads((tmp_path / "out" / "comparison.json").read_text())
     figures = {entry["method"]: entry for entry in entries}
@@ -127,6 +139,23 @@ def test_comparison_tells_drawings_from_their_mean_and_many_from_one(ambiguous, 
     assert "| same                     |     3 |" in shown
     for name in ("comparison.png", "blur_gaps.png"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
+
+    for name in ("targets", "other", "same", "both", "encoded, decoded"):
+        assert figures[name]["recognised"] == 1
+        assert figures[name]["blank"] == 0
+        assert figures[name]["ink"] == pytest.approx(1, abs=0.3)
+    for name in ("their mean", "white", "blots"):
+        assert figures[name]["recognised"] == figures[name]["kinds"] == 0
+    assert figures["other"]["kinds"] == figures["targets"]["kinds"] == 2
+    assert figures["targets"]["expected"] == pytest.approx(2 * (1 - 0.5**8))
+    assert figures["both"]["expected"] == pytest.approx(2 * (1 - 0.5**16))
+    assert figures["white"]["blank"] == 1
+    assert figures["white"]["ink"] == figures["white"]["sharpness"] == 0
+    assert figures["white"]["per ink"] is None
+    assert figures["their mean"]["ink"] == pytest.approx(1, abs=0.02)
+    assert figures["their mean"]["per ink"] < 0.3
+    assert figures["blots"]["ink"] > 3
+    assert figures["blots"]["per ink"] < 0.5
 
 
 def test_comparison_refuses_what_is_no_folder_of_samples(ambiguous, tmp_path):
