@@ -16,9 +16,9 @@ Shapes: B clips, F latent frames, L text tokens.
 """
 
 import itertools
-import math
 import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,7 +42,6 @@ from build_tiny_wan import (
     NUM_LATENT_FRAMES,
     cached_latents,
     draw_sigmas,
-    flow_matching_loss,
     in_half_precision,
     train_on_chosen_frames,
 )
@@ -65,9 +64,9 @@ from causal_wan.config.ranges import PositiveFloat, PositiveInt, Range, Share, T
 
 
 # Latent frames of a clip that a step sees -> how often.
-FRAMES_AT_FIRST = {3: 0.5, 6: 0.3, NUM_LATENT_FRAMES: 0.2}
-FRAMES_AT_LAST = {6: 0.3, NUM_LATENT_FRAMES: 0.7}
-SHIFTED_FRAMES = 3  # number of frames at which the levels have the shift that is asked for
+FRAMES_AT_FIRST = {3: 0.2, 6: 0.25, 11: 0.25, NUM_LATENT_FRAMES: 0.3}
+FRAMES_AT_LAST = {11: 0.2, NUM_LATENT_FRAMES: 0.8}
+MIN_SIGMA = 0.01
 SAMPLING_SHIFT = 5.0  # of the levels at which the result is sampled, if nothing else is asked for
 NO_PROMPT, SHORTER_PROMPT, WHOLE_PROMPT = 0.05, 0.15, 0.1  # shares of the clips; the last one falls to 0
 
@@ -96,10 +95,10 @@ class Config:
     """Share of the steps in which the learning rate falls."""
     average: Share = 0.995
     """Decay of the moving average of the weights."""
-    pure_noise: Share = 0.05
+    pure_noise: Share = 0.02
     """Share of clips at sigma 1."""
-    shift: TimestepShift = 12.0
-    """Other sigmas are shift u / (1 + (shift - 1) u) with u uniform; this is the shift for 3 frames."""
+    shift: TimestepShift = 32.0
+    """Other sigmas are shift u / (1 + (shift - 1) u) with u uniform; this is the shift for whole clips."""
     save_every: PositiveInt = 100
     """Steps between two states to go on from, and two results."""
 
@@ -132,20 +131,25 @@ def draw_prompt(sketch: Sketch, progress: float) -> str:
     return random.choices(choices, (*shares, 1 - sum(shares)))[0]
 
 
+def clips_of_prompts(sketches: list[Sketch]) -> dict[str, list[int]]:
+    """All that `draw_prompt` may say -> numbers of the sketches that it may say it of."""
+    numbers: dict[str, list[int]] = {}
+    for number, sketch in enumerate(sketches):
+        for text in ("", ambiguous_prompt(sketch), prompt(sketch), *shorter_prompts(sketch)):
+            numbers.setdefault(text, []).append(number)
+    return numbers
+
+
 @torch.no_grad()
-def embed(prompts: list[str], pipeline: WanPipeline) -> dict[str, torch.Tensor]:  # prompt -> (L, TEXT_DIM), unpadded
+def embed(
+    prompts: Iterable[str], pipeline: WanPipeline
+) -> dict[str, torch.Tensor]:  # prompt -> (L, TEXT_DIM), unpadded
     """What the text encoder makes of distinct prompts."""
     embeds = {}
     for text in dict.fromkeys(prompts):
         tokens = pipeline.tokenizer([text], return_tensors="pt")
         embeds[text] = pipeline.text_encoder(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state[0]
     return embeds
-
-
-def embed_all_prompts(sketches: list[Sketch], pipeline: WanPipeline) -> dict[str, torch.Tensor]:
-    """`embed` of all that `draw_prompt` may say."""
-    prompts = [say(sketch) for sketch in sketches for say in (ambiguous_prompt, prompt)]
-    return embed(["", *prompts, *itertools.chain.from_iterable(map(shorter_prompts, sketches))], pipeline)
 
 
 def pad(embeds: list[torch.Tensor]) -> torch.Tensor:  # (B, L, TEXT_DIM)
@@ -165,10 +169,30 @@ class Teacher(nn.Module):
         self.rope = train_on_chosen_frames(transformer)
 
     def forward(
-        self, latents: torch.Tensor, frames: torch.Tensor, prompt_embeds: torch.Tensor, sigmas: torch.Tensor
+        self, latents: torch.Tensor, possible: list[torch.Tensor], prompt_embeds: torch.Tensor, sigmas: torch.Tensor
     ) -> torch.Tensor:
-        self.rope.frames = frames
-        return flow_matching_loss(self.transformer, latents, prompt_embeds, sigmas)
+        """Mean squared error of the velocity, noise - expected latents, that each prompt and noisy clip determine.
+
+        Args:
+            latents: Clips, `(B, 16, F, h, w)`.
+            possible: Of each, all clips that its prompt may mean, `(N, 16, F, h, w)`.
+            prompt_embeds: `(B, L, TEXT_DIM)`.
+            sigmas: `(B,)`, above 0.
+        """
+        mix = sigmas.view(-1, 1, 1, 1, 1)
+        noisy_latents = (1 - mix) * latents + mix * torch.randn_like(latents)
+        expected = torch.stack(list(map(expected_latents, noisy_latents, sigmas, possible)))
+        velocity = self.transformer(noisy_latents, 1000 * sigmas, prompt_embeds).sample
+        return (velocity - (noisy_latents - expected) / mix).square().mean()
+
+
+def expected_latents(noisy: torch.Tensor, sigma: torch.Tensor, possible: torch.Tensor) -> torch.Tensor:
+    """The mean of all clips that a noisy one may be, each as likely as its noise: (16, F, h, w).
+
+    With it in the place of the clip that was drawn, the squared error has the same minimum, and gradients less noise.
+    """
+    squared = (noisy - (1 - sigma) * possible).square().sum(dim=(1, 2, 3, 4))
+    return torch.einsum("n,ncfhw->cfhw", (-squared / (2 * sigma**2)).softmax(dim=0), possible)
 
 
 def share_of_lr(step: int, config: Config, warmup: int = 50) -> float:
@@ -192,8 +216,10 @@ def main(config: Config) -> None:
     with accelerator.main_process_first():
         settings = build_tiny_wan.Config(output_dir=config.checkpoint, work_dir=config.work_dir)
         latents = cached_latents(sketches, settings)
-    embeds = embed_all_prompts(sketches, pipeline)
+    shown_with = clips_of_prompts(sketches)
+    embeds = embed(shown_with, pipeline)
     model = Teacher(pipeline.transformer)
+    rope = model.rope
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.average))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     state = Path(config.work_dir) / "state.pt"
@@ -207,10 +233,12 @@ def main(config: Config) -> None:
         frames = draw_frames(step, config, same_everywhere)
         batch_size = max(2, round(config.frames / accelerator.num_processes / len(frames)))
         chosen = torch.randint(len(sketches), (batch_size,)).tolist()
-        prompt_embeds = pad([embeds[draw_prompt(sketches[index], step / config.steps)] for index in chosen])
-        shift = max(1.0, config.shift * math.sqrt(len(frames) / SHIFTED_FRAMES))
-        sigmas = draw_sigmas(batch_size, shift=shift, pure_noise=config.pure_noise)
-        loss = model(latents[chosen][:, :, frames].float(), frames, prompt_embeds, sigmas)
+        said = [draw_prompt(sketches[index], step / config.steps) for index in chosen]
+        shift = max(1.0, config.shift * len(frames) / NUM_LATENT_FRAMES)
+        sigmas = draw_sigmas(batch_size, shift=shift, pure_noise=config.pure_noise).clamp(min=MIN_SIGMA)
+        possible = [latents[shown_with[text]][:, :, frames].float() for text in said]
+        rope.frames = frames
+        loss = model(latents[chosen][:, :, frames].float(), possible, pad([embeds[text] for text in said]), sigmas)
         optimizer.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)

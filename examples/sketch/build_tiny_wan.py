@@ -514,18 +514,6 @@ def stock(transformer: WanTransformer3DModel) -> None:
     transformer.set_attn_processor(WanAttnProcessor())
 
 
-def flow_matching_loss(
-    transformer: WanTransformer3DModel,
-    latents: torch.Tensor,  # (B, 16, F, h, w)
-    prompt_embeds: torch.Tensor,  # (B, L, TEXT_DIM)
-    sigmas: torch.Tensor,  # (B,)
-) -> torch.Tensor:
-    """Mean squared error of the predicted velocity noise - latents."""
-    noise, mix = torch.randn_like(latents), sigmas.view(-1, 1, 1, 1, 1)
-    velocity = transformer((1 - mix) * latents + mix * noise, 1000 * sigmas, prompt_embeds).sample
-    return (velocity.float() - (noise - latents)).square().mean()
-
-
 class FlowMatching(nn.Module):
     """Text encoder and transformer as one module whose forward is the loss."""
 
@@ -541,11 +529,13 @@ class FlowMatching(nn.Module):
         tokens: BatchEncoding,
         sigmas: torch.Tensor,  # (B,)
     ) -> torch.Tensor:
-        """The loss on some frames of clips."""
+        """Mean squared error of the predicted velocity noise - latents."""
         self.rope.frames = frames
+        noise, mix = torch.randn_like(latents), sigmas.view(-1, 1, 1, 1, 1)
         embeds = self.text_encoder(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state
         prompt_embeds = embeds * tokens["attention_mask"][..., None]  # zeros after the end, as in WanPipeline
-        return flow_matching_loss(self.transformer, latents, prompt_embeds, sigmas)
+        velocity = self.transformer((1 - mix) * latents + mix * noise, 1000 * sigmas, prompt_embeds).sample
+        return (velocity.float() - (noise - latents)).square().mean()
 
 
 def draw_sigmas(batch_size: int, *, shift: float, pure_noise: float) -> torch.Tensor:  # (B,) in [0, 1]
