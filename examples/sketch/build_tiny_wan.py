@@ -43,6 +43,7 @@ from accelerate.utils import set_seed
 from av.video.reformatter import VideoReformatter
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, unpatchify
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed
 from ink import colour_error, ink_f1, inside_loops, mean_ink_f1, open_loops, psnr
 from make_dataset import (
@@ -289,12 +290,7 @@ def export(pipeline: WanPipeline, output_dir: str) -> None:
     pipeline.tokenizer.backend_tokenizer.no_padding()  # else that of the last training batch is stored
     pipeline.save_pretrained(partial)
     for part in (pipeline.vae, pipeline.transformer):
-        name = "vae" if part is pipeline.vae else "transformer"
-        half = type(part).from_config(
-            {key: value for key, value in whole_config(part).items() if key != "_name_or_path"}
-        )
-        half.load_state_dict(part.state_dict())
-        half.half().save_pretrained(partial / name)
+        in_half_precision(part).save_pretrained(partial / ("vae" if part is pipeline.vae else "transformer"))
     if (target / "README.md").exists():
         shutil.copy(target / "README.md", partial)
     old = Path(output_dir + ".old")
@@ -303,6 +299,13 @@ def export(pipeline: WanPipeline, output_dir: str) -> None:
         target.rename(old)
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def in_half_precision(part: ModelMixin) -> ModelMixin:
+    """A copy that does not say where it comes from."""
+    half = type(part).from_config({key: value for key, value in whole_config(part).items() if key != "_name_or_path"})
+    half.load_state_dict(part.state_dict())
+    return half.half()
 
 
 # ---- the VAE
@@ -593,15 +596,27 @@ class ChosenFrames(nn.Module):
         return tuple(part.unflatten(1, (NUM_LATENT_FRAMES, -1))[:, self.frames].flatten(1, 2) for part in whole)
 
 
+def train_on_chosen_frames(transformer: WanTransformer3DModel) -> ChosenFrames:
+    """Gives a transformer `ChosenFrames`, which comes back, and `CountedPadding`; `stock` takes them away."""
+    transformer.rope = ChosenFrames(transformer.rope)
+    for layer in transformer.blocks:
+        layer.attn2.set_processor(CountedPadding())
+    return transformer.rope
+
+
+def stock(transformer: WanTransformer3DModel) -> None:
+    """Takes the changes of `train_on_chosen_frames` back."""
+    transformer.rope = transformer.rope.rope
+    transformer.set_attn_processor(WanAttnProcessor())
+
+
 class FlowMatching(nn.Module):
     """Text encoder and transformer as one module whose forward is the loss."""
 
     def __init__(self, pipeline: WanPipeline) -> None:
         super().__init__()
         self.text_encoder, self.transformer = pipeline.text_encoder, pipeline.transformer
-        self.rope = self.transformer.rope = ChosenFrames(self.transformer.rope)
-        for layer in self.transformer.blocks:
-            layer.attn2.set_processor(CountedPadding())
+        self.rope = train_on_chosen_frames(self.transformer)
 
     def forward(
         self,
@@ -618,17 +633,12 @@ class FlowMatching(nn.Module):
         velocity = self.transformer((1 - mix) * latents + mix * noise, 1000 * sigmas, prompt_embeds).sample
         return (velocity.float() - (noise - latents)).square().mean()
 
-    def stock(self) -> None:
-        """Takes the changes to the transformer back."""
-        self.transformer.rope = self.rope.rope
-        self.transformer.set_attn_processor(WanAttnProcessor())
 
-
-def draw_sigmas(batch_size: int, config: Config) -> torch.Tensor:  # (B,) in [0, 1]
+def draw_sigmas(batch_size: int, *, shift: float, pure_noise: float) -> torch.Tensor:  # (B,) in [0, 1]
     """Shifted-uniform sigmas, one from each part of [0, 1]; some are 1 instead."""
     uniform = (torch.arange(batch_size) + torch.rand(batch_size)) / batch_size
-    sigmas = config.shift * uniform / (1 + (config.shift - 1) * uniform)
-    return torch.where(torch.rand(batch_size) < config.pure_noise, torch.ones(batch_size), sigmas)
+    sigmas = shift * uniform / (1 + (shift - 1) * uniform)
+    return torch.where(torch.rand(batch_size) < pure_noise, torch.ones(batch_size), sigmas)
 
 
 def train_base(pipeline: WanPipeline, config: Config) -> None:
@@ -655,7 +665,8 @@ def train_base(pipeline: WanPipeline, config: Config) -> None:
         chosen = torch.randint(len(wanted), (batch_size,)).tolist()
         texts = ["" if random.random() < 0.1 else prompts[index] for index in chosen]
         tokens = pipeline.tokenizer(texts, padding="max_length", max_length=TRAIN_TEXT_LENGTH, return_tensors="pt")
-        loss = model(latents[chosen][:, :, frames].float(), frames, tokens, draw_sigmas(batch_size, config))
+        sigmas = draw_sigmas(batch_size, shift=config.shift, pure_noise=config.pure_noise)
+        loss = model(latents[chosen][:, :, frames].float(), frames, tokens, sigmas)
         optimizer.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -667,7 +678,7 @@ def train_base(pipeline: WanPipeline, config: Config) -> None:
             bar.set_postfix(loss=f"{smooth:.4f}")
         if accelerator.is_main_process and ((step + 1) % config.export_every == 0 or step + 1 == config.base_steps):
             averaged = copy.deepcopy(average.module)
-            averaged.stock()
+            stock(averaged.transformer)
             pipeline.text_encoder, pipeline.transformer = averaged.text_encoder, averaged.transformer
             export(pipeline, config.output_dir)
             tqdm.write(f"exported after {step + 1} steps, loss {smooth:.4f}")
