@@ -41,6 +41,7 @@ class ExitedRollout:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # layers that are compiled are so for whole clips, not for each block
 def roll_out_to_exit(
     transformer: CausalWanTransformer3DModel,
     conditions: Conditions,
