@@ -85,13 +85,13 @@ class Config:
     """Kinds that are drawn: those of the ambiguous data set, or all."""
     seed: Annotated[int, Range(ge=0, le=2**32 - 1, hint="numpy takes no other")] = 0
     """Seeds the choice of clips and the noise; the held-out prompts are those of the data set with seed 0."""
-    steps: PositiveInt = 1900
+    steps: PositiveInt = 6000
     """Optimizer steps."""
     frames: PositiveInt = 96
     """Latent frames a step, over all processes."""
     lr: PositiveFloat = 1.5e-3
     """Learning rate, until it falls to a fiftieth in the last `decay` of the steps."""
-    decay: Share = 0.45
+    decay: Share = 0.35
     """Share of the steps in which the learning rate falls."""
     average: Share = 0.995
     """Decay of the moving average of the weights."""
@@ -99,7 +99,7 @@ class Config:
     """Share of clips at sigma 1."""
     shift: TimestepShift = 32.0
     """Other sigmas are shift u / (1 + (shift - 1) u) with u uniform; this is the shift for whole clips."""
-    save_every: PositiveInt = 100
+    save_every: PositiveInt = 250
     """Steps between two states to go on from, and two results."""
 
 

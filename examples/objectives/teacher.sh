@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The teacher of examples/objectives/teacher/: trained, sampled, and compared with the model that it starts from, as its
-# README shows.
-#   ./examples/objectives/teacher.sh                                # an hour and a half on a core
-#   TEACHER=examples/objectives/teacher ./examples/objectives/teacher.sh   # measures the one that is there
+# A teacher of sketches whose prompt leaves the drawing open: trained, sampled, and compared with the model that it starts
+# from; see examples/objectives/teacher/README.md.
+#   ./examples/objectives/teacher.sh                                    # hours on two cores
+#   TEACHER=outputs/my-teacher ./examples/objectives/teacher.sh         # measures one that is there
+# Further arguments are flags of build_teacher.py.
 # After an interruption run the same command again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -109,3 +109,25 @@ def test_the_learning_rate_warms_up_and_falls():
     assert shares[100] == shares[599] == 1
     assert shares[800] == pytest.approx(0.5)
     assert shares[-1] == pytest.approx(0.02)
+
+
+def test_expected_latents_are_the_mean_of_all_in_noise_and_the_one_that_shows_through():
+    torch.manual_seed(0)
+    possible = torch.randn(5, 16, 2, 3, 3)
+    noise = torch.randn(16, 2, 3, 3)
+    in_noise = build_teacher.expected_latents(noise, torch.tensor(1.0), possible)
+    torch.testing.assert_close(in_noise, possible.mean(dim=0))
+    for sigma in (torch.tensor(0.01), torch.tensor(0.5)):
+        noisy = (1 - sigma) * possible[3] + sigma * noise
+        torch.testing.assert_close(build_teacher.expected_latents(noisy, sigma, possible), possible[3])
+
+
+def test_prompts_know_all_clips_that_they_may_be_shown_with():
+    sketches = training_sketches(Config(output_dir="x"))
+    shown_with = build_teacher.clips_of_prompts(sketches)
+    assert shown_with[""] == list(range(len(sketches)))
+    for number, sketch in enumerate(sketches):
+        said = build_teacher.draw_prompt(sketch, 0.5)
+        assert number in shown_with[said]
+        assert shown_with[prompt(sketch)] == [number]
+        assert len(shown_with[ambiguous_prompt(sketch)]) == 24
