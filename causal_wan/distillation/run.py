@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from causal_wan.training.loop import Sums
 from causal_wan.training.setup import check_strategy_can
 from causal_wan.training.strategies import context_mesh
 from causal_wan.training.weights import reshard
+from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 
 
 CRITIC = "critic"
@@ -113,6 +115,7 @@ def run_distribution_matching(
     """
     with user_errors():
         config = check_settings(config)
+        check_student_lora(config.matching.student_lora)
         teacher = find_matching_teacher(config)
         data = load_matching_data(config)
     if config.dry_run:
@@ -160,6 +163,24 @@ def run_distribution_matching(
         summarize=partial(summarize_matching, config),
         validate=make_validation(begun, partial(regression_loss, config.method), prepare_clips, SampleMeasures()),
     )
+
+
+def check_student_lora(student_lora: str | None) -> None:
+    """Checks that there is something to go on from, if it is on this machine; a hub id is looked at when it is loaded.
+
+    Raises:
+        ValueError: If there is not.
+    """
+    if student_lora is None:
+        return
+    path = Path(student_lora)
+    is_hub_id = not path.exists() and student_lora.count("/") == 1
+    if not (is_hub_id or path.is_file() or (path / LORA_WEIGHTS_NAME).is_file()):
+        what = "give whole weights as --generator_ckpt." if path.exists() else "which is not there."
+        raise ValueError(
+            f"student_lora must be the output folder of a run with --lora_rank, which holds {LORA_WEIGHTS_NAME}, got "
+            f"{student_lora}, {what}"
+        )
 
 
 def check_matching_strategy(config: MatchingRunConfig, accelerator: Any) -> None:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import launch, run_here
+from conftest import ROOT, launch, run_here
 from run_outputs import flat, metrics, result
 from safetensors.torch import load_file
 
@@ -256,6 +256,15 @@ REFUSALS = {
         "num_inference_steps must be the few steps that the student is to draw in, at most 16, got 50",
     ),
     "a LoRA to go on from without LoRA": ({"student_lora": "x"}, "student_lora is about LoRA; add --lora_rank 64"),
+    "a LoRA that is not there": (
+        {"student_lora": "nowhere", "lora_rank": 4},
+        "student_lora must be the output folder of a run with --lora_rank, which holds "
+        "pytorch_lora_weights.safetensors, got nowhere, which is not there.",
+    ),
+    "whole weights as a LoRA": (
+        {"student_lora": str(ROOT / "examples/sketch/tiny-wan"), "lora_rank": 4},
+        "give whole weights as --generator_ckpt.",
+    ),
     "a rank without LoRA": ({"critic_lora_rank": 4}, "critic_lora_rank is about LoRA; add --lora_rank 64"),
     "controls": ({"control_column": ["sketch"]}, "control_column is nothing that the teacher follows"),
     "buckets": ({"frame_buckets": [9, 17]}, "clips that are drawn have one size and length"),
