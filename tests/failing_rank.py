@@ -8,10 +8,10 @@ import sys
 
 sys.path.insert(0, os.getcwd())
 
-import causal_wan.training.loop
+import causal_wan.training.steps
 
 
-stock_step, how, steps = causal_wan.training.loop.train_step, sys.argv[1], []
+stock_step, how, steps = causal_wan.training.steps.train_step, sys.argv[1], []
 
 
 def train_step(*arguments, **settings):
@@ -25,5 +25,5 @@ def train_step(*arguments, **settings):
 
 if __name__ == "__main__":
     sys.argv = sys.argv[2:]
-    causal_wan.training.loop.train_step = train_step
+    causal_wan.training.steps.train_step = train_step
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -60,7 +60,7 @@ from make_dataset import (
 
 from causal_wan.config.choices import LocalPath
 from causal_wan.config.parsing import parse_config
-from causal_wan.config.ranges import PositiveFloat, PositiveInt, Range, Share, TimestepShift, checked_dataclass
+from causal_wan.config.ranges import Decay, PositiveFloat, PositiveInt, Range, Share, TimestepShift, checked_dataclass
 
 
 # Latent frames of a clip that a step sees -> how often.
@@ -93,7 +93,7 @@ class Config:
     """Learning rate, until it falls to a fiftieth in the last `decay` of the steps."""
     decay: Share = 0.35
     """Share of the steps in which the learning rate falls."""
-    average: Share = 0.995
+    average: Decay = 0.995
     """Decay of the moving average of the weights."""
     pure_noise: Share = 0.02
     """Share of clips at sigma 1."""

@@ -18,7 +18,7 @@ from causal_wan.config.ranges import checked_dataclass
 from causal_wan.data.settings import DataConfig
 from causal_wan.results.run_record import GROUPS_WITH_PATHS
 from causal_wan.runs.parts import with_absolute_paths
-from causal_wan.runs.settings import RunConfig, TrajectoryRunConfig
+from causal_wan.runs.settings import MatchingRunConfig, RunConfig, TrajectoryRunConfig
 from causal_wan.tables.sources import Source
 
 
@@ -69,10 +69,10 @@ def test_a_recipe_of_training_with_every_setting_is_taken_by_each_script_that_ta
     assert config.data.num_frames == 81
 
 
-def test_five_scripts_take_recipes_of_training():
+def test_six_scripts_take_recipes_of_training():
     assert set(TAKING_RECIPES) == {
         *("check_dataset", "precompute_latents", "precompute_trajectories"),
-        *("train_ode_regression", "train_video_regression"),
+        *("train_ode_regression", "train_video_regression", "train_dmd"),
     }
 
 
@@ -139,7 +139,7 @@ def test_the_mark_is_found_wherever_it_is_and_nowhere_else():
 
 
 def test_what_goes_to_the_hub_is_rid_of_all_paths_that_a_run_can_be_given():
-    assert paths_of(*GROUPS_WITH_PATHS) == paths_of(TrajectoryRunConfig)
+    assert paths_of(*GROUPS_WITH_PATHS) == paths_of(TrajectoryRunConfig) | paths_of(MatchingRunConfig)
     assert paths_of(RunConfig) == paths_of(TrajectoryRunConfig) - {"trajectories_dir"}
 
 

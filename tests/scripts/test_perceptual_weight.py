@@ -67,6 +67,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_metrics(learn, write_recip
     assert metrics(output_dir) == [entry for entry in metrics(whole) if entry["step"] > 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [None, "fsdp2"], ids=["ddp", "fsdp2"])
 def test_two_processes_and_two_passes_learn_what_one_pass_does(learn, write_recipe, strategy):
     alone = learn("alone", train_batch_size=2, **PERCEPTUAL)
@@ -102,6 +103,7 @@ def test_the_vae_is_loaded_for_its_decoder_alone_and_stays_as_it_is(learn, tmp_p
     assert not loaded
 
 
+@pytest.mark.slow
 def test_trajectories_are_compared_too_with_the_vae_in_16_bits(learn, write_recipe, tmp_path):
     trajectories = {"trajectories_dir": str(tmp_path / "trajectories"), "validation_metadata_path": None}
     path, _ = write_recipe("teacher", **trajectories)
@@ -112,6 +114,7 @@ def test_trajectories_are_compared_too_with_the_vae_in_16_bits(learn, write_reci
     assert all(entry["perceptual_loss"] > 0 for entry in entries)
 
 
+@pytest.mark.slow
 def test_the_embedded_checkpoint_takes_it_with_continuous_levels(learn):
     entries = metrics(
         learn(

@@ -384,7 +384,9 @@ def test_no_number_below_its_range_is_taken_by_any_script(script, capsys):
             continue
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            parse_config(module.Config, [*given, f"--{name}", *["-7"] * (2 if name == "profile" else 1)])
+            parse_config(
+                module.Config, [*given, f"--{name}", *["-7"] * (2 if name in ("profile", "matching_timesteps") else 1)]
+            )
         assert ended.value.code == 2
         assert f"{name} must be" in capsys.readouterr().err.replace("\n", " ")
 

@@ -106,7 +106,9 @@ def test_turns_leave_the_other_as_it_is_to_the_last_bit(train):
 
 
 @pytest.mark.parametrize("changes", [{"use_ema": True}, {"lora_rank": 4}], ids=["all-weights", "lora"])
-@pytest.mark.parametrize("step", [pytest.param(1, marks=SLOW), 2, 3, pytest.param(4, marks=SLOW)])
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3, pytest.param(4, marks=SLOW)]
+)
 def test_a_run_goes_on_to_the_last_bit_from_every_phase_of_its_turns(train, tmp_path, step, changes):
     path, output_dir = train(checkpointing_steps=1, **changes)
     copy = tmp_path / "run"
@@ -125,7 +127,8 @@ def test_a_run_goes_on_to_the_last_bit_from_every_phase_of_its_turns(train, tmp_
     assert [entry for entry in metrics(copy) if "lr" in entry] == entries(output_dir)
 
 
-@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [0, 4])
 def test_two_passes_of_one_process_learn_what_two_processes_do(train, lora_rank):
     common = {"train_batch_size": 1, "lora_rank": lora_rank, "max_grad_norm": 0.01, "adam_epsilon": 1e-4}
     _, one = train(gradient_accumulation_steps=2, **common)
@@ -159,6 +162,7 @@ def test_deepspeed_is_refused_before_anything_is_loaded(write_recipe):
 # --- who takes part --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_lora_goes_on_and_its_result_is_a_lora_of_the_same_base(train, regression_lora):
     _, output_dir = train(lora_rank=4, student_lora=str(regression_lora), learning_rate=1e-6, max_train_steps=2)
     before, after = result(regression_lora), result(output_dir)
@@ -175,6 +179,7 @@ def test_a_lora_of_another_rank_is_refused_with_its_own(write_recipe, regression
     assert "lora_rank must be that of student_lora, 4, got 8; give --lora_rank 4." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_critic_starts_as_its_teacher_is_which_may_be_a_lora(train, regression_lora):
     """A critic that is the teacher, without guidance, moves nothing: the student's first gradient is zero."""
     settings = {"teacher": str(regression_lora), "teacher_guidance_scale": 1.0, "critic_warmup_steps": 0}
