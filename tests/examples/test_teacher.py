@@ -83,12 +83,14 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on(trained):
     state = torch.load(trained / "state.pt", weights_only=True)
     assert state["step"] == 2
     assert {entry["step"].item() for entry in state["optimizer"]["state"].values()} == {2}
 
 
+@pytest.mark.slow
 def test_the_result_is_a_bidirectional_teacher_and_a_run(trained):
     teacher = find_teacher(str(trained / "result"), str(TINY_WAN), None)
     assert teacher.causal.block_lengths(21) == [21]

@@ -130,14 +130,14 @@ def test_a_step_on_trajectories_waits_for_nothing(write_short_recipe, run_on_gpu
     assert len(run_on_gpu("train_ode_regression.py", "--config", path).steps) == 2
 
 
-MATCHING_RUNS = {
-    "all weights": {"use_ema": True, "validates": True},
-    "lora": {"lora_rank": 2, "gradient_checkpointing": True},
-    "with clips": {"real_clip_probability": 0.5, "regression_weight": 0.1, "cache_latents": True},
-}
+MATCHING_RUNS = [
+    pytest.param({"use_ema": True, "validates": True}, id="all weights", marks=pytest.mark.slow),
+    pytest.param({"lora_rank": 2, "gradient_checkpointing": True}, id="lora", marks=pytest.mark.slow),
+    pytest.param({"real_clip_probability": 0.5, "regression_weight": 0.1, "cache_latents": True}, id="with clips"),
+]
 
 
-@pytest.mark.parametrize("changes", MATCHING_RUNS.values(), ids=MATCHING_RUNS.keys())
+@pytest.mark.parametrize("changes", MATCHING_RUNS)
 def test_a_step_of_distribution_matching_waits_for_nothing(write_short_recipe, run_on_gpu, changes):
     turns = {"critic_warmup_steps": 1, "student_every": 1, "critic_learning_rate": 0.01}
     path, _ = write_short_recipe(**turns, **changes)

@@ -57,6 +57,7 @@ def test_without_a_weight_the_loss_is_what_it_was_to_the_last_bit(learn, monkeyp
     assert [entry["generator_loss"] for entry in entries] == [float(loss.detach()) for loss in losses]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights_and_metrics(learn, write_recipe):
     whole = learn("whole", cache_latents=True, **PERCEPTUAL)
     _, output_dir = write_recipe("resumed")

@@ -93,6 +93,7 @@ def test_it_validates_by_samples_and_by_the_loss_of_regression(train):
     assert all(validation[f"sample_{name}"] > 0 for name in ("sharpness", "motion", "diversity"))
 
 
+@pytest.mark.slow
 def test_turns_leave_the_other_as_it_is_to_the_last_bit(train):
     """Checkpoint 2 comes after a turn of both, 3 after one of the critic alone."""
     _, output_dir = train(checkpointing_steps=1)
@@ -228,6 +229,7 @@ def test_prompts_of_a_file_are_enough(train, prompts_file):
     assert json.loads((output_dir / DATA_SUMMARY_NAME).read_text())["distinct prompts"] == 5
 
 
+@pytest.mark.slow
 def test_real_clips_and_regression_have_their_part(train):
     _, plain = train()
     for changes in ({"real_clip_probability": 1.0}, {"regression_weight": 0.5}):
@@ -238,6 +240,7 @@ def test_real_clips_and_regression_have_their_part(train):
     assert own["loss_at_time_1000"] > 0
 
 
+@pytest.mark.slow
 def test_a_clip_in_the_place_of_the_students_is_what_the_teacher_sees(train):
     """The teacher's prediction, and with it the normaliser, is another; the critic's is the same."""
     _, plain = train()
