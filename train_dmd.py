@@ -39,7 +39,7 @@ from causal_wan.distillation.inputs import MatchingBatch
 from causal_wan.distillation.metrics import sum_critic, sum_matching
 from causal_wan.distillation.run import Scores, noised, run_distribution_matching
 from causal_wan.flow import latents_from_velocity, sigmas_from_timesteps, velocity
-from causal_wan.methods.distribution_matching import distribution_matching_losses
+from causal_wan.methods.distribution_matching import distribution_matching_losses, matching_direction
 from causal_wan.methods.losses import frame_losses
 from causal_wan.training.loop import Sums
 
@@ -59,9 +59,9 @@ def student_loss(
     latents = latents_from_velocity(
         rollout.exit_inputs, predicted_velocity, sigmas_from_timesteps(rollout.exit_timesteps)
     )
-    critic_latents, teacher_latents = scores.compare(latents, batch)
-    loss = distribution_matching_losses(latents, critic_latents, teacher_latents).sum() / num_items
-    sums = sum_matching(latents, critic_latents, teacher_latents, batch)
+    direction, normalizer = matching_direction(latents, *scores.compare(latents, batch))
+    loss = distribution_matching_losses(latents, direction, normalizer).sum() / num_items
+    sums = sum_matching(direction, normalizer, batch)
     if batch.regression is not None:
         regression, own = train_video_regression.compute_loss(
             scores.config.method, student, batch.regression, num_items

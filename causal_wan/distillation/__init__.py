@@ -1,1 +1,1 @@
-"""The parts put together for a training script."""
+"""A run of distribution matching: student, critic and teacher, and the clips that the student draws."""

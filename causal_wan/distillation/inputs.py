@@ -73,6 +73,7 @@ class MatchingInputs:
     Attributes:
         inputs: Of the run.
         student: What draws, unwrapped.
+        schedule: At which it draws.
         latent_shape: (C, F, H, W) of clips that are not there.
         prepare_clips: Clips -> what regression takes.
         step: Tells how many steps are done.
@@ -80,6 +81,7 @@ class MatchingInputs:
 
     inputs: Inputs
     student: CausalWanTransformer3DModel
+    schedule: SamplingSchedule
     latent_shape: tuple[int, int, int, int]
     prepare_clips: PrepareBatch
     step: Callable[[], int]
@@ -111,15 +113,14 @@ class MatchingInputs:
             num_items=to_device(torch.tensor(num_clips * num_frames), inputs.device),
             num_tokens=num_clips * inputs.geometry.num_tokens(shape),
             exit_step=exit_step,
-            num_steps=len(inputs.config.method.inference_timesteps()),
+            num_steps=len(self.schedule.timesteps),
         )
 
     def roll_out(
         self, conditions: Conditions, shape: tuple[int, int, int, int], sample_numbers: list[int], step: int
     ) -> tuple[ExitedRollout, int]:
         """Clips of the student, drawn in as many steps as the step of the run says, and the last of these."""
-        method, seed = self.inputs.config.method, self.inputs.seed
-        schedule = SamplingSchedule(timesteps=method.inference_timesteps(), sampler=method.student_sampler)
+        seed, schedule = self.inputs.seed, self.schedule
         exit_step = draw_exit(len(schedule.timesteps), seed=seed, step=step)
         generators = [seeded_generator(seed, RandomPurpose.ROLLOUT, number) for number in sample_numbers]
         noise = draw_noise(len(sample_numbers), shape, schedule.num_draws, generator=generators)

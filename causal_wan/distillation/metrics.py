@@ -7,7 +7,6 @@ import torch
 
 from causal_wan.devices import to_device
 from causal_wan.distillation.inputs import MatchingBatch
-from causal_wan.methods.distribution_matching import matching_direction
 from causal_wan.methods.settings import BIN_WIDTH
 from causal_wan.runs.metrics import summarize
 from causal_wan.runs.settings import MatchingRunConfig
@@ -18,16 +17,13 @@ from causal_wan.training.loop import Sums
 NUM_BINS = NUM_TRAIN_TIMESTEPS // BIN_WIDTH
 
 
-def sum_matching(
-    latents: torch.Tensor, critic_latents: torch.Tensor, teacher_latents: torch.Tensor, batch: MatchingBatch
-) -> Sums:
+def sum_matching(direction: torch.Tensor, normalizer: torch.Tensor, batch: MatchingBatch) -> Sums:
     """Of a turn of the student: lengths of g, normalisers, and where rollouts ended; see `matching_direction`."""
-    direction, normalizer = matching_direction(latents.detach(), critic_latents, teacher_latents)
-    exits = [float(len(latents) * (number == batch.exit_step)) for number in range(batch.num_steps)]
+    exits = [float(len(direction) * (number == batch.exit_step)) for number in range(batch.num_steps)]
     return {
         "matching_gradient": direction.square().mean(dim=(1, 2, 3, 4)).sqrt().sum(),
         "matching_normalizer": normalizer.sum(),
-        "matching_exits": to_device(torch.tensor(exits, dtype=torch.float64), latents.device),
+        "matching_exits": to_device(torch.tensor(exits, dtype=torch.float64), direction.device),
     }
 
 

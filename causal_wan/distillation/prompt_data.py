@@ -1,22 +1,18 @@
 """Prompts alone, as what a run trains on: the clips are the student's own."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from causal_wan.cache.encoded_clips import CachedData, LatentKeeper
+from causal_wan.cache.encoded_clips import CachedData
 from causal_wan.config.settings import BaseModelConfig, CacheConfig
-from causal_wan.data.clips import Loadable
-from causal_wan.data.rows import Row
-from causal_wan.data.sample_order import SampleOrder
-from causal_wan.data.samples import SampleStream
 from causal_wan.data.settings import ClipShape, DataConfig
-from causal_wan.runs.data import RunData
+from causal_wan.runs.data import BesideHeldOut, RunData
 from causal_wan.runs.regression import load_clips
 from causal_wan.runs.settings import MatchingRunConfig
-from causal_wan.runs.training_data import DataDescription, LoaderSettings, TrainingData
+from causal_wan.runs.training_data import DataDescription, TrainingData
 from causal_wan.tables.prompt_schedules import texts_of
 from causal_wan.tables.prompts import read_prompts_file
 
@@ -41,7 +37,7 @@ class Prompts:
 
 
 @dataclass
-class PromptData:
+class PromptData(BesideHeldOut):
     """The prompts of a run, and its held-out clips.
 
     Attributes:
@@ -49,34 +45,17 @@ class PromptData:
         texts: To draw, each once.
         clips: The held-out clips, and no others.
         source: Where the prompts are from, in words.
-        lane_states: None, as prompts are not streamed.
     """
 
     config: DataConfig
     texts: list[str]
     clips: RunData
     source: str
-    lane_states: ClassVar[None] = None
-
-    @property
-    def validation_rows(self) -> list[Row]:
-        """Held-out clips."""
-        return self.clips.validation_rows
-
-    @property
-    def keeper(self) -> LatentKeeper | None:
-        """Keeps the latents of held-out clips."""
-        return self.clips.keeper
 
     @property
     def cached(self) -> CachedData | None:
         """The embeddings of prompts, once they are open, if there are any."""
         return self.clips.cached
-
-    @property
-    def has_clips(self) -> bool:
-        """Whether there is anything that may have to be encoded: held-out clips."""
-        return self.clips.has_clips
 
     @property
     def num_samples(self) -> int:
@@ -108,23 +87,6 @@ class PromptData:
         """The prompts."""
         return Prompts(self.texts)
 
-    def held_out_dataset(self) -> Loadable:
-        """Held-out clips as videos, or as latents where the cache has them."""
-        return self.clips.held_out_dataset()
-
-    def samples(self, dataset: Loadable, settings: LoaderSettings, *, start: int, end: int, step: int) -> SampleStream:
-        """The prompts in the run's order; arguments as in `make_loader`."""
-        one = [0] * len(dataset)
-        order = SampleOrder(
-            one,
-            one,
-            seed=settings.seed,
-            samples_per_step=settings.samples_per_step,
-            start_sample=start,
-            start_step=step,
-        )
-        return SampleStream(dataset, order, self.config, start=start, end=end)
-
     def sample_bytes(self) -> int:
         """Of a prompt that a loader hands over: next to nothing."""
         return 0
@@ -136,11 +98,11 @@ def load_matching_data(config: MatchingRunConfig) -> TrainingData:
     Raises:
         ValueError: If they cannot be used.
     """
+    prompts_file = config.matching.prompts_file
+    clips = load_clips(config, held_out_only=prompts_file is not None)
     if config.matching.needs_clips:
-        return load_clips(config)
-    held_out = load_clips(config, held_out_only=True)
-    if config.matching.prompts_file is not None:
-        prompts, source = read_prompts_file(config.matching.prompts_file), config.matching.prompts_file
-    else:
-        prompts, source = (prompt for row in load_clips(config).rows for prompt in row.prompts), "the tables"
-    return PromptData(config.data, texts_of(prompts), held_out, source)
+        return clips
+    if prompts_file is not None:
+        return PromptData(config.data, texts_of(read_prompts_file(prompts_file)), clips, prompts_file)
+    texts = texts_of(prompt for row in clips.rows for prompt in row.prompts)
+    return PromptData(config.data, texts, replace(clips, rows=[]), "the tables")

@@ -9,17 +9,21 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate.utils import set_seed
 
-from causal_wan.memory.levers import quantization_config
 from causal_wan.model.transformer import CausalWanTransformer3DModel
-from causal_wan.results.teacher import Teacher, add_own_lora, fuse_lora
-from causal_wan.runs.parts import add_own_adapters, has_base_of_student, load_student, save_memory, weight_dtype
+from causal_wan.results.teacher import Teacher, add_own_lora, fuse_lora, load_teacher
+from causal_wan.runs.parts import (
+    add_own_adapters,
+    has_base_of_student,
+    load_student,
+    load_trained,
+    save_memory,
+    weight_dtype,
+)
 from causal_wan.runs.settings import MatchingRunConfig
-from causal_wan.training.strategies import is_sharded, loads_weights
+from causal_wan.training.strategies import is_sharded
 from causal_wan.weights.lora import add_lora, go_on_from_lora
-from causal_wan.weights.transformer import load_transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +48,15 @@ def make_roles(config: MatchingRunConfig, teacher: Teacher, accelerator: Any) ->
         ValueError: If weights or memory levers do not fit the checkpoints.
     """
     student, lora_rank = load_student(config, accelerator), config.model.lora_rank
-    shares = lora_rank > 0 and not is_sharded(accelerator)
-    if shares and has_base_of_student(teacher, config):
-        frozen = share_weights(student)
-        frozen.set_causal_config(teacher.causal)
+    if lora_rank and not is_sharded(accelerator):
+        base = student if has_base_of_student(teacher, config) else load_critic(config, teacher, accelerator)
+        frozen, critic = share_weights(base), share_weights(base)
+        for model in (frozen, critic):
+            model.set_causal_config(teacher.causal)
+        add_own_lora(frozen, teacher)
     else:
-        frozen = load_base(teacher, config, accelerator, dtype=weight_dtype(accelerator), device=accelerator.device)
-    if shares:
-        critic = share_weights(frozen)
-    else:
-        sharded = {"device": "cpu", "empty": not loads_weights(accelerator)} if is_sharded(accelerator) else {}
-        dtype = weight_dtype(accelerator) if lora_rank else torch.float32
-        critic = load_base(teacher, config, accelerator, **{"dtype": dtype, "device": accelerator.device, **sharded})
+        frozen = load_teacher(teacher, weight_dtype(accelerator), accelerator.device)
+        critic = load_critic(config, teacher, accelerator)
     if lora_rank:
         set_seed(config.training.seed)  # loading draws numbers, and not equally many in every strategy
         add_adapters_of_student(student, config)
@@ -65,22 +66,18 @@ def make_roles(config: MatchingRunConfig, teacher: Teacher, accelerator: Any) ->
         critic.requires_grad_(True)  # a LoRA freezes what it is added to
     for model in (student, critic):
         save_memory(model, config)
-    add_own_lora(frozen, teacher)
     return Roles(student=student, critic=critic, teacher=frozen.requires_grad_(False).eval())
 
 
-def load_base(
-    teacher: Teacher, config: MatchingRunConfig, accelerator: Any, **where: Any
-) -> CausalWanTransformer3DModel:
-    """The weights of a teacher without its LoRA; `where` is for `load_transformer`."""
-    dtype = weight_dtype(accelerator)
-    return load_transformer(
+def load_critic(config: MatchingRunConfig, teacher: Teacher, accelerator: Any) -> CausalWanTransformer3DModel:
+    """The weights of a teacher without its LoRA, to be trained, or the base of what is trained."""
+    return load_trained(
+        config,
+        accelerator,
         teacher.base,
         teacher.causal,
         generator_ckpt=teacher.generator_ckpt,
         revision=teacher.revision,
-        quantization=quantization_config(config.memory.quantize_base, dtype),
-        **where,
     )
 
 

@@ -32,8 +32,8 @@ from causal_wan.runs.regression import (
     train_run,
 )
 from causal_wan.runs.settings import MatchingRunConfig
+from causal_wan.sampling.rollout import SamplingSchedule
 from causal_wan.training.loop import Sums
-from causal_wan.training.setup import check_strategy_can
 from causal_wan.training.strategies import context_mesh
 from causal_wan.training.weights import reshard
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
@@ -150,6 +150,9 @@ def run_distribution_matching(
     inputs = MatchingInputs(
         inputs=begun.inputs,
         student=run.student.unwrapped_model,
+        schedule=SamplingSchedule(
+            timesteps=config.method.inference_timesteps(), sampler=config.method.student_sampler
+        ),
         latent_shape=begun.inputs.geometry.latent_shape(*config.data.shape),
         prepare_clips=prepare_clips,
         step=lambda: run.state.step,
@@ -189,8 +192,7 @@ def check_matching_strategy(config: MatchingRunConfig, accelerator: Any) -> None
     Raises:
         ValueError: If they cannot.
     """
-    check_strategy(config, accelerator)
-    check_strategy_can(accelerator, config.training, num_models=2)
+    check_strategy(config, accelerator, num_models=2)
     if context_mesh(accelerator) is not None:
         raise ValueError(
             "context parallelism shares the tokens of one model's passes, and three take part here; launch with "

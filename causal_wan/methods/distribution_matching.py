@@ -22,6 +22,7 @@ from causal_wan.timesteps import NUM_TRAIN_TIMESTEPS
 MIN_NORMALIZER = 1e-6
 
 
+@torch.no_grad()
 def matching_direction(
     latents: torch.Tensor, critic_latents: torch.Tensor, teacher_latents: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,20 +47,21 @@ def matching_direction(
 
 
 def distribution_matching_losses(
-    latents: torch.Tensor, critic_latents: torch.Tensor, teacher_latents: torch.Tensor
+    latents: torch.Tensor, direction: torch.Tensor, normalizer: torch.Tensor
 ) -> torch.Tensor:
     """½ (x - stopgrad(x - g / n))^2, the mean of each latent frame: its gradient with respect to x is g / n.
 
     The value says nothing about how far the student is: it stays near constant by construction.
 
-    Args: as in `matching_direction`; a gradient goes to `latents` alone.
+    Args:
+        latents: x, `(B, C, F, H, W)`; a gradient goes to it alone.
+        direction: g, of `matching_direction`.
+        normalizer: n.
 
     Returns:
         `(B, F)`, float64; their mean has the gradient g / (n numel).
     """
-    with torch.no_grad():
-        direction, normalizer = matching_direction(latents, critic_latents, teacher_latents)
-        target = latents.double() - direction / normalizer
+    target = latents.detach().double() - direction / normalizer
     return 0.5 * (latents.double() - target).square().mean(dim=(1, 3, 4))
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import av
 from torch.utils.data import Dataset
@@ -23,6 +23,7 @@ from causal_wan.data.clips import Loadable, VideoDataset
 from causal_wan.data.descriptions import count_schedules, describe_flip, describe_rows, describe_speed_up
 from causal_wan.data.file_manifest import FileManifest
 from causal_wan.data.rows import Row, load_rows, source_weights, sources_of, with_controls
+from causal_wan.data.sample_order import SampleOrder
 from causal_wan.data.samples import SampleStream
 from causal_wan.data.settings import ClipShape, DataConfig, check_can_be_cached
 from causal_wan.runs.training_data import DataDescription, LoaderSettings
@@ -197,6 +198,52 @@ class RunData:
             return describe_rows(self.rows)
         counts = [f"{stream.num_files} file(s) of {stream.source.metadata_path}" for stream in self.streams]
         return "streamed: " + ", ".join(counts)
+
+
+class BesideHeldOut:
+    """What trajectories and prompts have in common that are trained on beside held-out clips, in no buckets.
+
+    Attributes:
+        config: Settings of the clips.
+        clips: The held-out clips, and no others.
+        lane_states: None, as nothing is streamed.
+    """
+
+    config: DataConfig
+    clips: RunData
+    lane_states: ClassVar[None] = None
+
+    @property
+    def validation_rows(self) -> list[Row]:
+        """Held-out clips."""
+        return self.clips.validation_rows
+
+    @property
+    def keeper(self) -> LatentKeeper | None:
+        """Keeps the latents of held-out clips."""
+        return self.clips.keeper
+
+    @property
+    def has_clips(self) -> bool:
+        """Whether there is anything that may have to be encoded: held-out clips."""
+        return self.clips.has_clips
+
+    def held_out_dataset(self) -> Loadable:
+        """Held-out clips as videos, or as latents where the cache has them."""
+        return self.clips.held_out_dataset()
+
+    def samples(self, dataset: Loadable, settings: LoaderSettings, *, start: int, end: int, step: int) -> SampleStream:
+        """What is trained on, in the run's order; arguments as in `make_loader`."""
+        one = [0] * len(dataset)
+        order = SampleOrder(
+            one,
+            one,
+            seed=settings.seed,
+            samples_per_step=settings.samples_per_step,
+            start_sample=start,
+            start_step=step,
+        )
+        return SampleStream(dataset, order, self.config, start=start, end=end)
 
 
 def load_run_data(

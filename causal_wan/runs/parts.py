@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLWan
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
+from causal_wan.blocks import CausalConfig
 from causal_wan.config.fields import paths_of
 from causal_wan.config.settings import BaseModelConfig, ModelConfig
 from causal_wan.data.clips import shown_prompts
@@ -115,13 +116,13 @@ def check_takes_controls(config: RunConfig) -> None:
         check_controls(architecture, config.data.control_column)
 
 
-def check_strategy(config: RunConfig, accelerator: Any) -> None:
-    """Checks, before anything is encoded, that the student can be trained as it is launched, on what is there.
+def check_strategy(config: RunConfig, accelerator: Any, *, num_models: int = 1) -> None:
+    """Checks, before anything is encoded, that so many models can be trained as the run is launched, on what is there.
 
     Raises:
         ValueError: If settings do not fit the strategy, or need a GPU or a library that is missing.
     """
-    check_strategy_can(accelerator, config.training, num_models=1)
+    check_strategy_can(accelerator, config.training, num_models=num_models)
     check_optimizer(config.training)
     if config.compile:
         check_can_be_compiled(accelerator)
@@ -163,18 +164,38 @@ def load_student(config: RunConfig, accelerator: Any) -> CausalWanTransformer3DM
     Raises:
         ValueError: If they do not fit the checkpoint.
     """
-    lora, memory, dtype = config.model.lora_rank > 0, config.memory, weight_dtype(accelerator)
-    shards = is_sharded(accelerator)
-    transformer = load_transformer(
+    return load_trained(
+        config,
+        accelerator,
         config.model.pretrained_model_name_or_path,
         config.method.causal,
         generator_ckpt=config.model.generator_ckpt,
         control_names=config.data.control_column,
-        dtype=dtype if lora or keeps_weights_in_16_bits(accelerator) else torch.float32,
         revision=config.model.revision,
-        device="cpu" if shards else accelerator.device,
+    )
+
+
+def load_trained(
+    config: RunConfig, accelerator: Any, name: str, causal: CausalConfig, **weights: Any
+) -> CausalWanTransformer3DModel:
+    """A transformer to train, or the base of a LoRA to train, in the precision and the place that the strategy wants.
+
+    Args:
+        config: Of the run.
+        accelerator: Of the run.
+        name: Diffusers folder or hub id.
+        causal: Its blocks and what they see.
+        weights: `generator_ckpt`, `revision` and `control_names` of `load_transformer`.
+    """
+    lora, memory, dtype = config.model.lora_rank > 0, config.memory, weight_dtype(accelerator)
+    transformer = load_transformer(
+        name,
+        causal,
+        dtype=dtype if lora or keeps_weights_in_16_bits(accelerator) else torch.float32,
+        device="cpu" if is_sharded(accelerator) else accelerator.device,
         quantization=quantization_config(memory.quantize_base, dtype),
         empty=not loads_weights(accelerator),
+        **weights,
     )
     transformer.enable_context_parallel(context_mesh(accelerator))
     if memory.quantize_base == "fp8":

@@ -202,6 +202,7 @@ def plan_matching_run(config: MatchingRunConfig, student: Workload, accelerator:
         architecture={**architecture, **teacher.causal.as_dict()},
         lora_rank=lora_rank and (matching.critic_lora_rank or lora_rank),
         use_ema=False,
+        comparing_vae=None,
     )
     shares = lora_rank > 0 and not is_sharded(accelerator)
     return plan_matching(

@@ -10,23 +10,19 @@ from: its step list, then the clean end if the list has no 0.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from causal_wan.cache.encoded_clips import CachedData, LatentKeeper
+from causal_wan.cache.encoded_clips import CachedData
 from causal_wan.cache.opening import open_cache
 from causal_wan.cache.tensor_cache import TensorCache
 from causal_wan.cache.trajectories import FOLDER, TrajectoryName, find_settings, names_in
 from causal_wan.config.settings import BaseModelConfig, CacheConfig
-from causal_wan.data.clips import Loadable
 from causal_wan.data.file_manifest import FileManifest
-from causal_wan.data.rows import Row
-from causal_wan.data.sample_order import SampleOrder
-from causal_wan.data.samples import SampleStream
 from causal_wan.data.settings import ClipShape, DataConfig
-from causal_wan.runs.data import RunData
-from causal_wan.runs.training_data import DataDescription, LoaderSettings
+from causal_wan.runs.data import BesideHeldOut, RunData
+from causal_wan.runs.training_data import DataDescription
 from causal_wan.tables.prompt_schedules import texts_of
 
 
@@ -70,7 +66,7 @@ class Trajectories:
 
 
 @dataclass
-class TrajectoryData:
+class TrajectoryData(BesideHeldOut):
     """The trajectories of a run, and its held-out clips; see `load_trajectory_data`.
 
     Attributes:
@@ -79,7 +75,6 @@ class TrajectoryData:
         trajectories: To train on.
         clips: The held-out clips, and no others.
         cached: The embeddings of the prompts, once they are open.
-        lane_states: None, as trajectories are not streamed.
     """
 
     config: DataConfig
@@ -87,22 +82,6 @@ class TrajectoryData:
     trajectories: Trajectories
     clips: RunData
     cached: CachedData | None = None
-    lane_states: ClassVar[None] = None
-
-    @property
-    def validation_rows(self) -> list[Row]:
-        """Held-out clips."""
-        return self.clips.validation_rows
-
-    @property
-    def keeper(self) -> LatentKeeper | None:
-        """Keeps the latents of held-out clips."""
-        return self.clips.keeper
-
-    @property
-    def has_clips(self) -> bool:
-        """Whether there is anything that may have to be encoded: held-out clips."""
-        return self.clips.has_clips
 
     @property
     def num_samples(self) -> int:
@@ -150,23 +129,6 @@ class TrajectoryData:
     def dataset(self) -> Trajectories:
         """The trajectories."""
         return self.trajectories
-
-    def held_out_dataset(self) -> Loadable:
-        """Held-out clips as videos, or as latents where the cache has them."""
-        return self.clips.held_out_dataset()
-
-    def samples(self, dataset: Loadable, settings: LoaderSettings, *, start: int, end: int, step: int) -> SampleStream:
-        """The trajectories in the run's order; arguments as in `make_loader`."""
-        one = [0] * len(dataset)
-        order = SampleOrder(
-            one,
-            one,
-            seed=settings.seed,
-            samples_per_step=settings.samples_per_step,
-            start_sample=start,
-            start_step=step,
-        )
-        return SampleStream(dataset, order, self.config, start=start, end=end)
 
     def sample_bytes(self) -> int:
         """Of a trajectory that a loader hands over.

@@ -36,7 +36,7 @@ class ExitedRollout:
 
     @property
     def context(self) -> dict[str, torch.Tensor]:
-        """What the pass that makes the last step again is given beside its inputs; see `replay`."""
+        """What the pass that makes the last step again is given beside its inputs, timesteps and conditions."""
         return {"context_latents": self.latents}
 
 

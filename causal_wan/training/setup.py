@@ -177,14 +177,13 @@ def prepare_run(
     """
     check_strategy_can(accelerator, config, num_models=len(models))
     has_frozen_weights = any(not weight.requires_grad for model in models.values() for weight in model.parameters())
-    scales = {role: (role_rates or {}).get(role, config.learning_rate) / config.learning_rate for role in models}
     trainees = {
         role: prepare_trainee(
             accelerator,
             config,
             model,
             rate_scales or {},
-            role_scale=scales[role],
+            role_scale=(role_rates or {}).get(role, config.learning_rate) / config.learning_rate,
             has_average=config.use_ema and role == STUDENT,
         )
         for role, model in models.items()

@@ -27,6 +27,10 @@ def denoised(noisy, sigma, mean, std):
     return mean + share * (noisy - (1 - sigma) * mean)
 
 
+def losses_of(latents, critic_latents, teacher_latents):
+    return distribution_matching_losses(latents, *matching_direction(latents, critic_latents, teacher_latents))
+
+
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -59,7 +63,7 @@ def test_the_direction_is_the_gradient_of_the_divergence_of_the_noised_clips(sig
 def test_the_gradient_of_the_mean_loss_is_the_direction_over_normaliser_and_number():
     latents, critic, teacher = (random(*SHAPE, seed=seed) for seed in range(3))
     latents.requires_grad_()
-    distribution_matching_losses(latents, critic, teacher).mean().backward()
+    losses_of(latents, critic, teacher).mean().backward()
     normalizer = torch.stack([(x - t).abs().mean() for x, t in zip(latents, teacher, strict=True)])
     expected = (critic - teacher) / normalizer[:, None, None, None, None] / latents.numel()
     torch.testing.assert_close(latents.grad, expected)
@@ -69,13 +73,13 @@ def test_the_loss_has_a_value_for_each_frame_half_the_square_of_its_gradient():
     latents, critic, teacher = (random(*SHAPE, seed=seed) for seed in range(3))
     direction, normalizer = matching_direction(latents, critic, teacher)
     expected = 0.5 * (direction / normalizer).square().mean(dim=(1, 3, 4))
-    assert distribution_matching_losses(latents, critic, teacher).shape == SHAPE[:1] + SHAPE[2:3]
-    torch.testing.assert_close(distribution_matching_losses(latents, critic, teacher), expected)
+    assert losses_of(latents, critic, teacher).shape == SHAPE[:1] + SHAPE[2:3]
+    torch.testing.assert_close(losses_of(latents, critic, teacher), expected)
 
 
 def test_a_critic_that_is_the_teacher_moves_nothing():
     latents, teacher = random(*SHAPE).requires_grad_(), random(*SHAPE, seed=1)
-    distribution_matching_losses(latents, teacher, teacher).mean().backward()
+    losses_of(latents, teacher, teacher).mean().backward()
     assert not latents.grad.any()
 
 
@@ -90,7 +94,7 @@ def test_the_step_does_not_depend_on_the_scale_of_latents():
 
 def test_clips_that_are_the_teachers_own_do_not_divide_by_zero():
     latents = random(*SHAPE)
-    assert torch.isfinite(distribution_matching_losses(latents, latents + 1e-9, latents)).all()
+    assert torch.isfinite(losses_of(latents, latents + 1e-9, latents)).all()
 
 
 def test_float32_latents_get_a_gradient_that_is_exact_though_it_is_small():
@@ -98,7 +102,7 @@ def test_float32_latents_get_a_gradient_that_is_exact_though_it_is_small():
     latents = 100 + random(*SHAPE).float()
     critic, teacher = latents.double() + 1e-6, latents.double() - 1.0
     latents.requires_grad_()
-    distribution_matching_losses(latents, teacher + 1e-7, teacher).sum().backward()
+    losses_of(latents, teacher + 1e-7, teacher).sum().backward()
     expected = 1e-7 / (latents.detach().double() - teacher).abs().mean(dim=(1, 2, 3, 4), keepdim=True) / (4 * 5 * 6)
     torch.testing.assert_close(latents.grad, expected.float().expand_as(latents), rtol=1e-3, atol=0)
     assert critic.dtype == torch.float64
