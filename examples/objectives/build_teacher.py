@@ -277,9 +277,7 @@ def load_state(file: Path, model: nn.Module, average: nn.Module, optimizer: torc
 
 def save_result(transformer: WanTransformer3DModel, folder: Path, config: Config) -> None:
     """Writes an ordinary transformer, and the settings by which it is known as the result of a run."""
-    stored = WanTransformer3DModel.from_config(dict(transformer.config))
-    stored.load_state_dict(transformer.state_dict())
-    in_half_precision(stored).save_pretrained(folder / "transformer")
+    in_half_precision(transformer).save_pretrained(folder / "transformer")
     settings = {
         "pretrained_model_name_or_path": config.checkpoint,
         "generator_task": "bidirectional_video",
