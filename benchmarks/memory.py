@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -415,19 +416,15 @@ def describe_fit(plan: MemoryPlan) -> str:
     return f"{needed[0]:.0f} | {needed[1]:.0f} | {card}"
 
 
-def plan(sizes: Sequence[str] = ("1.3b", "5b", "14b")) -> str:
+def plan(sizes: Sequence[str] = ("1.3b", "5b", "14b"), levers: Iterable[str] = PLANNED_LEVERS) -> str:
     """The table of what fits where, as Markdown, for runs with VAE and text encoder in bf16."""
     lines = [
         "| model | trained | 1 GPU: step | validation | fits | 8 GPUs, FSDP2: step | validation | fits |",
         "|---|---|---:|---:|---|---:|---:|---|",
     ]
     for size in sizes:
-        latent_shape = latent_shape_of(size)
-        validation = ValidationWorkload(latent_shape=latent_shape, measures_loss=True)
-        for name, changes in PLANNED_LEVERS.items():
-            workload = Workload(
-                architecture=ARCHITECTURES[size], latent_shape=latent_shape, validation=validation, **changes
-            )
+        for name in levers:
+            workload = workload_of(size, **PLANNED_LEVERS[name])
             sharded = replace(workload, sharding="weights", num_shards=NUM_SHARDS)
             not_sharded = workload.memory.quantize_base or workload.optimizer == "adamw8bit"
             cells = [
@@ -438,11 +435,30 @@ def plan(sizes: Sequence[str] = ("1.3b", "5b", "14b")) -> str:
     return "\n".join(lines)
 
 
+def workload_of(size: str, **changes: Any) -> Workload:
+    """A run at the size's own length and resolution, which validates."""
+    latent_shape = latent_shape_of(size)
+    validation = ValidationWorkload(latent_shape=latent_shape, measures_loss=True)
+    return Workload(architecture=ARCHITECTURES[size], latent_shape=latent_shape, validation=validation, **changes)
+
+
 def describe_workload(size: str, workload: Workload) -> str:
     """The need of a run with VAE and text encoder."""
-    config = vae_config_of(size)
-    plan = with_vae(plan_training(workload), config, dtype=torch.bfloat16, video_shape=CLIPS[size])
-    return describe_fit(replace(plan, text_encoder=text_encoder_bytes(UMT5_XXL, torch.bfloat16)))
+    plan, beside = plan_training(workload), plan_beside(size)
+    validation = replace(plan.validation, decoding=beside.validation.decoding)
+    return describe_fit(
+        replace(
+            plan, vae=beside.vae, encoding=beside.encoding, text_encoder=beside.text_encoder, validation=validation
+        )
+    )
+
+
+@cache
+def plan_beside(size: str) -> MemoryPlan:
+    """What VAE and text encoder take, in bf16: no lever that is planned changes it."""
+    nothing = MemoryPlan(workload=workload_of(size), weights=0, optimizer=0, passes=0)
+    plan = with_vae(nothing, vae_config_of(size), dtype=torch.bfloat16, video_shape=CLIPS[size])
+    return replace(plan, text_encoder=text_encoder_bytes(UMT5_XXL, torch.bfloat16))
 
 
 if __name__ == "__main__":

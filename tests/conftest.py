@@ -20,10 +20,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from launching import ROOT, SCRIPT_ENV, launch, launch_afresh, run_python, run_script, start_python
+from launching import ROOT, SCRIPT_ENV, launch, launch_afresh, run_python, run_script, run_shell_script, start_python
 
 
-__all__ = ["ROOT", "SCRIPT_ENV", "launch", "launch_afresh", "run_python", "run_script", "start_python"]
+__all__ = [
+    "ROOT",
+    "SCRIPT_ENV",
+    "launch",
+    "launch_afresh",
+    "run_python",
+    "run_script",
+    "run_shell_script",
+    "start_python",
+]
 
 TINY_TRANSFORMER = {
     "num_attention_heads": 2,

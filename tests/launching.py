@@ -8,15 +8,18 @@ tests that start the real thing, with `launch_afresh`.
 
 import atexit
 import contextlib
+import json
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import runpy
 import signal
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -40,6 +43,12 @@ def run_script(command, *, check=True, env=None, timeout=300):
         list(map(str, command)), cwd=ROOT, env=full_env, capture_output=True, text=True, timeout=timeout
     )
     return expect_success(result) if check else result
+
+
+def run_shell_script(command, *, env, timeout=900):
+    """A shell script of ours, whose `python` and `accelerate launch` are forks."""
+    with ShellCommands() as commands:
+        return run_script(command, env={**env, **commands.env}, timeout=timeout)
 
 
 def expect_success(result):
@@ -167,6 +176,69 @@ class Forks:
                 process.kill()
             process.join()
             process.close()
+        self._folder.cleanup()
+
+
+SHELL_COMMAND = f"""#!{sys.executable} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect(os.environ["FORKING_SOCKET"])
+    connection.sendall(json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], dict(os.environ)]).encode())
+    connection.shutdown(socket.SHUT_WR)
+    status, stdout, stderr = json.load(connection.makefile())
+sys.stdout.write(stdout)
+sys.stderr.write(stderr)
+sys.exit(status)
+"""
+
+
+class ShellCommands(socketserver.UnixStreamServer):
+    """`python FILE` and `accelerate launch` of shell scripts, in forks; `python -c` and `-m` are Python's own.
+
+    A context.
+
+    Attributes:
+        env: With which a script finds them.
+    """
+
+    def __init__(self):
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        super().__init__(str(folder / "socket"), None)
+        for name in ("python", "accelerate"):
+            (folder / name).write_text(SHELL_COMMAND)
+            (folder / name).chmod(0o755)
+        self.env = {
+            "FORKING_SOCKET": str(folder / "socket"),
+            "PATH": os.pathsep.join([str(folder), SCRIPT_ENV["PATH"]]),
+        }
+        self._thread = threading.Thread(target=self.serve_forever)
+
+    def finish_request(self, request, client_address):
+        """Runs one command; they come one at a time."""
+        with request.makefile("rw") as connection:
+            result = self._run(*json.load(connection))
+            json.dump([result.returncode, result.stdout, result.stderr], connection)
+
+    @staticmethod
+    def _run(name, arguments, env):
+        if name == "python" and arguments[0].startswith("-"):
+            return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+        num_processes, command = None, arguments
+        if name == "accelerate":
+            num_processes, command, env = resolve_launch(arguments[1:], env)
+        with Forks(command, env, num_processes) as forks:
+            return forks.finish(timeout=900)
+
+    def __enter__(self):
+        fork_context()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
         self._folder.cleanup()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from build_tiny_wan import cosine, film, to_frames, to_videos
+from build_tiny_wan import autocast, cosine, film, to_frames, to_videos
 from diffusers import AutoencoderKLWan
 from judge import NO_DRAWING, SIZE, UNFINISHED, Judge, darkness_of, load_judge
 from make_dataset import COLOURS, KINDS, KNOWN_COLOURS, Sketch, ambiguous_prompt, sketches
@@ -119,7 +119,7 @@ def through_vae(
     for start in trange(0, len(frames), 16, desc="VAE", unit="16 pictures"):
         clips = frames[start : start + 16, None].repeat(1, CLIP_FRAMES, 1, 1, 1)
         clips[:, 0] = 255
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latents = vae.encode(to_videos(clips)).latent_dist.mode().float()
             noise = torch.randn(latents.shape, generator=generator) * std
             amount, chance, other_chance = torch.rand(3, len(clips), 1, 1, 1, 1, generator=generator)
@@ -170,7 +170,7 @@ def train(frames: torch.Tensor, labels: torch.Tensor, config: Config) -> Judge:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * cosine(step, config.steps)
         chosen = torch.randint(len(labels), (128,))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits = judge(vary(darkness[chosen].float() / 255))
         loss = cross_entropy(logits.float(), labels[chosen])
         optimizer.zero_grad()
@@ -203,7 +203,7 @@ def store(judge: Judge, path: Path) -> None:
 @torch.no_grad()
 def decode_last_frames(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:  # (N, T, H, W, 3) -> (N, H, W, 3)
     """Last frames of what the VAE leaves of whole clips."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         return torch.cat([to_frames(vae(to_videos(clip[None])).sample)[:, -1] for clip in tqdm(clips, desc="VAE")])
 
 

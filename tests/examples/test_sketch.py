@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_python, run_script
+from conftest import ROOT, run_python, run_shell_script
 from diffusers import WanPipeline
 from PIL import Image, ImageFilter
 from transformers import AutoTokenizer
@@ -285,7 +285,7 @@ def test_objectives_stand_side_by_side_in_one_command(tmp_path):
         "NUM_TRAJECTORIES": "2",
         "DATASET_FLAGS": "--kinds bird --num_clips 8 --num_targets 2 --num_heldout 1",
     }
-    run_script(["examples/objectives/run.sh", "--train_batch_size", 2], env=env, timeout=1500)
+    run_shell_script(["examples/objectives/run.sh", "--train_batch_size", 2], env=env)
     entries = json.loads((tmp_path / "ambiguous" / "comparison.json").read_text())
     of_student = [("regression, renoise", "3"), ("regression, euler", "3"), ("regression, euler", "4")]
     of_teacher = [

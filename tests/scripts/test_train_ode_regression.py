@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import flip_last_bit, launch, run_here, run_python, run_script, start_python
+from conftest import flip_last_bit, launch, run_here, run_python, run_shell_script, start_python
 from run_outputs import NEEDS_DEEPSPEED, flat, metrics, result, weights
 
 import precompute_trajectories
@@ -398,10 +398,10 @@ def test_the_ladder_climbs_all_rungs_in_one_command_and_again_without_work(tmp_p
         "DATASET_FLAGS": "--kinds bird --num_clips 8 --num_targets 2 --num_heldout 1",
     }
     flags = ("--train_batch_size", 2, "--validation_steps", 100)
-    shown = run_script(["examples/ladder.sh", *flags], env=env, timeout=1500).stdout
+    shown = run_shell_script(["examples/ladder.sh", *flags], env=env).stdout
     entries = json.loads((tmp_path / "comparison.json").read_text())
     rungs = [("video-regression, renoise", "3"), ("teacher, euler", "3"), ("teacher, euler", "4")]
     rungs += [("student, renoise", "3"), ("student, euler", "3")]
     assert [(entry["method"], entry["steps"]) for entry in entries[2:]] == rungs
     assert "causal, 7 blocks" in shown
-    assert "0 trajectories sampled" in run_script(["examples/ladder.sh", *flags], env=env, timeout=1500).stdout
+    assert "0 trajectories sampled" in run_shell_script(["examples/ladder.sh", *flags], env=env).stdout
