@@ -6,6 +6,8 @@
 # 2. continuous levels with teacher forcing, sampled in many steps: sharp and slow
 # 3. ODE pairs of that teacher, sampled block by block
 # 4. a student of the pairs in few steps
+# 5. a bidirectional teacher, which sees all of a clip at once
+# 6. distribution matching: the student's own clips become like this teacher's
 # Further arguments are flags of the training scripts. After an interruption run the same command again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +19,10 @@ MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-300}" # of each rung
 NUM_INFERENCE_STEPS="${NUM_INFERENCE_STEPS:-50}" # of the teacher
 TIMESTEP_SHIFT="${TIMESTEP_SHIFT:-5}"
 GUIDANCE_SCALE="${GUIDANCE_SCALE:-1}" # above 1 add --caption_dropout 0.1
+TEACHER_GUIDANCE_SCALE="${TEACHER_GUIDANCE_SCALE:-1}" # in distribution matching
 NUM_TRAJECTORIES_PER_PROMPT="${NUM_TRAJECTORIES_PER_PROMPT:-24}"
+MATCHING_STEPS="${MATCHING_STEPS:-120}" # of distribution matching
+MATCHING_FLAGS="${MATCHING_FLAGS:---learning_rate 1e-4 --critic_learning_rate 4e-4 --student_every 3}"
 DATASET_FLAGS="${DATASET_FLAGS:-}" # of examples/sketch/make_dataset.py, beside --ambiguous
 DATA="$OUTPUT_DIR/data"
 if [ "$NPROC_PER_NODE" -gt 1 ]; then
@@ -74,4 +79,16 @@ run precompute_trajectories.py --teacher "$OUTPUT_DIR/teacher" --trajectories_di
 train train_ode_regression.py student --generator_ckpt "$OUTPUT_DIR/teacher" \
     --trajectories_dir "$OUTPUT_DIR/trajectories" --context clean "$@"
 for sampler in renoise euler; do sample student 3 "$sampler"; done
+compare
+
+train train_video_regression.py bidirectional --generator_task bidirectional_video --timestep_sampling logit_normal \
+    --loss_space velocity --caption_dropout 0.1 "${STEPS[@]}" "$@"
+sample bidirectional "$NUM_INFERENCE_STEPS" euler
+compare
+
+# shellcheck disable=SC2086
+train train_dmd.py matched --generator_ckpt "$OUTPUT_DIR/student" --teacher "$OUTPUT_DIR/bidirectional" \
+    --teacher_guidance_scale "$TEACHER_GUIDANCE_SCALE" --critic_warmup_steps 20 "$@" $MATCHING_FLAGS \
+    --max_train_steps "$MATCHING_STEPS"
+for sampler in renoise euler; do sample matched 3 "$sampler"; done
 compare

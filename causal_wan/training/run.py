@@ -20,15 +20,15 @@ class RunState:
 
     step: int = 0
     num_samples: int = 0  # seen by all processes together
-    num_nonfinite_in_a_row: int = 0
     num_processes: int = 1
     num_replicas: int = 1
+    nonfinite_in_a_row: dict[str, int] = field(default_factory=dict)  # by role
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        vars(self).update(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: value for name, value in state.items() if name in vars(self)})
 
 
 @dataclass

@@ -121,7 +121,7 @@ def train_step(
     run.metrics.add({name: value.where(took_step, torch.zeros_like(value)) for name, value in step_sums.sums.items()})
     run.metrics.add({name: value.double() * is_main for name, value in counts.items()})
     news = torch.stack([~took_step, num_stops > 0, took_step & check.changed_nothing()])
-    run.late.hand_in(news, partial(note_step, run, stop, run.state.step + 1))
+    run.late.hand_in(news, partial(note_step, run, stop, role, run.state.step + 1))
 
 
 def update_weights(run: Run, trainee: Trainee) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,16 +207,17 @@ def optimized_weights(trainee: Trainee) -> list[torch.Tensor]:
 
 
 def note_step(
-    run: Run, stop: StopRequest, step: int, was_skipped: bool, is_to_stop: bool, changed_nothing: bool
+    run: Run, stop: StopRequest, role: str, step: int, was_skipped: bool, is_to_stop: bool, changed_nothing: bool
 ) -> None:
-    """Notes on the host what became of a step, and stops the run when too many were skipped in a row.
+    """Notes on the host what became of a role's turn, and stops the run when too many were skipped in a row.
 
     Raises:
         RuntimeError: After `max_nonfinite_steps` in a row, or after a step that changed no weight.
     """
     state, limit = run.state, run.config.max_nonfinite_steps
     stop.agreed = stop.agreed or is_to_stop
-    state.num_nonfinite_in_a_row = state.num_nonfinite_in_a_row + 1 if was_skipped else 0
+    in_a_row = state.nonfinite_in_a_row.get(role, 0) + 1 if was_skipped else 0
+    state.nonfinite_in_a_row[role] = in_a_row
     if changed_nothing:
         raise RuntimeError(
             f"a step must change the weights, but step {step} was taken and changed none of them; nothing was saved. "
@@ -225,12 +226,13 @@ def note_step(
         )
     if not was_skipped:
         return
-    logger.warning("step %d skipped: its loss or gradient is not finite", step)
-    if state.num_nonfinite_in_a_row >= limit:
+    whose, steps = ("its", "steps") if len(run.trainees) == 1 else (f"the {role}'s", f"turns of the {role}")
+    logger.warning("step %d skipped: %s loss or gradient is not finite", step, whose)
+    if in_a_row >= limit:
         checkpoints = list_checkpoints(run.config.output_dir)
         kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
         raise RuntimeError(
-            f"the loss must be finite, but {limit} steps in a row up to step {step} were not; nothing was "
+            f"the loss must be finite, but {limit} {steps} in a row up to step {step} were not; nothing was "
             f"saved over earlier checkpoints ({kept}). Lower --learning_rate, use --mixed_precision bf16 instead of "
             f"fp16, or check the data. {say_how_to_go_on(run.config.output_dir)}"
         )

@@ -120,6 +120,67 @@ def test_steps_against_the_gradient_bring_a_student_to_its_teacher():
     assert abs(float(mean.detach()) - TEACHER) < 0.01
 
 
+def of_two(noisy, sigma, std=0.1):
+    """The mean of the clean value given the noisy one, where clean values lie around -1 and 1, half of them each."""
+    variance = (1 - sigma) ** 2 * std**2 + sigma**2
+    share_of_upper = torch.sigmoid(2 * (1 - sigma) * noisy / variance)
+    return share_of_upper * denoised(noisy, sigma, 1, std) + (1 - share_of_upper) * denoised(noisy, sigma, -1, std)
+
+
+def make_mlp(num_inputs):
+    layers = [torch.nn.Linear(num_inputs, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(64, 1))
+
+
+def as_clips(values):
+    return values[..., None, None, None]
+
+
+@pytest.mark.slow
+def test_a_student_draws_both_of_two_modes_where_a_squared_error_draws_their_mean():
+    """With a critic that learns the student's values; one-element clips have no normaliser to speak of."""
+    torch.manual_seed(0)
+    student, critic = make_mlp(1), make_mlp(2)
+    optimizer, critic_optimizer = (
+        torch.optim.Adam(model.parameters(), lr=rate, betas=(0.0, 0.999))
+        for model, rate in ((student, 1e-3), (critic, 2e-3))
+    )
+
+    def look_at(values):
+        sigma = 0.02 + 0.96 * torch.rand(len(values), 1)
+        return sigma, (1 - sigma) * values + sigma * torch.randn_like(values)
+
+    def step(optimizer, loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    for number in range(2000):
+        values = student(torch.randn(256, 1)).detach()
+        sigma, noisy = look_at(values)
+        errors = (critic(torch.cat([noisy, sigma], dim=1)) - values).square() / sigma**2
+        step(critic_optimizer, errors.mean())
+        if number >= 100 and number % 5 == 0:
+            values = student(torch.randn(256, 1))
+            sigma, noisy = look_at(values.detach())
+            with torch.no_grad():
+                predicted = critic(torch.cat([noisy, sigma], dim=1)), of_two(noisy, sigma)
+            direction, _ = matching_direction(*map(as_clips, (values, *predicted)))
+            losses = distribution_matching_losses(as_clips(values), direction, torch.ones_like(direction))
+            step(optimizer, losses.mean())
+    with torch.no_grad():
+        values = student(torch.randn(4096, 1))
+    assert values.std() > 0.9
+    assert 0.4 < (values > 0).float().mean() < 0.6
+
+    regression = make_mlp(1)
+    optimizer = torch.optim.Adam(regression.parameters(), lr=1e-3)
+    for _ in range(400):
+        values = torch.randint(2, (256, 1)) * 2 - 1 + 0.1 * torch.randn(256, 1)
+        step(optimizer, (regression(torch.randn(256, 1)) - values).square().mean())
+    assert regression(torch.randn(4096, 1)).std() < 0.1
+
+
 def test_guidance_of_four_adds_three_times_the_difference_to_the_conditional():
     conditional, unconditional = random(2), random(2, seed=1)
     torch.testing.assert_close(

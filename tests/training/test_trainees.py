@@ -110,6 +110,28 @@ def test_a_loss_that_reaches_into_another_model_changes_it_in_no_turn(tmp_path, 
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
+def test_a_turn_that_is_not_finite_is_skipped_alone(tmp_path, caplog):
+    both = {"turns": lambda step: ("student", "critic")}
+    unbroken, _ = run_two(config(tmp_path / "unbroken"), **both)
+    broken, _ = run_two(
+        config(tmp_path / "broken", logging_steps=1),
+        is_broken=lambda role, step: role == "student" and step == 3,
+        **both,
+    )
+    steps = [trainee.optimizer.state_dict()["state"][0]["step"] for trainee in broken.trainees.values()]
+    assert steps == [7, 8]
+    own = [[each.unwrapped_model.linear.weight for each in run.trainees.values()] for run in (unbroken, broken)]
+    assert not torch.equal(own[0][0], own[1][0])
+    assert torch.equal(own[0][1], own[1][1])
+    assert "step 4 skipped: the student's loss or gradient is not finite" in caplog.text
+
+
+def test_a_role_that_is_never_finite_ends_the_run_though_the_other_is(tmp_path):
+    training = config(tmp_path, max_nonfinite_steps=3, max_train_steps=20)
+    with pytest.raises(RuntimeError, match="3 turns of the student in a row up to step 7 were not"):
+        run_two(training, is_broken=lambda role, step: role == "student")
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
