@@ -38,6 +38,7 @@ from causal_wan.memory.levers import (
     quantization_config,
     store_in_fp8,
 )
+from causal_wan.memory.matching import plan_matching
 from causal_wan.memory.plan import (
     CUDA_OVERHEAD,
     GIB,
@@ -54,6 +55,7 @@ from causal_wan.model.kv_cache import CACHE_DTYPES
 from causal_wan.model.streaming_vae import decode_in_parts
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.model.vae import encode_videos
+from causal_wan.sampling.noise import count_draws
 from causal_wan.sampling.pipeline import CausalWanPipeline
 from causal_wan.training.setup import make_optimizer
 from causal_wan.training.weights import trainable_parameters
@@ -444,12 +446,61 @@ def workload_of(size: str, **changes: Any) -> Workload:
 
 def describe_workload(size: str, workload: Workload) -> str:
     """The need of a run with VAE and text encoder."""
-    plan, beside = plan_training(workload), plan_beside(size)
-    validation = replace(plan.validation, decoding=beside.validation.decoding)
-    return describe_fit(
-        replace(
-            plan, vae=beside.vae, encoding=beside.encoding, text_encoder=beside.text_encoder, validation=validation
-        )
+    return describe_fit(with_beside(plan_training(workload), size))
+
+
+MATCHED = [("1.3b", "1.3b"), ("1.3b", "14b"), ("14b", "14b")]  # student and critic, teacher
+MATCHING_LEVERS: dict[str, dict[str, Any]] = {
+    "all weights": {"memory": RECOMPUTED},
+    "LoRA of rank 64": {"memory": RECOMPUTED, "lora_rank": 64},
+    "... `--offload_activations --kv_cache_dtype int8`": {
+        "memory": replace(OFFLOADED, kv_cache_dtype="int8"),
+        "lora_rank": 64,
+    },
+}
+
+
+def plan_matched(pairs: Iterable[tuple[str, str]] = tuple(MATCHED), levers: Iterable[str] = MATCHING_LEVERS) -> str:
+    """The same of distribution matching, all with gradient checkpointing."""
+    lines = [
+        "| model | teacher | trained | 1 GPU: step | validation | fits | 8 GPUs, FSDP2: step | validation | fits |",
+        "|---|---|---|---:|---:|---|---:|---:|---|",
+    ]
+    for size, teacher_size in pairs:
+        for name in levers:
+            workload = workload_of(size, has_clean_context=True, **MATCHING_LEVERS[name])
+            sharded = replace(workload, sharding="weights", num_shards=NUM_SHARDS)
+            cells = [describe_matching(size, teacher_size, each) for each in (workload, sharded)]
+            lines.append(f"| {size.upper()} | {teacher_size.upper()} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def describe_matching(size: str, teacher_size: str, student: Workload) -> str:
+    """The need of a run of distribution matching in four steps."""
+    whole = {**student.architecture, "num_frame_per_block": None}
+    critic = replace(student, architecture=whole, has_clean_context=False)
+    scorer = replace(critic, architecture={**ARCHITECTURES[teacher_size], "num_frame_per_block": None})
+    shares = student.lora_rank > 0 and student.sharding == "none"
+    plan = plan_matching(
+        student,
+        critic,
+        replace(scorer, lora_rank=0, sharding="none"),
+        num_draws=count_draws(4, "renoise"),
+        critic_shares_base=shares,
+        teacher_shares_base=shares and size == teacher_size,
+    )
+    return describe_fit(with_beside(plan, size))
+
+
+def with_beside(plan: MemoryPlan, size: str) -> MemoryPlan:
+    """The plan of a run with VAE and text encoder."""
+    beside = plan_beside(size)
+    return replace(
+        plan,
+        vae=beside.vae,
+        encoding=beside.encoding,
+        text_encoder=beside.text_encoder,
+        validation=replace(plan.validation, decoding=beside.validation.decoding),
     )
 
 
@@ -463,4 +514,4 @@ def plan_beside(size: str) -> MemoryPlan:
 
 if __name__ == "__main__":
     config = parse_config(Config, description=__doc__)
-    print(plan() if config.plan else measure(config))
+    print(f"{plan()}\n\nDistribution matching:\n\n{plan_matched()}" if config.plan else measure(config))

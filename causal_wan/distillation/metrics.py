@@ -43,7 +43,7 @@ def summarize_matching(config: MatchingRunConfig, sums: Sums) -> dict[str, float
     metrics = {"num_bad_samples": float(sums["critic_bad_samples"])} if "critic_bad_samples" in sums else {}
     for number, (total, count) in enumerate(sums["critic_levels"].tolist() if "critic_levels" in sums else []):
         if count:
-            metrics[f"critic_loss_at_time_{BIN_WIDTH * number}"] = total / count
+            metrics[f"critic_loss_at_time_{BIN_WIDTH * number}_to_{BIN_WIDTH * (number + 1)}"] = total / count
     if "levels" in sums:
         metrics |= summarize(config, {**sums, "num_bad_samples": sums["critic_bad_samples"]})
     if "matching_exits" in sums and (num_clips := float(sums["matching_exits"].sum())):

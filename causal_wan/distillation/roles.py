@@ -32,7 +32,7 @@ class Roles:
 
     Attributes:
         student: To be trained; the run's result is made of it.
-        critic: To be trained beside it; starts as the teacher.
+        critic: To be trained beside it; starts as the teacher, or as what is named.
         teacher: Frozen, in eval mode.
     """
 
@@ -41,43 +41,52 @@ class Roles:
     teacher: CausalWanTransformer3DModel
 
 
-def make_roles(config: MatchingRunConfig, teacher: Teacher, accelerator: Any) -> Roles:
+def make_roles(config: MatchingRunConfig, teacher: Teacher, source: Teacher, accelerator: Any) -> Roles:
     """Loads the three.
+
+    Args:
+        config: Of the run.
+        teacher: Of `find_matching_teacher`.
+        source: What the critic starts as, of `find_critic`.
+        accelerator: Of the run.
 
     Raises:
         ValueError: If weights or memory levers do not fit the checkpoints.
     """
     student, lora_rank = load_student(config, accelerator), config.model.lora_rank
     if lora_rank and not is_sharded(accelerator):
-        base = student if has_base_of_student(teacher, config) else load_critic(config, teacher, accelerator)
-        frozen, critic = share_weights(base), share_weights(base)
-        for model in (frozen, critic):
-            model.set_causal_config(teacher.causal)
+        base = student if has_base_of_student(source, config) else load_critic(config, source, accelerator)
+        critic = share_weights(base)
+        critic.set_causal_config(source.causal)
+    else:
+        base, critic = None, load_critic(config, source, accelerator)
+    if base is not None and teacher.has_base(source.base, source.revision, source.generator_ckpt):
+        frozen = share_weights(base)
+        frozen.set_causal_config(teacher.causal)
         add_own_lora(frozen, teacher)
     else:
         frozen = load_teacher(teacher, weight_dtype(accelerator), accelerator.device)
-        critic = load_critic(config, teacher, accelerator)
     if lora_rank:
         set_seed(config.training.seed)  # loading draws numbers, and not equally many in every strategy
         add_adapters_of_student(student, config)
-        add_adapters_of_critic(critic, teacher, config)
-    elif teacher.lora is not None:
-        fuse_lora(critic, teacher.lora)
+        add_adapters_of_critic(critic, source, config)
+    elif source.lora is not None:
+        fuse_lora(critic, source.lora)
         critic.requires_grad_(True)  # a LoRA freezes what it is added to
     for model in (student, critic):
         save_memory(model, config)
     return Roles(student=student, critic=critic, teacher=frozen.requires_grad_(False).eval())
 
 
-def load_critic(config: MatchingRunConfig, teacher: Teacher, accelerator: Any) -> CausalWanTransformer3DModel:
-    """The weights of a teacher without its LoRA, to be trained, or the base of what is trained."""
+def load_critic(config: MatchingRunConfig, source: Teacher, accelerator: Any) -> CausalWanTransformer3DModel:
+    """The weights that it starts from without their LoRA, to be trained, or the base of what is trained."""
     return load_trained(
         config,
         accelerator,
-        teacher.base,
-        teacher.causal,
-        generator_ckpt=teacher.generator_ckpt,
-        revision=teacher.revision,
+        source.base,
+        source.causal,
+        generator_ckpt=source.generator_ckpt,
+        revision=source.revision,
     )
 
 
@@ -107,20 +116,20 @@ def add_adapters_of_student(student: CausalWanTransformer3DModel, config: Matchi
         )
 
 
-def add_adapters_of_critic(critic: CausalWanTransformer3DModel, teacher: Teacher, config: MatchingRunConfig) -> None:
-    """The teacher's own, to be trained on, or new ones.
+def add_adapters_of_critic(critic: CausalWanTransformer3DModel, source: Teacher, config: MatchingRunConfig) -> None:
+    """Those that it starts with, to be trained on, or new ones.
 
     Raises:
-        ValueError: If the teacher's have another rank than the settings say.
+        ValueError: If they have another rank than the settings say.
     """
     rank, model = config.matching.critic_lora_rank, config.model
-    if teacher.lora is None:
+    if source.lora is None:
         rank = rank or model.lora_rank
         add_lora(critic, rank=rank, alpha=rank, target_modules=model.lora_target_modules)
         return
-    lora = go_on_from_lora(critic, teacher.lora)
+    lora = go_on_from_lora(critic, source.lora)
     if rank not in (None, lora.r):
         raise ValueError(
-            f"the critic starts as the teacher, a LoRA of rank {lora.r}, so critic_lora_rank must be {lora.r}, got "
+            f"the critic starts as a LoRA of rank {lora.r}, so critic_lora_rank must be {lora.r}, got "
             f"{rank}; leave it out."
         )

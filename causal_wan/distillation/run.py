@@ -21,7 +21,7 @@ from causal_wan.model.conditions import Conditions
 from causal_wan.model.transformer import CausalWanTransformer3DModel
 from causal_wan.records.metrics import STUDENT
 from causal_wan.runs.inputs import PrepareBatch
-from causal_wan.runs.parts import check_strategy, find_matching_teacher
+from causal_wan.runs.parts import check_strategy, find_critic, find_matching_teacher
 from causal_wan.runs.plan import print_plan
 from causal_wan.runs.regression import (
     ComputeLoss,
@@ -116,7 +116,7 @@ def run_distribution_matching(
     with user_errors():
         config = check_settings(config)
         check_student_lora(config.matching.student_lora)
-        teacher = find_matching_teacher(config)
+        teacher, source = find_matching_teacher(config), find_critic(config)
         data = load_matching_data(config)
     if config.dry_run:
         print_plan(config, data)
@@ -124,7 +124,7 @@ def run_distribution_matching(
     made: list[Roles] = []
 
     def make_student(config: MatchingRunConfig, accelerator: Accelerator) -> CausalWanTransformer3DModel:
-        made.append(make_roles(config, teacher, accelerator))
+        made.append(make_roles(config, teacher, source, accelerator))
         return made[0].student
 
     also_embedded = [config.matching.teacher_negative_prompt] if config.matching.teacher_guidance_scale != 1 else []

@@ -11,7 +11,13 @@ from causal_wan.memory.simulation import ValidationWorkload, Workload, simulate_
 
 
 def plan_matching(
-    student: Workload, critic: Workload, teacher: Workload, *, num_draws: int, num_sharing: int
+    student: Workload,
+    critic: Workload,
+    teacher: Workload,
+    *,
+    num_draws: int,
+    critic_shares_base: bool,
+    teacher_shares_base: bool,
 ) -> MemoryPlan:
     """The memory of steps and of validation, without VAE and text encoder.
 
@@ -20,15 +26,17 @@ def plan_matching(
         critic: Likewise, without.
         teacher: As if all of it were trained, on one GPU.
         num_draws: M, of the noise of a rollout.
-        num_sharing: How many of the three have their frozen weights in common: 1, 2 (critic and teacher) or 3.
+        critic_shares_base: Whether the critic's frozen weights are those of the student.
+        teacher_shares_base: Whether the teacher's are those of the critic.
     """
-    plan, of_critic, scored = plan_training(student), plan_training(critic), _of_clips(critic, num_draws)
-    (scoring,) = deepen(scored, simulate_measuring)
+    plan, of_critic = plan_training(student), plan_training(critic)
+    scorers = [critic] if teacher_shares_base else [critic, teacher]
+    scoring = max(deepen(_of_clips(scorer, num_draws), simulate_measuring)[0] for scorer in scorers)
     cache, sampling = deepen(_of_clips(student, num_draws), simulate_sampling)
     weights = plan.weights + of_critic.weights
-    if num_sharing == 1:  # whole, on each GPU
+    if not teacher_shares_base:  # whole, on each GPU
         weights += parameter_sizes(teacher).trainable * teacher.dtype.itemsize
-    if num_sharing == 3:
+    if critic_shares_base:
         weights -= parameter_sizes(critic).frozen_bytes
     return replace(
         plan,

@@ -30,6 +30,8 @@ class MatchingConfig:
     """What the teacher's guidance leads away from."""
     student_lora: LocalPath | None = None
     """With --lora_rank: the LoRA that the student's goes on from, the result of a run on the same base model."""
+    critic: LocalPath | None = None
+    """What the critic starts as, if not as the teacher: such as a model of 1.3B beside a teacher of 14B."""
     critic_learning_rate: Annotated[float, Range(gt=0, hint="try 4e-7, or 2e-5 for LoRA")] = 4e-7
     """Of the critic. 4e-7 suits all weights (Self Forcing); LoRA wants about 2e-5."""
     critic_lora_rank: PositiveInt | None = None

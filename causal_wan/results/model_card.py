@@ -28,7 +28,7 @@ SHOWN = (
     *("num_frames", "height", "width", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler", "optimizer", "mixed_precision", "use_ema", "lora_rank", "loss_type", "seed"),
     *("timestep_sampling", "timestep_shift", "context", "loss_space", "loss_weighting"),
-    *("teacher", "teacher_guidance_scale", "critic_learning_rate", "student_every", "critic_warmup_steps"),
+    *("teacher", "teacher_guidance_scale", "critic", "critic_learning_rate", "student_every", "critic_warmup_steps"),
     *("real_clip_probability", "regression_weight"),
 )
 

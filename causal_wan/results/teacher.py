@@ -39,6 +39,12 @@ class Teacher:
     causal: CausalConfig
     max_sequence_length: int | None = None
 
+    def has_base(self, base: str, revision: str | None, generator_ckpt: str | None) -> bool:
+        """Whether these are its weights, but for its LoRA."""
+        pairs = ((self.base, base), (self.generator_ckpt, generator_ckpt))
+        is_same_place = all(a == b or (a and b and Path(a).resolve() == Path(b).resolve()) for a, b in pairs)
+        return bool(is_same_place) and self.revision == revision
+
 
 def find_teacher(teacher: str, base: str, revision: str | None) -> Teacher:
     """What a teacher is: of a run as it was trained, of any other folder as its configuration says.

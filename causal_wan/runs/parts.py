@@ -222,12 +222,22 @@ def find_matching_teacher(config: MatchingRunConfig) -> Teacher:
     return find_teacher(config.matching.teacher or base, base, model.revision)
 
 
+def find_critic(config: MatchingRunConfig) -> Teacher:
+    """What the critic starts as; the teacher if nothing is named.
+
+    Raises:
+        ValueError: If it is no model.
+    """
+    if config.matching.critic is None:
+        return find_matching_teacher(config)
+    model = config.model
+    return find_teacher(config.matching.critic, model.pretrained_model_name_or_path, model.revision)
+
+
 def has_base_of_student(teacher: Teacher, config: MatchingRunConfig) -> bool:
     """Whether a teacher is, but for its LoRA, the weights that the student starts from."""
     model = config.model
-    pairs = ((teacher.base, model.pretrained_model_name_or_path), (teacher.generator_ckpt, model.generator_ckpt))
-    is_same_place = all(a == b or (a and b and Path(a).resolve() == Path(b).resolve()) for a, b in pairs)
-    return bool(is_same_place) and teacher.revision == model.revision
+    return teacher.has_base(model.pretrained_model_name_or_path, model.revision, model.generator_ckpt)
 
 
 def rate_scales(config: RunConfig) -> dict[str, float]:

@@ -20,7 +20,9 @@ from causal_wan.memory.plan import MemoryPlan, describe_shortage, plan_training,
 from causal_wan.memory.simulation import ValidationWorkload, Workload
 from causal_wan.model.control import with_control_names
 from causal_wan.records.checkpoints import describe_damaged, find_checkpoint, passed_over
+from causal_wan.results.teacher import Teacher
 from causal_wan.runs.parts import (
+    find_critic,
     find_matching_teacher,
     has_base_of_student,
     text_dtype,
@@ -82,7 +84,8 @@ def describe_matching(config: RunConfig) -> list[str]:
     if not isinstance(config, MatchingRunConfig):
         return []
     teacher = config.matching.teacher or config.model.pretrained_model_name_or_path
-    return [f"teacher     {teacher}", f"matching    {config.matching.describe()}"]
+    critic = [f"critic      {config.matching.critic}"] if config.matching.critic else []
+    return [f"teacher     {teacher}", *critic, f"matching    {config.matching.describe()}"]
 
 
 def describe_controls(data: DataConfig) -> list[str]:
@@ -193,13 +196,10 @@ def plan_run(config: RunConfig, run_data: TrainingData, accelerator: Any) -> Mem
 def plan_matching_run(config: MatchingRunConfig, student: Workload, accelerator: Any) -> MemoryPlan:
     """The memory of a run of distribution matching, from what its student takes in a run of regression."""
     method, matching, lora_rank = config.method, config.matching, config.model.lora_rank
-    teacher = find_matching_teacher(config)
-    architecture = load_transformer_config(
-        teacher.base, generator_ckpt=teacher.generator_ckpt, revision=teacher.revision
-    )
+    teacher, source = find_matching_teacher(config), find_critic(config)
     critic = replace(
         student,
-        architecture={**architecture, **teacher.causal.as_dict()},
+        architecture=architecture_of(source),
         lora_rank=lora_rank and (matching.critic_lora_rank or lora_rank),
         use_ema=False,
         comparing_vae=None,
@@ -208,10 +208,17 @@ def plan_matching_run(config: MatchingRunConfig, student: Workload, accelerator:
     return plan_matching(
         replace(student, has_clean_context=method.causal.num_frame_per_block is not None),
         replace(critic, has_clean_context=False),
-        replace(critic, lora_rank=0, sharding="none"),
+        replace(critic, architecture=architecture_of(teacher), lora_rank=0, sharding="none"),
         num_draws=count_draws(len(method.inference_timesteps()), method.student_sampler),
-        num_sharing=1 if not shares else 3 if has_base_of_student(teacher, config) else 2,
+        critic_shares_base=shares and has_base_of_student(source, config),
+        teacher_shares_base=shares and teacher.has_base(source.base, source.revision, source.generator_ckpt),
     )
+
+
+def architecture_of(teacher: Teacher) -> dict[str, Any]:
+    """Config of its transformer, with its blocks."""
+    config = load_transformer_config(teacher.base, generator_ckpt=teacher.generator_ckpt, revision=teacher.revision)
+    return {**config, **teacher.causal.as_dict()}
 
 
 def make_workload(config: RunConfig, run_data: TrainingData, accelerator: Any, vae: AutoencoderKLWan) -> Workload:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, launch, run_here
+from diffusers import WanTransformer3DModel
 from run_outputs import flat, metrics, result
 from safetensors.torch import load_file
 
@@ -61,6 +62,19 @@ def regression_lora(recipe, tmp_path_factory):
     )
     launch("train_video_regression.py", folder / "recipe.yaml")
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def large_teacher(recipe, tmp_path_factory):
+    """A WAN with a layer more than the recipe's."""
+    folder = tmp_path_factory.mktemp("large")
+    shutil.copytree(recipe["pretrained_model_name_or_path"], folder, dirs_exist_ok=True)
+    config = WanTransformer3DModel.load_config(folder / "transformer")
+    torch.manual_seed(1)
+    WanTransformer3DModel.from_config({**config, "num_layers": config["num_layers"] + 1}).save_pretrained(
+        folder / "transformer"
+    )
+    return folder
 
 
 def by_role(folder, name):
@@ -196,12 +210,12 @@ def test_with_lora_the_frozen_weights_are_there_once(recipe, tmp_path):
     from accelerate import Accelerator
 
     from causal_wan.distillation.roles import make_roles
-    from causal_wan.runs.parts import find_matching_teacher
+    from causal_wan.runs.parts import find_critic, find_matching_teacher
 
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**recipe, "output_dir": str(tmp_path / "run"), "lora_rank": 4}))
     config = parse_config(train_dmd.Config, ["--config", str(path)])
-    roles = make_roles(config, find_matching_teacher(config), Accelerator(cpu=True))
+    roles = make_roles(config, find_matching_teacher(config), find_critic(config), Accelerator(cpu=True))
     addresses = [
         {weight.data_ptr() for name, weight in model.named_parameters() if "lora_" not in name}
         for model in (roles.student, roles.critic, roles.teacher)
@@ -219,6 +233,27 @@ def test_with_lora_the_frozen_weights_are_there_once(recipe, tmp_path):
     assert [bool(names) for names in trained] == [True, True, False]
     blocks = [model.config.num_frame_per_block for model in (roles.student, roles.critic, roles.teacher)]
     assert blocks == [1, None, None]
+
+
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=SLOW)])
+def test_a_critic_may_start_as_another_model_than_the_teacher(train, large_teacher, lora_rank):
+    changes = {"lora_rank": lora_rank, "max_train_steps": 2, "teacher": str(large_teacher)}
+    base = yaml.safe_load(train()[0].read_text())["pretrained_model_name_or_path"]
+    _, output_dir = train(**changes, critic=base, checkpointing_steps=2)
+    student, critic = by_role(output_dir / "checkpoint-2", "trainable" if lora_rank else "model")
+    assert {name: weight.shape for name, weight in critic.items()} == {
+        name: weight.shape for name, weight in student.items()
+    }
+    assert entries(output_dir)[1]["matching_gradient_norm"] > 0
+
+
+def test_the_plan_knows_a_larger_teacher_beside_a_critic_of_the_base(write_recipe, large_teacher, capsys):
+    path, _ = write_recipe(**SETTINGS, lora_rank=4)
+    run_here(SCRIPT, "--config", path, "--dry_run")
+    assert "critic      " not in capsys.readouterr().out
+    base = yaml.safe_load(path.read_text())["pretrained_model_name_or_path"]
+    run_here(SCRIPT, "--config", path, "--dry_run", "--teacher", large_teacher, "--critic", base)
+    assert f"teacher     {large_teacher}\ncritic      {base}\n" in capsys.readouterr().out
 
 
 # --- what it is trained on -------------------------------------------------------------------------------------------

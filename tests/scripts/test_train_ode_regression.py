@@ -395,13 +395,16 @@ def test_the_ladder_climbs_all_rungs_in_one_command_and_again_without_work(tmp_p
         "MAX_TRAIN_STEPS": "2",
         "NUM_INFERENCE_STEPS": "4",
         "NUM_TRAJECTORIES_PER_PROMPT": "1",
+        "MATCHING_STEPS": "2",
+        "MATCHING_FLAGS": "--learning_rate 1e-4 --critic_learning_rate 4e-4 --critic_warmup_steps 1 --student_every 1",
         "DATASET_FLAGS": "--kinds bird --num_clips 8 --num_targets 2 --num_heldout 1",
     }
     flags = ("--train_batch_size", 2, "--validation_steps", 100)
     shown = run_shell_script(["examples/ladder.sh", *flags], env=env).stdout
     entries = json.loads((tmp_path / "comparison.json").read_text())
     rungs = [("video-regression, renoise", "3"), ("teacher, euler", "3"), ("teacher, euler", "4")]
-    rungs += [("student, renoise", "3"), ("student, euler", "3")]
+    rungs += [("student, renoise", "3"), ("student, euler", "3"), ("bidirectional, euler", "4")]
+    rungs += [("matched, renoise", "3"), ("matched, euler", "3")]
     assert [(entry["method"], entry["steps"]) for entry in entries[2:]] == rungs
     assert "causal, 7 blocks" in shown
     assert "0 trajectories sampled" in run_shell_script(["examples/ladder.sh", *flags], env=env).stdout
