@@ -13,7 +13,8 @@ It starts from a student of `train_video_regression.py` or `train_ode_regression
 or CausVid (`--generator_ckpt`). The student is trained at the steps that it is sampled at: those of
 `denoising_step_list`, or `--num_inference_steps` along the flow. Flags, recipes, checkpoints, resuming, validation and
 evaluation are as in video regression. Its loss says nothing: look at the samples, and stop early; see
-docs/distribution_matching.md.
+docs/distribution_matching.md. Real clips can have a part: in the teacher's place, in a loss of regression, or beside a
+discriminator (`--adversarial_weight`).
 
 Source: DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867; Self Forcing, arXiv 2506.08009; real clips in the place of the
 student's (`--real_clip_probability`), arXiv 2606.18478.
@@ -36,9 +37,10 @@ import torch
 
 import train_video_regression
 from causal_wan.distillation.inputs import MatchingBatch
-from causal_wan.distillation.metrics import sum_critic, sum_matching
+from causal_wan.distillation.metrics import sum_critic, sum_discriminator, sum_matching
 from causal_wan.distillation.run import Scores, noised, run_distribution_matching
 from causal_wan.flow import latents_from_velocity, sigmas_from_timesteps, velocity
+from causal_wan.methods import adversarial
 from causal_wan.methods.distribution_matching import distribution_matching_losses, matching_direction
 from causal_wan.methods.losses import frame_losses
 from causal_wan.training.loop import Sums
@@ -62,6 +64,10 @@ def student_loss(
     direction, normalizer = matching_direction(latents, *scores.compare(latents, batch))
     loss = distribution_matching_losses(latents, direction, normalizer).sum() / num_items
     sums = sum_matching(direction, normalizer, batch)
+    if batch.told_apart is not None and batch.told_apart.share > 0:
+        logits = scores.discriminator(scores.look(noised(latents, batch.matching), batch.matching, batch))
+        weight = matching.adversarial_weight * batch.told_apart.share
+        loss = loss + weight * adversarial.student_losses(logits).sum() / num_items
     if batch.regression is not None:
         regression, own = train_video_regression.compute_loss(
             scores.config.method, student, batch.regression, num_items
@@ -80,12 +86,23 @@ def critic_loss(critic: torch.nn.Module, batch: MatchingBatch, num_items: torch.
     return errors.sum() / num_items, sum_critic(errors.mean(dim=1), batch)
 
 
+def discriminator_loss(
+    scores: Scores, discriminator: torch.nn.Module, batch: MatchingBatch, num_items: torch.Tensor
+) -> tuple[torch.Tensor, Sums]:
+    """Mean over the step's latent frames of the error of what tells real clips from the student's."""
+    real, drawn, perturbed = discriminator(scores.look_at_both(batch)).chunk(3)
+    is_real, penalty = batch.told_apart.is_real, scores.config.matching.adversarial_penalty
+    losses = adversarial.discriminator_losses(real, drawn, is_real, perturbed, penalty)
+    return losses.sum() / num_items, sum_discriminator(real, drawn, is_real)
+
+
 def main(config: Config) -> None:
     """Checks everything that needs no weights, then trains."""
     run_distribution_matching(
         config,
         student_loss,
         critic_loss,
+        discriminator_loss,
         prepare_clips=train_video_regression.prepare_batch,
         regression_loss=train_video_regression.compute_loss,
     )

@@ -26,6 +26,8 @@ class RandomPurpose(IntEnum):
     MATCHING = 13  # and at which it is compared with its teacher
     EXIT = 14  # step at which rollouts end, by step of the run
     REAL_CLIP = 15  # whether the teacher sees the real clip
+    ADVERSARIAL = 16  # level and noise at which a discriminator looks at clips
+    PERTURBATION = 17  # the little noise on top that is to change nothing
 
 
 def seed_sequence(seed: int, purpose: RandomPurpose, *numbers: int) -> np.random.SeedSequence:

@@ -10,6 +10,7 @@ import torch
 
 from causal_wan.data.samples import ClipBatch
 from causal_wan.devices import to_device
+from causal_wan.methods.adversarial import ramp
 from causal_wan.methods.distribution_matching import draw_exit, draw_scored, draw_uses_clip, takes_student_turn
 from causal_wan.model.conditions import Conditions
 from causal_wan.model.transformer import CausalWanTransformer3DModel
@@ -30,6 +31,23 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToldApart:
+    """What a discriminator takes beside the clips.
+
+    Attributes:
+        scored: At which it looks at real clips and at the student's.
+        perturbation: More noise for real clips, `(B, C, F, H, W)`, of which a little is added.
+        is_real: Which frames of real clips are no padding, bool `(B, F)`.
+        share: Of its weight that the student's loss has by now.
+    """
+
+    scored: Scored
+    perturbation: torch.Tensor
+    is_real: torch.Tensor
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class MatchingBatch:
     """What the losses of student and critic are made of; a `causal_wan.training.steps.PreparedBatch`.
 
@@ -42,6 +60,7 @@ class MatchingBatch:
         clips: Real clips `(B, C, F, H, W)`, if they have a part in it.
         uses_clip: Where the teacher looks at them, bool `(B,)`; None is nowhere.
         regression: They for the loss of regression, if it has a part.
+        told_apart: What a discriminator takes, if there is one.
         num_bad_samples: Clips that did not decode and were replaced.
         num_items: Latent frames of all clips, a scalar tensor.
         num_tokens: Patches of all clips.
@@ -57,6 +76,7 @@ class MatchingBatch:
     clips: torch.Tensor | None
     uses_clip: torch.Tensor | None
     regression: RegressionBatch | None
+    told_apart: ToldApart | None
     num_bad_samples: int
     num_items: torch.Tensor
     num_tokens: int
@@ -93,7 +113,7 @@ class MatchingInputs:
         is_student_turn = takes_student_turn(step, matching)
         regression = self.prepare_clips(inputs, batch) if matching.regression_weight else None
         clips = None if regression is None else regression.noisy.latents
-        if matching.real_clip_probability and clips is None:
+        if matching.needs_clips and clips is None:
             clips = inputs.find_latents(batch)
         shape = self.latent_shape if clips is None else tuple(clips.shape[1:])
         num_clips, num_frames = len(batch.prompts), shape[1]
@@ -109,6 +129,7 @@ class MatchingInputs:
             clips=clips,
             uses_clip=self.draw_uses_clip(batch, num_frames) if matching.real_clip_probability else None,
             regression=regression,
+            told_apart=self.tell_apart(batch, shape, step) if matching.adversarial_weight else None,
             num_bad_samples=len(batch.errors),
             num_items=to_device(torch.tensor(num_clips * num_frames), inputs.device),
             num_tokens=num_clips * inputs.geometry.num_tokens(shape),
@@ -138,6 +159,16 @@ class MatchingInputs:
             sample_numbers=batch.sample_numbers,
         )
         return Scored(noise=to_device(noise, self.inputs.device), timesteps=to_device(timesteps, self.inputs.device))
+
+    def tell_apart(self, batch: ClipBatch, shape: tuple[int, int, int, int], step: int) -> ToldApart:
+        """What a discriminator takes, on the device."""
+        valid = torch.tensor(self.inputs.count_valid_frames(batch))
+        return ToldApart(
+            scored=self.draw(RandomPurpose.ADVERSARIAL, shape, batch),
+            perturbation=self.draw(RandomPurpose.PERTURBATION, shape, batch).noise,
+            is_real=to_device(torch.arange(shape[1]) < valid[:, None], self.inputs.device),
+            share=ramp(step, self.inputs.config.matching.adversarial_warmup_steps),
+        )
 
     def draw_uses_clip(self, batch: ClipBatch, num_frames: int) -> torch.Tensor:
         """For which samples the teacher looks at the real clip, on the device."""

@@ -38,12 +38,21 @@ def sum_critic(errors: torch.Tensor, batch: MatchingBatch) -> Sums:
     }
 
 
+def sum_discriminator(real: torch.Tensor, drawn: torch.Tensor, is_real: torch.Tensor) -> Sums:
+    """Of a turn of the discriminator: its right answers, and all of its answers, `(2,)`."""
+    right = ((real > 0) & is_real).sum() + (drawn < 0).sum()
+    return {"discriminator_right": torch.stack([right, is_real.sum() + drawn.numel()]).double()}
+
+
 def summarize_matching(config: MatchingRunConfig, sums: Sums) -> dict[str, float]:
     """Sums over steps and processes -> metrics; those of the student in steps with a turn of its."""
     metrics = {"num_bad_samples": float(sums["critic_bad_samples"])} if "critic_bad_samples" in sums else {}
     for number, (total, count) in enumerate(sums["critic_levels"].tolist() if "critic_levels" in sums else []):
         if count:
             metrics[f"critic_loss_at_time_{BIN_WIDTH * number}_to_{BIN_WIDTH * (number + 1)}"] = total / count
+    if "discriminator_right" in sums:
+        right, count = sums["discriminator_right"].tolist()
+        metrics["discriminator_accuracy"] = right / count
     if "levels" in sums:
         metrics |= summarize(config, {**sums, "num_bad_samples": sums["critic_bad_samples"]})
     if "matching_exits" in sums and (num_clips := float(sums["matching_exits"].sum())):

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from causal_wan.config.parsing import user_errors
+from causal_wan.distillation.discriminator import Discriminator, look_inside
 from causal_wan.distillation.inputs import MatchingBatch, MatchingInputs, Scored
 from causal_wan.distillation.metrics import summarize_matching
 from causal_wan.distillation.prompt_data import load_matching_data
@@ -39,7 +40,8 @@ from causal_wan.training.weights import reshard
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
 
 
-CRITIC = "critic"
+CRITIC, DISCRIMINATOR = "critic", "discriminator"
+PERTURBATION = 0.1  # standard deviations of noise that are to change a discriminator's answer little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +53,14 @@ class Scores:
         accelerator: Of the run.
         teacher: Frozen.
         critic: Unwrapped.
+        discriminator: Unwrapped, if there is one; it goes by what the teacher makes of clips.
     """
 
     config: MatchingRunConfig
     accelerator: Accelerator
     teacher: CausalWanTransformer3DModel
     critic: CausalWanTransformer3DModel
+    discriminator: Discriminator | None = None
 
     @torch.no_grad()
     def compare(self, latents: torch.Tensor, batch: MatchingBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,6 +90,20 @@ class Scores:
             velocity = model(noisy, drawn.timesteps, **conditions.arguments(), return_dict=False)[0]
         return latents_from_velocity(noisy, velocity, sigmas_from_timesteps(drawn.timesteps))
 
+    def look(self, noisy: torch.Tensor, drawn: Scored, batch: MatchingBatch) -> list[torch.Tensor]:
+        """What the teacher makes of noisy clips on its way; gradients go through it to the clips."""
+        with self.accelerator.autocast():
+            return look_inside(self.teacher, noisy, drawn.timesteps, batch.conditions)
+
+    @torch.no_grad()
+    def look_at_both(self, batch: MatchingBatch) -> list[torch.Tensor]:
+        """What it makes of real clips, of the student's, and of real ones with a little more noise, as one batch."""
+        drawn = batch.told_apart.scored
+        real, of_student = noised(batch.clips, drawn), noised(batch.rollout.latents, drawn)
+        perturbed = real + PERTURBATION * batch.told_apart.perturbation
+        seen = [self.look(noisy, drawn, batch) for noisy in (real, of_student, perturbed)]
+        return [torch.cat(of_depth) for of_depth in zip(*seen, strict=True)]
+
 
 def noised(latents: torch.Tensor, drawn: Scored) -> torch.Tensor:
     """Clips as score networks see them."""
@@ -94,12 +112,14 @@ def noised(latents: torch.Tensor, drawn: Scored) -> torch.Tensor:
 
 StudentLoss = Callable[[Scores, torch.nn.Module, MatchingBatch, torch.Tensor], tuple[torch.Tensor, Sums]]
 CriticLoss = Callable[[torch.nn.Module, MatchingBatch, torch.Tensor], tuple[torch.Tensor, Sums]]
+DiscriminatorLoss = StudentLoss
 
 
 def run_distribution_matching(
     config: MatchingRunConfig,
     student_loss: StudentLoss,
     critic_loss: CriticLoss,
+    discriminator_loss: DiscriminatorLoss,
     *,
     prepare_clips: PrepareBatch,
     regression_loss: ComputeLoss,
@@ -110,6 +130,7 @@ def run_distribution_matching(
         config: Of the run.
         student_loss: The loss of a turn of the student as its share of the step's mean, and sums to log.
         critic_loss: Likewise of the critic.
+        discriminator_loss: Likewise of the discriminator, if there is one.
         prepare_clips: Clips of the data loader -> noisy latents, for the loss of regression.
         regression_loss: It, on held-out clips.
     """
@@ -136,17 +157,19 @@ def run_distribution_matching(
         also_embedded=also_embedded,
     )
     roles, config = made.pop(), begun.inputs.config
-    run = start_training(
-        begun,
-        {STUDENT: roles.student, CRITIC: roles.critic},
-        role_rates={CRITIC: config.matching.critic_learning_rate},
-    )
+    models, matching = {STUDENT: roles.student, CRITIC: roles.critic}, config.matching
+    if matching.adversarial_weight:
+        models[DISCRIMINATOR] = Discriminator.of(roles.teacher)
+    rates = {CRITIC: matching.critic_learning_rate, DISCRIMINATOR: matching.adversarial_learning_rate}
+    run = start_training(begun, models, role_rates={role: rate for role, rate in rates.items() if role in models})
     scores = Scores(
         config=config,
         accelerator=begun.accelerator,
         teacher=roles.teacher,
         critic=run.trainees[CRITIC].unwrapped_model,
+        discriminator=run.trainees[DISCRIMINATOR].unwrapped_model if DISCRIMINATOR in models else None,
     )
+    learns_always = tuple(role for role in models if role != STUDENT)
     inputs = MatchingInputs(
         inputs=begun.inputs,
         student=run.student.unwrapped_model,
@@ -161,8 +184,12 @@ def run_distribution_matching(
         begun,
         run,
         prepare_batch=inputs.prepare,
-        losses={STUDENT: partial(student_loss, scores), CRITIC: critic_loss},
-        turns=lambda step: (STUDENT, CRITIC) if takes_student_turn(step, config.matching) else (CRITIC,),
+        losses={
+            STUDENT: partial(student_loss, scores),
+            CRITIC: critic_loss,
+            DISCRIMINATOR: partial(discriminator_loss, scores),
+        },
+        turns=lambda step: (STUDENT, *learns_always) if takes_student_turn(step, matching) else learns_always,
         summarize=partial(summarize_matching, config),
         validate=make_validation(begun, partial(regression_loss, config.method), prepare_clips, SampleMeasures()),
     )

@@ -7,6 +7,7 @@ from causal_wan.config.ranges import (
     GuidanceScale,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Range,
     Share,
@@ -52,6 +53,16 @@ class MatchingConfig:
     regression_weight: NonNegativeFloat = 0.0
     """Weight of the loss of train_video_regression.py beside; it needs clips."""
 
+    adversarial_weight: NonNegativeFloat = 0.0
+    """Weight of an adversarial loss beside: a small discriminator on features of the teacher learns to tell real clips
+    from the student's. It needs clips, and many of them; try 0.003."""
+    adversarial_learning_rate: PositiveFloat = 1e-4
+    """Of the discriminator."""
+    adversarial_warmup_steps: NonNegativeInt = 500
+    """First steps, in which the discriminator alone is updated by it; over as many more the weight grows."""
+    adversarial_penalty: NonNegativeFloat = 100.0
+    """Weight of how much a little noise changes the discriminator's answer to real clips (R1)."""
+
     def __post_init__(self) -> None:
         low, high = self.matching_timesteps
         if not 0 < low < high:
@@ -63,13 +74,14 @@ class MatchingConfig:
     @property
     def needs_clips(self) -> bool:
         """Whether real clips have a part in it, or prompts are enough."""
-        return self.real_clip_probability > 0 or self.regression_weight > 0
+        return self.real_clip_probability > 0 or self.regression_weight > 0 or self.adversarial_weight > 0
 
     def describe(self) -> str:
         """It in a line."""
         guidance = f", guidance {self.teacher_guidance_scale:g}" if self.teacher_guidance_scale != 1 else ""
         clips = f", real clips for {self.real_clip_probability:.0%}" if self.real_clip_probability else ""
         clips += f", regression x {self.regression_weight:g}" if self.regression_weight else ""
+        clips += f", adversarial x {self.adversarial_weight:g}" if self.adversarial_weight else ""
         return (
             f"distribution matching{guidance}{clips}; critic every step, student every {self.student_every} after "
             f"{self.critic_warmup_steps}"

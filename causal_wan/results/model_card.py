@@ -29,7 +29,7 @@ SHOWN = (
     *("learning_rate", "lr_scheduler", "optimizer", "mixed_precision", "use_ema", "lora_rank", "loss_type", "seed"),
     *("timestep_sampling", "timestep_shift", "context", "loss_space", "loss_weighting"),
     *("teacher", "teacher_guidance_scale", "critic", "critic_learning_rate", "student_every", "critic_warmup_steps"),
-    *("real_clip_probability", "regression_weight"),
+    *("real_clip_probability", "regression_weight", "adversarial_weight"),
 )
 
 

@@ -3,9 +3,10 @@
 Knows no video and no diffusion.
 """
 
+import contextlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -254,12 +255,28 @@ def prepare_trainee(
     if frozen:
         # All processes have loaded the same: DDP need not send them around, and gloo could not send 8 bits.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    with announced("handing out the weights"):
+    with announced("handing out the weights"), layers_that_are_there(accelerator, model):
         model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     unwrapped_model, ema = accelerator.unwrap_model(model), None
     if has_average:
         ema = EMAModel(trainable_parameters(unwrapped_model), decay=config.ema_decay)
     return Trainee(model, unwrapped_model, optimizer, lr_scheduler, ema, tuple(scale for scale, _ in groups))
+
+
+@contextlib.contextmanager
+def layers_that_are_there(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
+    """FSDP2 is to look for no layers of the launch's config that a model lacks: a small one is sharded as a whole."""
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    wanted = None if plugin is None else plugin.transformer_cls_names_to_wrap
+    if wanted is None:
+        yield
+        return
+    present = {type(module).__name__ for module in model.modules()}
+    plugin.transformer_cls_names_to_wrap = [name for name in wanted if name in present]
+    try:
+        yield
+    finally:
+        plugin.transformer_cls_names_to_wrap = wanted
 
 
 def check_optimizer(config: TrainingConfig) -> None:

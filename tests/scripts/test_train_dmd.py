@@ -283,6 +283,56 @@ def test_a_clip_in_the_place_of_the_students_is_what_the_teacher_sees(train):
     assert entries(plain)[1]["matching_normalizer"] != entries(forced)[1]["matching_normalizer"]
 
 
+ADVERSARIAL = {"adversarial_weight": 10.0, "adversarial_warmup_steps": 0, "adversarial_learning_rate": 0.01}
+
+
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=SLOW)])
+def test_a_discriminator_learns_beside_and_moves_the_student(train, lora_rank):
+    _, plain = train(lora_rank=lora_rank) if lora_rank else train()
+    changes = {"lora_rank": lora_rank} if lora_rank else {}
+    _, output_dir = train(**changes, **ADVERSARIAL, checkpointing_steps=1)
+    logged = entries(output_dir)
+    assert all(entry["discriminator_loss"] > 0 and entry["discriminator_lr"] == 0.01 for entry in logged)
+    assert all(0 <= entry["discriminator_accuracy"] <= 1 for entry in logged)
+    first, own = entries(plain)[1], logged[1]
+    assert own["critic_loss"] == pytest.approx(first["critic_loss"])
+    assert own["generator_grad_norm"] != pytest.approx(first["generator_grad_norm"], rel=1e-3)
+    name = "trainable_2.safetensors" if lora_rank else "model_2.safetensors"
+    heads = [load_file(output_dir / f"checkpoint-{step}" / name) for step in (1, 2)]
+    assert not torch.equal(flat(heads[0]), flat(heads[1]))
+    assert result(output_dir).keys() == result(plain).keys()
+
+
+@pytest.mark.slow
+def test_a_run_with_a_discriminator_goes_on_to_the_last_bit(train, tmp_path):
+    path, output_dir = train(**ADVERSARIAL, checkpointing_steps=1)
+    copy = tmp_path / "run"
+    others = [f"checkpoint-{step}" for step in (1, 2, 4, 5, 6)]
+    shutil.copytree(output_dir, copy, ignore=shutil.ignore_patterns(*others))
+    flags = ("--output_dir", copy, "--resume_from_checkpoint", "latest", "--checkpointing_steps", 10)
+    run_here(SCRIPT, "--config", path, *flags)
+    assert torch.equal(flat(result(copy)), flat(result(output_dir)))
+    assert [entry for entry in metrics(copy) if "lr" in entry] == entries(output_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [None, "fsdp2"])
+def test_two_processes_with_a_discriminator_learn_what_one_does(train, strategy):
+    common = {
+        "train_batch_size": 1,
+        "max_grad_norm": 0.01,
+        "adam_epsilon": 1e-4,
+        "mixed_precision": "no",
+        **ADVERSARIAL,
+    }
+    common |= {"adversarial_learning_rate": 1e-4, "adversarial_weight": 1.0}
+    _, one = train(gradient_accumulation_steps=2, **common)
+    _, two = train(num_processes=2, strategy=strategy, **common)
+    torch.testing.assert_close(flat(result(one)), flat(result(two)), rtol=1e-3, atol=2e-5)
+    for mine, other in zip(entries(one), entries(two), strict=True):
+        assert mine["discriminator_loss"] == pytest.approx(other["discriminator_loss"], rel=1e-3)
+
+
 REFUSALS = {
     "real clips of prompts alone": (
         {"prompts_file": "p.txt", "regression_weight": 1.0},
