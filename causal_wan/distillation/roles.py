@@ -73,7 +73,8 @@ def make_roles(config: MatchingRunConfig, teacher: Teacher, source: Teacher, acc
     elif source.lora is not None:
         fuse_lora(critic, source.lora)
         critic.requires_grad_(True)  # a LoRA freezes what it is added to
-    for model in (student, critic):
+    with_gradients = [student, critic] + ([frozen] if config.matching.adversarial_weight else [])
+    for model in with_gradients:
         save_memory(model, config)
     return Roles(student=student, critic=critic, teacher=frozen.requires_grad_(False).eval())
 

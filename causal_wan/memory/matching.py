@@ -7,7 +7,13 @@ rollouts, a turn of the student beside passes of the two others, and a turn of t
 from dataclasses import replace
 
 from causal_wan.memory.plan import MemoryPlan, deepen, parameter_sizes, plan_training
-from causal_wan.memory.simulation import ValidationWorkload, Workload, simulate_measuring, simulate_sampling
+from causal_wan.memory.simulation import (
+    ValidationWorkload,
+    Workload,
+    simulate_measuring,
+    simulate_passes,
+    simulate_sampling,
+)
 
 
 def plan_matching(
@@ -18,6 +24,7 @@ def plan_matching(
     num_draws: int,
     critic_shares_base: bool,
     teacher_shares_base: bool,
+    looks_inside: bool = False,
 ) -> MemoryPlan:
     """The memory of steps and of validation, without VAE and text encoder.
 
@@ -28,11 +35,13 @@ def plan_matching(
         num_draws: M, of the noise of a rollout.
         critic_shares_base: Whether the critic's frozen weights are those of the student.
         teacher_shares_base: Whether the teacher's are those of the critic.
+        looks_inside: Whether a discriminator looks at what the teacher makes of clips, whose gradients go through it.
     """
     plan, of_critic = plan_training(student), plan_training(critic)
     scorers = [critic] if teacher_shares_base else [critic, teacher]
     scoring = max(deepen(_of_clips(scorer, num_draws), simulate_measuring)[0] for scorer in scorers)
     cache, sampling = deepen(_of_clips(student, num_draws), simulate_sampling)
+    looking = deepen(replace(teacher, lora_rank=1), simulate_passes)[0] if looks_inside else 0
     weights = plan.weights + of_critic.weights
     if not teacher_shares_base:  # whole, on each GPU
         weights += parameter_sizes(teacher).trainable * teacher.dtype.itemsize
@@ -42,7 +51,7 @@ def plan_matching(
         plan,
         weights=weights,
         optimizer=plan.optimizer + of_critic.optimizer,
-        passes=max(plan.passes + student.batch_size * scoring, of_critic.passes),
+        passes=max(plan.passes + max(student.batch_size * scoring, looking), of_critic.passes),
         rollout=student.batch_size * sampling,
         rollout_cache=student.batch_size * cache,
     )

@@ -211,6 +211,7 @@ def plan_matching_run(config: MatchingRunConfig, student: Workload, accelerator:
         replace(critic, architecture=architecture_of(teacher), lora_rank=0, sharding="none"),
         num_draws=count_draws(len(method.inference_timesteps()), method.student_sampler),
         critic_shares_base=shares and has_base_of_student(source, config),
+        looks_inside=matching.adversarial_weight > 0,
         teacher_shares_base=shares and teacher.has_base(source.base, source.revision, source.generator_ckpt),
     )
 

@@ -117,6 +117,7 @@ def with_samples(folder, ambiguous):
     return samples + [f"both:3={folder / name}" for name in ("other", "same")]
 
 
+@pytest.mark.slow
 def test_comparison_tells_drawings_from_their_mean_and_from_blots_and_many_from_one(ambiguous, tmp_path):
     run = tmp_path / "run"
     samples = with_samples(tmp_path, ambiguous)

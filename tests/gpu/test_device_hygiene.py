@@ -134,6 +134,11 @@ MATCHING_RUNS = [
     pytest.param({"use_ema": True, "validates": True}, id="all weights", marks=pytest.mark.slow),
     pytest.param({"lora_rank": 2, "gradient_checkpointing": True}, id="lora", marks=pytest.mark.slow),
     pytest.param({"real_clip_probability": 0.5, "regression_weight": 0.1, "cache_latents": True}, id="with clips"),
+    pytest.param(
+        {"adversarial_weight": 1.0, "adversarial_warmup_steps": 0, "gradient_checkpointing": True},
+        id="discriminator",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

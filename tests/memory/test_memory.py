@@ -40,6 +40,9 @@ from causal_wan.weights.parts import load_vae
 from causal_wan.weights.transformer import load_transformer
 
 
+SLOW = pytest.mark.slow
+
+
 CHECKPOINTING = {
     "every layer": MemoryConfig(gradient_checkpointing=True),
     "every second layer": MemoryConfig(gradient_checkpointing=True, gradient_checkpointing_interval=2),
@@ -276,7 +279,9 @@ def test_the_plan_counts_the_clean_clip_that_teacher_forcing_adds(recompute):
     assert plan.passes > 1.1 * plan_training(workload).passes
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["all activations", "recomputed"])
+@pytest.mark.parametrize(
+    "recompute", [pytest.param(False, id="all activations"), pytest.param(True, id="recomputed", marks=SLOW)]
+)
 def test_the_plan_counts_what_comparing_by_the_decoder_takes(checkpoint, recompute):
     """Beside activations; or in the place that a layer takes when it is recomputed, if there is enough."""
     vae, memory_config = load_vae(str(checkpoint)), MemoryConfig(gradient_checkpointing=recompute)
@@ -359,9 +364,11 @@ def sample_and_measure(workload):
     ("changes", "causal", "is_guided", "kv_cache_dtype"),
     [
         ({}, {"num_frame_per_block": 1}, False, "auto"),
-        ({"dtype": torch.bfloat16}, {"num_frame_per_block": 2}, False, "auto"),
-        ({"dtype": torch.bfloat16, "lora_rank": 4}, {"num_frame_per_block": 1}, True, "auto"),
-        ({"dtype": torch.float16, "has_clean_context": True}, {"num_frame_per_block": 3}, False, "int8"),
+        pytest.param({"dtype": torch.bfloat16}, {"num_frame_per_block": 2}, False, "auto", marks=SLOW),
+        pytest.param({"dtype": torch.bfloat16, "lora_rank": 4}, {"num_frame_per_block": 1}, True, "auto", marks=SLOW),
+        pytest.param(
+            {"dtype": torch.float16, "has_clean_context": True}, {"num_frame_per_block": 3}, False, "int8", marks=SLOW
+        ),
         ({"dtype": torch.bfloat16}, {"num_frame_per_block": 1, "local_attn_size": 2}, True, "int8"),
         ({}, {"num_frame_per_block": None}, True, "auto"),
     ],
@@ -384,7 +391,9 @@ def test_the_plan_of_validation_is_what_its_passes_take(changes, causal, is_guid
     assert plan.measuring == pytest.approx(measuring, rel=0.04)  # norms are one operation here, and several there
 
 
-@pytest.mark.parametrize("tiling", [False, True], ids=["whole frames", "tiles"])
+@pytest.mark.parametrize(
+    "tiling", [pytest.param(False, id="whole frames"), pytest.param(True, id="tiles", marks=SLOW)]
+)
 def test_the_plan_of_decoding_is_what_decoding_takes(checkpoint, tiling):
     vae, memory_config = load_vae(str(checkpoint)), MemoryConfig(vae_tiling=tiling)
     cut_up_vae(vae, memory_config)
@@ -443,6 +452,7 @@ def test_the_plan_leaves_the_random_numbers_of_the_run_alone():
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.slow
 def test_levers_and_shards_lower_the_plan():
     def peak(**changes):
         memory = MemoryConfig(**changes.pop("memory", {}))
@@ -533,6 +543,7 @@ def plan_of(recipe, tmp_path):
     return plan
 
 
+@pytest.mark.slow
 def test_the_plan_has_the_vae_where_latents_are_read_but_videos_are_decoded(plan_of):
     _, without = plan_of("--latents_dir", "latents")
     _, plan = plan_of("--latents_dir", "latents", "--validation_prompts", "a ball")
@@ -559,6 +570,7 @@ def test_the_plan_has_the_vae_where_its_decoder_compares_what_is_learned(plan_of
     assert in_16_bits.passes < plan.passes
 
 
+@pytest.mark.slow
 def test_the_plan_says_that_context_parallelism_does_not_share_what_is_validated(plan_of, monkeypatch):
     flags = ("--validation_prompts", "a ball")
     assert "context parallelism" not in plan_of(*flags)[0]
@@ -577,3 +589,11 @@ def test_the_table_of_the_document_is_what_the_benchmark_plans(lever):
         written = (ROOT / text).read_text().splitlines()
         start = written.index(head)
         assert set(rows) < set(written[start : start + 2 + 3 * len(memory_benchmark.PLANNED_LEVERS)])
+
+
+@pytest.mark.slow
+def test_the_table_of_distribution_matching_is_what_the_benchmark_plans():
+    head, _, row = memory_benchmark.plan_matched([("1.3b", "14b")], ["LoRA of rank 64"]).splitlines()
+    for text in ("docs/distribution_matching.md", "benchmarks/results/memory_plan.md"):
+        written = (ROOT / text).read_text().splitlines()
+        assert row in written[written.index(head) :]

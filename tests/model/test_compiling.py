@@ -49,7 +49,8 @@ def nothing_compiled():
     ("lora", "context", "recompute", "backend"),
     [
         *((False, False, False, "aot_eager"), (True, False, True, "eager")),
-        *((False, True, True, "eager"), (True, True, False, "eager")),
+        pytest.param(False, True, True, "eager", marks=pytest.mark.slow),
+        pytest.param(True, True, False, "eager", marks=pytest.mark.slow),
     ],
 )
 def test_all_layers_share_one_graph_a_shape_and_compute_what_eager_ones_do(lora, context, recompute, backend):

@@ -119,7 +119,7 @@ def test_gradients_reach_each_prompt_and_no_other_of_its_clip(is_checkpointed, i
     assert_close(prompts.grad[1, 2], plain.grad[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("is_checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_layers_compute_what_eager_ones_do(is_checkpointed):
     """Batches with and without changes in turn, and with more prompts: a graph each, and no break in one."""
     torch.compiler.reset()

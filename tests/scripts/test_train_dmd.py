@@ -235,7 +235,8 @@ def test_with_lora_the_frozen_weights_are_there_once(recipe, tmp_path):
     assert blocks == [1, None, None]
 
 
-@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_critic_may_start_as_another_model_than_the_teacher(train, large_teacher, lora_rank):
     changes = {"lora_rank": lora_rank, "max_train_steps": 2, "teacher": str(large_teacher)}
     base = yaml.safe_load(train()[0].read_text())["pretrained_model_name_or_path"]

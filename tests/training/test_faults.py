@@ -30,7 +30,7 @@ SCRIPT = "train_video_regression.py"
 SECRETS = {"HF_TOKEN": "hf_SecretOfTheUser", "WANDB_API_KEY": "SecretOfTheUser" + 25 * "0"}
 
 
-@pytest.mark.parametrize("how", ["raise", "die"])
+@pytest.mark.parametrize("how", [pytest.param("raise", marks=pytest.mark.slow), "die"])
 def test_a_process_that_breaks_brings_the_job_down_and_is_named(write_recipe, how):
     path, output_dir = write_recipe(train_batch_size=1, max_train_steps=1000, validation_steps=1000)
     start = time.monotonic()
