@@ -40,11 +40,14 @@ class Discriminator(nn.Module):
         self.answer = nn.Sequential(nn.Linear(num_depths * WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, 1))
 
     @classmethod
-    def of(cls, transformer: CausalWanTransformer3DModel) -> Self:
-        """One on the features of this transformer, on its device."""
+    def of(cls, transformer: CausalWanTransformer3DModel, seed: int) -> Self:
+        """One on the features of this transformer, on its device; the same in every process."""
         config = transformer.config
         num_depths = len(feature_depths(config.num_layers))
-        return cls(config.num_attention_heads * config.attention_head_dim, num_depths).to(transformer.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            discriminator = cls(config.num_attention_heads * config.attention_head_dim, num_depths)
+        return discriminator.to(transformer.device)
 
     def forward(self, features: Iterable[torch.Tensor]) -> torch.Tensor:
         """Logits.

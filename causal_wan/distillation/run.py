@@ -159,7 +159,7 @@ def run_distribution_matching(
     roles, config = made.pop(), begun.inputs.config
     models, matching = {STUDENT: roles.student, CRITIC: roles.critic}, config.matching
     if matching.adversarial_weight:
-        models[DISCRIMINATOR] = Discriminator.of(roles.teacher)
+        models[DISCRIMINATOR] = Discriminator.of(roles.teacher, config.training.seed)
     rates = {CRITIC: matching.critic_learning_rate, DISCRIMINATOR: matching.adversarial_learning_rate}
     run = start_training(begun, models, role_rates={role: rate for role, rate in rates.items() if role in models})
     scores = Scores(

@@ -180,8 +180,8 @@ class MatchingRunConfig(RunConfig):
         if self.matching.needs_clips:
             if self.matching.prompts_file is not None:
                 raise ValueError(
-                    "real_clip_probability and regression_weight need clips, but prompts_file gives prompts alone; "
-                    "use --metadata_path, or leave them out."
+                    "real_clip_probability, regression_weight and adversarial_weight need clips, but prompts_file "
+                    "gives prompts alone; use --metadata_path, or leave them out."
                 )
             return
         if len(self.data.all_shapes()) > 1:

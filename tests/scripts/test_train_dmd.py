@@ -337,7 +337,11 @@ def test_two_processes_with_a_discriminator_learn_what_one_does(train, strategy)
 REFUSALS = {
     "real clips of prompts alone": (
         {"prompts_file": "p.txt", "regression_weight": 1.0},
-        "real_clip_probability and regression_weight need clips, but prompts_file gives prompts alone",
+        "real_clip_probability, regression_weight and adversarial_weight need clips, but prompts_file gives prompts",
+    ),
+    "a discriminator of prompts alone": (
+        {"prompts_file": "p.txt", "adversarial_weight": 1.0},
+        "real_clip_probability, regression_weight and adversarial_weight need clips, but prompts_file gives prompts",
     ),
     "a sink": ({"sink_size": 1, "local_attn_size": 4}, "sink_size is for sampling"),
     "pictures": ({"first_frame_probability": 0.5}, "which the teacher knows nothing of"),
