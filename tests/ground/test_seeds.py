@@ -7,7 +7,7 @@ from causal_wan.seeds import RandomPurpose, noise_generator, seed_sequence, seed
 def test_streams_keep_their_numbers():
     """A run of before would go on with other draws."""
     names = ("ORDER", "CLIP", "NOISE", "CAPTION", "BUCKET", "SOURCE", "FILE", "WINDOW", "TRAJECTORY", "CONTROL")
-    names += ("ROLLOUT", "CROP", "CRITIC", "MATCHING", "EXIT", "REAL_CLIP")
+    names += ("ROLLOUT", "CROP", "CRITIC", "MATCHING", "EXIT", "REAL_CLIP", "ADVERSARIAL", "PERTURBATION")
     numbers = {name: number for number, name in enumerate(names)}
     assert {stream.name: stream.value for stream in RandomPurpose} == numbers
 
