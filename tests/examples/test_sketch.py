@@ -276,6 +276,7 @@ def test_no_prompt_of_a_sketch_is_cut_in_the_quickstart():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_objectives_stand_side_by_side_in_one_command(tmp_path):
     env = {
         "OUTPUT_DIR": str(tmp_path),

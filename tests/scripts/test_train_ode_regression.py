@@ -389,6 +389,7 @@ def test_a_tiny_student_overfits_one_pair(write_recipe, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_ladder_climbs_all_rungs_in_one_command_and_again_without_work(tmp_path):
     env = {
         "OUTPUT_DIR": str(tmp_path),
