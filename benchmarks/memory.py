@@ -449,7 +449,7 @@ def describe_workload(size: str, workload: Workload) -> str:
     return describe_fit(with_beside(plan_training(workload), size))
 
 
-MATCHED = [("1.3b", "1.3b"), ("1.3b", "14b"), ("14b", "14b")]  # student and critic, teacher
+MATCHED = (("1.3b", "1.3b"), ("1.3b", "14b"), ("14b", "14b"))  # student and critic, teacher
 MATCHING_LEVERS: dict[str, dict[str, Any]] = {
     "all weights": {"memory": RECOMPUTED},
     "LoRA of rank 64": {"memory": RECOMPUTED, "lora_rank": 64},
@@ -460,7 +460,7 @@ MATCHING_LEVERS: dict[str, dict[str, Any]] = {
 }
 
 
-def plan_matched(pairs: Iterable[tuple[str, str]] = tuple(MATCHED), levers: Iterable[str] = MATCHING_LEVERS) -> str:
+def plan_matched(pairs: Iterable[tuple[str, str]] = MATCHED, levers: Iterable[str] = MATCHING_LEVERS) -> str:
     """The same of distribution matching, all with gradient checkpointing."""
     lines = [
         "| model | teacher | trained | 1 GPU: step | validation | fits | 8 GPUs, FSDP2: step | validation | fits |",

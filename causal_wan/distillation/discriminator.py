@@ -83,7 +83,7 @@ def look_inside(
     seen: dict[int, torch.Tensor] = {}
     hooks = [
         transformer.blocks[depth].register_forward_hook(
-            lambda layer, given, tokens, depth=depth: seen.setdefault(depth, tokens)
+            lambda layer, given, tokens, depth=depth: seen.update({depth: tokens})
         )
         for depth in depths
     ]

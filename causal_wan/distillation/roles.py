@@ -60,7 +60,7 @@ def make_roles(config: MatchingRunConfig, teacher: Teacher, source: Teacher, acc
         critic.set_causal_config(source.causal)
     else:
         base, critic = None, load_critic(config, source, accelerator)
-    if base is not None and teacher.has_base(source.base, source.revision, source.generator_ckpt):
+    if base is not None and teacher.has_base_of(source):
         frozen = share_weights(base)
         frozen.set_causal_config(teacher.causal)
         add_own_lora(frozen, teacher)

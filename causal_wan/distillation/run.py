@@ -25,6 +25,7 @@ from causal_wan.runs.inputs import PrepareBatch
 from causal_wan.runs.parts import check_strategy, find_critic, find_matching_teacher
 from causal_wan.runs.plan import print_plan
 from causal_wan.runs.regression import (
+    BegunRun,
     ComputeLoss,
     begin_run,
     check_settings,
@@ -35,6 +36,7 @@ from causal_wan.runs.regression import (
 from causal_wan.runs.settings import MatchingRunConfig
 from causal_wan.sampling.rollout import SamplingSchedule
 from causal_wan.training.loop import Sums
+from causal_wan.training.run import Run
 from causal_wan.training.strategies import context_mesh
 from causal_wan.training.weights import reshard
 from causal_wan.weights.lora import LORA_WEIGHTS_NAME
@@ -157,19 +159,7 @@ def run_distribution_matching(
         also_embedded=also_embedded,
     )
     roles, config = made.pop(), begun.inputs.config
-    models, matching = {STUDENT: roles.student, CRITIC: roles.critic}, config.matching
-    if matching.adversarial_weight:
-        models[DISCRIMINATOR] = Discriminator.of(roles.teacher, config.training.seed)
-    rates = {CRITIC: matching.critic_learning_rate, DISCRIMINATOR: matching.adversarial_learning_rate}
-    run = start_training(begun, models, role_rates={role: rate for role, rate in rates.items() if role in models})
-    scores = Scores(
-        config=config,
-        accelerator=begun.accelerator,
-        teacher=roles.teacher,
-        critic=run.trainees[CRITIC].unwrapped_model,
-        discriminator=run.trainees[DISCRIMINATOR].unwrapped_model if DISCRIMINATOR in models else None,
-    )
-    learns_always = tuple(role for role in models if role != STUDENT)
+    run, scores = start_roles(begun, roles)
     inputs = MatchingInputs(
         inputs=begun.inputs,
         student=run.student.unwrapped_model,
@@ -189,9 +179,28 @@ def run_distribution_matching(
             CRITIC: critic_loss,
             DISCRIMINATOR: partial(discriminator_loss, scores),
         },
-        turns=lambda step: (STUDENT, *learns_always) if takes_student_turn(step, matching) else learns_always,
+        turns=lambda step: [
+            role for role in run.trainees if role != STUDENT or takes_student_turn(step, config.matching)
+        ],
         summarize=partial(summarize_matching, config),
         validate=make_validation(begun, partial(regression_loss, config.method), prepare_clips, SampleMeasures()),
+    )
+
+
+def start_roles(begun: BegunRun, roles: Roles) -> tuple[Run, Scores]:
+    """The run of all that is trained, and the networks that look at the student's clips."""
+    config = begun.inputs.config
+    models, matching = {STUDENT: roles.student, CRITIC: roles.critic}, config.matching
+    if matching.adversarial_weight:
+        models[DISCRIMINATOR] = Discriminator.of(roles.teacher, config.training.seed)
+    rates = {CRITIC: matching.critic_learning_rate, DISCRIMINATOR: matching.adversarial_learning_rate}
+    run = start_training(begun, models, role_rates={role: rate for role, rate in rates.items() if role in models})
+    return run, Scores(
+        config=config,
+        accelerator=begun.accelerator,
+        teacher=roles.teacher,
+        critic=run.trainees[CRITIC].unwrapped_model,
+        discriminator=run.trainees[DISCRIMINATOR].unwrapped_model if DISCRIMINATOR in models else None,
     )
 
 

@@ -38,7 +38,7 @@ def plan_matching(
         looks_inside: Whether a discriminator looks at what the teacher makes of clips, whose gradients go through it.
     """
     plan, of_critic = plan_training(student), plan_training(critic)
-    scorers = [critic] if teacher_shares_base else [critic, teacher]
+    scorers = [critic] if teacher.architecture == critic.architecture else [critic, teacher]
     scoring = max(deepen(_of_clips(scorer, num_draws), simulate_measuring)[0] for scorer in scorers)
     cache, sampling = deepen(_of_clips(student, num_draws), simulate_sampling)
     looking = deepen(replace(teacher, lora_rank=1), simulate_passes)[0] if looks_inside else 0

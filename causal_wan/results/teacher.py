@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -44,6 +45,10 @@ class Teacher:
         pairs = ((self.base, base), (self.generator_ckpt, generator_ckpt))
         is_same_place = all(a == b or (a and b and Path(a).resolve() == Path(b).resolve()) for a, b in pairs)
         return bool(is_same_place) and self.revision == revision
+
+    def has_base_of(self, other: Self) -> bool:
+        """Whether the weights of two, but for their LoRAs, are the same."""
+        return self.has_base(other.base, other.revision, other.generator_ckpt)
 
 
 def find_teacher(teacher: str, base: str, revision: str | None) -> Teacher:

@@ -217,9 +217,7 @@ def find_matching_teacher(config: MatchingRunConfig) -> Teacher:
     Raises:
         ValueError: If it is none.
     """
-    model = config.model
-    base = model.pretrained_model_name_or_path
-    return find_teacher(config.matching.teacher or base, base, model.revision)
+    return _find_scorer(config, config.matching.teacher)
 
 
 def find_critic(config: MatchingRunConfig) -> Teacher:
@@ -228,10 +226,12 @@ def find_critic(config: MatchingRunConfig) -> Teacher:
     Raises:
         ValueError: If it is no model.
     """
-    if config.matching.critic is None:
-        return find_matching_teacher(config)
-    model = config.model
-    return find_teacher(config.matching.critic, model.pretrained_model_name_or_path, model.revision)
+    return _find_scorer(config, config.matching.critic or config.matching.teacher)
+
+
+def _find_scorer(config: MatchingRunConfig, named: str | None) -> Teacher:
+    base, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    return find_teacher(named or base, base, revision)
 
 
 def has_base_of_student(teacher: Teacher, config: MatchingRunConfig) -> bool:

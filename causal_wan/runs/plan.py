@@ -212,7 +212,7 @@ def plan_matching_run(config: MatchingRunConfig, student: Workload, accelerator:
         num_draws=count_draws(len(method.inference_timesteps()), method.student_sampler),
         critic_shares_base=shares and has_base_of_student(source, config),
         looks_inside=matching.adversarial_weight > 0,
-        teacher_shares_base=shares and teacher.has_base(source.base, source.revision, source.generator_ckpt),
+        teacher_shares_base=shares and teacher.has_base_of(source),
     )
 
 

@@ -579,9 +579,7 @@ def test_the_plan_says_that_context_parallelism_does_not_share_what_is_validated
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "lever", ["all weights, `--gradient_checkpointing`", "LoRA of rank 64", "... and `--quantize_base nf4`"]
-)
+@pytest.mark.parametrize("lever", memory_benchmark.PLANNED_LEVERS)
 def test_the_table_of_the_document_is_what_the_benchmark_plans(lever):
     head, _, *rows = memory_benchmark.plan(levers=[lever]).splitlines()
     assert len(rows) == 3

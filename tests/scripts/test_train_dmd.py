@@ -27,6 +27,7 @@ SETTINGS = {
     "lr_scheduler": "constant",
     "validation_steps": 6,
 }
+ADVERSARIAL = {"adversarial_weight": 10.0, "adversarial_warmup_steps": 0, "adversarial_learning_rate": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,14 @@ def test_turns_leave_the_other_as_it_is_to_the_last_bit(train):
     assert not torch.equal(flat(critic_2), flat(critic_3))
 
 
-@pytest.mark.parametrize("changes", [{"use_ema": True}, {"lora_rank": 4}], ids=["all-weights", "lora"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"use_ema": True}, id="all-weights"),
+        pytest.param({"lora_rank": 4}, id="lora"),
+        pytest.param(ADVERSARIAL, id="discriminator", marks=SLOW),
+    ],
+)
 @pytest.mark.parametrize(
     "step", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3, pytest.param(4, marks=SLOW)]
 )
@@ -284,9 +292,6 @@ def test_a_clip_in_the_place_of_the_students_is_what_the_teacher_sees(train):
     assert entries(plain)[1]["matching_normalizer"] != entries(forced)[1]["matching_normalizer"]
 
 
-ADVERSARIAL = {"adversarial_weight": 10.0, "adversarial_warmup_steps": 0, "adversarial_learning_rate": 0.01}
-
-
 @pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=SLOW)])
 def test_a_discriminator_learns_beside_and_moves_the_student(train, lora_rank):
     _, plain = train(lora_rank=lora_rank) if lora_rank else train()
@@ -302,18 +307,6 @@ def test_a_discriminator_learns_beside_and_moves_the_student(train, lora_rank):
     heads = [load_file(output_dir / f"checkpoint-{step}" / name) for step in (1, 2)]
     assert not torch.equal(flat(heads[0]), flat(heads[1]))
     assert result(output_dir).keys() == result(plain).keys()
-
-
-@pytest.mark.slow
-def test_a_run_with_a_discriminator_goes_on_to_the_last_bit(train, tmp_path):
-    path, output_dir = train(**ADVERSARIAL, checkpointing_steps=1)
-    copy = tmp_path / "run"
-    others = [f"checkpoint-{step}" for step in (1, 2, 4, 5, 6)]
-    shutil.copytree(output_dir, copy, ignore=shutil.ignore_patterns(*others))
-    flags = ("--output_dir", copy, "--resume_from_checkpoint", "latest", "--checkpointing_steps", 10)
-    run_here(SCRIPT, "--config", path, *flags)
-    assert torch.equal(flat(result(copy)), flat(result(output_dir)))
-    assert [entry for entry in metrics(copy) if "lr" in entry] == entries(output_dir)
 
 
 @pytest.mark.slow

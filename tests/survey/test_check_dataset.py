@@ -402,26 +402,23 @@ def test_files_out_of_the_ordinary_are_counted_and_pictures_named(folder):
     assert "25 frames of 32 × 48 → 17 of 32 × 48" in page(folder)
 
 
-# --- many rows -------------------------------------------------------------------------------------------------------
-
-
-NUM_ROWS = 200_000
+# --- a million rows --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_many_rows_take_little_memory(folder, tmp_path):
-    """All rows are known already, as in going on at the very end."""
+def test_a_million_rows_take_little_memory(folder, tmp_path):
+    """All rows are known already, as in going on at the very end; 77 s and 1.7 GB on four busy cores."""
     rows = [(f"{seed}.mp4", f"a ball, number {seed}") for seed in range(4)]
     write_rows(folder, rows)
     main(config(folder))
     records = folder / "out" / "records.jsonl"
     one = json.loads(records.read_text().splitlines()[0])
     with records.open("a") as file:
-        for number in range(NUM_ROWS):
+        for number in range(1_000_000):
             file.write(
                 json.dumps({**one, "key": 2 * number + 1, "frames": number % 500 + 1, "content": number}) + "\n"
             )
-    write_rows(folder, rows * (NUM_ROWS // len(rows)))
+    write_rows(folder, rows * 250_000)
     code = (
         "import resource, sys; from check_dataset import *; status = main(parse_config(Config)); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024); sys.exit(status)"
@@ -437,5 +434,5 @@ def test_many_rows_take_little_memory(folder, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert "All rows can be used" in page(folder)
     assert (folder / "out" / "dataset_report.html").stat().st_size < 2**20
-    assert megabytes < 1200
-    assert seconds < 300
+    assert megabytes < 3000
+    assert seconds < 600
